@@ -1,0 +1,67 @@
+"""A residual multilayer perceptron F(x, c_noise, label) for vectors; it flattens events of any other shape.
+
+    h_0 = A x,    h_{i+1} = h_i + V_i SiLU(U_i ((1 + s_i(e)) LayerNorm(h_i) + b_i(e))),    F = B LayerNorm(h_depth)
+
+e = e(c_noise, label) is the embedding, s_i and b_i are linear in it; B and every V_i start at zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from score_sde.networks.embedding import Embedding, positive, zeroed
+
+__all__ = ["MLP"]
+
+
+class MLP(nn.Module):
+    """Residual MLP: x (batch, *event_shape), c_noise (batch,), label (batch,) or None -> (batch, *event_shape).
+
+    Raises ValueError where a size is not positive, or x has another event shape than the constructor's.
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        width: int = 128,
+        depth: int = 4,
+        frequencies: int = 32,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.event_shape, self.num_classes = tuple(event_shape), num_classes
+        features = math.prod(self.event_shape)
+        positive(width=width, depth=depth, features=features)
+        self.embedding = Embedding(width, frequencies, num_classes)
+        self.first = nn.Linear(features, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
+        self.last = nn.Sequential(nn.LayerNorm(width), zeroed(nn.Linear(width, features)))
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        if x.shape[1:] != self.event_shape:
+            raise ValueError(
+                f"x has event shape {tuple(x.shape[1:])}, the network was built with event_shape={self.event_shape}"
+            )
+        embedded = self.embedding(c_noise, label)
+        h = self.first(x.flatten(1))
+        for block in self.blocks:
+            h = block(h, embedded)
+        return self.last(h).unflatten(1, self.event_shape)
+
+
+class ResidualBlock(nn.Module):
+    """h + V SiLU(U ((1 + s(e)) LayerNorm(h) + b(e))), of constant width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.branch = nn.Sequential(nn.Linear(width, width), nn.SiLU(), zeroed(nn.Linear(width, width)))
+
+    def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedded).chunk(2, dim=1)
+        return h + self.branch(torch.addcmul(shift, 1 + scale, self.norm(h)))

@@ -1,0 +1,77 @@
+r"""What a score model says about a noisy x_t = alpha x_0 + sigma eps.
+
+A model evaluates one raw quantity F; the denoiser is affine in it, D(x, t) = E[x_0 | x_t] = c_skip x + c_out F, and
+every other view is affine in D:
+
+    noise = (x - alpha D) / sigma,   score = -noise / sigma = grad log p_t(x),   velocity = alpha noise - sigma D.
+
+Each view is taken straight from (x, F) with coefficients combined in float64, so that no digits are lost on the way
+through another view. Source: Song et al. 2021; Salimans & Ho 2022, https://arxiv.org/abs/2202.00512, appendix D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from score_sde.sde import expand
+
+Coefficient = float | Tensor
+
+
+def affine(p: Coefficient, x: Tensor, q: Coefficient, y: Tensor) -> Tensor:
+    """p x + q y for coefficients that are floats or float64 tensors of shape (batch,)."""
+    if isinstance(p, Tensor):
+        p = expand(p, x)
+    elif p == 0.0:
+        return y if isinstance(q, float) and q == 1.0 else (expand(q, x) if isinstance(q, Tensor) else q) * y
+    if isinstance(q, Tensor):
+        return p * x + expand(q, x) * y
+    return (p * x).add_(y, alpha=q) if not (x.requires_grad or y.requires_grad) else p * x + q * y
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One evaluation of a score model at (x, t), with all its views.
+
+    Attributes:
+        x: the noisy point, shape (batch, *event).
+        raw: the model's native output F, shape (batch, *event).
+        alpha, sigma: the kernel's scale and standard deviation at t, floats or tensors of shape (batch,).
+        c_skip, c_out: the affine map D = c_skip x + c_out F, floats or tensors of shape (batch,).
+    """
+
+    x: Tensor
+    raw: Tensor
+    alpha: Coefficient
+    sigma: Coefficient
+    c_skip: Coefficient = 0.0
+    c_out: Coefficient = 1.0
+
+    @property
+    def denoised(self) -> Tensor:
+        """D = E[x_0 | x_t], the posterior mean of the clean data."""
+        return affine(self.c_skip, self.x, self.c_out, self.raw)
+
+    @property
+    def noise(self) -> Tensor:
+        """E[eps | x_t] = (x - alpha D) / sigma."""
+        return affine(*self._noise_coefficients(1.0))
+
+    @property
+    def score(self) -> Tensor:
+        """grad_x log p_t(x) = -E[eps | x_t] / sigma."""
+        return affine(*self._noise_coefficients(-1 / self.sigma))
+
+    @property
+    def velocity(self) -> Tensor:
+        """v = alpha E[eps | x_t] - sigma D (Salimans & Ho 2022)."""
+        p, _, q, _ = self._noise_coefficients(self.alpha)
+        return affine(p - self.sigma * self.c_skip, self.x, q - self.sigma * self.c_out, self.raw)
+
+    def _noise_coefficients(self, scale: Coefficient) -> tuple[Coefficient, Tensor, Coefficient, Tensor]:
+        """scale * noise as (p, x, q, F) with p x + q F."""
+        p = scale * (1 - self.alpha * self.c_skip) / self.sigma
+        q = -scale * self.alpha * self.c_out / self.sigma
+        return p, self.x, q, self.raw

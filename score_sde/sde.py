@@ -1,0 +1,513 @@
+r"""Forward noising processes.
+
+Every process of this package is a linear SDE whose transition kernel from clean data is Gaussian and isotropic:
+
+    dx_t = f(t) x_t dt + g(t) dw_t,        p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I),
+    f = d log(alpha) / dt,                 g^2 = d sigma^2 / dt - 2 f sigma^2 = -2 sigma^2 dlambda / dt,
+
+with the half log signal-to-noise ratio lambda(t) = log(alpha(t) / sigma(t)), strictly decreasing. Two functions of
+time, `alpha` and `sigma`, therefore say everything; `t_min` and `t_max` say where they are used.
+Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, sections 3.4 and appendix B; Kingma et al. 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+Time = Tensor | float
+
+
+def as_time(t: Time) -> Tensor:
+    """A time as a tensor: floats become float64 scalars, tensors stay as they are."""
+    return t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+
+
+def expand(v: Tensor, x: Tensor) -> Tensor:
+    """Reshapes v of shape () or (batch,) so that it multiplies x of shape (batch, *event), in x's dtype and device."""
+    if v.ndim > 1 or (v.ndim == 1 and v.shape[0] not in (1, x.shape[0])):
+        raise ValueError(f"a per-sample value has shape () or ({x.shape[0]},) here, not {tuple(v.shape)}")
+    return v.to(x).reshape(v.shape + (1,) * (x.ndim - v.ndim))
+
+
+def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """Elementwise derivative of a function of time, by forward-mode differentiation."""
+    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+
+
+class SDE(ABC):
+    """A linear forward SDE dx = f(t) x dt + g(t) dw, given by the `alpha` and `sigma` of its kernel.
+
+    A subclass defines `alpha(t)` and `sigma(t)` with torch operations, elementwise in `t`, and the class attributes
+    `t_min` (least noise at which models are trained and sampled) and `t_max` (where sampling starts). Everything else
+    follows; a closed form may be overridden where it is known.
+
+    All methods take `t` as a float or as a tensor of shape () or (batch,), of any float dtype and on any device, and
+    return a tensor of the same shape.
+    """
+
+    t_min: float = 1e-3
+    t_max: float = 1.0
+
+    @abstractmethod
+    def alpha(self, t: Time) -> Tensor:
+        """Scale of the clean data: E[x_t | x_0] = alpha(t) x_0."""
+
+    @abstractmethod
+    def sigma(self, t: Time) -> Tensor:
+        """Standard deviation of the noise: Var[x_t | x_0] = sigma(t)^2 I."""
+
+    def drift(self, t: Time) -> Tensor:
+        """Coefficient f(t) = d log(alpha) / dt of the drift f(t) x."""
+        return derivative(lambda u: self.alpha(u).log(), as_time(t))
+
+    def diffusion(self, t: Time) -> Tensor:
+        """Diffusion g(t) = sigma(t) sqrt(-2 dlambda / dt)."""
+        t = as_time(t)
+        return self.sigma(t) * (-2 * derivative(self.half_log_snr, t)).sqrt()
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        """lambda(t) = log(alpha(t) / sigma(t)), strictly decreasing in t."""
+        return self.alpha(t).log() - self.sigma(t).log()
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        """The time t in [t_min, t_max] at which lambda(t) takes the given value; the inverse of `half_log_snr`.
+
+        By bisection to the last bit of the argument's dtype; values outside the range give its end.
+        """
+        target = as_time(half_log_snr)
+        low, high = torch.full_like(target, self.t_min), torch.full_like(target, self.t_max)
+        for _ in range(64 if target.dtype == torch.float64 else 32):
+            middle = (low + high) / 2
+            noisier = self.half_log_snr(middle) < target
+            low, high = torch.where(noisier, low, middle), torch.where(noisier, middle, high)
+        return (low + high) / 2
+
+    def perturb(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
+        """x_t = alpha(t) x_0 + sigma(t) noise, for x_0 and noise of shape (batch, *event)."""
+        t = as_time(t)
+        return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
+
+    def transition_kernel(self, t: Time, s: Time) -> tuple[Tensor, Tensor]:
+        """Scale and standard deviation of the exact p(x_s | x_t) = N(scale x_t, std^2 I), for s noisier than t.
+
+        scale = alpha_s / alpha_t and std^2 = sigma_s^2 - scale^2 sigma_t^2 = -sigma_s^2 expm1(2 (lambda_s - lambda_t)).
+        """
+        t, s = as_time(t), as_time(s)
+        ratio = torch.expm1(2 * (self.half_log_snr(s) - self.half_log_snr(t)))
+        return self.alpha(s) / self.alpha(t), self.sigma(s) * (-ratio).sqrt()
+
+    def transition(self, x: Tensor, t: Time, s: Time, noise: Tensor) -> Tensor:
+        """A draw of the exact forward transition p(x_s | x_t), s noisier than t (NaN otherwise)."""
+        scale, std = self.transition_kernel(t, s)
+        return expand(scale, x) * x + expand(std, x) * noise
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the prior, by default sigma(t_max)."""
+        return float(self.sigma(self.t_max))
+
+    def prior(self, event_shape: Sequence[int]) -> Independent:
+        """The law N(0, prior_std^2 I) from which sampling starts, as a `torch.distributions` object."""
+        loc = torch.zeros(tuple(event_shape))
+        return Independent(Normal(loc, torch.full_like(loc, self.prior_std)), len(loc.shape))
+
+    def check(self) -> None:
+        """Refuses a schedule that cannot be used, before any work is done.
+
+        Raises:
+            ValueError: a value is not finite or not positive, lambda does not decrease, or t_min >= t_max.
+        """
+        name = type(self).__name__
+        if not 0 <= self.t_min < self.t_max:
+            raise ValueError(f"{name} needs 0 <= t_min < t_max, got t_min={self.t_min} and t_max={self.t_max}")
+        t = torch.linspace(self.t_min, self.t_max, 257, dtype=torch.float64)
+        for part, values in (("alpha", self.alpha(t)), ("sigma", self.sigma(t))):
+            if values.shape != t.shape:
+                raise ValueError(f"{name}.{part}(t) has shape {tuple(values.shape)} for t of shape {tuple(t.shape)}: "
+                                 "make it elementwise in t, e.g. torch.ones_like(t) for a constant")  # fmt: skip
+            bad = ~(torch.isfinite(values) & (values > 0))
+            if bad.any():
+                first = t[bad][0].item()
+                raise ValueError(f"{name}.{part}({first:.6g}) is {values[bad][0].item()}: "
+                                 f"alpha and sigma must be finite and positive on [t_min, t_max]")  # fmt: skip
+        rising = self.half_log_snr(t).diff() >= 0
+        if rising.any():
+            raise ValueError(f"{name}: log(alpha / sigma) does not decrease at t={t[:-1][rising][0].item():.6g}: "
+                             "noise must grow with t")  # fmt: skip
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value}" for name, value in vars(self).items()
+                            if isinstance(value, int | float) and not name.startswith("_"))
+        return f"{type(self).__name__}({options})"
+
+
+def _positive_and_ordered(owner: object, low_name: str, low: float, high_name: str, high: float) -> None:
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"{type(owner).__name__} needs 0 < {low_name} < {high_name}, "
+                         f"got {low_name}={low} and {high_name}={high}")  # fmt: skip
+
+
+class _LinearBeta(SDE):
+    """Mean of the VP family: log alpha(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2."""
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> None:
+        _positive_and_ordered(self, "beta_min", beta_min, "beta_max", beta_max)
+        self.beta_min, self.beta_max, self.t_min = float(beta_min), float(beta_max), float(t_min)
+
+    def beta(self, t: Time) -> Tensor:
+        """beta(t) = beta_min + t (beta_max - beta_min)."""
+        return self.beta_min + as_time(t) * (self.beta_max - self.beta_min)
+
+    def log_alpha(self, t: Time) -> Tensor:
+        """log alpha(t) = -1/2 int_0^t beta."""
+        t = as_time(t)
+        return -t * (t * (self.beta_max - self.beta_min) / 4 + self.beta_min / 2)
+
+    def alpha(self, t: Time) -> Tensor:
+        return self.log_alpha(t).exp()
+
+    def drift(self, t: Time) -> Tensor:
+        """f(t) = -beta(t) / 2."""
+        return -self.beta(t) / 2
+
+    @property
+    def prior_std(self) -> float:
+        """1, the standard deviation of the limit law."""
+        return 1.0
+
+    def _time_at_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        # The root of t^2 (beta_max - beta_min) / 4 + t beta_min / 2 + log_alpha, without cancellation near t = 0.
+        slope = self.beta_max - self.beta_min
+        return -4 * log_alpha / (self.beta_min + (self.beta_min**2 - 4 * slope * log_alpha).sqrt())
+
+
+class VPSDE(_LinearBeta):
+    """Variance preserving: dx = -beta(t) x / 2 dt + sqrt(beta(t)) dw, sigma^2 = 1 - alpha^2.
+
+    The continuous limit of DDPM (Ho et al. 2020). Source: Song et al. 2021, eq. 11 and appendix C.
+
+    Args:
+        beta_min, beta_max: noise rates at t = 0 and t = 1.
+        t_min: the least time that is sampled and trained; sigma(1e-3) = 0.0105 with the default rates.
+    """
+
+    def sigma(self, t: Time) -> Tensor:
+        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
+
+    def diffusion(self, t: Time) -> Tensor:
+        """g(t) = sqrt(beta(t))."""
+        return self.beta(t).sqrt()
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        log_alpha = self.log_alpha(t)
+        return log_alpha - (-torch.expm1(2 * log_alpha)).log() / 2
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        # sigma^2 / alpha^2 = exp(-2 lambda) gives log alpha = -softplus(-2 lambda) / 2.
+        return self._time_at_log_alpha(-torch.nn.functional.softplus(-2 * as_time(half_log_snr), threshold=1e9) / 2)
+
+
+class SubVPSDE(_LinearBeta):
+    """Sub-VP: the drift of VP with g^2 = beta(t) (1 - alpha(t)^4), so that sigma = 1 - alpha^2, the square of VP's.
+
+    Source: Song et al. 2021, eq. 29 to 32.
+
+    Args:
+        beta_min, beta_max: noise rates at t = 0 and t = 1.
+        t_min: the least time that is sampled and trained; sigma(1e-3) = 1.1e-4 with the default rates.
+    """
+
+    def sigma(self, t: Time) -> Tensor:
+        return -torch.expm1(2 * self.log_alpha(t))
+
+    def diffusion(self, t: Time) -> Tensor:
+        """g(t) = sqrt(beta(t) (1 - alpha(t)^4))."""
+        return (-self.beta(t) * torch.expm1(4 * self.log_alpha(t))).sqrt()
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        log_alpha = self.log_alpha(t)
+        return log_alpha - (-torch.expm1(2 * log_alpha)).log()
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        # 1 / alpha - alpha = exp(-lambda) = 2 sinh(-log alpha).
+        return self._time_at_log_alpha(-torch.asinh((-as_time(half_log_snr)).exp() / 2))
+
+
+class VESDE(SDE):
+    """Variance exploding: alpha = 1, sigma(t) = sigma_min (sigma_max / sigma_min)^t, the continuous limit of SMLD.
+
+    Data count as smoothed by sigma_min: sigma(0) = sigma_min, not 0. Source: Song et al. 2021, eq. 9 and appendix C.
+
+    Args:
+        sigma_min, sigma_max: noise levels at t = 0 and t = 1, in units of the data.
+        t_min: the least time that is sampled and trained.
+    """
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 1e-5) -> None:
+        _positive_and_ordered(self, "sigma_min", sigma_min, "sigma_max", sigma_max)
+        self.sigma_min, self.sigma_max, self.t_min = float(sigma_min), float(sigma_max), float(t_min)
+        self._log_ratio = math.log(self.sigma_max / self.sigma_min)
+
+    def alpha(self, t: Time) -> Tensor:
+        return torch.ones_like(as_time(t))
+
+    def sigma(self, t: Time) -> Tensor:
+        return self.sigma_min * (as_time(t) * self._log_ratio).exp()
+
+    def drift(self, t: Time) -> Tensor:
+        """f(t) = 0."""
+        return torch.zeros_like(as_time(t))
+
+    def diffusion(self, t: Time) -> Tensor:
+        """g(t) = sigma(t) sqrt(2 log(sigma_max / sigma_min))."""
+        return self.sigma(t) * math.sqrt(2 * self._log_ratio)
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        return -math.log(self.sigma_min) - as_time(t) * self._log_ratio
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        return (-math.log(self.sigma_min) - as_time(half_log_snr)) / self._log_ratio
+
+
+class CosineSDE(SDE):
+    """Variance preserving with the cosine schedule: alpha(t) = c(t) / c(0), c(t) = cos(pi / 2 (t + s) / (1 + s)).
+
+    `t_max = 0.9946`, where sigma / alpha is about 118; beyond it the rate diverges (Lu et al. 2022, appendix D).
+    Source: Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17.
+
+    Args:
+        s: the offset that keeps the rate from vanishing at t = 0.
+        t_min: the least time that is sampled and trained.
+    """
+
+    t_max = 0.9946
+
+    def __init__(self, s: float = 0.008, t_min: float = 1e-3) -> None:
+        if not 0 <= s < 1:
+            raise ValueError(f"CosineSDE needs an offset 0 <= s < 1, got s={s}")
+        self.s, self.t_min = float(s), float(t_min)
+
+    def _angles(self, t: Time) -> tuple[Tensor, float]:
+        rate = math.pi / 2 / (1 + self.s)
+        return (as_time(t) + self.s) * rate, self.s * rate
+
+    def alpha(self, t: Time) -> Tensor:
+        angle, start = self._angles(t)
+        return angle.cos() / math.cos(start)
+
+    def sigma(self, t: Time) -> Tensor:
+        # cos(a)^2 - cos(b)^2 = sin(b - a) sin(b + a): no cancellation near t = 0.
+        angle, start = self._angles(t)
+        return ((angle - start).sin() * (angle + start).sin()).sqrt() / math.cos(start)
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        _, start = self._angles(0.0)
+        # tan^2(angle) = (sigma^2 cos^2(start) + alpha^2 sin^2(start)) / (alpha^2 cos^2(start)); its excess over the
+        # start is found from the sine of the difference, so that small times keep their digits.
+        lmbda = as_time(half_log_snr)
+        alpha, sigma = torch.sigmoid(2 * lmbda).sqrt(), torch.sigmoid(-2 * lmbda).sqrt()
+        cosine = alpha * math.cos(start)
+        sine = (math.sin(start) ** 2 + (sigma * math.cos(start)) ** 2).sqrt()
+        difference = (sigma * math.cos(start)) ** 2 / (sine * math.cos(start) + cosine * math.sin(start))
+        return torch.atan2(difference, cosine * math.cos(start) + sine * math.sin(start)) / (
+            math.pi / 2 / (1 + self.s)
+        )
+
+    @property
+    def prior_std(self) -> float:
+        """1, the standard deviation of the limit law."""
+        return 1.0
+
+
+class KarrasSDE(SDE):
+    """The noise level as time: alpha = 1, sigma(t) = t, so that dx = sqrt(2 t) dw.
+
+    Source: Karras et al. 2022 (EDM), https://arxiv.org/abs/2206.00364, section 3.
+
+    Args:
+        sigma_min, sigma_max: noise levels (and times) between which models are trained and sampled.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
+        _positive_and_ordered(self, "sigma_min", sigma_min, "sigma_max", sigma_max)
+        self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+        self.t_min, self.t_max = self.sigma_min, self.sigma_max
+
+    def alpha(self, t: Time) -> Tensor:
+        return torch.ones_like(as_time(t))
+
+    def sigma(self, t: Time) -> Tensor:
+        return as_time(t).clone()
+
+    def drift(self, t: Time) -> Tensor:
+        """f(t) = 0."""
+        return torch.zeros_like(as_time(t))
+
+    def diffusion(self, t: Time) -> Tensor:
+        """g(t) = sqrt(2 t)."""
+        return (2 * as_time(t)).sqrt()
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        return (-as_time(half_log_snr)).exp()
+
+
+class RectifiedFlow(SDE):
+    """The straight path x_t = (1 - t) x_0 + t noise of rectified flow and flow matching.
+
+    Used on [t_min, t_max] inside (0, 1): at t = 1 the signal-to-noise ratio is 0 and f is infinite. `alpha` and
+    `sigma` themselves are exact at both ends.
+    Source: Liu et al. 2022, https://arxiv.org/abs/2209.03003; Lipman et al. 2023, https://arxiv.org/abs/2210.02747.
+
+    Args:
+        t_min, t_max: the times between which models are trained and sampled.
+    """
+
+    def __init__(self, t_min: float = 1e-3, t_max: float = 0.999) -> None:
+        if not 0 < t_min < t_max < 1:
+            raise ValueError(f"RectifiedFlow needs 0 < t_min < t_max < 1, got t_min={t_min} and t_max={t_max}")
+        self.t_min, self.t_max = float(t_min), float(t_max)
+
+    def alpha(self, t: Time) -> Tensor:
+        return 1 - as_time(t)
+
+    def sigma(self, t: Time) -> Tensor:
+        return as_time(t).clone()
+
+    def drift(self, t: Time) -> Tensor:
+        """f(t) = -1 / (1 - t)."""
+        return -1 / (1 - as_time(t))
+
+    def diffusion(self, t: Time) -> Tensor:
+        """g(t) = sqrt(2 t / (1 - t))."""
+        t = as_time(t)
+        return (2 * t / (1 - t)).sqrt()
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        return torch.sigmoid(-as_time(half_log_snr))
+
+
+class DiscreteSDE(SDE):
+    """A ladder of noise levels, as DDPM and SMLD define them, made continuous.
+
+    Time is the ladder's index: t = 0 is the least noisy level, t = num_steps - 1 the noisiest; between two levels
+    lambda is interpolated linearly. With `variance_preserving` alpha^2 = sigmoid(2 lambda), sigma^2 = 1 - alpha^2;
+    otherwise alpha = 1 and sigma = exp(-lambda).
+
+    Args:
+        half_log_snr: lambda at the levels, shape (num_steps,), strictly decreasing.
+        variance_preserving: DDPM's scaling (True) or SMLD's (False).
+
+    Raises:
+        ValueError: fewer than two levels, values that are not finite, or levels that do not grow noisier.
+    """
+
+    t_min = 0.0
+
+    def __init__(self, half_log_snr: Tensor | Sequence[float], variance_preserving: bool = True) -> None:
+        ladder = torch.as_tensor(half_log_snr, dtype=torch.float64)
+        if ladder.ndim != 1 or len(ladder) < 2:
+            raise ValueError(f"a ladder has shape (num_steps,) with num_steps >= 2, got {tuple(ladder.shape)}")
+        if not torch.isfinite(ladder).all() or (ladder.diff() >= 0).any():
+            raise ValueError("a ladder's levels must be finite and grow noisier with the index: order them so")
+        self.ladder, self.variance_preserving = ladder, variance_preserving
+        self.num_steps = len(ladder)
+        self.t_max = float(self.num_steps - 1)
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @classmethod
+    def from_betas(cls, betas: Tensor | Sequence[float]) -> DiscreteSDE:
+        """The ladder alpha_t^2 = prod_{i <= t} (1 - beta_i) of a variance-preserving chain, each beta in (0, 1)."""
+        betas = torch.as_tensor(betas, dtype=torch.float64)
+        if not ((betas > 0) & (betas < 1)).all():
+            raise ValueError("every beta of a ladder lies strictly between 0 and 1")
+        log_alpha_bar = torch.log1p(-betas).cumsum(0)
+        return cls((log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))) / 2)
+
+    @classmethod
+    def ddpm(cls, num_steps: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> DiscreteSDE:
+        """Linear betas from beta_1 to beta_T, given for 1,000 steps and scaled by 1000 / num_steps otherwise.
+
+        Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239, section 4.
+        """
+        if num_steps < 2:
+            raise ValueError(f"a DDPM ladder needs num_steps >= 2, got {num_steps}")
+        scale = 1000 / num_steps
+        if not 0 < beta_1 < beta_T or beta_T * scale >= 1:
+            raise ValueError(
+                f"DDPM needs 0 < beta_1 < beta_T < num_steps / 1000, got {beta_1=}, {beta_T=}, {num_steps=}"
+            )
+        return cls.from_betas(torch.linspace(beta_1 * scale, beta_T * scale, num_steps, dtype=torch.float64))
+
+    @classmethod
+    def cosine(cls, num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DiscreteSDE:
+        """beta_i = min(1 - c((i + 1) / N)^2 / c(i / N)^2, max_beta), c(t) = cos(pi / 2 (t + s) / (1 + s)).
+
+        Source: Nichol & Dhariwal 2021, eq. 17.
+        """
+        if num_steps < 2:
+            raise ValueError(f"a cosine ladder needs num_steps >= 2, got {num_steps}")
+        t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+        alpha_bar = ((t + s) / (1 + s) * math.pi / 2).cos() ** 2
+        return cls.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
+
+    @classmethod
+    def smld(cls, sigmas: Tensor | Sequence[float]) -> DiscreteSDE:
+        """Noise levels of annealed Langevin dynamics, alpha = 1; given in either order (NCSN lists the largest first).
+
+        Source: Song & Ermon 2019, https://arxiv.org/abs/1907.05600.
+        """
+        sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+        if sigmas.ndim != 1 or not (sigmas > 0).all():
+            raise ValueError("SMLD's noise levels are a list of positive numbers")
+        return cls(-sigmas.sort().values.log(), variance_preserving=False)
+
+    @classmethod
+    def geometric(cls, sigma_min: float = 0.01, sigma_max: float = 50.0, num_steps: int = 1000) -> DiscreteSDE:
+        """SMLD's geometric sequence sigma_i = exp(linspace(log sigma_min, log sigma_max, num_steps))."""
+        if not 0 < sigma_min < sigma_max or num_steps < 2:
+            raise ValueError(f"a geometric ladder needs 0 < sigma_min < sigma_max and num_steps >= 2, "
+                             f"got {sigma_min=}, {sigma_max=}, {num_steps=}")  # fmt: skip
+        return cls.smld(
+            torch.linspace(math.log(sigma_min), math.log(sigma_max), num_steps, dtype=torch.float64).exp()
+        )
+
+    def _ladder_like(self, t: Tensor) -> Tensor:
+        key = (t.device, t.dtype)
+        if key not in self._copies:
+            self._copies[key] = self.ladder.to(t)
+        return self._copies[key]
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        t = as_time(t)
+        ladder = self._ladder_like(t)
+        index = t.detach().floor().long().clamp(0, self.num_steps - 2)
+        return torch.lerp(ladder[index], ladder[index + 1], t - index)
+
+    def alpha(self, t: Time) -> Tensor:
+        lmbda = self.half_log_snr(t)
+        return torch.sigmoid(2 * lmbda).sqrt() if self.variance_preserving else torch.ones_like(lmbda)
+
+    def sigma(self, t: Time) -> Tensor:
+        lmbda = self.half_log_snr(t)
+        return torch.sigmoid(-2 * lmbda).sqrt() if self.variance_preserving else (-lmbda).exp()
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        lmbda = as_time(half_log_snr)
+        ladder = self._ladder_like(lmbda)
+        index = (torch.searchsorted(-ladder, -lmbda.detach().contiguous()) - 1).clamp(0, self.num_steps - 2)
+        low, high = ladder[index], ladder[index + 1]
+        return index + (lmbda - low) / (high - low)
+
+    @property
+    def prior_std(self) -> float:
+        """1 for a variance-preserving ladder, else the largest sigma."""
+        return 1.0 if self.variance_preserving else float(self.sigma(self.t_max))
+
+    def __repr__(self) -> str:
+        return f"DiscreteSDE(num_steps={self.num_steps}, variance_preserving={self.variance_preserving})"

@@ -1,0 +1,434 @@
+r"""Laws of clean data with everything in closed form.
+
+A target has the manners of `torch.distributions` and two more: its posterior mean under Gaussian noise,
+
+    denoise(x, alpha, sigma) = E[x_0 | alpha x_0 + sigma eps = x],   grad log p(x) = (alpha denoise - x) / sigma^2,
+
+and its `marginal(alpha, sigma)`, the law of alpha x_0 + sigma eps, a target again. Mixtures of Gaussians, kernel
+mixtures on given points and uniform boxes are closed under both; all are evaluated with log-sum-exp, stably at any
+distance. `make(name)` builds the named two-dimensional toys.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_sde.prediction import Coefficient
+from score_sde.sde import expand
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def _column(value: Coefficient, x: Tensor) -> Tensor | float:
+    """A per-sample coefficient shaped to multiply (batch, components) arrays."""
+    return expand(value, x[:, :1]) if isinstance(value, Tensor) else value
+
+
+class Target(ABC):
+    """A law of clean data.
+
+    Attributes:
+        event_shape: shape of one sample.
+        mean, std: first moments, the standard deviation pooled over dimensions (root mean variance).
+    """
+
+    event_shape: torch.Size
+    mean: Tensor
+    std: float
+
+    @abstractmethod
+    def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
+        """Independent draws, shape (*sample_shape, *event_shape)."""
+
+    @abstractmethod
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density in nats at x of shape (batch, *event_shape); shape (batch,)."""
+
+    @abstractmethod
+    def denoise(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
+        """E[x_0 | alpha x_0 + sigma eps = x] for x of shape (batch, *event_shape).
+
+        `alpha` and `sigma` are floats or tensors of shape (batch,), with sigma > 0.
+        """
+
+    @abstractmethod
+    def marginal(self, alpha: float, sigma: float) -> Target:
+        """The law of alpha x_0 + sigma eps."""
+
+    def score(self, x: Tensor) -> Tensor:
+        """grad log p(x), by automatic differentiation of `log_prob`."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.log_prob(x).sum(), x)[0]
+
+
+class _Cached:
+    """Parameters kept in float64 and copied once to each dtype and device in which they are asked for."""
+
+    def __init__(self, **parameters: Tensor) -> None:
+        self._parameters = {name: value.detach().to("cpu", torch.float64) for name, value in parameters.items()}
+        self._copies: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+
+    def like(self, x: Tensor) -> dict[str, Tensor]:
+        key = (x.device, x.dtype)
+        if key not in self._copies:
+            self._copies[key] = {name: value.to(x) for name, value in self._parameters.items()}
+        return self._copies[key]
+
+
+def _weights(weights: Any, count: int) -> Tensor:
+    weights = torch.as_tensor(weights, dtype=torch.float64)
+    if weights.shape != (count,) or not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
+        raise ValueError(f"weights are {count} non-negative numbers with a positive sum, "
+                         f"got shape {tuple(weights.shape)}: {weights.flatten()[:8].tolist()}")  # fmt: skip
+    return weights / weights.sum()
+
+
+def _like_generator(shape: Sequence[int], generator: torch.Generator | None) -> dict[str, Any]:
+    return {"size": tuple(shape), "generator": generator, "device": generator.device if generator else "cpu"}
+
+
+class GaussianMixture(Target):
+    """p(x) = sum_k w_k N(x; mu_k, Sigma_k).
+
+    Given component k, E[x_0 | x, k] = mu_k + alpha Sigma_k (alpha^2 Sigma_k + sigma^2 I)^{-1} (x - alpha mu_k), evaluated
+    in the eigenbasis of Sigma_k; the posterior weight of k is softmax_k of log w_k + log N(x; alpha mu_k, .).
+
+    Args:
+        weights: (K,), non-negative; normalised here.
+        means: (K, D).
+        covariances: (K, D, D), symmetric and positive semi-definite.
+
+    Raises:
+        ValueError: shapes do not fit, or a covariance is not symmetric and positive semi-definite.
+    """
+
+    def __init__(self, weights: Any, means: Any, covariances: Any) -> None:
+        self.means = torch.as_tensor(means, dtype=torch.float64)
+        self.covariances = torch.as_tensor(covariances, dtype=torch.float64)
+        if self.means.ndim != 2 or self.covariances.shape != (*self.means.shape, self.means.shape[-1]):
+            raise ValueError(f"means have shape (K, D) and covariances (K, D, D), got {tuple(self.means.shape)} and "
+                             f"{tuple(self.covariances.shape)}")  # fmt: skip
+        self.weights = _weights(weights, len(self.means))
+        if not torch.allclose(self.covariances, self.covariances.mT, rtol=1e-8, atol=1e-12):
+            raise ValueError("covariances must be symmetric")
+        variances, basis = torch.linalg.eigh(self.covariances)
+        if not (variances >= -1e-10 * variances.abs().amax(-1, keepdim=True).clamp_min(1e-300)).all():
+            raise ValueError(f"covariances must be positive semi-definite, least eigenvalue {variances.min().item():g}")
+        self.event_shape = self.means.shape[1:]
+        variances = variances.clamp_min(0)
+        centre = torch.einsum("kde,kd->ke", basis, self.means)
+        self._cache = _Cached(log_weights=self.weights.log(), means=self.means, basis=basis, variances=variances,
+                              centre=centre)  # fmt: skip
+        self._roots = basis * variances.sqrt().unsqueeze(-2)
+        self.mean = self.weights @ self.means
+        spread = self.weights @ (variances.sum(-1) + ((self.means - self.mean) ** 2).sum(-1))
+        self.std = (spread / self.means.shape[1]).sqrt().item()
+
+    def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
+        where = _like_generator(sample_shape, generator)
+        uniform = torch.rand(**where, dtype=torch.float64).unsqueeze(-1)
+        edges = self.weights.cumsum(0)[:-1].to(uniform)
+        component = torch.searchsorted(edges, uniform, right=True).squeeze(-1)
+        normal = torch.randn(**_like_generator((*sample_shape, *self.event_shape), generator), dtype=torch.float64)
+        roots, means = self._roots.to(normal), self.means.to(normal)
+        return (means[component] + torch.einsum("...de,...e->...d", roots[component], normal)).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self._log_joint(x, 1.0, 0.0)[0].logsumexp(-1)
+
+    def responsibilities(self, x: Tensor) -> Tensor:
+        """Posterior probability of each component at clean points x of shape (batch, D); shape (batch, K)."""
+        return self._log_joint(x, 1.0, 0.0)[0].softmax(-1)
+
+    def denoise(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
+        log_joint, offset, total = self._log_joint(x, alpha, sigma)
+        p = self._cache.like(x)
+        alpha = alpha.to(x)[:, None, None] if isinstance(alpha, Tensor) and alpha.ndim else alpha
+        gain = log_joint.softmax(-1).unsqueeze(-1) * (alpha * p["variances"] / total * offset)
+        return log_joint.softmax(-1) @ p["means"] + torch.einsum("bke,kde->bd", gain, p["basis"])
+
+    def marginal(self, alpha: float, sigma: float) -> GaussianMixture:
+        alpha, sigma = float(alpha), float(sigma)
+        noise = sigma**2 * torch.eye(self.means.shape[1], dtype=torch.float64)
+        return GaussianMixture(self.weights, alpha * self.means, alpha**2 * self.covariances + noise)
+
+    def _log_joint(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> tuple[Tensor, Tensor, Tensor]:
+        """log w_k N(x; alpha mu_k, total), the offset x - alpha mu_k in the eigenbasis and the variances there."""
+        p = self._cache.like(x)
+        alpha, sigma = (v.to(x)[:, None, None] if isinstance(v, Tensor) and v.ndim else v for v in (alpha, sigma))
+        offset = torch.einsum("bd,kde->bke", x, p["basis"]) - alpha * p["centre"]
+        total = alpha**2 * p["variances"] + sigma**2
+        squared = (offset**2 / total).sum(-1)
+        return p["log_weights"] - (squared + (total.log() + LOG_2PI).sum(-1)) / 2, offset, total
+
+    def __repr__(self) -> str:
+        return f"GaussianMixture({len(self.weights)} components in {self.means.shape[1]} dimensions)"
+
+
+class Empirical(Target):
+    """The kernel mixture p(x) = 1/n sum_i N(x; x_i, bandwidth^2 I) on given points; at bandwidth 0 the points themselves.
+
+    E[x_0 | x] = sum_i w_i (x_i + k (x - alpha x_i)), with k = alpha bandwidth^2 / v, v = alpha^2 bandwidth^2 + sigma^2 and
+    w = softmax_i(-|x - alpha x_i|^2 / (2 v)). Pairs are worked through in blocks of bounded memory.
+
+    Args:
+        data: (n, *event_shape) real numbers.
+        bandwidth: standard deviation of the kernel.
+
+    Raises:
+        ValueError: no points, values that are not finite, or a negative bandwidth.
+        TypeError: integer data, which has no density: scale and dequantise it first.
+    """
+
+    def __init__(self, data: Any, bandwidth: float = 0.0) -> None:
+        data = torch.as_tensor(data)
+        if not data.is_floating_point():
+            raise TypeError(f"Empirical takes real-valued data, got {data.dtype}: scale it (and dequantise it) first")
+        if data.ndim < 2 or len(data) == 0:
+            raise ValueError(f"data has shape (n, *event_shape) with n >= 1, got {tuple(data.shape)}")
+        if not torch.isfinite(data).all():
+            raise ValueError("data has values that are not finite: remove them first")
+        if not 0 <= bandwidth < math.inf:
+            raise ValueError(f"bandwidth is a standard deviation >= 0, got {bandwidth}")
+        self.data, self.bandwidth = data.to("cpu", torch.float64), float(bandwidth)
+        self.event_shape = self.data.shape[1:]
+        self._cache = _Cached(points=self.data.flatten(1))
+        self.mean = self.data.mean(0)
+        self.std = (((self.data - self.mean) ** 2).mean() + self.bandwidth**2).sqrt().item()
+
+    def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
+        index = torch.randint(len(self.data), **_like_generator(sample_shape, generator))
+        noise = torch.randn(**_like_generator((*sample_shape, *self.event_shape), generator), dtype=torch.float64)
+        return (self.data.to(noise)[index] + self.bandwidth * noise).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density in nats.
+
+        Raises:
+            ValueError: at bandwidth 0, where there is no density; `marginal(1.0, sigma)` has one.
+        """
+        if self.bandwidth == 0:
+            raise ValueError("points have no density: use Empirical(data, bandwidth=...) or marginal(1.0, sigma)")
+        dimension = math.prod(self.event_shape)
+        norm = dimension * (math.log(self.bandwidth) + LOG_2PI / 2) + math.log(len(self.data))
+        return torch.cat([logits.logsumexp(-1) for _, logits in self._blocks(x, 1.0, self.bandwidth**2)]) - norm
+
+    def denoise(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
+        variance = alpha**2 * self.bandwidth**2 + sigma**2
+        points = self._cache.like(x)["points"]
+        mean = torch.cat([logits.softmax(-1) @ points for _, logits in self._blocks(x, alpha, variance)]).view_as(x)
+        if self.bandwidth == 0:
+            return mean
+        gain = alpha * self.bandwidth**2 / variance
+        alpha, gain = (expand(v, x) if isinstance(v, Tensor) else v for v in (alpha, gain))
+        return mean + gain * (x - alpha * mean)
+
+    def marginal(self, alpha: float, sigma: float) -> Empirical:
+        return Empirical(float(alpha) * self.data, math.hypot(float(alpha) * self.bandwidth, float(sigma)))
+
+    def _blocks(self, x: Tensor, alpha: Coefficient, variance: Coefficient) -> list[tuple[Tensor, Tensor]]:
+        points = self._cache.like(x)["points"]
+        rows = max(1, 2**24 // len(points))
+        flat, (alpha, variance) = x.flatten(1), (
+            v.to(x).expand(len(x))[:, None] if isinstance(v, Tensor) else v for v in (alpha, variance)
+        )
+        blocks = []
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            a, v = (c[part] if isinstance(c, Tensor) else c for c in (alpha, variance))
+            # |x - a x_i|^2 = a^2 |x / a - x_i|^2: distances are taken directly, without the cancelling expansion.
+            distance = torch.cdist(flat[part] / a, points, compute_mode="donot_use_mm_for_euclid_dist")
+            blocks.append((flat[part], -(distance**2) * (a**2 / (2 * v))))
+        return blocks
+
+    def __repr__(self) -> str:
+        return f"Empirical({len(self.data)} points of shape {tuple(self.event_shape)}, bandwidth={self.bandwidth:g})"
+
+
+class UniformBoxes(Target):
+    """A mixture of uniform laws on axis-parallel boxes, smoothed by bandwidth^2 I.
+
+    For one side [a, b] of a box and noise of standard deviation s = sqrt(alpha^2 bandwidth^2 + sigma^2), the density is
+    (Phi((x - alpha a) / s) - Phi((x - alpha b) / s)) / (alpha (b - a)) and the posterior mean is that of a truncated
+    normal. Evaluated in float64 whatever the input, because a narrow box under wide noise cancels.
+
+    Args:
+        low, high: (K, D) corners, low < high.
+        weights: (K,), non-negative; equal when left out.
+        bandwidth: standard deviation of an added Gaussian.
+    """
+
+    def __init__(self, low: Any, high: Any, weights: Any = None, bandwidth: float = 0.0) -> None:
+        low, high = torch.as_tensor(low, dtype=torch.float64), torch.as_tensor(high, dtype=torch.float64)
+        if low.ndim != 2 or low.shape != high.shape or not (low < high).all():
+            raise ValueError(f"boxes have corners low < high of shape (K, D), got {tuple(low.shape)}, {tuple(high.shape)}")
+        self.low, self.high, self.bandwidth = low, high, float(bandwidth)
+        self.weights = _weights(torch.ones(len(low)) if weights is None else weights, len(low))
+        self.event_shape = low.shape[1:]
+        self._cache = _Cached(low=low, high=high, log_weights=self.weights.log())
+        centre = (low + high) / 2
+        self.mean = self.weights @ centre
+        variance = ((high - low) ** 2 / 12 + (centre - self.mean) ** 2).mean(-1)
+        self.std = (self.weights @ variance + self.bandwidth**2).sqrt().item()
+
+    def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
+        uniform = torch.rand(**_like_generator(sample_shape, generator), dtype=torch.float64).unsqueeze(-1)
+        box = torch.searchsorted(self.weights.cumsum(0)[:-1].to(uniform), uniform, right=True).squeeze(-1)
+        where = _like_generator((*sample_shape, *self.event_shape), generator)
+        low, high = self.low.to(uniform)[box], self.high.to(uniform)[box]
+        inside = low + (high - low) * torch.rand(**where, dtype=torch.float64)
+        return (inside + self.bandwidth * torch.randn(**where, dtype=torch.float64)).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        y = x.double()
+        if self.bandwidth > 0:
+            return self._log_joint(y, 1.0, self.bandwidth)[0].logsumexp(-1).to(x)
+        p = self._cache.like(y)
+        inside = ((y[:, None] >= p["low"]) & (y[:, None] <= p["high"])).all(-1)
+        log_volume = (p["high"] - p["low"]).log().sum(-1)
+        return (p["log_weights"] - log_volume).masked_fill(~inside, -math.inf).logsumexp(-1).to(x)
+
+    def denoise(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
+        y = x.double()
+        std = (alpha**2 * self.bandwidth**2 + sigma**2) ** 0.5
+        log_joint, a, b, log_mass = self._log_joint(y, alpha, std)
+        alpha, std, sigma = (
+            v.to(y)[:, None, None] if isinstance(v, Tensor) and v.ndim else v for v in (alpha, std, sigma)
+        )
+        p = self._cache.like(y)
+        # Mean of the box coordinate u given x: (x - s z) / alpha with z in [b, a], z a truncated standard normal.
+        z = (-(b**2 + LOG_2PI) / 2 - log_mass).exp() - (-(a**2 + LOG_2PI) / 2 - log_mass).exp()
+        inside = ((y[:, None] - std * z) / alpha).clamp(p["low"], p["high"])
+        clean = inside + alpha * self.bandwidth**2 / std**2 * (y[:, None] - alpha * inside)
+        return (log_joint.softmax(-1).unsqueeze(-1) * clean).sum(1).to(x)
+
+    def marginal(self, alpha: float, sigma: float) -> UniformBoxes:
+        alpha = float(alpha)
+        bandwidth = math.hypot(alpha * self.bandwidth, float(sigma))
+        return UniformBoxes(alpha * self.low, alpha * self.high, self.weights, bandwidth)
+
+    def _log_joint(self, y: Tensor, alpha: Coefficient, std: Coefficient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log w_k p_k(y), the standardised corners a = (y - alpha low) / s > b, and log(Phi(a) - Phi(b)) by side."""
+        p = self._cache.like(y)
+        alpha, std = (v.to(y)[:, None, None] if isinstance(v, Tensor) and v.ndim else v for v in (alpha, std))
+        a, b = (y[:, None] - alpha * p["low"]) / std, (y[:, None] - alpha * p["high"]) / std
+        # In the upper tail the same mass is taken from below by symmetry, where log_ndtr keeps its digits.
+        upper, lower = torch.where(b > 0, -b, a), torch.where(b > 0, -a, b)
+        top = torch.special.log_ndtr(upper)
+        log_mass = top + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - top))
+        size = (alpha * (p["high"] - p["low"])).log().sum(-1)
+        return p["log_weights"] + log_mass.sum(-1) - size, a, b, log_mass
+
+    def __repr__(self) -> str:
+        return f"UniformBoxes({len(self.low)} boxes in {self.low.shape[1]} dimensions)"
+
+
+# --- the named toys, each about four units wide -----------------------------------------------------------------------
+
+
+def ring(
+    components: int = 8, radius: float = 4.0, std: float = 0.2, weights: Sequence[float] | None = None
+) -> GaussianMixture:
+    """Gaussians of standard deviation `std`, equally spaced on a circle; weights equal unless given."""
+    if components < 1:
+        raise ValueError(f"a ring has at least one component, got {components}")
+    angle = 2 * math.pi * torch.arange(components, dtype=torch.float64) / components
+    means = radius * torch.stack([angle.cos(), angle.sin()], -1)
+    return _isotropic(means, std, torch.ones(components) if weights is None else weights)
+
+
+def grid(side: int = 5, spacing: float = 2.0, std: float = 0.15, weights: Sequence[float] | None = None) -> GaussianMixture:
+    """side x side Gaussians of standard deviation `std` on a square lattice."""
+    if side < 1:
+        raise ValueError(f"a grid has at least one component a side, got {side}")
+    axis = spacing * (torch.arange(side, dtype=torch.float64) - (side - 1) / 2)
+    return _isotropic(torch.cartesian_prod(axis, axis), std, torch.ones(side**2) if weights is None else weights)
+
+
+def two_moons(noise: float = 0.15, points: int = 512) -> Empirical:
+    """Two interleaved half circles, each a curve of `points` / 2 kernels of width `noise`."""
+    angle = _midpoints(points // 2) * math.pi
+    outer = torch.stack([angle.cos(), angle.sin()], -1)
+    inner = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], -1)
+    return Empirical(2 * (torch.cat([outer, inner]) - torch.tensor([0.5, 0.25])), noise)
+
+
+def swiss_roll(noise: float = 0.12, points: int = 512) -> Empirical:
+    """A spiral of one and a half turns, uniform in its angle."""
+    angle = 1.5 * math.pi * (1 + 2 * _midpoints(points))
+    return Empirical(angle[:, None] / 3.5 * torch.stack([angle.cos(), angle.sin()], -1), noise)
+
+
+def checkerboard(side: int = 4, width: float = 2.0) -> UniformBoxes:
+    """The dark squares of a side x side board with squares of the given width."""
+    if side < 2:
+        raise ValueError(f"a checkerboard has at least two squares a side, got {side}")
+    cells = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    low = width * (cells[cells.sum(-1) % 2 == 0].double() - side / 2)
+    return UniformBoxes(low, low + width)
+
+
+def pinwheel(arms: int = 5, radial_std: float = 0.3, rate: float = 0.25, noise: float = 0.1, points: int = 600) -> Empirical:
+    """Arms whose points turn with exp(radius): the warped Gaussians of Johnson et al. 2016, along quantiles of the radius."""
+    normal = torch.special.ndtri(_midpoints(points // arms))
+    radius = 1 + radial_std * normal
+    angle = (2 * math.pi * torch.arange(arms, dtype=torch.float64) / arms)[:, None] + rate * radius.exp()
+    return Empirical(2 * torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(0, 1), noise)
+
+
+def circles(noise: float = 0.12, factor: float = 0.5, points: int = 512) -> Empirical:
+    """Two concentric circles of radii 3 and 3 `factor`, equally likely."""
+    angle = 2 * math.pi * _midpoints(points // 2)
+    circle = 3 * torch.stack([angle.cos(), angle.sin()], -1)
+    return Empirical(torch.cat([circle, factor * circle]), noise)
+
+
+def two_spirals(noise: float = 0.1, points: int = 512) -> Empirical:
+    """Two interleaved Archimedean spirals of one and a half turns, uniform in area."""
+    angle = 3 * math.pi * _midpoints(points // 2).sqrt()
+    arm = angle[:, None] / 3 * torch.stack([-angle.cos(), angle.sin()], -1)
+    return Empirical(torch.cat([arm, -arm]), noise)
+
+
+def s_curve(noise: float = 0.12, points: int = 512) -> Empirical:
+    """The profile (sin u, sign(u) (cos u - 1)) of the S-curve, u uniform on [-3 pi / 2, 3 pi / 2]."""
+    u = 3 * math.pi * (_midpoints(points) - 0.5)
+    return Empirical(1.5 * torch.stack([u.sin(), u.sign() * (u.cos() - 1)], -1), noise)
+
+
+def _midpoints(count: int) -> Tensor:
+    return (torch.arange(count, dtype=torch.float64) + 0.5) / count
+
+
+def _isotropic(means: Tensor, std: float, weights: Any) -> GaussianMixture:
+    if not std > 0:
+        raise ValueError(f"std is positive, got {std}")
+    return GaussianMixture(weights, means, (std**2 * torch.eye(means.shape[1])).expand(len(means), -1, -1))
+
+
+TOYS: dict[str, Callable[..., Target]] = {
+    toy.__name__: toy
+    for toy in (ring, grid, two_moons, swiss_roll, checkerboard, pinwheel, circles, two_spirals, s_curve)
+}
+
+
+def make(name: str, **options: Any) -> Target:
+    """The named two-dimensional toy, with its options (see the function of that name).
+
+    Raises:
+        ValueError: the name or an option is unknown.
+    """
+    if name not in TOYS:
+        raise ValueError(f"unknown target {name!r}; known: {', '.join(TOYS)}")
+    known = inspect.signature(TOYS[name]).parameters
+    if unknown := options.keys() - known.keys():
+        raise ValueError(f"target {name!r} has no option {', '.join(sorted(unknown))!r}; it has: {', '.join(known)}")
+    return TOYS[name](**options)
