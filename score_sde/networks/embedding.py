@@ -2,8 +2,8 @@
 
     e(c, y) = SiLU(W_2 SiLU(W_1 [cos(w_k c), sin(w_k c)]) + E_y),    w_k geometric from 1/2 to 64
 
-c = c_noise = ln(sigma / alpha) / 4 runs over roughly [-2.5, 1.5]: the slowest wave (period 12.6) spans that range, the
-fastest (period 0.1) tells noise levels apart that differ by a tenth. Row `num_classes` of E is the null class: no label.
+c = c_noise = ln(sigma / alpha) / 4 runs over roughly [-2.5, 1.5]: the slowest wave (period 12.6) spans that range,
+the fastest (period 0.1) tells noise levels apart that differ by a tenth. Row `num_classes` of E is the null class.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Embedding", "image_shape", "positive", "zeroed"]
+__all__ = ["Embedding", "check_shape", "image_shape", "positive", "zeroed"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,6 +67,12 @@ def positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}={size!r} must be a positive integer")
+
+
+def check_shape(x: Tensor, event_shape: tuple[int, ...]) -> None:
+    """Refuses a batch of events of another shape than the network was built for."""
+    if x.shape[1:] != event_shape:
+        raise ValueError(f"x has event shape {tuple(x.shape[1:])}, the network was built with {event_shape=}")
 
 
 def image_shape(event_shape: tuple[int, ...], multiple: int) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from score_sde.networks.embedding import Embedding, positive, zeroed
+from score_sde.networks.embedding import Embedding, check_shape, positive, zeroed
 
 __all__ = ["MLP"]
 
@@ -42,10 +42,7 @@ class MLP(nn.Module):
         self.last = nn.Sequential(nn.LayerNorm(width), zeroed(nn.Linear(width, features)))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        if x.shape[1:] != self.event_shape:
-            raise ValueError(
-                f"x has event shape {tuple(x.shape[1:])}, the network was built with event_shape={self.event_shape}"
-            )
+        check_shape(x, self.event_shape)
         embedded = self.embedding(c_noise, label)
         h = self.first(x.flatten(1))
         for block in self.blocks:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, elu, interpolate
 
-from score_sde.networks.embedding import Embedding, image_shape, positive, zeroed
+from score_sde.networks.embedding import Embedding, check_shape, image_shape, positive, zeroed
 
 __all__ = ["NCSN"]
 
@@ -66,10 +66,7 @@ class NCSN(nn.Module):
         self.last = zeroed(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        if x.shape[1:] != self.event_shape:
-            raise ValueError(
-                f"x has event shape {tuple(x.shape[1:])}, the network was built with event_shape={self.event_shape}"
-            )
+        check_shape(x, self.event_shape)
         embedded = self.embedding(c_noise, label)
         h = self.first(x)
         levels = []

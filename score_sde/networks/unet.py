@@ -1,7 +1,7 @@
 """A small U-Net F(x, c_noise, label) for images of 8x8 to 32x32.
 
-Level i works at size / 2^i with width * multipliers[i] channels: `blocks` residual blocks on the way down, one more on
-the way up, where each also reads what its counterpart left on the way down. One block, attention behind it where chosen:
+Level i works at size / 2^i with width * multipliers[i] channels: `blocks` residual blocks on the way down, one more
+on the way up, where each also reads what its counterpart left on the way down. One block (attention follows if chosen):
 
     h + V SiLU((1 + s(e)) GroupNorm(U SiLU(GroupNorm(h))) + b(e)),    V and the output layer start at 0
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from score_sde.networks.embedding import Embedding, image_shape, positive, zeroed
+from score_sde.networks.embedding import Embedding, check_shape, image_shape, positive, zeroed
 
 __all__ = ["UNet"]
 
@@ -72,10 +72,7 @@ class UNet(nn.Module):
         self.last = nn.Sequential(group_norm(h), nn.SiLU(), zeroed(nn.Conv2d(h, channels, 3, padding=1)))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        if x.shape[1:] != self.event_shape:
-            raise ValueError(
-                f"x has event shape {tuple(x.shape[1:])}, the network was built with event_shape={self.event_shape}"
-            )
+        check_shape(x, self.event_shape)
         embedded = self.embedding(c_noise, label)
         h = self.first(x)
         skips = [h]

@@ -1,0 +1,88 @@
+"""Finite sets from files: scikit-learn's digits, .npy and .npz arrays, folders of images. No file can execute code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from score_sde.data.tensor import TensorData
+
+__all__ = ["digits", "image_folder", "load_file"]
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+
+
+def digits(*, labels: bool = False, dequantize: bool = False, held_out: float = 0.2, seed: int = 0) -> TensorData:
+    """The 1,797 handwritten digits of scikit-learn, (1, 8, 8), 17 grey levels scaled to [-1, 1].
+
+    With the default 359 images are held out, always the same ones. `labels` gives each batch the class 0..9 as `label`.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = bunch.images.astype(np.uint8)[:, None]
+    classes = bunch.target if labels else None
+    return TensorData(images, classes, seed=seed, dequantize=dequantize, levels=17, held_out=held_out)
+
+
+def load_file(
+    path: str | Path,
+    *,
+    x: str = "x",
+    labels: str | None = None,
+    dequantize: bool | None = None,
+    levels: int = 256,
+    held_out: float = 0.0,
+    seed: int = 0,
+) -> TensorData:
+    """Examples (N, *event) from a .npy file, or from the array `x` (and `labels`) of a .npz file.
+
+    Raises ValueError for other files, missing arrays, and what `TensorData` refuses; FileNotFoundError for no file.
+    """
+    path = Path(path)
+    if path.suffix not in (".npy", ".npz"):
+        raise ValueError(f"{path} is no .npy or .npz file: save the array with numpy.save or numpy.savez")
+    loaded = np.load(path, allow_pickle=False)
+    arrays = {x: loaded} if path.suffix == ".npy" else dict(loaded)
+    missing = [name for name in (x, labels) if name is not None and name not in arrays]
+    if missing:
+        raise ValueError(f"{path} has no array {', '.join(missing)}, only {', '.join(arrays)}: set x= and labels=")
+    classes = arrays[labels] if labels else None
+    return TensorData(arrays[x], classes, dequantize=dequantize, levels=levels, held_out=held_out, seed=seed)
+
+
+def image_folder(
+    path: str | Path,
+    size: int,
+    *,
+    channels: int = 3,
+    labels: bool = False,
+    dequantize: bool = False,
+    held_out: float = 0.0,
+    seed: int = 0,
+) -> TensorData:
+    """Every image under a folder, cropped to its central square and resized to (channels, size, size), in [-1, 1].
+
+    With `labels` the class of an image is its first folder below `path`, numbered in alphabetical order.
+    Raises ValueError where there are no images, or channels is neither 1 nor 3.
+    """
+    root = Path(path)
+    paths = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"{root} holds no images: give a folder with {', '.join(sorted(SUFFIXES))} files")
+    if channels not in (1, 3):
+        raise ValueError(f"channels={channels}: 1 for grey, 3 for colour")
+    images = np.stack([_square(file, size, channels) for file in paths])
+    folders = [file.relative_to(root).parts[0] for file in paths]
+    classes = np.unique(folders, return_inverse=True)[1] if labels else None
+    return TensorData(images, classes, dequantize=dequantize, held_out=held_out, seed=seed)
+
+
+def _square(path: Path, size: int, channels: int) -> np.ndarray:
+    """The central square of an image as uint8 (channels, size, size)."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        square = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(square, dtype=np.uint8).reshape(size, size, channels).transpose(2, 0, 1)

@@ -1,0 +1,41 @@
+"""Noise scales measured from data, what `sigma_max: auto` and `sigma_data: auto` stand for.
+
+sigma_max = max |x_i - x_j|  (Song & Ermon 2020, https://arxiv.org/abs/2006.09011, technique 1), or a quantile,
+sigma_data = sqrt(mean x^2), over all components: the RMS that c_in divides out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from score_sde.data.base import Data
+
+__all__ = ["measure_sigma_data", "measure_sigma_max"]
+
+
+def measure_sigma_max(data: Data, quantile: float = 1.0, count: int = 4000) -> float:
+    """The given quantile of the Euclidean distances between `count` training examples, their maximum by default.
+
+    Raises ValueError for a quantile outside (0, 1], and for examples that are all equal.
+    """
+    if not 0 < quantile <= 1:
+        raise ValueError(f"quantile={quantile} must be in (0, 1]; 1 is the largest distance")
+    distances = torch.pdist(_examples(data, count).flatten(1))
+    rank = max(1, round(quantile * len(distances)))
+    return _positive(float(distances.kthvalue(rank).values), "sigma_max")
+
+
+def measure_sigma_data(data: Data, count: int = 10_000) -> float:
+    """The root mean square of all components of `count` training examples; ValueError where it is 0."""
+    return _positive(float(_examples(data, count).double().square().mean().sqrt()), "sigma_data")
+
+
+def _examples(data: Data, count: int) -> Tensor:
+    return data.batch(0, min(count, data.size or count)).x
+
+
+def _positive(value: float, name: str) -> float:
+    if value <= 0:
+        raise ValueError(f"{name}: auto measures {value} on these data, which do not vary: give {name} as a number")
+    return value

@@ -1,0 +1,116 @@
+"""A finite set in memory.
+
+Epoch e visits the N examples in the order of a permutation keyed by (seed, e); step n takes the places
+n B .. (n + 1) B - 1 of the endless sequence of epochs, so each example comes exactly once an epoch, also where a batch
+spans two. Integers 0..L-1 become [-1, 1] by 2 k / (L - 1) - 1, or with uniform dequantisation by 2 (k + u) / L - 1,
+u ~ U[0, 1), which has a density (Theis et al. 2016, https://arxiv.org/abs/1511.01844, section 3.1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from score_sde.data.base import Batch, Data
+from score_sde.data.keyed import generator
+
+__all__ = ["TensorData"]
+
+
+class TensorData(Data):
+    """Examples x (N, *event) with optional integer labels (N,).
+
+    Floats are taken as they are, in the scale the model shall work in. Integers need `dequantize` stated. A fraction
+    `held_out` is set aside by a permutation that depends on N alone; `reference` reads the held-out examples, or, where
+    none are held out, the training examples.
+
+    Raises:
+        ValueError: no examples, values that are not finite or not in 0..levels-1, integers without `dequantize`, labels
+            that do not match, `held_out` outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        x: Tensor | np.ndarray[Any, Any],
+        labels: Tensor | np.ndarray[Any, Any] | None = None,
+        *,
+        seed: int = 0,
+        dequantize: bool | None = None,
+        levels: int = 256,
+        held_out: float = 0.0,
+    ) -> None:
+        x = torch.as_tensor(x)
+        self.dequantize = _checked_scale(x, dequantize, levels)
+        self.levels, self.seed, self.event_shape = levels, seed, tuple(x.shape[1:])
+        if not 0 <= held_out < 1:
+            raise ValueError(f"held_out={held_out} is the fraction of the examples set aside: 0 <= held_out < 1")
+        order = torch.randperm(len(x), generator=generator(0, "held out"))
+        reserved, used = order.tensor_split([round(held_out * len(x))])
+        x = x if self.dequantize is not None else x.float()
+        labels = None if labels is None else _checked_labels(torch.as_tensor(labels), len(x))
+        self.num_classes = None if labels is None else int(labels.max()) + 1
+        self._used = x[used], None if labels is None else labels[used]
+        self._reserved = (x[reserved], None if labels is None else labels[reserved]) if len(reserved) else self._used
+        self.size: int = len(used)
+        self._orders: dict[int, Tensor] = {}
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        first, size = step * batch_size, self.size
+        epochs = range(first // size, (first + batch_size - 1) // size + 1)
+        sequence = torch.cat([self._order(epoch) for epoch in epochs])
+        start = first - epochs[0] * size
+        return self._prepare(self._used, sequence[start : start + batch_size], generator(self.seed, "batch", step))
+
+    def examples(self) -> Batch:
+        """Every training example once, scaled as for training."""
+        return self._prepare(self._used, torch.arange(self.size), generator(self.seed, "examples"))
+
+    def reference(self, count: int) -> Batch:
+        """The first `count` held-out examples, or all where there are fewer, scaled as for training."""
+        rows = torch.arange(min(count, len(self._reserved[0])))
+        return self._prepare(self._reserved, rows, generator(self.seed, "reference"))
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            # Two epochs at most are needed at once: the cache only saves work, the order is a function of the key.
+            self._orders = {known: order for known, order in self._orders.items() if known == epoch - 1}
+            self._orders[epoch] = torch.randperm(self.size, generator=generator(self.seed, "epoch", epoch))
+        return self._orders[epoch]
+
+    def _prepare(self, source: tuple[Tensor, Tensor | None], rows: Tensor, noise: torch.Generator) -> Batch:
+        x, labels = source[0][rows], source[1]
+        if self.dequantize:
+            x = (x + torch.rand(x.shape, generator=noise)) * (2 / self.levels) - 1
+        elif self.dequantize is not None:
+            x = x * (2 / (self.levels - 1)) - 1
+        return Batch(x, {} if labels is None else {"label": labels[rows]})
+
+
+def _checked_scale(x: Tensor, dequantize: bool | None, levels: int) -> bool | None:
+    """`dequantize`, None for floats, once it fits the examples."""
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(f"x of shape {tuple(x.shape)}: give (N, *event) with at least one example")
+    if x.is_floating_point():
+        if dequantize is not None:
+            raise ValueError(f"dequantize={dequantize} is for integers, x is {x.dtype}: leave it out, or give integers")
+        if not torch.isfinite(x).all():
+            raise ValueError("x holds values that are not finite: remove or replace them")
+        return None
+    if dequantize is None:
+        raise ValueError(
+            f"x is {x.dtype}, which has no density: say dequantize=True (adds uniform noise, scales to [-1, 1]) or "
+            "dequantize=False (only scales), or give floats in the scale of the model"
+        )
+    if x.min() < 0 or x.max() >= levels:
+        raise ValueError(f"x holds integers {x.min()}..{x.max()}, levels={levels} allows 0..{levels - 1}: set levels")
+    return dequantize
+
+
+def _checked_labels(labels: Tensor, count: int) -> Tensor:
+    if labels.shape != (count,) or labels.is_floating_point() or labels.min() < 0:
+        given = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise ValueError(f"labels must be {count} integers from 0, one an example; got {given}")
+    return labels.long()
