@@ -8,7 +8,7 @@ u ~ U[0, 1), which has a density (Theis et al. 2016, https://arxiv.org/abs/1511.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,16 @@ from score_sde.data.base import Batch, Data
 from score_sde.data.keyed import generator
 
 __all__ = ["TensorData"]
+
+
+class Rows(NamedTuple):
+    """Examples as they were given, and their labels."""
+
+    x: Tensor
+    labels: Tensor | None
+
+    def take(self, index: Tensor) -> Rows:
+        return Rows(self.x[index], None if self.labels is None else self.labels[index])
 
 
 class TensorData(Data):
@@ -48,13 +58,13 @@ class TensorData(Data):
         if not 0 <= held_out < 1:
             raise ValueError(f"held_out={held_out} is the fraction of the examples set aside: 0 <= held_out < 1")
         order = torch.randperm(len(x), generator=generator(0, "held out"))
-        reserved, used = order.tensor_split([round(held_out * len(x))])
-        x = x if self.dequantize is not None else x.float()
+        reserved, used = order.tensor_split([int(held_out * len(x))])
+        self.size: int = len(used)
         labels = None if labels is None else _checked_labels(torch.as_tensor(labels), len(x))
         self.num_classes = None if labels is None else int(labels.max()) + 1
-        self._used = x[used], None if labels is None else labels[used]
-        self._reserved = (x[reserved], None if labels is None else labels[reserved]) if len(reserved) else self._used
-        self.size: int = len(used)
+        everything = Rows(x if self.dequantize is not None else x.float(), labels)
+        self._used = everything.take(used)
+        self._reserved = everything.take(reserved) if len(reserved) else self._used
         self._orders: dict[int, Tensor] = {}
 
     def batch(self, step: int, batch_size: int) -> Batch:
@@ -70,8 +80,8 @@ class TensorData(Data):
 
     def reference(self, count: int) -> Batch:
         """The first `count` held-out examples, or all where there are fewer, scaled as for training."""
-        rows = torch.arange(min(count, len(self._reserved[0])))
-        return self._prepare(self._reserved, rows, generator(self.seed, "reference"))
+        index = torch.arange(min(count, len(self._reserved.x)))
+        return self._prepare(self._reserved, index, generator(self.seed, "reference"))
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
@@ -80,13 +90,13 @@ class TensorData(Data):
             self._orders[epoch] = torch.randperm(self.size, generator=generator(self.seed, "epoch", epoch))
         return self._orders[epoch]
 
-    def _prepare(self, source: tuple[Tensor, Tensor | None], rows: Tensor, noise: torch.Generator) -> Batch:
-        x, labels = source[0][rows], source[1]
+    def _prepare(self, source: Rows, index: Tensor, noise: torch.Generator) -> Batch:
+        x, labels = source.take(index)
         if self.dequantize:
             x = (x + torch.rand(x.shape, generator=noise)) * (2 / self.levels) - 1
         elif self.dequantize is not None:
             x = x * (2 / (self.levels - 1)) - 1
-        return Batch(x, {} if labels is None else {"label": labels[rows]})
+        return Batch(x, {} if labels is None else {"label": labels})
 
 
 def _checked_scale(x: Tensor, dequantize: bool | None, levels: int) -> bool | None:

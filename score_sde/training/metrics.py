@@ -1,0 +1,104 @@
+"""What a run reports of itself: sums kept on the device between two lines of metrics.jsonl, and the file."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_sde.training.checkpoint import write_atomically
+
+__all__ = ["MetricsLog", "Window"]
+
+
+class Window:
+    """Means since the last reading. Adding waits for nothing; only `read` fetches numbers from the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(12, dtype=torch.float64, device=device)
+        self._started = time.perf_counter()
+
+    def add(self, losses: Tensor, u: Tensor, grad_norm: Tensor, good: Tensor) -> None:
+        """Losses (batch,) at the noise quantiles u (batch,); a step that is not `good` only counts as non-finite."""
+        quartile = torch.nn.functional.one_hot((4 * u).long().clamp(0, 3), 4).double()
+        total = torch.stack([losses.mean(), grad_norm]).double()
+        sums = torch.cat([total, torch.ones_like(total[:1]), losses.double() @ quartile, quartile.sum(0)])
+        self._sums[0] += ~good
+        self._sums[1:] += torch.where(good, sums, 0.0)
+
+    def read(self, examples: int) -> dict[str, Any]:
+        """Means by name, the number of non-finite steps, and the rate at which `examples` went by; then starts anew.
+
+        A mean over nothing is NaN.
+        """
+        nonfinite, loss, grad_norm, steps, *quartiles = self._sums.tolist()
+        seconds = time.perf_counter() - self._started
+        self.__init__(self._sums.device)  # type: ignore[misc]
+        means = {f"loss_q{i + 1}": _ratio(quartiles[i], quartiles[4 + i]) for i in range(4)}
+        return {
+            "loss": _ratio(loss, steps),
+            **means,
+            "grad_norm": _ratio(grad_norm, steps),
+            "nonfinite": int(nonfinite),
+            "examples_per_second": examples / seconds,
+        }
+
+    @property
+    def nonfinite(self) -> int:
+        """Non-finite steps since the last reading."""
+        return int(self._sums[0])
+
+    def pause(self, seconds: float) -> None:
+        """Leaves `seconds` of other work out of the rate."""
+        self._started += seconds
+
+
+class MetricsLog:
+    """metrics.jsonl, one object a line, and on demand TensorBoard's event files in the folder `tensorboard`.
+
+    Lines beyond `step`, and one that a kill cut short, are removed on opening, so that a resumed run has each step once.
+    """
+
+    def __init__(self, directory: Path, step: int, tensorboard: bool = False) -> None:
+        path = directory / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a")
+        self._board = _board(directory / "tensorboard", step) if tensorboard else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
+
+
+def _step_of(line: str) -> float:
+    """The step of a line, infinity for a line that is no complete object."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
+
+
+def _board(folder: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -1,0 +1,125 @@
+"""Which times the network is trained at.
+
+A time sampler is a quantile function u -> t(u), increasing in noise, fed with u in (0, 1): independent uniforms, or one
+in each of `count` equal strata, whose mean over a batch varies far less. u names the quartile of the noise level too.
+Where t has another density p than the objective's uniform one, the weight 1 / ((t_max - t_min) p(t)) comes along.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from score_sde.sde import SDE
+
+__all__ = ["ImportanceTimes", "LadderTimes", "LogNormalTimes", "TimeSampler", "Times", "UniformTimes"]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Times t, the u in (0, 1) they are quantiles of, and importance weights; float64, each of shape (count,)."""
+
+    t: Tensor
+    u: Tensor
+    weight: Tensor
+
+
+class TimeSampler(ABC):
+    """Draws training times, one in each of `count` equal strata of their law unless `stratified` is False."""
+
+    def __init__(self, stratified: bool = True) -> None:
+        self.stratified = stratified
+
+    @abstractmethod
+    def quantile(self, sde: SDE, u: Tensor) -> Tensor:
+        """The time below which a share u of the draws falls, float64 of u's shape."""
+
+    def weight(self, sde: SDE, t: Tensor) -> Tensor:
+        """The importance weight of a draw; 1 where the sampler's own law is part of the objective."""
+        return torch.ones_like(t)
+
+    def check(self, sde: SDE) -> None:  # noqa: B027
+        """Refuses, with ValueError, an SDE that this law of times does not suit."""
+
+    def __call__(self, sde: SDE, count: int, generator: torch.Generator) -> Times:
+        """`count` times on the generator's device."""
+        u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+        if self.stratified:
+            u = (torch.arange(count, device=u.device) + u) / count
+        t = self.quantile(sde, u)
+        return Times(t, u, self.weight(sde, t))
+
+
+class UniformTimes(TimeSampler):
+    """t ~ U[t_min, t_max] (stratified: Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix I)."""
+
+    def quantile(self, sde: SDE, u: Tensor) -> Tensor:
+        return sde.t_min + (sde.t_max - sde.t_min) * u
+
+
+class LogNormalTimes(TimeSampler):
+    """ln(sigma / alpha) ~ N(mean, std^2), cut to the SDE's range (Karras et al. 2022, table 1: -1.2 and 1.2).
+
+    Raises ValueError where std is not positive; `check` where less than 1 % of the law lies within the SDE's range.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2, stratified: bool = True) -> None:
+        super().__init__(stratified)
+        if std <= 0:
+            raise ValueError(f"std={std} must be positive: the standard deviation of ln(sigma / alpha)")
+        self.mean, self.std = mean, std
+
+    def quantile(self, sde: SDE, u: Tensor) -> Tensor:
+        low, high = self._range(sde)
+        log_sigma = self.mean + self.std * torch.special.ndtri(low + (high - low) * u)
+        return sde.time_at(-log_sigma).clamp(sde.t_min, sde.t_max)
+
+    def check(self, sde: SDE) -> None:
+        low, high = self._range(sde)
+        if high - low < 0.01:
+            raise ValueError(
+                f"LogNormalTimes(mean={self.mean}, std={self.std}) has {high - low:.1e} of its law within the noise "
+                "levels of the SDE: move the mean of ln(sigma / alpha) into its range"
+            )
+
+    def _range(self, sde: SDE) -> tuple[float, float]:
+        """Shares of the normal law below the least and the greatest noise level."""
+        levels = (-float(sde.half_log_snr(t)) for t in (sde.t_min, sde.t_max))
+        low, high = (math.erfc((self.mean - level) / (self.std * math.sqrt(2))) / 2 for level in levels)
+        return low, high
+
+
+class LadderTimes(TimeSampler):
+    """The indices 0 .. num_steps - 1 of a `DiscreteSDE`, all equally often; `check` refuses every other SDE."""
+
+    def quantile(self, sde: SDE, u: Tensor) -> Tensor:
+        return (u * sde.num_steps).floor()  # type: ignore[attr-defined]
+
+    def check(self, sde: SDE) -> None:
+        if not hasattr(sde, "num_steps"):
+            raise ValueError(f"LadderTimes needs a DiscreteSDE, {type(sde).__name__} has no ladder: use UniformTimes")
+
+
+class ImportanceTimes(TimeSampler):
+    """p(t) proportional to g^2 / sigma^2, with the weights that keep means over U[t_min, t_max] unbiased.
+
+    As g^2 / sigma^2 = -2 d lambda / dt, this is lambda ~ U[lambda(t_max), lambda(t_min)] and p is known in closed form.
+    Under `LikelihoodWeighting` every level then counts as under `SimpleWeighting`, but for one constant.
+    Song et al. 2021, https://arxiv.org/abs/2101.09258, section 5.1.
+    """
+
+    def quantile(self, sde: SDE, u: Tensor) -> Tensor:
+        top, bottom = self._range(sde)
+        return sde.time_at(top + (bottom - top) * u).clamp(sde.t_min, sde.t_max)
+
+    def weight(self, sde: SDE, t: Tensor) -> Tensor:
+        top, bottom = self._range(sde)
+        return 2 * (top - bottom) / (sde.t_max - sde.t_min) * (sde.sigma(t) / sde.diffusion(t)) ** 2
+
+    def _range(self, sde: SDE) -> tuple[float, float]:
+        """lambda at the least and the greatest noise level."""
+        return float(sde.half_log_snr(sde.t_min)), float(sde.half_log_snr(sde.t_max))

@@ -1,0 +1,98 @@
+"""How much each noise level counts in denoising score matching.
+
+A weighting is lambda(t), the weight of the error of the denoiser, |D - x_0|^2. The errors of the views of one prediction
+are proportional, with s = sigma / alpha:
+
+    noise error = D error / s,    score error = D error alpha / sigma^2,    F error = D error / c_out.
+
+So lambda c_out^2 weighs |F - F*|^2, noise error is (alpha c_out / sigma) times F error, and the loss does not depend on
+what the network is asked to output.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from score_sde.sde import SDE
+
+__all__ = [
+    "KarrasWeighting",
+    "LikelihoodWeighting",
+    "MinSNRWeighting",
+    "SigmaWeighting",
+    "SimpleWeighting",
+    "Weighting",
+]
+
+
+class Weighting(ABC):
+    """lambda(t) of lambda |D - x_0|^2, for times of shape (batch,), of that shape."""
+
+    @abstractmethod
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor: ...
+
+
+class SimpleWeighting(Weighting):
+    """|noise error|^2, the same at every level: lambda = alpha^2 / sigma^2 (Ho et al. 2020, eq. 14, "L_simple")."""
+
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor:
+        return (2 * sde.half_log_snr(t)).exp()
+
+
+class SigmaWeighting(Weighting):
+    """sigma^power |score error|^2: lambda = sigma^power alpha^2 / sigma^4 (Song & Ermon 2019, eq. 6, "anneal power").
+
+    With power 2, the published choice, this equals `SimpleWeighting`; the papers differ only in convention (NCSN: one
+    half of the sum over dimensions, DDPM: the mean, as here). Power 0 is the unweighted score error.
+    """
+
+    def __init__(self, power: float = 2.0) -> None:
+        self.power = power
+
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor:
+        return (2 * sde.half_log_snr(t)).exp() * sde.sigma(t) ** (self.power - 2)
+
+
+class LikelihoodWeighting(Weighting):
+    """g^2 |score error|^2: lambda = g^2 alpha^2 / sigma^4 (Song et al. 2021, https://arxiv.org/abs/2101.09258, eq. 7).
+
+    Half the integral of this over t bounds the negative log-likelihood per dimension, up to a constant. Its variance is
+    large under uniform times; `ImportanceTimes` is made for it.
+    """
+
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor:
+        return (2 * sde.half_log_snr(t)).exp() * (sde.diffusion(t) / sde.sigma(t)) ** 2
+
+
+class KarrasWeighting(Weighting):
+    """lambda = (s^2 + sigma_data^2) / (s sigma_data)^2: with the Karras parameterization lambda c_out^2 = 1.
+
+    Karras et al. 2022, https://arxiv.org/abs/2206.00364, section 5. Raises ValueError where sigma_data is not positive.
+    """
+
+    def __init__(self, sigma_data: float = 0.5) -> None:
+        if sigma_data <= 0:
+            raise ValueError(f"sigma_data={sigma_data} must be positive: the RMS of the data")
+        self.sigma_data = sigma_data
+
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor:
+        return (2 * sde.half_log_snr(t)).exp() + self.sigma_data**-2
+
+
+class MinSNRWeighting(Weighting):
+    """lambda = min(alpha^2 / sigma^2, gamma) (Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4).
+
+    Raises ValueError where gamma is not positive.
+    """
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        if gamma <= 0:
+            raise ValueError(
+                f"gamma={gamma} must be positive: the signal-to-noise ratio above which weights are constant"
+            )
+        self.gamma = gamma
+
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor:
+        return (2 * sde.half_log_snr(t)).exp().clamp(max=self.gamma)
