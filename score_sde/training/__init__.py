@@ -4,7 +4,7 @@ from score_sde.training.checkpoint import Checkpoints, write_atomically
 from score_sde.training.ema import EMA, ema_decay
 from score_sde.training.objective import DenoisingScoreMatching
 from score_sde.training.times import ImportanceTimes, LadderTimes, LogNormalTimes, Times, TimeSampler, UniformTimes
-from score_sde.training.trainer import Trainer, TrainingDiverged, TrainingResult
+from score_sde.training.trainer import DivergenceError, Trainer, TrainingResult
 from score_sde.training.weighting import (
     KarrasWeighting,
     LikelihoodWeighting,
@@ -18,6 +18,7 @@ __all__ = [
     "EMA",
     "Checkpoints",
     "DenoisingScoreMatching",
+    "DivergenceError",
     "ImportanceTimes",
     "KarrasWeighting",
     "LadderTimes",
@@ -29,7 +30,6 @@ __all__ = [
     "TimeSampler",
     "Times",
     "Trainer",
-    "TrainingDiverged",
     "TrainingResult",
     "UniformTimes",
     "Weighting",

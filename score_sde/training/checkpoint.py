@@ -2,8 +2,8 @@
 
     checkpoints/step-000001000/   weights.safetensors  ema.safetensors  state.pt
 
-A checkpoint is written under a hidden name, flushed to the disk and renamed: a folder called step-* is complete. Weights
-are safetensors, the state of training is read with `weights_only=True`; neither can execute code.
+A checkpoint is written under a hidden name, flushed to the disk and renamed: a folder called step-* is complete.
+Weights are safetensors, the state of training is read with `weights_only=True`; neither can execute code.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,8 @@ class Window:
         """
         nonfinite, loss, grad_norm, steps, *quartiles = self._sums.tolist()
         seconds = time.perf_counter() - self._started
-        self.__init__(self._sums.device)  # type: ignore[misc]
+        self._sums.zero_()
+        self._started += seconds
         means = {f"loss_q{i + 1}": _ratio(quartiles[i], quartiles[4 + i]) for i in range(4)}
         return {
             "loss": _ratio(loss, steps),
@@ -53,15 +56,18 @@ class Window:
         """Non-finite steps since the last reading."""
         return int(self._sums[0])
 
-    def pause(self, seconds: float) -> None:
-        """Leaves `seconds` of other work out of the rate."""
-        self._started += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what happens inside out of the rate."""
+        began = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - began
 
 
 class MetricsLog:
-    """metrics.jsonl, one object a line, and on demand TensorBoard's event files in the folder `tensorboard`.
+    """metrics.jsonl, one object a line, and where asked for TensorBoard's event files in the folder `tensorboard`.
 
-    Lines beyond `step`, and one that a kill cut short, are removed on opening, so that a resumed run has each step once.
+    Lines beyond `step`, and one that a kill cut short, are removed on opening: a resumed run has each step once.
     """
 
     def __init__(self, directory: Path, step: int, tensorboard: bool = False) -> None:
@@ -80,7 +86,10 @@ class MetricsLog:
             for name, value in row.items():
                 self._board.add_scalar(name, value, row["step"])
 
-    def close(self) -> None:
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()

@@ -2,9 +2,9 @@
 
     theta <- AdamW(theta, clip(grad mean_i L_i)),   rate(n) = learning_rate min(1, (n + 1) / warmup) [cosine decay]
 
-What step n draws (data, times, noise, dropout) is keyed by (seed, n) alone: a run resumed from a checkpoint continues to
-the weights of an uninterrupted one, bit for bit on one CPU type and thread count. Device and precision are Lightning
-Fabric's. Between two lines of metrics.jsonl nothing waits for the device.
+What step n draws (data, times, noise, dropout) is keyed by (seed, n) alone: a run resumed from a checkpoint continues
+to the weights of an uninterrupted one, bit for bit on one CPU type and thread count. Device and precision are
+Lightning Fabric's. Between two lines of metrics.jsonl nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -13,29 +13,27 @@ import importlib.util
 import logging
 import math
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from score_sde.data import Batch, Data, generator, key
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
 from score_sde.training.ema import EMA
+from score_sde.training.interrupt import interrupts
 from score_sde.training.metrics import MetricsLog, Window
 from score_sde.training.objective import DenoisingScoreMatching
-from score_sde.training.times import Times, TimeSampler
+from score_sde.training.times import TimeSampler
 
-__all__ = ["Trainer", "TrainingDiverged", "TrainingResult"]
+__all__ = ["DivergenceError", "Trainer", "TrainingResult"]
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ SampleHook = Callable[[int, LearnedScore, LearnedScore], None]
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
-class TrainingDiverged(RuntimeError):
+class DivergenceError(RuntimeError):
     """More non-finite losses than `max_nonfinite`; the last checkpoint is intact."""
 
 
@@ -66,10 +64,10 @@ class Trainer:
         warmup: steps over which the rate rises linearly.
         schedule: "constant", or "cosine" down to 0 at the last step.
         gradient_clip: greatest norm of the gradient, or None.
-        ema_half_life: half-life of the averaged weights, in images; `ema_ramp` bounds it by that share of the images seen.
+        ema_half_life, ema_ramp: half-life of the averaged weights in images, at most that share of the images seen.
         log_every, checkpoint_every, sample_every: in steps; sample_every = 0 never samples.
         keep_checkpoints: how many of the last checkpoints stay.
-        max_nonfinite: how many steps of a run may have a non-finite loss or gradient. Such a step is skipped and counted.
+        max_nonfinite: how many steps of a run may have a non-finite loss or gradient; they are skipped and counted.
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         precision: "32-true", or "bf16-mixed" (weights stay in float32).
         tensorboard: also write TensorBoard's event files.
@@ -158,42 +156,37 @@ class Trainer:
         Raises:
             ValueError: model, data and times do not fit; the directory has checkpoints and `resume` is False; the
                 checkpoint is of another seed or batch size.
-            TrainingDiverged: more than `max_nonfinite` non-finite steps. No checkpoint is written of that state.
+            DivergenceError: more than `max_nonfinite` non-finite steps. No checkpoint is written of that state.
         """
         self.check(model, data, time_sampler)
-        fabric = Fabric(accelerator=_accelerator(self.device), devices=1, precision=self.precision)  # type: ignore[arg-type]
-        checkpoints = Checkpoints(Path(directory) / "checkpoints", self.keep_checkpoints)
-        run = _Run(self, fabric, model, _Losses(model, objective), seed)
-        if resume and checkpoints.latest() is not None:
+        directory = Path(directory)
+        checkpoints = Checkpoints(directory / "checkpoints", self.keep_checkpoints)
+        run = _Run(self, model, objective, time_sampler, seed)
+        last = checkpoints.latest()
+        if resume and last is not None:
             run.restore(checkpoints)
-        elif checkpoints.latest() is not None:
-            raise ValueError(
-                f"{directory} has checkpoints up to step {checkpoints.latest()}: resume it, or choose a new directory"
-            )
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        metrics = MetricsLog(Path(directory), run.step, self.tensorboard)
+        elif last is not None:
+            raise ValueError(f"{directory} has checkpoints up to step {last}: resume it, or choose a new directory")
+        directory.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=self.steps, initial=run.step, disable=not self.progress, unit="step", dynamic_ncols=True)
-        try:
-            with _signals() as received, _own_global_generator(fabric.device), bar:
-                while run.step < self.steps and not received:
-                    batch = data.batch(run.step, self.batch_size).to(fabric.device)
-                    times = time_sampler(model.sde, self.batch_size, run.generator("times"))
-                    run.advance(batch, times)
-                    bar.update()
-                    if self._due(run.step, self.log_every):
-                        self._report(run, metrics, bar, checkpoints)
-                    started = time.perf_counter()
-                    if self._due(run.step, self.checkpoint_every) or received:
+        with (
+            MetricsLog(directory, run.step, self.tensorboard) as metrics,
+            bar,
+            interrupts() as received,
+            _own_global_generator(run.device),
+        ):
+            while run.step < self.steps and not received:
+                run.advance(data.batch(run.step, self.batch_size))
+                bar.update()
+                if run.step % self.log_every == 0 or run.step == self.steps:
+                    self._report(run, metrics, bar, checkpoints)
+                with run.window.paused():
+                    if run.step % self.checkpoint_every == 0:
                         run.save(checkpoints)
-                    if on_sample is not None and self.sample_every and self._due(run.step, self.sample_every):
+                    if on_sample is not None and self.sample_every and run.step % self.sample_every == 0:
                         run.show(on_sample)
-                    run.window.pause(time.perf_counter() - started)
-        finally:
-            metrics.close()
-        return TrainingResult(run.ema.module, run.step, received[0] if received else None)
-
-    def _due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.steps
+            run.save(checkpoints)
+        return TrainingResult(run.ema.module, run.step, received[0] if run.step < self.steps else None)
 
     def _report(self, run: _Run, metrics: MetricsLog, bar: Any, checkpoints: Checkpoints) -> None:
         row = run.report()
@@ -201,54 +194,58 @@ class Trainer:
         bar.set_postfix_str(f"loss {row['loss']:.4g}, {row['examples_per_second']:.0f} examples/s")
         if row["nonfinite"] > self.max_nonfinite:
             last = checkpoints.latest()
-            raise TrainingDiverged(
-                f"{row['nonfinite']} non-finite losses by step {run.step}, max_nonfinite={self.max_nonfinite} are allowed: "
-                f"lower learning_rate or check the data; the last good checkpoint is {'none' if last is None else checkpoints.path(last)}"
+            raise DivergenceError(
+                f"{row['nonfinite']} non-finite losses by step {run.step}, max_nonfinite={self.max_nonfinite} are "
+                "allowed: lower learning_rate or check the data; the last good checkpoint is "
+                f"{'none' if last is None else checkpoints.path(last)}"
             )
-
-
-class _Losses(nn.Module):
-    """The objective as the forward pass of a module, which Fabric runs in the chosen precision."""
-
-    def __init__(self, model: LearnedScore, objective: DenoisingScoreMatching) -> None:
-        super().__init__()
-        self.model, self.objective = model, objective
-
-    def forward(self, batch: Batch, times: Times, source: torch.Generator) -> Tensor:
-        return self.objective(self.model, batch, times, source)
 
 
 class _Run:
     """What changes while a run goes on: model, averaged model, optimiser, step, and counts since the last report."""
 
-    def __init__(self, trainer: Trainer, fabric: Fabric, model: LearnedScore, losses: _Losses, seed: int) -> None:
-        self.trainer, self.fabric, self.model, self.seed, self.step = trainer, fabric, model, seed, 0
-        self.losses = fabric.setup_module(losses)
-        self.ema = EMA(model, trainer.ema_half_life, trainer.ema_ramp)
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: LearnedScore,
+        objective: DenoisingScoreMatching,
+        time_sampler: TimeSampler,
+        seed: int,
+    ) -> None:
+        accelerator = ("cuda" if torch.cuda.is_available() else "cpu") if trainer.device == "auto" else trainer.device
+        self.fabric = Fabric(accelerator=accelerator, devices=1, precision=trainer.precision)  # type: ignore[arg-type]
+        self.device = self.fabric.device
+        self.trainer, self.objective, self.time_sampler, self.seed, self.step = (
+            trainer,
+            objective,
+            time_sampler,
+            seed,
+            0,
+        )
+        self.model = self.fabric.to_device(model).train()
         self.parameters = list(model.parameters())
-        # The fused step skips itself where `found_inf` is 1, without asking the device.
+        self.ema = EMA(model, trainer.ema_half_life, trainer.ema_ramp)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, betas=tuple(trainer.betas), weight_decay=trainer.weight_decay, fused=True
+            self.parameters, betas=trainer.betas, weight_decay=trainer.weight_decay, fused=True
         )
         self.nonfinite, self.reported = 0, 0
-        self.window = Window(fabric.device)
+        self.window = Window(self.device)
 
-    def generator(self, *words: str) -> torch.Generator:
-        """A generator of this seed and step, on the device."""
-        return generator(self.seed, *words, self.step, device=self.fabric.device)
-
-    def advance(self, batch: Batch, times: Times) -> None:
+    def advance(self, batch: Batch) -> None:
         """One optimiser step."""
+        source = generator(self.seed, "step", self.step, device=self.device)
         torch.manual_seed(key(self.seed, "dropout", self.step))
-        self.losses.train()
-        losses = self.losses(batch, times, self.generator("noise"))
+        times = self.time_sampler(self.model.sde, self.trainer.batch_size, source)
+        with self.fabric.autocast():
+            losses = self.objective(self.model, batch.to(self.device), times, source)
         self.optimizer.zero_grad()
         self.fabric.backward(losses.mean())
         norm = nn.utils.clip_grad_norm_(self.parameters, self.trainer.gradient_clip or math.inf)
         good = torch.isfinite(losses.detach().mean()) & torch.isfinite(norm)
+        # The fused step skips itself where `found_inf` is 1, so that nothing has to wait for the device.
+        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = self.trainer.rate(self.step)
-        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.ema.update(self.model, self.trainer.batch_size, self.step * self.trainer.batch_size)
         self.window.add(losses.detach(), times.u, norm, good)
@@ -256,11 +253,11 @@ class _Run:
 
     def report(self) -> dict[str, Any]:
         """The line of metrics.jsonl for the steps since the last one."""
-        read = self.window.read((self.step - self.reported) * self.trainer.batch_size)
-        if read["nonfinite"]:
-            log.warning("%d non-finite losses up to step %d, steps skipped", read["nonfinite"], self.step)
-        self.nonfinite, self.reported = self.nonfinite + read["nonfinite"], self.step
-        return {"step": self.step, **read, "nonfinite": self.nonfinite, "lr": self.trainer.rate(self.step - 1)}
+        row = self.window.read((self.step - self.reported) * self.trainer.batch_size)
+        if row["nonfinite"]:
+            log.warning("%d non-finite losses up to step %d: steps skipped", row["nonfinite"], self.step)
+        self.nonfinite, self.reported = self.nonfinite + row["nonfinite"], self.step
+        return {"step": self.step, **row, "nonfinite": self.nonfinite, "lr": self.trainer.rate(self.step - 1)}
 
     def save(self, checkpoints: Checkpoints) -> None:
         state = {
@@ -277,7 +274,7 @@ class _Run:
         for name, given in (("seed", self.seed), ("batch_size", self.trainer.batch_size)):
             if state[name] != given:
                 raise ValueError(
-                    f"{name}={given}, but the checkpoint has {name}={state[name]}: what a step draws follows from it; resume with that value"
+                    f"{name}={given}, but the run was started with {state[name]}: resume it with that value"
                 )
         self.model.load_state_dict(checkpoints.weights(ema=False))
         self.ema.module.load_state_dict(checkpoints.weights(ema=True))
@@ -286,34 +283,11 @@ class _Run:
         self.nonfinite = state["nonfinite"]
 
     def show(self, on_sample: SampleHook) -> None:
+        """Calls the hook with both models in evaluation mode."""
         self.model.eval()
         with torch.no_grad():
             on_sample(self.step, self.model, self.ema.module)
-
-
-@contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGTERM and SIGINT in a list; after the first of them a second has its usual effect."""
-    received: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may handle signals
-        return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-        restore()
-
-    for number in usual:
-        signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        restore()
+        self.model.train()
 
 
 @contextmanager
@@ -321,10 +295,6 @@ def _own_global_generator(device: torch.device) -> Iterator[None]:
     """Dropout draws from torch's global generator, which each step seeds: the caller's is restored afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-
-
-def _accelerator(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:

@@ -5,8 +5,8 @@ are proportional, with s = sigma / alpha:
 
     noise error = D error / s,    score error = D error alpha / sigma^2,    F error = D error / c_out.
 
-So lambda c_out^2 weighs |F - F*|^2, noise error is (alpha c_out / sigma) times F error, and the loss does not depend on
-what the network is asked to output.
+So lambda c_out^2 weighs |F - F*|^2, the noise error is (alpha c_out / sigma) times the F error, and the loss does not
+depend on what the network is asked to output.
 """
 
 from __future__ import annotations
