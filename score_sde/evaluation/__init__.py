@@ -1,0 +1,40 @@
+"""Metrics with their noise floors, a classifier's view of digits, and the comparison of samplers."""
+
+from score_sde.evaluation.comparison import compare
+from score_sde.evaluation.features import DigitClassifier, digit_report
+from score_sde.evaluation.metrics import (
+    METRICS,
+    MODE_METRICS,
+    Yardstick,
+    energy_distance,
+    frechet_distance,
+    mmd,
+    mode_spread,
+    mode_spread_error,
+    mode_weight_error,
+    mode_weights,
+    noise_floor,
+    score,
+    sliced_w2,
+    w2,
+)
+
+__all__ = [
+    "METRICS",
+    "MODE_METRICS",
+    "DigitClassifier",
+    "Yardstick",
+    "compare",
+    "digit_report",
+    "energy_distance",
+    "frechet_distance",
+    "mmd",
+    "mode_spread",
+    "mode_spread_error",
+    "mode_weight_error",
+    "mode_weights",
+    "noise_floor",
+    "sliced_w2",
+    "score",
+    "w2",
+]

@@ -1,0 +1,540 @@
+"""Pictures of densities, score fields, trajectories, images and comparisons.
+
+A function that draws takes matplotlib axes and returns the artists it made; a function that composes returns a Figure.
+Figures are objects, never pyplot's current one, so that drawing works without a display and in any thread. Panels that are
+to be compared share their limits and their colour scale, and limits leave out the farthest samples rather than let one
+outlier set the scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import colormaps
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import ListedColormap, PowerNorm
+from matplotlib.contour import QuadContourSet
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.quiver import Quiver
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from torch import Tensor
+
+from score_sde.score import ExactScore, ScoreModel
+from score_sde.sde import SDE
+from score_sde.targets import Target
+
+Limits = tuple[float, float, float, float]
+"""Left, right, bottom and top of a panel."""
+
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's line colours, told apart by the colour-blind."""
+
+MARKERS = "os^Dv<P"
+INK, RULE = "#2b2f36", "#8a929c"
+DENSITY = colormaps["magma"]
+LOG_DENSITY = ListedColormap(DENSITY(np.linspace(0.0, 0.72, 256)))  # dark enough for white arrows everywhere
+TIME = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.92, 256)))  # dark enough for a white page
+NATS = 12.0
+"""Depth of a log-density's colour scale below its maximum."""
+
+
+# --- canvas -----------------------------------------------------------------------------------------------------------
+
+
+def panels(columns: int, rows: int = 1, *, width: float = 3.0, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+    """A figure of rows x columns panels, each of the given size in inches, and its axes as an array (rows, columns)."""
+    figure = Figure(figsize=(columns * width, rows * height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def limits_of(x: Target | Tensor, *, coverage: float = 0.995, margin: float = 0.15) -> Limits:
+    """A square that holds the share `coverage` of the points along each axis, with a margin around it.
+
+    Args:
+        x: points (..., 2), or a target from which points are drawn.
+        coverage: share of the points between the quantiles of each axis.
+        margin: blank border, in units of half the square's side.
+    """
+    points = _points(x)
+    tail = torch.tensor([(1 - coverage) / 2, (1 + coverage) / 2], dtype=points.dtype)
+    low, high = torch.quantile(points[:: max(1, len(points) // 100_000)], tail, dim=0)
+    centre, half = (low + high) / 2, max(float((high - low).max()) / 2, 1e-6) * (1 + margin)
+    return tuple((centre[i] + sign * half).item() for i in (0, 1) for sign in (-1, 1))  # type: ignore[return-value]
+
+
+# --- planes -----------------------------------------------------------------------------------------------------------
+
+
+def density(
+    ax: Axes, x: Target | Tensor, *, limits: Limits | None = None, resolution: int = 200, peak: float | None = None
+) -> AxesImage:
+    """The density of a two-dimensional target, or the histogram of samples as a density, as an image.
+
+    Colour follows the square root of the density, so that light modes, and samples between the modes, are seen.
+
+    Args:
+        ax: where to draw.
+        x: a target, or samples (n, 2). Samples outside the limits count in the normalisation.
+        limits: the part of the plane shown; by default nearly all of it.
+        resolution: pixels a side for a target; samples get half as many bins.
+        peak: the density that has the brightest colour; the maximum by default.
+    """
+    limits = limits or limits_of(x)
+    if isinstance(x, Tensor):
+        values = _histogram(_points(x), limits, resolution // 2)
+    else:
+        values = _log_density(x, limits, resolution).exp().numpy()
+    peak = peak or float(values.max()) or 1.0
+    _plane(ax, limits)
+    norm = PowerNorm(0.5, vmin=0, vmax=peak, clip=True)
+    return ax.imshow(values, extent=limits, origin="lower", cmap=DENSITY, norm=norm, interpolation="nearest")
+
+
+def samples(
+    ax: Axes, x: Tensor, *, limits: Limits | None = None, color: Any = LINES[0], size: float | None = None
+) -> PathCollection:
+    """Samples (n, 2) as dots, smaller and fainter the more there are."""
+    points = _points(x)
+    size = size or min(20.0, max(0.5, 8000 / len(points)))
+    alpha = min(0.8, max(0.15, 20 / len(points) ** 0.5))
+    _plane(ax, limits or limits_of(x))
+    return ax.scatter(*points.T.numpy(), s=size, color=color, alpha=alpha, linewidths=0, rasterized=True)
+
+
+def contours(ax: Axes, target: Target, *, limits: Limits | None = None, resolution: int = 200) -> QuadContourSet:
+    """Contours of a target's density one and three nats below its maximum."""
+    limits = limits or limits_of(target)
+    log_density = _log_density(target, limits, resolution)
+    levels = [float(log_density.max()) - 3, float(log_density.max()) - 1]
+    _plane(ax, limits)
+    x, y = (axis.numpy() for axis in _cell_centres(limits, resolution))
+    return ax.contour(x, y, log_density.clamp_min(levels[0] - NATS).numpy(), levels, colors="#9aa3ad", linewidths=0.6)
+
+
+def score_field(
+    ax: Axes,
+    model: ScoreModel,
+    t: float,
+    *,
+    target: Target | None = None,
+    limits: Limits | None = None,
+    arrows: int = 19,
+    unit: float | None = None,
+) -> tuple[AxesImage | None, Quiver]:
+    """The score at time t as arrows, over the log-density of the marginal where the law of the data is known.
+
+    An arrow as long as half its cell stands for |score| = `unit`; longer scores saturate, |s| / (|s| + unit) of a cell, so
+    that both the gentle slopes inside the modes and the steep ones outside them can be seen.
+
+    Args:
+        ax: where to draw.
+        model: of two-dimensional data.
+        t: a time of the model's SDE.
+        target: the law of clean data; that of an `ExactScore` is known.
+        limits: the part of the plane shown; needed when the target is not known.
+        arrows: arrows a side.
+        unit: |score| of a half-cell arrow; by default that which a quarter of the plane stays below.
+
+    Raises:
+        ValueError: neither a target nor limits are known.
+    """
+    law = _marginal(model, t, target)
+    if law is None and limits is None:
+        raise ValueError("score_field needs limits or a target: the model does not know the law of its data")
+    limits = limits or limits_of(law)  # type: ignore[arg-type]
+    image = None
+    if law is not None:
+        values = _log_density(law, limits, 200)
+        peak = float(values.max())
+        image = ax.imshow(values.numpy(), extent=limits, origin="lower", cmap=LOG_DENSITY, vmin=peak - NATS, vmax=peak,
+                          interpolation="bilinear")  # fmt: skip
+    points = _lattice(*_cell_centres(limits, arrows))
+    score = _score(model, points, t)
+    unit = unit or _unit(score)
+    cell = (limits[1] - limits[0]) / arrows
+    arrow = cell * score / (score.norm(dim=1, keepdim=True) + unit)
+    _plane(ax, limits)
+    quiver = ax.quiver(*points.T.numpy(), *arrow.T.numpy(), color="white" if image else INK, angles="xy", pivot="middle",
+                       scale_units="xy", scale=1, width=0.005, headwidth=3.5, headlength=4, headaxislength=3.5)  # fmt: skip
+    return image, quiver
+
+
+def trajectories(
+    ax: Axes, trajectory: Tensor, *, limits: Limits | None = None, count: int = 40
+) -> tuple[LineCollection, PathCollection, PathCollection]:
+    """Paths of samples through the plane, coloured from the start of sampling to its end, with start and end points.
+
+    Args:
+        ax: where to draw.
+        trajectory: states (steps, batch, 2) in the order of sampling.
+        limits: the part of the plane shown; by default that of all states.
+        count: how many of the batch are drawn, the first ones.
+
+    Returns:
+        The paths, the start points (hollow) and the end points (filled).
+    """
+    paths = _trajectory(trajectory)[:, :count]
+    segments = torch.stack([paths[:-1], paths[1:]], dim=2)
+    progress = torch.linspace(0, 1, len(segments)).repeat_interleave(paths.shape[1])
+    _plane(ax, limits or limits_of(paths))
+    lines = LineCollection(list(segments.flatten(0, 1).numpy()), array=progress.numpy(), cmap=TIME, linewidths=0.7,
+                           alpha=0.7, capstyle="round")  # fmt: skip
+    ax.add_collection(lines, autolim=False)
+    starts = ax.scatter(*paths[0].T.numpy(), s=9, facecolors="white", edgecolors=[TIME(0.0)], linewidths=0.7, zorder=3)
+    ends = ax.scatter(*paths[-1].T.numpy(), s=9, color=LINES[1], linewidths=0, zorder=4)
+    return lines, starts, ends
+
+
+# --- images and curves ------------------------------------------------------------------------------------------------
+
+
+def image_grid(ax: Axes, images: Tensor, *, columns: int | None = None) -> AxesImage:
+    """Images (n, 1 or 3, height, width) in [-1, 1] as one mosaic, row by row; values beyond are clipped.
+
+    Raises:
+        ValueError: the shape is another.
+    """
+    mosaic = _mosaic(images, columns)
+    ax.set_axis_off()
+    ax.set_aspect("equal")
+    return ax.imshow(mosaic, interpolation="nearest")
+
+
+def loss_curves(
+    ax: Axes, metrics: pd.DataFrame, *, columns: Sequence[str] | None = None, halflife: float = 0.01
+) -> list[Line2D]:
+    """Losses against training steps: each smoothed, over its raw values.
+
+    Args:
+        ax: where to draw.
+        metrics: a `step` column and those to be drawn, as in a run's `metrics.jsonl`. Rows without a value are left out.
+        columns: which to draw; by default all whose name starts with "loss".
+        halflife: of the exponential smoothing, as a fraction of the whole curve.
+
+    Returns:
+        The smoothed lines, one a column.
+    """
+    names = list(columns) if columns else [name for name in metrics if str(name).startswith("loss")]
+    lines = []
+    for name, colour in zip(names, [INK, *TIME(np.linspace(0, 1, max(1, len(names) - 1)))], strict=False):
+        curve = metrics[["step", name]].dropna()
+        smooth = curve[name].ewm(halflife=max(1.0, halflife * len(curve))).mean()
+        ax.plot(curve["step"], curve[name], color=colour, alpha=0.18, linewidth=0.6)
+        lines += ax.plot(curve["step"], smooth, color=colour, linewidth=1.6, label=str(name).replace("_", " "))
+    if (metrics[names] > 0).any(axis=None):
+        _log_axis(ax, "y")
+    _curves(ax, "training step", "loss")
+    return lines
+
+
+def quality_against_nfe(ax: Axes, table: pd.DataFrame, *, metric: str | None = None) -> list[Line2D]:
+    """A metric against network calls, a line for each sampler, and the noise floor.
+
+    Lines are means over seeds and bands their ranges; a cross on the upper edge marks a run that failed.
+
+    Args:
+        ax: where to draw.
+        table: as `score_sde.evaluation.compare` returns it.
+        metric: which of the table's; its first by default.
+
+    Returns:
+        One line a sampler, in the table's order.
+    """
+    metric = metric or str(table["metric"].iloc[0])
+    table = table[table["metric"] == metric]
+    lines = []
+    for i, (name, runs) in enumerate(table.groupby("sampler", sort=False)):
+        colour, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
+        failed = runs[runs["value"].isna()]
+        seeds = runs.dropna(subset="value").groupby("budget").agg({"nfe": "mean", "value": ["mean", "min", "max"]})
+        seeds = seeds.sort_values(("nfe", "mean"))
+        nfe, value = seeds["nfe", "mean"], seeds["value"]
+        ax.fill_between(nfe, value["min"], value["max"], color=colour, alpha=0.15, linewidth=0)
+        lines += ax.plot(nfe, value["mean"], color=colour, marker=marker, markersize=4, linewidth=1.5, label=str(name))
+        ax.plot(failed["nfe"].fillna(failed["budget"]), np.full(len(failed), 0.98), "x", color=colour, markersize=6,
+                transform=ax.get_xaxis_transform())  # fmt: skip
+    ax.axhline(table["floor"].mean(), color=INK, linestyle="--", linewidth=1, label="noise floor")
+    _log_axis(ax, "x")
+    _log_axis(ax, "y")
+    _curves(ax, "network calls (NFE)", METRIC_NAMES.get(metric, metric))
+    return lines
+
+
+METRIC_NAMES = {
+    "sliced_w2": "sliced $W_2$",
+    "w2": "$W_2$",
+    "energy": "energy distance",
+    "mmd": "MMD",
+    "mode_weights": "mode weights, total variation",
+    "mode_spread": "mode spread, relative error",
+}
+
+
+# --- composed figures -------------------------------------------------------------------------------------------------
+
+
+def density_comparison(
+    target: Target | Tensor, samplers: Mapping[str, Tensor], *, limits: Limits | None = None
+) -> Figure:
+    """The density of the data beside the samples of several samplers, in one scale.
+
+    Args:
+        target: the law of the data, or data (n, 2).
+        samplers: name -> samples (n, 2).
+        limits: the part of the plane shown; by default the data's.
+    """
+    limits = limits or limits_of(target)
+    figure, axes = panels(1 + len(samplers))
+    peak = float(density(axes[0, 0], target, limits=limits).get_clim()[1])
+    axes[0, 0].set_title("data")
+    for ax, (name, x) in zip(axes[0, 1:], samplers.items(), strict=True):
+        density(ax, x, limits=limits, peak=peak)
+        ax.set_title(name)
+    _share_planes(axes)
+    return figure
+
+
+def score_field_comparison(learned: ScoreModel, exact: ExactScore, times: Sequence[float], *, arrows: int = 19) -> Figure:
+    """The learned score over the exact one, a column for each time, in one scale of arrows.
+
+    Under each column stands the relative error sqrt(E|s - s*|^2 / E|s*|^2) over the exact marginal at that time.
+    """
+    figure, axes = panels(len(times), 2)
+    for (above, below), t in zip(axes.T, times, strict=True):
+        law = _marginal(exact, t, None)
+        limits = limits_of(law)
+        unit = _unit(_score(exact, _lattice(*_cell_centres(limits, arrows)), t))
+        for ax, model in ((above, learned), (below, exact)):
+            score_field(ax, model, t, target=exact.target, limits=limits, arrows=arrows, unit=unit)
+        points = _points(law)
+        s, s_exact = _score(learned, points, t), _score(exact, points, t)
+        error = ((s - s_exact).square().sum() / s_exact.square().sum()).sqrt().item()
+        above.tick_params(labelbottom=False)
+        above.set_title(f"{_level(exact.sde, t)}\nrelative error {100 * error:.2g} %")
+    axes[0, 0].set_ylabel("learned")
+    axes[1, 0].set_ylabel("exact")
+    return figure
+
+
+def trajectory_comparison(
+    samplers: Mapping[str, Tensor], *, target: Target | None = None, limits: Limits | None = None, count: int = 40
+) -> Figure:
+    """Trajectories (steps, batch, 2) of several samplers side by side, over the contours of the data's density.
+
+    Given the same starting points, they show what the noise of an SDE adds to the flow of the ODE. States spread wider
+    than the final samples, as those of variance-exploding processes are, are shrunk to the spread of these.
+    """
+    samplers = {name: _shrunk(_trajectory(paths)) for name, paths in samplers.items()}
+    limits = limits or limits_of(torch.cat([paths[:, :count].flatten(0, 1) for paths in samplers.values()]))
+    figure, axes = panels(len(samplers), width=4, height=4)
+    for ax, (name, paths) in zip(axes[0], samplers.items(), strict=True):
+        if target is not None:
+            contours(ax, target, limits=limits)
+        lines, starts, ends = trajectories(ax, paths, limits=limits, count=count)
+        ax.set_title(name)
+    axes[0, 0].legend([starts, ends], ["noise", "sample"], loc="upper left", frameon=False, handletextpad=0.1, fontsize=8)
+    _share_planes(axes)
+    return figure
+
+
+def animation(
+    trajectory: Tensor,
+    path: str | Path,
+    *,
+    levels: Sequence[str] | None = None,
+    frames: int = 50,
+    fps: int = 20,
+    hold: float = 1.0,
+) -> Path:
+    """Noise becoming data, as a GIF.
+
+    Args:
+        trajectory: states (steps, batch, 2), or images (steps, batch, channels, height, width) in [-1, 1] at the end.
+        path: of the file to write.
+        levels: a caption for each state.
+        frames: at most so many states are shown, evenly chosen; the last always is.
+        fps: frames a second.
+        hold: seconds for which the last state stays.
+    """
+    chosen = torch.linspace(0, len(trajectory) - 1, min(frames, len(trajectory))).round().long().tolist()
+    states = trajectory[chosen].detach().float().cpu()
+    figure, axes = panels(1, width=3.6, height=3.8)
+    figure.set_layout_engine("none")  # which would move the axes whenever a tick label grows
+    ax = axes[0, 0]
+    ax.set_position((0.13, 0.07, 0.84, 0.84))
+    draw = _image_frames(ax, states) if states.ndim == 5 else _point_frames(ax, states)
+    caption = ax.set_title(" ", fontsize=10, color=INK)
+
+    def update(frame: int) -> list[Any]:
+        index = min(frame, len(states) - 1)
+        caption.set_text(levels[chosen[index]] if levels else f"step {chosen[index]} of {len(trajectory) - 1}")
+        return [draw(index), caption]
+
+    total = len(states) + round(hold * fps)
+    FuncAnimation(figure, update, frames=total, blit=False).save(path, writer=PillowWriter(fps=fps), dpi=110)
+    return Path(path)
+
+
+def _point_frames(ax: Axes, states: Tensor) -> Any:
+    """Draws state i into the axes; a view wider than the last state's shrinks with the cloud, without going back."""
+    dots = samples(ax, states[-1])
+    frame = torch.tensor(limits_of(states[-1]))
+    centre = frame.unflatten(0, (2, 2)).mean(dim=1, keepdim=True)
+    size = torch.tensor([right - left for left, right, _, _ in map(limits_of, states)])
+    zoom = (size / size[-1]).cummin(dim=0).values.clamp_min(1)
+
+    def draw(index: int) -> PathCollection:
+        dots.set_offsets(states[index].numpy())
+        view = centre + zoom[index] * (frame.unflatten(0, (2, 2)) - centre)
+        _plane(ax, tuple(view.flatten().tolist()))  # type: ignore[arg-type]
+        return dots
+
+    return draw
+
+
+def _image_frames(ax: Axes, states: Tensor) -> Any:
+    image = image_grid(ax, states[-1])
+
+    def draw(index: int) -> AxesImage:
+        state = states[index]
+        image.set_data(_mosaic(state / state.abs().amax().clamp_min(1), None))
+        return image
+
+    return draw
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _points(x: Target | Tensor) -> Tensor:
+    """Finite points (n, 2) on the CPU: those given, or 4,096 draws of a target."""
+    if not isinstance(x, Tensor):
+        x = x.sample((4096,), generator=torch.Generator().manual_seed(0))
+    if x.shape[-1] != 2 or x.ndim < 2:
+        raise ValueError(f"plane plots take points of shape (..., 2), got {tuple(x.shape)}")
+    x = x.detach().float().cpu().reshape(-1, 2)
+    x = x[x.isfinite().all(dim=1)]
+    if len(x) == 0:
+        raise ValueError("none of the points is finite")
+    return x
+
+
+def _trajectory(trajectory: Tensor) -> Tensor:
+    if trajectory.ndim != 3 or trajectory.shape[-1] != 2 or len(trajectory) < 2:
+        raise ValueError(f"a trajectory has shape (steps, batch, 2) with at least 2 steps, got {tuple(trajectory.shape)}")
+    return trajectory.detach().float().cpu()
+
+
+def _shrunk(paths: Tensor) -> Tensor:
+    """Each state scaled about the origin so that its root mean square does not exceed that of the last."""
+    size = paths.square().mean(dim=(1, 2), keepdim=True).sqrt()
+    return paths * (size[-1] / size).clamp_max(1)
+
+
+def _cell_centres(limits: Limits, cells: int) -> tuple[Tensor, Tensor]:
+    """Centres along x and y of a square lattice of cells that fills the limits."""
+    middle = (torch.arange(cells) + 0.5) / cells
+    left, right, bottom, top = limits
+    return left + (right - left) * middle, bottom + (top - bottom) * middle
+
+
+def _lattice(x: Tensor, y: Tensor) -> Tensor:
+    """All points (x_j, y_i), row after row of an image: (len(y) len(x), 2)."""
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
+
+
+def _log_density(target: Target, limits: Limits, resolution: int) -> Tensor:
+    points = _lattice(*_cell_centres(limits, resolution))
+    return target.log_prob(points).reshape(resolution, resolution)
+
+
+def _histogram(points: Tensor, limits: Limits, bins: int) -> np.ndarray:
+    left, right, bottom, top = limits
+    counts, _, _ = np.histogram2d(*points.T.numpy(), bins=bins, range=[[left, right], [bottom, top]])
+    area = (right - left) * (top - bottom) / bins**2
+    return counts.T / (len(points) * area)
+
+
+def _marginal(model: ScoreModel, t: float, target: Target | None) -> Any:
+    """The law of x_t where that of x_0 is known, else None."""
+    target = target or getattr(model, "target", None)
+    return None if target is None else target.marginal(float(model.sde.alpha(t)), float(model.sde.sigma(t)))
+
+
+@torch.no_grad()
+def _score(model: ScoreModel, points: Tensor, t: float) -> Tensor:
+    weight = next(model.parameters(), points) if isinstance(model, torch.nn.Module) else points
+    return model(points.to(weight), t).score.float().cpu()
+
+
+def _unit(score: Tensor) -> float:
+    return score.norm(dim=1).quantile(0.25).clamp_min(1e-12).item()
+
+
+def _level(sde: SDE, t: float) -> str:
+    return f"$t$ = {t:.3g},  $\\sigma$ = {float(sde.sigma(t)):.2g}"
+
+
+def _mosaic(images: Tensor, columns: int | None) -> np.ndarray:
+    """RGBA mosaic with transparent gaps of a pixel."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images have shape (n, 1 or 3, height, width), got {tuple(images.shape)}")
+    count, _, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    colour = ((images.detach().float().cpu() + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)
+    tiles = torch.zeros(rows * columns, 4, height + 1, width + 1)
+    tiles[:count, :3, :-1, :-1], tiles[:count, 3, :-1, :-1] = colour, 1
+    mosaic = tiles.reshape(rows, columns, 4, height + 1, width + 1).permute(0, 3, 1, 4, 2)
+    return mosaic.reshape(rows * (height + 1), columns * (width + 1), 4)[:-1, :-1].numpy()
+
+
+def _plane(ax: Axes, limits: Limits) -> None:
+    left, right, bottom, top = limits
+    ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+    _frame(ax)
+
+
+def _share_planes(axes: np.ndarray) -> None:
+    for ax in axes.flat:
+        ax.label_outer()
+
+
+def _curves(ax: Axes, x: str, y: str) -> None:
+    ax.set(xlabel=x, ylabel=y)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, which="major", color="#e3e6ea", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.legend(frameon=False, fontsize=8)
+    _frame(ax)
+
+
+def _log_axis(ax: Axes, name: Literal["x", "y"]) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    ax.set(**{f"{name}scale": "log"})
+    axis = ax.xaxis if name == "x" else ax.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def _frame(ax: Axes) -> None:
+    ax.tick_params(labelsize=8, color=RULE, labelcolor=INK, width=0.6, length=3)
+    for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+        text.set(fontsize=10, color=INK)
+    for spine in ax.spines.values():
+        spine.set(linewidth=0.6, color=RULE)
