@@ -81,8 +81,11 @@ def image_folder(
 
 def _square(path: Path, size: int, channels: int) -> np.ndarray:
     """The central square of an image as uint8 (channels, size, size)."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with Image.open(path) as image:
-        square = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(square, dtype=np.uint8).reshape(size, size, channels).transpose(2, 0, 1)
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        square = image.convert("L" if channels == 1 else "RGB").crop((left, top, left + side, top + side))
+    resized = square.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(resized, dtype=np.uint8).reshape(size, size, channels).transpose(2, 0, 1)

@@ -114,8 +114,9 @@ def _checked_scale(x: Tensor, dequantize: bool | None, levels: int) -> bool | No
             f"x is {x.dtype}, which has no density: say dequantize=True (adds uniform noise, scales to [-1, 1]) or "
             "dequantize=False (only scales), or give floats in the scale of the model"
         )
-    if x.min() < 0 or x.max() >= levels:
-        raise ValueError(f"x holds integers {x.min()}..{x.max()}, levels={levels} allows 0..{levels - 1}: set levels")
+    low, high = int(x.min()), int(x.max())
+    if low < 0 or high >= levels:
+        raise ValueError(f"x holds integers {low}..{high}, levels={levels} allows 0..{levels - 1}: set levels")
     return dequantize
 
 

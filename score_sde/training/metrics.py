@@ -27,7 +27,7 @@ class Window:
 
     def add(self, losses: Tensor, u: Tensor, grad_norm: Tensor, good: Tensor) -> None:
         """Losses (batch,) at the noise quantiles u (batch,); a step that is not `good` only counts as non-finite."""
-        quartile = torch.nn.functional.one_hot((4 * u).long().clamp(0, 3), 4).double()
+        quartile = ((4 * u).long()[:, None] == torch.arange(4, device=u.device)).double()
         total = torch.stack([losses.mean(), grad_norm]).double()
         sums = torch.cat([total, torch.ones_like(total[:1]), losses.double() @ quartile, quartile.sum(0)])
         self._sums[0] += ~good

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -126,7 +125,7 @@ class Trainer:
         time_sampler.check(model.sde)
         if tuple(data.event_shape) != model.event_shape:
             raise ValueError(
-                f"the data have event shape {tuple(data.event_shape)}, the model {model.event_shape}: they must be equal"
+                f"the data have event shape {tuple(data.event_shape)}, the model {model.event_shape}: make them equal"
             )
         known = getattr(model.network, "num_classes", data.num_classes) if "label" in model.condition_names else None
         if data.num_classes is not None and (known is None or known < data.num_classes):
@@ -212,6 +211,8 @@ class _Run:
         time_sampler: TimeSampler,
         seed: int,
     ) -> None:
+        from lightning_fabric import Fabric  # half a second, which importing score_sde shall not cost
+
         accelerator = ("cuda" if torch.cuda.is_available() else "cpu") if trainer.device == "auto" else trainer.device
         self.fabric = Fabric(accelerator=accelerator, devices=1, precision=trainer.precision)  # type: ignore[arg-type]
         self.device = self.fabric.device
@@ -222,7 +223,8 @@ class _Run:
             seed,
             0,
         )
-        self.model = self.fabric.to_device(model).train()
+        self.model = model.train()
+        self.fabric.to_device(model)
         self.parameters = list(model.parameters())
         self.ema = EMA(model, trainer.ema_half_life, trainer.ema_ramp)
         self.optimizer = torch.optim.AdamW(

@@ -1,9 +1,9 @@
 """How much each noise level counts in denoising score matching.
 
-A weighting is lambda(t), the weight of the error of the denoiser, |D - x_0|^2. The errors of the views of one prediction
-are proportional, with s = sigma / alpha:
+A weighting is lambda(t), the weight of the denoiser's error |D - x_0|^2. The errors of the views of one prediction
+are proportional:
 
-    noise error = D error / s,    score error = D error alpha / sigma^2,    F error = D error / c_out.
+    noise error = (alpha / sigma) D error,    score error = (alpha / sigma^2) D error,    F error = D error / c_out.
 
 So lambda c_out^2 weighs |F - F*|^2, the noise error is (alpha c_out / sigma) times the F error, and the loss does not
 depend on what the network is asked to output.

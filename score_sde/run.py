@@ -1,0 +1,200 @@
+"""A run directory: what training leaves behind and all that sampling, evaluation and a notebook need.
+
+    config.yaml  checkpoints/step-XXXXXXXXX/  metrics.jsonl  samples/  figures/  result.json
+
+Nothing read from it executes code: weights are safetensors, and a `_target_` of config.yaml is called only where it is
+a class or function of the rooms in ROOMS, a module class of torch.nn, or lies in a module that the caller trusts by
+name. Only this module and the scripts know Hydra.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from score_sde.data import Data, key
+from score_sde.score import LearnedScore
+from score_sde.training import Checkpoints, write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from omegaconf import DictConfig
+
+__all__ = ["Run", "build_model", "instantiate"]
+
+# Where a `_target_` of a run directory may be defined: what only builds things, and touches no file but to read data.
+ROOMS = (
+    "score_sde.sde",
+    "score_sde.parameterization",
+    "score_sde.networks",
+    "score_sde.targets",
+    "score_sde.data",
+    "score_sde.grid",
+    "score_sde.steps",
+    "score_sde.sampler",
+    "score_sde.ode",
+    "score_sde.guidance",
+    "score_sde.training.objective",
+    "score_sde.training.times",
+    "score_sde.training.trainer",
+    "score_sde.training.weighting",
+)
+
+
+class Run:
+    """A run directory, made by `Run.create` and read by `Run.open`.
+
+    Attributes:
+        path: the directory; `samples` and `figures` are folders in it, made when first asked for.
+        config: the resolved configuration.
+        checkpoints: its `Checkpoints`.
+    """
+
+    def __init__(self, path: str | Path, trust: Sequence[str] = ()) -> None:
+        self.path, self.trust = Path(path), tuple(trust)
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+
+    @classmethod
+    def create(cls, path: str | Path, config: DictConfig | Mapping[str, Any], trust: Sequence[str] = ()) -> Run:
+        """Writes `config`, resolved, as the config.yaml of a directory. Raises OmegaConf's error where it has holes."""
+        from omegaconf import OmegaConf
+
+        tree = config if OmegaConf.is_config(config) else OmegaConf.create(dict(config))
+        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        run = cls(path, trust)
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, trust: Sequence[str] = ()) -> Run:
+        """The run in a directory.
+
+        `trust` names modules of the user's own whose classes config.yaml may name, e.g. ("my_sde",).
+        Raises FileNotFoundError where the directory or its config.yaml does not exist.
+        """
+        run = cls(path, trust)
+        if not (run.path / "config.yaml").is_file():
+            missing = "has no config.yaml" if run.path.is_dir() else "does not exist"
+            raise FileNotFoundError(
+                f"{run.path} {missing}, so it is no run: give the folder that scripts/train.py wrote"
+            )
+        return run
+
+    @cached_property
+    def config(self) -> DictConfig:
+        from omegaconf import DictConfig, OmegaConf
+
+        config = OmegaConf.load(self.path / "config.yaml")
+        if not isinstance(config, DictConfig):
+            raise ValueError(f"{self.path / 'config.yaml'} holds no mapping: restore it from the run's .hydra folder")
+        return config
+
+    def model(self, ema: bool = True, step: int | None = None) -> LearnedScore:
+        """The trained model on the CPU, in evaluation mode: averaged weights of the latest checkpoint by default.
+
+        Raises FileNotFoundError where there is no such checkpoint, ValueError for a `_target_` that is not trusted.
+        """
+        weights = self.checkpoints.weights(step, ema=ema)
+        model = build_model(self.config, self.trust)
+        model.load_state_dict(weights)
+        return model.eval().requires_grad_(False)
+
+    def data(self) -> Data:
+        """The data the run trains on."""
+        return instantiate(self.config.data, self.trust)
+
+    def metrics(self) -> pd.DataFrame:
+        """metrics.jsonl as a table, one row a line; empty before the first line."""
+        import pandas as pd
+
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return pd.DataFrame([json.loads(line) for line in lines if line.endswith("\n")])
+
+    def save_result(self, result: Mapping[str, Any]) -> None:
+        """Writes the run's final numbers to result.json, in one instant."""
+        write_atomically(self.path / "result.json", json.dumps(dict(result), indent=2) + "\n")
+
+    @property
+    def samples(self) -> Path:
+        return self._folder("samples")
+
+    @property
+    def figures(self) -> Path:
+        return self._folder("figures")
+
+    def _folder(self, name: str) -> Path:
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, step={self.checkpoints.latest()})"
+
+
+def build_model(config: DictConfig | Mapping[str, Any], trust: Sequence[str] = ()) -> LearnedScore:
+    """The untrained model of a configuration with `sde`, `parameterization`, `network`, `event_shape` and `seed`.
+
+    Its first weights follow from `seed` alone; torch's global generator is left as it was.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(key(config["seed"], "network"))
+        network = instantiate(config["network"], trust)
+    sde, parameterization = instantiate(config["sde"], trust), instantiate(config["parameterization"], trust)
+    return LearnedScore(network, sde, parameterization, config["event_shape"])
+
+
+def instantiate(node: Any, trust: Sequence[str] = ()) -> Any:
+    """`hydra.utils.instantiate`, once every `_target_` within the node is found to be trusted.
+
+    Raises ValueError for a `_target_` that is neither of ROOMS, nor of torch.nn, nor of the modules in `trust`.
+    """
+    import hydra
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    for target in _targets(container):
+        _check_target(target, trust)
+    return hydra.utils.instantiate(container, _convert_="all")
+
+
+def _targets(node: Any) -> Iterator[str]:
+    """Every `_target_` within nested mappings and lists."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield node["_target_"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _targets(child)
+
+
+def _check_target(target: Any, trust: Sequence[str]) -> None:
+    """Refuses names outside the trusted modules, and what such a module merely imports from elsewhere."""
+    import hydra
+
+    if isinstance(target, str) and _within(target, ("score_sde", "torch.nn", *trust)):
+        found = hydra.utils.get_object(target)
+        home = getattr(found, "__module__", None) or ""
+        # A class, a function or a class method; never a method, whose `self` the file would choose.
+        builds = inspect.isclass(found) or inspect.ismethod(found) or "." not in getattr(found, "__qualname__", ".")
+        if builds and _within(home, (*ROOMS, *trust)):
+            return
+        if inspect.isclass(found) and issubclass(found, nn.Module) and _within(home, ("torch.nn",)):
+            return
+    raise ValueError(
+        f"_target_ {target!r} is refused: a run may only name models and data of score_sde, and torch.nn; "
+        f"if the code is yours, trust its module: {str(target).split('.')[0]!r}"
+    )
+
+
+def _within(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)

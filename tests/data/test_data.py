@@ -1,0 +1,196 @@
+"""Batches are functions of (seed, step); an epoch shows each example once; scales, splits and refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from score_sde import targets
+from score_sde.data import (
+    TargetStream,
+    TensorData,
+    digits,
+    generator,
+    image_folder,
+    key,
+    load_file,
+    measure_sigma_data,
+    measure_sigma_max,
+)
+
+
+def numbered(count: int, **options) -> TensorData:
+    return TensorData(torch.arange(count, dtype=torch.float32)[:, None], **options)
+
+
+def test_keys_differ_in_every_word_and_stay_what_they_are():
+    keys = {key(*words) for words in [(0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1), (0, "a"), (10, "a")]}
+    assert len(keys) == 6
+    assert key(0, "step", 17) == 7632570683417508863
+    first, second = (torch.rand(3, generator=generator(5, "x", 2)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 3), (7, 7), (6, 17), (8, 1)])
+def test_each_epoch_shows_each_example_once_across_batches(count, batch_size):
+    data = numbered(count, seed=3)
+    steps = -(-4 * count // batch_size)
+    seen = torch.cat([data.batch(step, batch_size).x[:, 0] for step in range(steps)])[: 4 * count].long().view(4, count)
+    assert (seen.sort(dim=1).values == torch.arange(count)).all()
+    assert len({tuple(epoch.tolist()) for epoch in seen}) == 4
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: numbered(20, seed=seed),
+        lambda seed: TargetStream(targets.make("ring"), seed=seed),
+        lambda seed: digits(seed=seed, dequantize=True, labels=True),
+    ],
+)
+def test_batches_depend_on_seed_and_step_alone(make):
+    data, again = make(0), make(0)
+    forward = [data.batch(step, 6).x for step in range(8)]
+    backward = [again.batch(step, 6).x for step in reversed(range(8))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
+    assert not torch.equal(forward[0], make(1).batch(0, 6).x)
+    assert not torch.equal(forward[0], forward[1])
+    assert forward[0].dtype == torch.float32
+
+
+def test_stream_follows_its_target_and_references_are_fresh():
+    target = targets.GaussianMixture(torch.ones(1), torch.tensor([[3.0, -1.0]]), torch.eye(2)[None] * 0.25)
+    data = TargetStream(target)
+    assert data.event_shape == (2,)
+    assert data.target is target
+    assert data.size is None
+    x, reference = data.batch(0, 4000).x, data.reference(4000).x
+    for draws in (x, reference):  # five standard errors: 0.5 / sqrt(4000) = 0.0079
+        torch.testing.assert_close(draws.mean(0), torch.tensor([3.0, -1.0]), rtol=0, atol=0.04)
+    assert torch.equal(reference, data.reference(4000).x)
+    assert not set(map(tuple, reference.tolist())) & set(map(tuple, x.tolist()))
+
+
+def test_held_out_examples_are_fixed_and_disjoint_from_training():
+    data = numbered(50, held_out=0.2, seed=0)
+    held = set(data.reference(100).x[:, 0].tolist())
+    trained = set(data.examples().x[:, 0].tolist())
+    assert len(held) == 10
+    assert held | trained == set(range(50))
+    assert not held & trained
+    assert set(data.batch(0, 40).x[:, 0].tolist()) == trained
+    assert held == set(numbered(50, held_out=0.2, seed=9).reference(10).x[:, 0].tolist())
+
+
+def test_labels_follow_their_examples():
+    data = TensorData(torch.arange(30.0)[:, None], torch.arange(30) % 3, held_out=0.3)
+    assert data.num_classes == 3
+    for batch in (data.batch(4, 8), data.reference(9), data.examples()):
+        assert (batch.condition["label"] == batch.x[:, 0].long() % 3).all()
+
+
+def test_integers_are_scaled_to_plus_minus_one():
+    x = torch.arange(256, dtype=torch.uint8)[:, None]
+    flat = TensorData(x, dequantize=False).examples().x[:, 0].sort().values
+    assert flat[0] == -1
+    assert flat[-1] == 1
+    torch.testing.assert_close(flat.diff(), torch.full((255,), 2 / 255))
+    noisy = TensorData(x, dequantize=True)
+    cells = (noisy.batch(0, 256).x[:, 0] + 1) * 128
+    order = noisy.batch(0, 256).x[:, 0].argsort()
+    assert torch.equal(cells.floor()[order], torch.arange(256.0))
+    assert not torch.equal(noisy.batch(0, 256).x.sort(0).values, noisy.batch(1, 256).x.sort(0).values)
+
+
+def test_dequantised_digits_fill_their_cells_uniformly():
+    x = digits(dequantize=True).examples().x
+    fraction = (x.double() + 1) * 8.5 % 1
+    assert x.min() >= -1
+    assert x.max() <= 1
+    # 92,032 uniform fractions: standard errors 0.00095 and 0.0003, five of each allowed.
+    assert abs(fraction.mean() - 0.5) < 0.005
+    assert abs(fraction.var() - 1 / 12) < 0.0015
+
+
+def test_digits_are_the_real_ones():
+    data = digits(labels=True)
+    assert data.event_shape == (1, 8, 8)
+    assert data.num_classes == 10
+    assert (data.size, len(data.reference(10_000).x)) == (1438, 359)
+    assert set(data.reference(359).condition["label"].tolist()) == set(range(10))
+    assert digits().num_classes is None
+    assert not digits().batch(0, 4).condition
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TensorData(torch.zeros(4, 2, dtype=torch.uint8)), "uint8, which has no density: say dequantize=True"),
+        (lambda: TensorData(torch.zeros(4, 2), dequantize=True), "is for integers"),
+        (lambda: TensorData(torch.full((4, 2), 17), dequantize=False, levels=17), r"levels=17 allows 0\.\.16"),
+        (lambda: TensorData(torch.tensor([[1.0], [float("nan")]])), "not finite"),
+        (lambda: TensorData(torch.zeros(0, 2)), "at least one example"),
+        (lambda: TensorData(torch.zeros(4)), r"give \(N, \*event\)"),
+        (lambda: TensorData(torch.zeros(4, 2), torch.zeros(4)), "labels must be 4 integers"),
+        (lambda: TensorData(torch.zeros(4, 2), torch.zeros(3, dtype=torch.long)), "labels must be 4 integers"),
+        (lambda: TensorData(torch.zeros(4, 2), held_out=1.0), "held_out=1.0"),
+    ],
+)
+def test_unusable_data_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_files_give_their_arrays(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(6, 3)), np.array([0, 1, 2, 0, 1, 2])
+    np.save(tmp_path / "a.npy", x)
+    np.savez(tmp_path / "b.npz", x=x, y=y)
+    for data in (load_file(tmp_path / "a.npy"), load_file(tmp_path / "b.npz", labels="y")):
+        np.testing.assert_allclose(data.examples().x.sort(0).values, np.sort(x, 0), rtol=1e-6)
+    assert load_file(tmp_path / "b.npz", labels="y").num_classes == 3
+    with pytest.raises(ValueError, match="has no array images, only x, y"):
+        load_file(tmp_path / "b.npz", x="images")
+    with pytest.raises(ValueError, match=r"no \.npy or \.npz"):
+        load_file(tmp_path / "c.csv")
+
+
+def test_a_pickled_array_is_not_loaded(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{"x": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        load_file(tmp_path / "a.npy")
+
+
+def test_image_folder_crops_resizes_and_numbers_its_folders(tmp_path):
+    for name, colour in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            picture = Image.new("RGB", (40, 20), (0, 255, 0))
+            picture.paste(colour, (10, 0, 30, 20))
+            picture.save(tmp_path / name / f"{i}.png")
+    data = image_folder(tmp_path, 8, labels=True)
+    batch = data.examples()
+    assert data.event_shape == (3, 8, 8)
+    assert data.num_classes == 2
+    red = batch.condition["label"] == 0
+    assert torch.equal(batch.x[red].amin((0, 2, 3)), torch.tensor([1.0, -1.0, -1.0]))
+    assert torch.equal(batch.x[~red].amax((0, 2, 3)), torch.tensor([-1.0, -1.0, 1.0]))
+    assert image_folder(tmp_path, 8, channels=1).event_shape == (1, 8, 8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        image_folder(tmp_path / "empty", 8)
+
+
+def test_measured_scales_against_direct_computation():
+    x = torch.randn(60, 2, 3, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    data = TensorData(x)
+    flat = x.flatten(1).numpy().astype(np.float64)
+    distances = np.linalg.norm(flat[:, None] - flat[None], axis=-1)[np.triu_indices(60, 1)]
+    assert measure_sigma_max(data) == pytest.approx(distances.max(), rel=1e-5)
+    assert measure_sigma_max(data, quantile=0.5) == pytest.approx(np.median(distances), rel=1e-2)
+    assert measure_sigma_data(data) == pytest.approx(np.sqrt((flat**2).mean()), rel=1e-6)
+    with pytest.raises(ValueError, match=r"quantile=0\.0"):
+        measure_sigma_max(data, quantile=0.0)
+    with pytest.raises(ValueError, match="do not vary"):
+        measure_sigma_max(TensorData(torch.ones(5, 2)))

@@ -1,0 +1,363 @@
+"""The trainer: resume is exact, kills lose nothing, non-finite steps are skipped, metrics mean what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from score_sde import sde as sdes
+from score_sde.data import Batch, Data, TensorData
+from score_sde.networks import MLP
+from score_sde.parameterization import Noise
+from score_sde.score import LearnedScore
+from score_sde.training import (
+    Checkpoints,
+    DenoisingScoreMatching,
+    DivergenceError,
+    LadderTimes,
+    Trainer,
+    UniformTimes,
+    checkpoint,
+)
+
+
+def weights(directory: Path, step: int | None = None, ema: bool = True) -> dict[str, torch.Tensor]:
+    return Checkpoints(directory / "checkpoints").weights(step, ema=ema)
+
+
+def rows(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for ema in (False, True):
+        first, second = weights(one, ema=ema), weights(other, ema=ema)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("whole")
+    tiny.train(directory)
+    return directory
+
+
+class Interrupting(Data):
+    """Data that send the process a signal, or raise, when a certain step's batch is asked for."""
+
+    def __init__(self, step: int, signals: int = 0) -> None:
+        self.inner, self.step, self.signals = tiny.data(), step, signals
+        self.event_shape, self.size = self.inner.event_shape, self.inner.size
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        if step == self.step and not self.signals:
+            raise KeyboardInterrupt
+        if step == self.step:
+            os.kill(os.getpid(), self.signals)
+        return self.inner.batch(step, batch_size)
+
+    def reference(self, count: int) -> Batch:
+        return self.inner.reference(count)
+
+
+@pytest.mark.parametrize("dies_at", [3, 7, 18, 39])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, uninterrupted, dies_at):
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(tmp_path, data=Interrupting(dies_at))
+    torch.manual_seed(dies_at)  # the global generator must not matter
+    result = tiny.train(tmp_path, model=tiny.model(seed=0 if dies_at == 3 else 9), resume=True)
+    assert result.step == 40
+    assert_same_weights(tmp_path, uninterrupted)
+    assert [row["step"] for row in rows(tmp_path)] == [row["step"] for row in rows(uninterrupted)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, uninterrupted, number):
+    before = signal.getsignal(number)
+    result = tiny.train(tmp_path, data=Interrupting(17, signals=number))
+    assert (result.step, result.interrupted) == (18, number)
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 18
+    assert signal.getsignal(number) is before
+    assert tiny.train(tmp_path, resume=True).interrupted is None
+    assert_same_weights(tmp_path, uninterrupted)
+
+
+def test_a_signal_while_samples_are_drawn_also_writes_a_checkpoint(tmp_path):
+    result = tiny.train(
+        tmp_path,
+        tiny.trainer(sample_every=10),
+        on_sample=lambda step, raw, averaged: os.kill(os.getpid(), signal.SIGTERM),
+    )
+    assert (result.step, Checkpoints(tmp_path / "checkpoints").latest()) == (10, 10)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_instants_and_resumed_to_identical_weights(tmp_path, kills):
+    chance = random.Random(kills)
+    killed, whole, steps = tmp_path / "killed", tmp_path / "whole", 200 * kills
+    saved = Checkpoints(killed / "checkpoints")
+    reference = start(whole, steps)
+    for _ in range(kills):
+        process, before, deadline = start(killed, steps), saved.latest() or 0, time.monotonic() + 60
+        while (saved.latest() or 0) <= before and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert before < (saved.latest() or 0) < steps
+    assert start(killed, steps).wait() == 0
+    assert reference.wait() == 0
+    assert_same_weights(killed, whole)
+    assert [row["step"] for row in rows(killed)] == list(range(5, steps + 1, 5))
+
+
+def start(directory: Path, steps: int) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, tiny.__file__, str(directory), str(steps)], env=environment)
+
+
+def test_a_half_written_checkpoint_is_never_picked_up(tmp_path, monkeypatch, uninterrupted):
+    real = checkpoint.save_file
+    calls = []
+
+    def dying(tensors, path):
+        calls.append(path)
+        if len(calls) == 6:  # the averaged weights of the third checkpoint
+            raise KeyboardInterrupt
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", dying)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(tmp_path)
+    folder = tmp_path / "checkpoints"
+    assert Checkpoints(folder).steps() == [7, 14]
+    assert any(path.name.startswith(".partial") for path in folder.iterdir())
+    tiny.train(tmp_path, resume=True)
+    assert_same_weights(tmp_path, uninterrupted)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000000035", "step-000000040"]
+
+
+def test_metrics_cut_short_by_a_kill_are_repaired(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(tmp_path, data=Interrupting(33))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "lo')
+    tiny.train(tmp_path, resume=True)
+    assert [row["step"] for row in rows(tmp_path)] == [5, 10, 15, 20, 25, 30, 35, 40]
+    names = {"step", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "lr", "grad_norm", "examples_per_second"}
+    assert all(names <= row.keys() for row in rows(tmp_path))
+
+
+class Level(nn.Module):
+    """A network whose output is constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, c_noise):
+        return x * 0 + self.shift
+
+
+def test_quartiles_of_the_loss_are_those_of_the_noise_level(tmp_path):
+    # x_0 = 0, F = shift = 0 under Denoised-like weights: with the noise parameterization the loss is |eps|^2, so the
+    # weight alone tells the levels apart. A weighting that returns 1 + the quartile of t must come back as 1, 2, 3, 4.
+    class Stairs:
+        def __call__(self, sde, t):
+            snr = (2 * sde.half_log_snr(t)).exp()
+            return snr * (1 + (4 * (t - sde.t_min) / (sde.t_max - sde.t_min)).floor())
+
+    model = LearnedScore(Level(), sdes.VPSDE(), Noise(), (500,))
+    settings = tiny.trainer(steps=10, log_every=10, learning_rate=1e-12, batch_size=64)
+    zeros = TensorData(torch.zeros(64, 500))
+    tiny.train(tmp_path, settings, model=model, data=zeros, objective=DenoisingScoreMatching(Stairs()))
+    (row,) = rows(tmp_path)
+    for quartile in (1, 2, 3, 4):  # 80,000 squared normals: relative standard error 0.005
+        assert row[f"loss_q{quartile}"] == pytest.approx(quartile, rel=0.025)
+    assert row["loss"] == pytest.approx(2.5, rel=0.02)
+
+
+class Poisoned(Interrupting):
+    """Batches of NaN at the given steps."""
+
+    def __init__(self, *steps: int, interrupted_at: int = -1) -> None:
+        super().__init__(interrupted_at, signal.SIGTERM)
+        self.steps = steps
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        batch = super().batch(step, batch_size)
+        return Batch(batch.x * math.nan) if step in self.steps else batch
+
+
+def test_a_non_finite_step_is_skipped_counted_and_survived(tmp_path):
+    settings = tiny.trainer(steps=12, log_every=4, checkpoint_every=1, keep_checkpoints=12)
+    tiny.train(tmp_path, settings, data=Poisoned(5))
+    assert [row["nonfinite"] for row in rows(tmp_path)] == [0, 1, 1]
+    assert all(math.isfinite(row[name]) for row in rows(tmp_path) for name in ("loss", "loss_q1", "grad_norm"))
+    before, after, later = (weights(tmp_path, step, ema=False) for step in (5, 6, 7))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], later[name]) for name in before)
+    states = [Checkpoints(tmp_path / "checkpoints").state(step) for step in (5, 6)]
+    moments = [state["optimizer"]["state"][0] for state in states]
+    assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+
+
+def test_too_many_non_finite_steps_stop_the_run_with_the_last_checkpoint_kept(tmp_path):
+    poison = Poisoned(*range(16, 40))
+    with pytest.raises(DivergenceError, match=r"4 non-finite losses by step 20, max_nonfinite=3 .*step-000000014"):
+        tiny.train(tmp_path, tiny.trainer(max_nonfinite=3), data=poison)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_the_count_of_non_finite_steps_survives_a_resume(tmp_path):
+    poison = Poisoned(4, 12, interrupted_at=13)
+    tiny.train(tmp_path, data=poison)
+    tiny.train(tmp_path, data=tiny.data(), resume=True)
+    assert rows(tmp_path)[-1]["nonfinite"] == 2
+
+
+def test_learning_rate_rises_then_follows_its_schedule():
+    cosine = Trainer(steps=100, batch_size=1, warmup=10, learning_rate=2.0)
+    constant = Trainer(steps=100, batch_size=1, warmup=10, learning_rate=2.0, schedule="constant")
+    assert [constant.rate(n) for n in (0, 4, 9, 10, 99)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0])
+    assert cosine.rate(50) == pytest.approx(1.0)
+    assert cosine.rate(75) == pytest.approx(1 - math.sqrt(0.5))
+    assert cosine.rate(99) == pytest.approx(1 - math.cos(math.pi / 100), rel=1e-6)
+
+
+def test_gradients_are_clipped_and_the_logged_norm_is_the_one_before(tmp_path):
+    settings = tiny.trainer(steps=1, gradient_clip=1e-3)
+    model = tiny.model()
+    tiny.train(tmp_path, settings, model=model)
+    clipped = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
+    assert rows(tmp_path)[0]["grad_norm"] > 1e-2
+
+
+def test_samples_are_asked_for_from_raw_and_averaged_models_in_evaluation_mode(tmp_path):
+    calls = []
+
+    def hook(step, raw, averaged):
+        assert not raw.training
+        assert not averaged.training
+        different = any((a != b).any() for a, b in zip(raw.parameters(), averaged.parameters(), strict=True))
+        calls.append((step, different))
+        torch.manual_seed(0)  # must not disturb the run
+
+    tiny.train(tmp_path / "a", tiny.trainer(sample_every=10), on_sample=hook)
+    tiny.train(tmp_path / "b")
+    assert calls == [(step, True) for step in (10, 20, 30, 40)]
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_callers_global_generator_is_left_alone(tmp_path):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    tiny.train(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_learns(tmp_path):
+    # The exact noise predictor of N(0, I) has loss E alpha^2 = 0.2; F = 0 has 1.
+    settings = tiny.trainer(steps=200, batch_size=64, learning_rate=3e-3, log_every=100)
+    tiny.train(tmp_path, settings, data=TensorData(torch.randn(5000, 2, generator=torch.Generator().manual_seed(0))))
+    assert rows(tmp_path)[-1]["loss"] < 0.5
+
+
+def test_mixed_precision_keeps_weights_in_float32(tmp_path):
+    result = tiny.train(tmp_path, tiny.trainer(precision="bf16-mixed"))
+    assert all(p.dtype == torch.float32 for p in result.model.parameters())
+    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
+
+
+def test_tensorboard_files_are_written_on_demand(tmp_path):
+    pytest.importorskip("tensorboard")
+    tiny.train(tmp_path, tiny.trainer(tensorboard=True))
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be a positive integer"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
+        ({"schedule": "linear"}, "schedule='linear' must be one of constant, cosine"),
+        ({"device": "tpu"}, "device='tpu' must be one of auto, cpu, cuda"),
+        ({"precision": "fp16"}, "precision='fp16' must be one of 32-true, bf16-mixed"),
+        ({"gradient_clip": 0.0}, "gradient_clip=0.0"),
+        ({"max_nonfinite": -1}, "max_nonfinite=-1"),
+    ],
+)
+def test_impossible_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(**({"steps": 1, "batch_size": 1} | options))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="use device='auto' or 'cpu'"):
+        Trainer(steps=1, batch_size=1, device="cuda")
+
+
+def labelled() -> TensorData:
+    return TensorData(torch.randn(30, 2), torch.arange(30) % 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": TensorData(torch.zeros(4, 3))}, r"event shape \(3,\), the model \(2,\)"),
+        ({"data": labelled()}, "labels of 3 classes, the network knows 0: set network.num_classes=3"),
+        (
+            {
+                "data": labelled(),
+                "model": LearnedScore(MLP((2,), num_classes=2), sdes.VPSDE(), Noise(), (2,)),
+            },
+            "the network knows 2",
+        ),
+        ({"time_sampler": LadderTimes()}, "VPSDE has no ladder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.train(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_with_checkpoints_is_not_overwritten(tmp_path):
+    tiny.train(tmp_path)
+    with pytest.raises(ValueError, match="checkpoints up to step 40: resume it, or choose a new directory"):
+        tiny.train(tmp_path)
+    with pytest.raises(ValueError, match="seed=1, but the run was started with 0"):
+        tiny.train(tmp_path, resume=True, seed=1)
+
+
+def test_labels_reach_the_network(tmp_path):
+    model = LearnedScore(MLP((2,), width=8, depth=1, num_classes=3), sdes.VPSDE(), Noise(), (2,))
+    start = model.network.embedding.label.weight.detach().clone()
+    objective = DenoisingScoreMatching(label_dropout=0.5)
+    tiny.train(tmp_path, data=labelled(), model=model, objective=objective, time_sampler=UniformTimes())
+    assert ((model.network.embedding.label.weight - start).abs().amax(1) > 0).all()
+
+
+def test_missing_checkpoints_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+        Checkpoints(tmp_path).path()
+    tiny.train(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"\[35, 40\], none of step 3"):
+        Checkpoints(tmp_path / "checkpoints").weights(3)
