@@ -1,9 +1,9 @@
 """Pictures of densities, score fields, trajectories, images and comparisons.
 
 A function that draws takes matplotlib axes and returns the artists it made; a function that composes returns a Figure.
-Figures are objects, never pyplot's current one, so that drawing works without a display and in any thread. Panels that are
-to be compared share their limits and their colour scale, and limits leave out the farthest samples rather than let one
-outlier set the scale.
+Figures are objects, never pyplot's current one, so that drawing works without a display and in any thread. Panels
+that are to be compared share their limits and their colour scale, and limits leave out the farthest samples rather
+than let one outlier set the scale.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def limits_of(x: Target | Tensor, *, coverage: float = 0.995, margin: float = 0.
     tail = torch.tensor([(1 - coverage) / 2, (1 + coverage) / 2], dtype=points.dtype)
     low, high = torch.quantile(points[:: max(1, len(points) // 100_000)], tail, dim=0)
     centre, half = (low + high) / 2, max(float((high - low).max()) / 2, 1e-6) * (1 + margin)
-    return tuple((centre[i] + sign * half).item() for i in (0, 1) for sign in (-1, 1))  # type: ignore[return-value]
+    return tuple((centre[i] + sign * half).item() for i in (0, 1) for sign in (-1, 1))
 
 
 # --- planes -----------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def samples(
     size = size or min(20.0, max(0.5, 8000 / len(points)))
     alpha = min(0.8, max(0.15, 20 / len(points) ** 0.5))
     _plane(ax, limits or limits_of(x))
-    return ax.scatter(*points.T.numpy(), s=size, color=color, alpha=alpha, linewidths=0, rasterized=True)
+    return ax.scatter(points[:, 0], points[:, 1], s=size, color=color, alpha=alpha, linewidths=0, rasterized=True)
 
 
 def contours(ax: Axes, target: Target, *, limits: Limits | None = None, resolution: int = 200) -> QuadContourSet:
@@ -135,8 +135,8 @@ def score_field(
 ) -> tuple[AxesImage | None, Quiver]:
     """The score at time t as arrows, over the log-density of the marginal where the law of the data is known.
 
-    An arrow as long as half its cell stands for |score| = `unit`; longer scores saturate, |s| / (|s| + unit) of a cell, so
-    that both the gentle slopes inside the modes and the steep ones outside them can be seen.
+    An arrow is |s| / (|s| + unit) of its cell long: both the gentle slopes inside the modes and the steep ones outside
+    them can be seen. Colours span twelve nats below the maximum.
 
     Args:
         ax: where to draw.
@@ -145,7 +145,7 @@ def score_field(
         target: the law of clean data; that of an `ExactScore` is known.
         limits: the part of the plane shown; needed when the target is not known.
         arrows: arrows a side.
-        unit: |score| of a half-cell arrow; by default that which a quarter of the plane stays below.
+        unit: |score| of an arrow half its cell long; by default that which a quarter of the plane stays below.
 
     Raises:
         ValueError: neither a target nor limits are known.
@@ -153,7 +153,7 @@ def score_field(
     law = _marginal(model, t, target)
     if law is None and limits is None:
         raise ValueError("score_field needs limits or a target: the model does not know the law of its data")
-    limits = limits or limits_of(law)  # type: ignore[arg-type]
+    limits = limits or limits_of(law)
     image = None
     if law is not None:
         values = _log_density(law, limits, 200)
@@ -166,8 +166,15 @@ def score_field(
     cell = (limits[1] - limits[0]) / arrows
     arrow = cell * score / (score.norm(dim=1, keepdim=True) + unit)
     _plane(ax, limits)
-    quiver = ax.quiver(*points.T.numpy(), *arrow.T.numpy(), color="white" if image else INK, angles="xy", pivot="middle",
-                       scale_units="xy", scale=1, width=0.005, headwidth=3.5, headlength=4, headaxislength=3.5)  # fmt: skip
+    style: dict[str, Any] = {
+        "width": 0.005,
+        "headwidth": 3.5,
+        "headlength": 4,
+        "headaxislength": 3.5,
+        "pivot": "middle",
+    }
+    quiver = ax.quiver(*points.T.numpy(), *arrow.T.numpy(), color="white" if image else INK, angles="xy",
+                       scale_units="xy", scale=1, **style)  # fmt: skip
     return image, quiver
 
 
@@ -192,8 +199,10 @@ def trajectories(
     lines = LineCollection(list(segments.flatten(0, 1).numpy()), array=progress.numpy(), cmap=TIME, linewidths=0.7,
                            alpha=0.7, capstyle="round")  # fmt: skip
     ax.add_collection(lines, autolim=False)
-    starts = ax.scatter(*paths[0].T.numpy(), s=9, facecolors="white", edgecolors=[TIME(0.0)], linewidths=0.7, zorder=3)
-    ends = ax.scatter(*paths[-1].T.numpy(), s=9, color=LINES[1], linewidths=0, zorder=4)
+    starts = ax.scatter(
+        paths[0, :, 0], paths[0, :, 1], s=9, facecolors="white", edgecolors=[TIME(0.0)], linewidths=0.7, zorder=3
+    )
+    ends = ax.scatter(paths[-1, :, 0], paths[-1, :, 1], s=9, color=LINES[1], linewidths=0, zorder=4)
     return lines, starts, ends
 
 
@@ -219,7 +228,7 @@ def loss_curves(
 
     Args:
         ax: where to draw.
-        metrics: a `step` column and those to be drawn, as in a run's `metrics.jsonl`. Rows without a value are left out.
+        metrics: a `step` column and those to be drawn, as in a run's `metrics.jsonl`; empty cells are left out.
         columns: which to draw; by default all whose name starts with "loss".
         halflife: of the exponential smoothing, as a fraction of the whole curve.
 
@@ -306,18 +315,21 @@ def density_comparison(
     return figure
 
 
-def score_field_comparison(learned: ScoreModel, exact: ExactScore, times: Sequence[float], *, arrows: int = 19) -> Figure:
+def score_field_comparison(
+    learned: ScoreModel, exact: ExactScore, times: Sequence[float], *, arrows: int = 19
+) -> Figure:
     """The learned score over the exact one, a column for each time, in one scale of arrows.
 
     Under each column stands the relative error sqrt(E|s - s*|^2 / E|s*|^2) over the exact marginal at that time.
     """
+    target: Any = exact.target
     figure, axes = panels(len(times), 2)
     for (above, below), t in zip(axes.T, times, strict=True):
         law = _marginal(exact, t, None)
         limits = limits_of(law)
         unit = _unit(_score(exact, _lattice(*_cell_centres(limits, arrows)), t))
         for ax, model in ((above, learned), (below, exact)):
-            score_field(ax, model, t, target=exact.target, limits=limits, arrows=arrows, unit=unit)
+            score_field(ax, model, t, target=target, limits=limits, arrows=arrows, unit=unit)
         points = _points(law)
         s, s_exact = _score(learned, points, t), _score(exact, points, t)
         error = ((s - s_exact).square().sum() / s_exact.square().sum()).sqrt().item()
@@ -342,9 +354,10 @@ def trajectory_comparison(
     for ax, (name, paths) in zip(axes[0], samplers.items(), strict=True):
         if target is not None:
             contours(ax, target, limits=limits)
-        lines, starts, ends = trajectories(ax, paths, limits=limits, count=count)
+        _, starts, ends = trajectories(ax, paths, limits=limits, count=count)
         ax.set_title(name)
-    axes[0, 0].legend([starts, ends], ["noise", "sample"], loc="upper left", frameon=False, handletextpad=0.1, fontsize=8)
+    style = {"loc": "upper left", "frameon": False, "handletextpad": 0.1, "fontsize": 8}
+    axes[0, 0].legend([starts, ends], ["noise", "sample"], **style)
     _share_planes(axes)
     return figure
 
@@ -398,7 +411,7 @@ def _point_frames(ax: Axes, states: Tensor) -> Any:
     def draw(index: int) -> PathCollection:
         dots.set_offsets(states[index].numpy())
         view = centre + zoom[index] * (frame.unflatten(0, (2, 2)) - centre)
-        _plane(ax, tuple(view.flatten().tolist()))  # type: ignore[arg-type]
+        _plane(ax, tuple(view.flatten().tolist()))
         return dots
 
     return draw
@@ -433,7 +446,7 @@ def _points(x: Target | Tensor) -> Tensor:
 
 def _trajectory(trajectory: Tensor) -> Tensor:
     if trajectory.ndim != 3 or trajectory.shape[-1] != 2 or len(trajectory) < 2:
-        raise ValueError(f"a trajectory has shape (steps, batch, 2) with at least 2 steps, got {tuple(trajectory.shape)}")
+        raise ValueError(f"a trajectory has shape (steps >= 2, batch, 2), got {tuple(trajectory.shape)}")
     return trajectory.detach().float().cpu()
 
 
@@ -462,7 +475,8 @@ def _log_density(target: Target, limits: Limits, resolution: int) -> Tensor:
 
 def _histogram(points: Tensor, limits: Limits, bins: int) -> np.ndarray:
     left, right, bottom, top = limits
-    counts, _, _ = np.histogram2d(*points.T.numpy(), bins=bins, range=[[left, right], [bottom, top]])
+    x, y = points.double().T.numpy()
+    counts, _, _ = np.histogram2d(x, y, bins=bins, range=[[left, right], [bottom, top]])
     area = (right - left) * (top - bottom) / bins**2
     return counts.T / (len(points) * area)
 

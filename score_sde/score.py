@@ -7,6 +7,7 @@ target for its posterior mean, D(x, t) = E[x_0 | alpha x_0 + sigma eps = x]. To 
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -21,6 +22,9 @@ from score_sde.sde import SDE, Time, as_time, expand
 
 class ClosedForm(Protocol):
     """A law of clean data whose denoiser is known at every noise level (see `score_sde.targets`)."""
+
+    mean: Tensor
+    std: float
 
     @property
     def event_shape(self) -> torch.Size: ...
@@ -41,6 +45,11 @@ class ScoreModel(ABC):
     event_shape: tuple[int, ...]
     condition_names: frozenset[str] = frozenset()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters lie, and samples start unless told otherwise."""
+        return torch.device("cpu")
+
     @abstractmethod
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         """The prediction at x of shape (batch, *event_shape), t a float or a tensor of shape () or (batch,)."""
@@ -59,6 +68,10 @@ class ScoreModel(ABC):
         if unknown:
             known = ", ".join(sorted(self.condition_names)) or "none"
             raise TypeError(f"unknown condition {', '.join(sorted(unknown))!r}; this model accepts: {known}")
+
+    def start(self, z: Tensor) -> Tensor:
+        """Standard normal noise turned into a draw of the prior at t_max: prior_std z."""
+        return z * self.sde.prior_std
 
     def prepare(self, times: Iterable[float]) -> None:  # noqa: B027
         """Tabulates what depends on time alone; called by a sampler with its whole grid before the first step."""
@@ -95,6 +108,10 @@ class LearnedScore(nn.Module, ScoreModel):
         self.condition_names = frozenset(p.name for p in parameters[2:] if p.kind in named)
         self._levels: dict[float, tuple[float, ...]] = {}
 
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
     def forward(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(x.shape, condition)
         alpha, sigma, row = self._level(t)
@@ -130,6 +147,9 @@ class LearnedScore(nn.Module, ScoreModel):
 class ExactScore(ScoreModel):
     """The exact score of the marginals of a closed-form target under an SDE.
 
+    Sampling starts at a Gaussian with the mean and the pooled variance of p(x_{t_max}) itself, so that what is left of an
+    error is the solver's.
+
     Args:
         target: a law with `denoise(x, alpha, sigma)` (see `score_sde.targets`).
         sde: the forward process.
@@ -151,6 +171,11 @@ class ExactScore(ScoreModel):
         else:
             alpha, sigma = self.sde.alpha(float(t)).item(), self.sde.sigma(float(t)).item()
         return Prediction(x, self.target.denoise(x, alpha, sigma), alpha, sigma)
+
+    def start(self, z: Tensor) -> Tensor:
+        """alpha E[x_0] + sqrt(alpha^2 Var x_0 + sigma^2) z at t_max."""
+        alpha, sigma = (part(self.sde.t_max).item() for part in (self.sde.alpha, self.sde.sigma))
+        return alpha * self.target.mean.to(z) + math.hypot(alpha * self.target.std, sigma) * z
 
     def __repr__(self) -> str:
         return f"ExactScore({self.target!r}, {self.sde!r})"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from score_sde.sde import expand
 LOG_2PI = math.log(2 * math.pi)
 
 
-def _column(value: Coefficient, x: Tensor) -> Tensor | float:
-    """A per-sample coefficient shaped to multiply (batch, components) arrays."""
-    return expand(value, x[:, :1]) if isinstance(value, Tensor) else value
+def _columns(x: Tensor, *values: Coefficient) -> Iterator[Coefficient]:
+    """Per-sample coefficients shaped to multiply (batch, components, dimensions) arrays; floats stay floats."""
+    return (v.to(x).reshape(-1, 1, 1) if isinstance(v, Tensor) else v for v in values)
 
 
 class Target(ABC):
@@ -151,9 +151,10 @@ class GaussianMixture(Target):
     def denoise(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         log_joint, offset, total = self._log_joint(x, alpha, sigma)
         p = self._cache.like(x)
-        alpha = alpha.to(x)[:, None, None] if isinstance(alpha, Tensor) and alpha.ndim else alpha
-        gain = log_joint.softmax(-1).unsqueeze(-1) * (alpha * p["variances"] / total * offset)
-        return log_joint.softmax(-1) @ p["means"] + torch.einsum("bke,kde->bd", gain, p["basis"])
+        (alpha,) = _columns(x, alpha)
+        weight = log_joint.softmax(-1)
+        gain = weight.unsqueeze(-1) * (alpha * p["variances"] / total * offset)
+        return weight @ p["means"] + torch.einsum("bke,kde->bd", gain, p["basis"])
 
     def marginal(self, alpha: float, sigma: float) -> GaussianMixture:
         alpha, sigma = float(alpha), float(sigma)
@@ -163,7 +164,7 @@ class GaussianMixture(Target):
     def _log_joint(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> tuple[Tensor, Tensor, Tensor]:
         """log w_k N(x; alpha mu_k, total), the offset x - alpha mu_k in the eigenbasis and the variances there."""
         p = self._cache.like(x)
-        alpha, sigma = (v.to(x)[:, None, None] if isinstance(v, Tensor) and v.ndim else v for v in (alpha, sigma))
+        alpha, sigma = _columns(x, alpha, sigma)
         offset = torch.einsum("bd,kde->bke", x, p["basis"]) - alpha * p["centre"]
         total = alpha**2 * p["variances"] + sigma**2
         squared = (offset**2 / total).sum(-1)
@@ -219,12 +220,12 @@ class Empirical(Target):
             raise ValueError("points have no density: use Empirical(data, bandwidth=...) or marginal(1.0, sigma)")
         dimension = math.prod(self.event_shape)
         norm = dimension * (math.log(self.bandwidth) + LOG_2PI / 2) + math.log(len(self.data))
-        return torch.cat([logits.logsumexp(-1) for _, logits in self._blocks(x, 1.0, self.bandwidth**2)]) - norm
+        return torch.cat([logits.logsumexp(-1) for logits in self._logits(x, 1.0, self.bandwidth**2)]) - norm
 
     def denoise(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         variance = alpha**2 * self.bandwidth**2 + sigma**2
         points = self._cache.like(x)["points"]
-        mean = torch.cat([logits.softmax(-1) @ points for _, logits in self._blocks(x, alpha, variance)]).view_as(x)
+        mean = torch.cat([logits.softmax(-1) @ points for logits in self._logits(x, alpha, variance)]).view_as(x)
         if self.bandwidth == 0:
             return mean
         gain = alpha * self.bandwidth**2 / variance
@@ -234,20 +235,18 @@ class Empirical(Target):
     def marginal(self, alpha: float, sigma: float) -> Empirical:
         return Empirical(float(alpha) * self.data, math.hypot(float(alpha) * self.bandwidth, float(sigma)))
 
-    def _blocks(self, x: Tensor, alpha: Coefficient, variance: Coefficient) -> list[tuple[Tensor, Tensor]]:
+    def _logits(self, x: Tensor, alpha: Coefficient, variance: Coefficient) -> Iterator[Tensor]:
+        """-|x - alpha x_i|^2 / (2 variance) for blocks of rows that fit the processor's cache."""
         points = self._cache.like(x)["points"]
-        rows = max(1, 2**24 // len(points))
-        flat, (alpha, variance) = x.flatten(1), (
-            v.to(x).expand(len(x))[:, None] if isinstance(v, Tensor) else v for v in (alpha, variance)
+        rows = max(1, (2**18 if x.device.type == "cpu" else 2**26) // len(points))
+        alpha, variance = (
+            v.to(x).expand(len(x))[:, None] if isinstance(v, Tensor) else x.new_full((len(x), 1), v)
+            for v in (alpha, variance)
         )
-        blocks = []
-        for start in range(0, len(x), rows):
-            part = slice(start, start + rows)
-            a, v = (c[part] if isinstance(c, Tensor) else c for c in (alpha, variance))
+        for part, a, v in zip(*(y.split(rows) for y in (x.flatten(1), alpha, variance)), strict=True):
             # |x - a x_i|^2 = a^2 |x / a - x_i|^2: distances are taken directly, without the cancelling expansion.
-            distance = torch.cdist(flat[part] / a, points, compute_mode="donot_use_mm_for_euclid_dist")
-            blocks.append((flat[part], -(distance**2) * (a**2 / (2 * v))))
-        return blocks
+            distance = torch.cdist(part / a, points, compute_mode="donot_use_mm_for_euclid_dist")
+            yield distance.square() * (a**2 / (-2 * v))
 
     def __repr__(self) -> str:
         return f"Empirical({len(self.data)} points of shape {tuple(self.event_shape)}, bandwidth={self.bandwidth:g})"
@@ -300,9 +299,7 @@ class UniformBoxes(Target):
         y = x.double()
         std = (alpha**2 * self.bandwidth**2 + sigma**2) ** 0.5
         log_joint, a, b, log_mass = self._log_joint(y, alpha, std)
-        alpha, std, sigma = (
-            v.to(y)[:, None, None] if isinstance(v, Tensor) and v.ndim else v for v in (alpha, std, sigma)
-        )
+        alpha, std = _columns(y, alpha, std)
         p = self._cache.like(y)
         # Mean of the box coordinate u given x: (x - s z) / alpha with z in [b, a], z a truncated standard normal.
         z = (-(b**2 + LOG_2PI) / 2 - log_mass).exp() - (-(a**2 + LOG_2PI) / 2 - log_mass).exp()
@@ -318,7 +315,7 @@ class UniformBoxes(Target):
     def _log_joint(self, y: Tensor, alpha: Coefficient, std: Coefficient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log w_k p_k(y), the standardised corners a = (y - alpha low) / s > b, and log(Phi(a) - Phi(b)) by side."""
         p = self._cache.like(y)
-        alpha, std = (v.to(y)[:, None, None] if isinstance(v, Tensor) and v.ndim else v for v in (alpha, std))
+        alpha, std = _columns(y, alpha, std)
         a, b = (y[:, None] - alpha * p["low"]) / std, (y[:, None] - alpha * p["high"]) / std
         # In the upper tail the same mass is taken from below by symmetry, where log_ndtr keeps its digits.
         upper, lower = torch.where(b > 0, -b, a), torch.where(b > 0, -a, b)

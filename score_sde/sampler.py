@@ -1,0 +1,217 @@
+r"""The one loop: noise at t_max, then at each grid time a predictor, a corrector or both, then Tweedie's formula.
+
+    x(t_max) ~ N(0, prior_std^2 I);  x <- corrector(x, t_i);  x <- predictor(x, t_i, t_{i+1});  ...;  x <- D(x, t_N).
+
+All coefficients are computed before the first network call, in float64 on the CPU; in the loop nothing waits for the
+device. Where a grid goes up (towards noise) the move is a draw of the exact forward transition.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from score_sde import grid as grids
+from score_sde.grid import Grid
+from score_sde.noise import BatchNoise, NoiseSource, Stream
+from score_sde.prediction import Prediction
+from score_sde.score import ScoreModel
+from score_sde.sde import SDE
+from score_sde.steps.linear import Carry, LinearRow
+from score_sde.steps.step import Draw, Evaluate, History, Step
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """What a sampler returns.
+
+    Attributes:
+        x: the samples, shape (batch, *event).
+        nfe: network calls a sample, counted.
+        seconds: wall-clock time, the device's work included.
+        trajectory: the states at `times`, shape (len(times), batch, *event), if asked for.
+        times: the grid, float64, shape (N + 1,).
+    """
+
+    x: Tensor
+    nfe: int
+    seconds: float
+    trajectory: Tensor | None
+    times: Tensor
+
+
+class CountedModel:
+    """A score model under a fixed condition that counts its calls."""
+
+    def __init__(self, model: ScoreModel, condition: Mapping[str, Any]) -> None:
+        self.model, self.condition, self.calls = model, condition, 0
+
+    def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
+        self.calls += 1
+        return self.model(x, t, **self.condition)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checked request for samples: where they start, their noise and their model."""
+
+    x: Tensor
+    noise: Stream
+    model: CountedModel
+
+
+def begin(
+    model: ScoreModel, shape: Sequence[int], seed: int | None, noise: NoiseSource | None, x_init: Tensor | None,
+    condition: Mapping[str, Any] | None, dtype: torch.dtype | None,
+) -> Start:  # fmt: skip
+    """Checks a request for samples and draws the start from the prior at t_max, unless `x_init` gives it.
+
+    Raises:
+        ValueError: the shape is not (batch, *event_shape), x_init has another, or both seed and noise are given.
+        TypeError: a condition's name is unknown to the model.
+    """
+    condition = dict(condition or {})
+    model.check(shape, condition)
+    if seed is not None and noise is not None:
+        raise ValueError("give either seed= (one generator for the batch) or noise= (a noise source), not both")
+    if x_init is not None and tuple(x_init.shape) != tuple(shape):
+        raise ValueError(f"x_init has shape {tuple(x_init.shape)}, but samples of shape {tuple(shape)} are asked for")
+    if x_init is not None and not x_init.is_floating_point():
+        raise TypeError(f"x_init is a floating-point tensor, got {x_init.dtype}")
+    device = model.device if x_init is None else x_init.device
+    dtype = dtype or (torch.get_default_dtype() if x_init is None else x_init.dtype)
+    stream = (noise or BatchNoise(seed)).open(shape, dtype, device)
+    x = model.start(stream(0, 0)) if x_init is None else x_init.to(dtype)
+    return Start(x, stream, CountedModel(model, condition))
+
+
+@dataclass(frozen=True)
+class Move:
+    """One row of a run: which step, its coefficients, the key of its noise, and whether it ends at a grid time."""
+
+    step: Step
+    row: Any
+    key: int
+    arrives: bool
+
+
+class Renoise(Carry):
+    """x_s = alpha_s / alpha_t x + G z for s noisier than t: the exact forward transition."""
+
+    def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+        scale, std = sde.transition_kernel(times[0], s)
+        return scale, [], std
+
+
+class Sampler:
+    """A predictor, a corrector or both on a time grid.
+
+    Args:
+        predictor: the step from one grid time to the next; None carries x / alpha unchanged (annealed Langevin).
+        grid: function SDE -> times, e.g. `functools.partial(grid.uniform, steps=100)`.
+        corrector: a step at fixed time.
+        final: "denoise" ends with Tweedie's formula at the last grid time (one more call), "none" keeps the sample.
+        corrector_first: True corrects at t_i and then predicts t_{i+1}, as the published code of Song et al. does (the
+            start is corrected, the end is not); False predicts and then corrects, as their algorithm 1 does.
+
+    Raises:
+        ValueError: neither predictor nor corrector, a step in the other's place, or an unknown `final`.
+    """
+
+    def __init__(
+        self, predictor: Step | None, grid: Grid, corrector: Step | None = None, final: str = "denoise",
+        corrector_first: bool = True,
+    ) -> None:  # fmt: skip
+        if predictor is None and corrector is None:
+            raise ValueError("a sampler needs a predictor, a corrector or both; got neither")
+        for step, role in ((predictor, "predictor"), (corrector, "corrector")):
+            if step is not None and not isinstance(step, Step):
+                raise ValueError(f"{role} is a Step, got {step!r}: construct it, e.g. EulerMaruyama()")
+            if step is not None and step.role != role:
+                raise ValueError(f"{type(step).__name__} is a {step.role}, it cannot be the {role}")
+        if not callable(grid):
+            raise ValueError(f"grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100); got {grid!r}")
+        if final not in ("denoise", "none"):
+            raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
+        self.predictor, self.grid, self.corrector = predictor, grid, corrector
+        self.final, self.corrector_first = final, corrector_first
+
+    @torch.no_grad()
+    def sample(
+        self, model: ScoreModel, shape: Sequence[int], *, seed: int | None = None, noise: NoiseSource | None = None,
+        x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
+        progress: bool = False, dtype: torch.dtype | None = None,
+    ) -> SampleResult:  # fmt: skip
+        """Draws samples.
+
+        Args:
+            model: the score model.
+            shape: (batch, *event_shape).
+            seed: of one generator for the batch (`BatchNoise`); None takes one from the operating system.
+            noise: another noise source, e.g. `SampleNoise(range(batch))`.
+            x_init: start here instead of at N(0, prior_std^2 I); sets the dtype and device.
+            condition: named conditions for the model.
+            trajectory: keep the state at every grid time.
+            progress: show a bar.
+            dtype: of the state; torch's default unless x_init is given.
+
+        Raises:
+            ValueError, TypeError: see `begin` and `grid.check`; nothing has been computed then.
+        """
+        start = begin(model, shape, seed, noise, x_init, condition, dtype)
+        times = grids.check(self.grid(model.sde), model.sde)
+        moves = self.plan(model.sde, times)
+        model.prepare(times.tolist())
+        clock = time.perf_counter()
+        states = [start.x] if trajectory else []
+        x = start.x
+        for x, arrived in self._run(moves, start, progress):
+            if trajectory and arrived:
+                states.append(x)
+        if self.final == "denoise":
+            x = start.model(x, times[-1].item()).denoised
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        seconds = time.perf_counter() - clock
+        return SampleResult(x, start.model.calls, seconds, torch.stack(states) if trajectory else None, times)
+
+    def plan(self, sde: SDE, times: Tensor) -> list[Move]:
+        """The rows of a run over a checked grid, in the order in which they are carried out."""
+        t, s = times[:-1], times[1:]
+        down = s < t
+        travel = _rows(self.predictor or Carry(), sde, t, s, down) | _rows(Renoise(), sde, t, s, ~down)
+        if self.corrector is None:
+            return [Move(*travel[i], key=2 * i + 1, arrives=True) for i in range(len(t))]
+        correct = _rows(self.corrector, sde, times, times, torch.ones(len(times), dtype=torch.bool))
+        first = self.predictor is None or self.corrector_first
+        last = len(t) if self.predictor is None or not self.corrector_first else len(t) - 1
+        moves: list[Move] = []
+        for i in range(len(times)):
+            if i > 0:
+                moves.append(Move(*travel[i - 1], key=2 * i - 1, arrives=i > last))
+            if (i > 0 or first) and i <= last:
+                moves.append(Move(*correct[i], key=2 * i + 2, arrives=i > 0))
+        return moves
+
+    def _run(self, moves: Sequence[Move], start: Start, progress: bool) -> Iterator[tuple[Tensor, bool]]:
+        x, history = start.x, ()
+        evaluate: Evaluate = start.model
+        for move in tqdm(moves, desc="sampling", disable=not progress, delay=1.0, leave=False):
+            draw: Draw = partial(start.noise, move.key)
+            past: History = history if move.step is self.predictor else ()
+            x, past = move.step.advance(move.row, x, past, evaluate, draw)
+            if move.step is self.predictor:
+                history = past
+            yield x, move.arrives
+
+
+def _rows(step: Step, sde: SDE, t: Tensor, s: Tensor, mask: Tensor) -> dict[int, tuple[Step, LinearRow]]:
+    chosen = mask.nonzero().squeeze(-1).tolist()
+    return {i: (step, row) for i, row in zip(chosen, step.plan(sde, t[mask], s[mask]) if chosen else [], strict=True)}

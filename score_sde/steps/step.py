@@ -1,0 +1,50 @@
+r"""What a sampler's step is.
+
+A predictor brings x from grid time t to the less noisy s; a corrector moves it at s = t. Before the first network call
+the sampler asks each step for its `plan`: one row a move, plain floats computed in vectorised float64. `advance`
+then carries one row out. All state is a value: the past denoiser outputs go in and come back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from score_sde.prediction import Prediction
+from score_sde.sde import SDE
+
+Evaluate = Callable[[Tensor, float], Prediction]
+"""(x, t) -> Prediction, counted as one network call."""
+
+Draw = Callable[[int], Tensor]
+"""k -> the k-th standard normal draw of this move, of x's shape."""
+
+History = tuple[Tensor, ...]
+"""Denoiser outputs of the moves before, the newest first."""
+
+
+class Step(ABC):
+    """How to get from grid time t to s.
+
+    Attributes:
+        role: "predictor" (s less noisy than t) or "corrector" (s = t).
+        order: for an ODE step the global order of convergence, for an SDE step the weak order.
+        calls: network calls a move.
+    """
+
+    role: ClassVar[Literal["predictor", "corrector"]] = "predictor"
+    order: int = 1
+    calls: int = 1
+
+    @abstractmethod
+    def plan(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Any]:
+        """One row for each move t[i] -> s[i], for float64 tensors of shape (moves,)."""
+
+    @abstractmethod
+    def advance(
+        self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
+    ) -> tuple[Tensor, History]:
+        """Carries out one row on x of shape (batch, *event); returns the new x and history."""
