@@ -34,7 +34,7 @@ __all__ = [
     "mode_weight_error",
     "mode_weights",
     "noise_floor",
-    "sliced_w2",
     "score",
+    "sliced_w2",
     "w2",
 ]

@@ -58,9 +58,9 @@ def compare(
         progress: shows a bar when the comparison takes longer than two seconds.
 
     Returns:
-        One row per sampler, budget, seed and metric, with the columns of `COLUMNS`: `nfe` is counted, `seconds` measured,
-        `floor` the metric between exact draws, `ratio` = value / floor. A sampler that raises or diverges leaves rows with
-        value NaN and the reason in `error`, which is empty elsewhere.
+        One row per sampler, budget, seed and metric, with the columns of `COLUMNS`: `nfe` is counted, `seconds`
+        measured, `floor` the metric between exact draws, `ratio` = value / floor. A sampler that raises or diverges
+        leaves rows with value NaN and the reason in `error`, which is empty elsewhere.
     """
     yardstick = Yardstick(reference, num_samples, generator=generator, metrics=metrics, repeats=repeats)
     rows = []

@@ -1,8 +1,8 @@
 """What a small classifier trained on the real data makes of samples: confidence, classes, and a feature space.
 
-A generative model of digits should give samples that a classifier recognises: the share whose largest class probability
-exceeds 0.9, the classes present, and the Fréchet distance between the classifier's hidden features of samples and of real
-digits. None means much alone; each stands beside the figure of held-out digits of the same number.
+A generative model of digits should give samples that a classifier recognises: the share whose largest class
+probability exceeds 0.9, the classes present, and the Fréchet distance between the classifier's hidden features of
+samples and of real digits. None means much alone; each stands beside the same figure for held-out digits.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class DigitClassifier:
     """A multilayer perceptron with one hidden layer of 128 rectified units, trained on images and on shifted copies.
 
-    On scikit-learn's digits it reaches 97.5 to 99.5 % on the held-out fifth, by split. The weight decay is chosen so that
-    it doubts what is no digit: it is sure (above 0.9) of 94 % of held-out digits, but of 30 % of the draws from a Gaussian
-    fitted to the pixels and of under 5 % of uniform noise.
+    On scikit-learn's digits it reaches 97.5 to 99 % on the held-out fifth, by split. The weight decay is chosen so that
+    it doubts what is no digit: it is sure (above 0.9) of 94 % of held-out digits, but of 30 % of the draws from a
+    Gaussian fitted to the pixels.
 
     Args:
         images: (n, 1, height, width) in [-1, 1].
@@ -45,8 +45,8 @@ class DigitClassifier:
         if len(images) != len(labels):
             raise ValueError(f"one label an image, got {len(images)} images and {len(labels)} labels")
         if images.ndim != 4 or images.shape[1] != 1 or images.abs().max() > 1.2:
-            raise ValueError(f"images have shape (n, 1, height, width) and values in [-1, 1], got {tuple(images.shape)} "
-                             f"in [{images.min():g}, {images.max():g}]")  # fmt: skip
+            raise ValueError(f"images have shape (n, 1, height, width) and values in [-1, 1], got "
+                             f"{tuple(images.shape)} in [{images.min():g}, {images.max():g}]")  # fmt: skip
         self.event_shape = tuple(images.shape[1:])
         x = np.concatenate([self._pixels(images), *self._shifted(images, np.random.default_rng(seed))])
         self._network: MLPClassifier = MLPClassifier((self.hidden,), alpha=0.3, max_iter=150, random_state=seed)

@@ -110,7 +110,7 @@ def mmd(
         median = torch.pdist(y[:1000]).median().item()
         bandwidths = [median / 2**i for i in range(5)]
     if not bandwidths or min(bandwidths) <= 0:
-        raise ValueError(f"bandwidths are positive lengths, got {list(bandwidths)}; a constant y has no median distance")
+        raise ValueError(f"bandwidths are positive lengths, got {list(bandwidths)}; a constant y has no scale")
 
     def kernel(squared: Tensor) -> Tensor:
         return sum((squared / (-2 * h**2)).exp_() for h in bandwidths) / len(bandwidths)  # type: ignore[return-value]
@@ -185,7 +185,7 @@ def noise_floor(
 
     Args:
         metric: a function of two samples.
-        reference: a target, or a tensor (m, *event_shape) of exact samples from which disjoint halves are drawn; m >= 2 n.
+        reference: a target, or a tensor (m, *event_shape) of exact samples, m >= 2 n, from which both are drawn.
         n: size of each draw.
         generator: source of the draws.
         repeats: how many pairs are drawn.
@@ -197,15 +197,15 @@ def noise_floor(
 class Yardstick:
     """A set of metrics, the exact draws that samples are held against, and the floors between such draws.
 
-    Made once and used for many samples, it holds all of them against the same draws. A figure is the mean over `repeats`
-    draws of the metric between the samples and the draw; its floor, the mean of the metric between two draws.
+    Made once and used for many samples, it holds all of them against the same draws. A figure is the mean over
+    `repeats` draws of the metric between the samples and the draw; its floor, the mean of the metric between two draws.
 
     Args:
         reference: a target, or a tensor (m, *event_shape) of exact samples, m >= 2 n.
         n: number of samples to be measured.
         generator: source of the exact draws.
-        metrics: names in `METRICS` and, when the reference is a GaussianMixture, in `MODE_METRICS` (all of them when left
-            out), or a mapping from names to functions of two samples.
+        metrics: names in `METRICS` and, when the reference is a GaussianMixture, in `MODE_METRICS` (all of them when
+            left out), or a mapping from names to functions of two samples.
         repeats: how many draws.
 
     Raises:
@@ -235,7 +235,8 @@ class Yardstick:
             ValueError: the samples are not n, have another event shape, or are not all finite.
         """
         if len(samples) != self.n:
-            raise ValueError(f"this yardstick measures {self.n} samples, got {len(samples)}: floors depend on the number")
+            raise ValueError(f"this yardstick measures {self.n} samples, its floors hold for no other number, "
+                             f"got {len(samples)}")  # fmt: skip
         samples = samples.detach().cpu()
         values = {name: sum(metric(samples, draw) for draw in self.draws) / len(self.draws)
                   for name, metric in self.metrics.items()}  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -131,8 +132,10 @@ def test_events_of_any_shape_are_flattened() -> None:
 
 @pytest.mark.parametrize("metric", [metrics.w2, metrics.energy_distance, metrics.mmd])
 def test_thinning_keeps_points_of_the_sample(metric: metrics.Metric) -> None:
-    x, y = torch.zeros(50, 2), torch.ones(60, 2)
-    assert metric(x + 0.01 * normal(50, 2), y, max_points=10) == pytest.approx(metric(x, y + 0.01 * normal(60, 2)), rel=0.05)
+    metric = partial(metric, bandwidths=[1.0]) if metric is metrics.mmd else metric
+    x, y = 0.01 * normal(50, 2), 1 + 0.01 * normal(60, 2, seed=1)
+    assert metric(x, y, max_points=10) == pytest.approx(metric(x, y), rel=0.05)
+    assert metric(x, y, max_points=10) != metric(x, y)
 
 
 def test_frechet_distance_is_the_formula_with_a_matrix_square_root() -> None:
@@ -188,7 +191,7 @@ def test_mode_metrics_of_samples_with_known_faults() -> None:
 
 def test_the_floor_falls_with_the_root_of_the_number_of_samples() -> None:
     target = make("ring", components=1, radius=0.0, std=1.0)
-    floors = [noise_floor(metrics.sliced_w2, target, n, generator=generator(), repeats=40) for n in (250, 4000)]
+    floors = [noise_floor(metrics.sliced_w2, target, n, generator=generator(), repeats=30) for n in (200, 3200)]
     assert math.log(floors[0] / floors[1], 16) == pytest.approx(0.5, abs=0.08)
 
 
@@ -203,15 +206,15 @@ def test_the_floor_of_a_tensor_is_between_disjoint_draws() -> None:
 
 def test_exact_samples_score_their_floor_and_wrong_ones_more() -> None:
     ring = make("ring", weights=[1, 2, 3, 4, 4, 3, 2, 1])
-    exact = ring.sample((2000,), generator=generator(1))
-    tables = {name: score(x, ring, generator=generator(2)).set_index("metric")
-              for name, x in {"exact": exact, "wide": exact + 0.3 * torch.randn(exact.shape, generator=generator(3))}.items()}  # fmt: skip
-    assert list(tables["exact"].index) == [*metrics.METRICS, *metrics.MODE_METRICS]
-    assert tables["exact"]["ratio"].between(0.3, 2.5).all()
-    assert (tables["wide"]["value"] >= 0.95 * tables["exact"]["value"]).all()
-    assert tables["wide"]["ratio"]["mode_spread"] > 10
-    ratio = tables["wide"]["value"] / tables["wide"]["floor"]
-    assert ratio.tolist() == tables["wide"]["ratio"].tolist()
+    exact = ring.sample((1000,), generator=generator(1))
+    wrong = exact + 0.3 * torch.randn(exact.shape, generator=generator(3))
+    right, wide = (score(x, ring, generator=generator(2), repeats=2).set_index("metric") for x in (exact, wrong))
+    assert list(right.index) == [*metrics.METRICS, *metrics.MODE_METRICS]
+    assert right["ratio"].between(0.3, 2.5).all()
+    assert right["floor"].equals(wide["floor"])
+    assert wide["ratio"]["mode_spread"] > 10
+    assert wide["ratio"]["energy"] > right["ratio"]["energy"]
+    assert (wide["value"] / wide["floor"]).equals(wide["ratio"])
 
 
 def test_a_reference_tensor_is_halved() -> None:
@@ -243,7 +246,7 @@ def test_refusals_name_the_fix() -> None:
         Yardstick(x, 5, generator=generator(), metrics=["mode_spread"])
     with pytest.raises(ValueError, match="at least 12 samples, got 10"):
         Yardstick(x, 6, generator=generator())
-    with pytest.raises(ValueError, match="measures 5 samples, got 10"):
+    with pytest.raises(ValueError, match=r"measures 5 samples, .* got 10"):
         Yardstick(x, 5, generator=generator())(x)
     with pytest.raises(ValueError, match="bandwidths are positive"):
         metrics.mmd(x, torch.zeros(5, 2))

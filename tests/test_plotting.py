@@ -1,0 +1,273 @@
+"""Pictures carry the numbers they claim to carry."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.axes import Axes
+from PIL import Image
+from torch import Tensor
+
+from score_sde import plotting
+from score_sde.score import ExactScore
+from score_sde.sde import VESDE, VPSDE
+from score_sde.targets import GaussianMixture
+
+SQUARE = (-3.0, 3.0, -3.0, 3.0)
+GAUSSIAN = GaussianMixture([1.0], [[0.5, -0.5]], [[[0.49, 0.0], [0.0, 0.25]]])
+MODEL = ExactScore(GAUSSIAN, VPSDE())
+
+
+@pytest.fixture
+def ax() -> Axes:
+    return plotting.panels(1)[1][0, 0]
+
+
+def draws(n: int) -> Tensor:
+    return GAUSSIAN.sample((n,), generator=torch.Generator().manual_seed(0))
+
+
+def test_limits_are_a_square_that_an_outlier_does_not_stretch() -> None:
+    x = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([4.0, 2.0]) + 1
+    x[:3] = torch.tensor([[1e6, 0.0], [math.nan, 0.0], [0.0, -1e6]])
+    left, right, bottom, top = plotting.limits_of(x, margin=0.5)
+    assert right - left == pytest.approx(top - bottom) == pytest.approx(1.5 * 4, rel=0.01)
+    assert [(left + right) / 2, (bottom + top) / 2] == pytest.approx([3, 2], abs=0.02)
+
+
+def test_density_of_a_target_is_its_density_at_every_pixel(ax: Axes) -> None:
+    image = plotting.density(ax, GAUSSIAN, limits=SQUARE, resolution=60)
+    values = np.asarray(image.get_array())
+    assert values.sum() * 0.1**2 == pytest.approx(1, rel=0.01)
+    assert image.get_extent() == list(SQUARE)
+    assert image.origin == "lower"
+    row, column = 20, 40  # y = -0.95, x = 1.05
+    expected = math.exp(-(0.55**2) / 0.98 - 0.45**2 / 0.5) / (2 * math.pi * 0.7 * 0.5)
+    assert values[row, column] == pytest.approx(expected, rel=1e-4)
+    assert image.get_clim() == pytest.approx((0, values.max()))
+
+
+def test_histogram_is_a_density_over_all_samples_in_the_same_orientation(ax: Axes) -> None:
+    x = draws(50_000)
+    x[:25_000] += 1000
+    histogram = plotting.density(ax, x, limits=SQUARE, resolution=60, peak=0.7)
+    values = np.asarray(histogram.get_array())
+    exact = np.asarray(plotting.density(ax, GAUSSIAN, limits=SQUARE, resolution=30).get_array())
+    assert values.sum() * 0.2**2 == pytest.approx(0.5, abs=0.01)
+    assert np.abs(values - exact / 2).max() < 0.03  # peak 0.23, five standard errors
+    assert histogram.get_clim() == (0, 0.7)
+
+
+def test_samples_are_where_they_are(ax: Axes) -> None:
+    x = draws(50)
+    x[7] = math.inf
+    dots = plotting.samples(ax, x, limits=SQUARE)
+    assert np.allclose(dots.get_offsets(), x[torch.arange(50) != 7])
+    assert (*ax.get_xlim(), *ax.get_ylim()) == SQUARE
+    assert ax.get_aspect() == 1
+
+
+def test_arrows_point_along_the_score_and_saturate(ax: Axes) -> None:
+    t = 0.3
+    image, quiver = plotting.score_field(ax, MODEL, t, limits=SQUARE, arrows=6, unit=2.0)
+    points = torch.tensor(np.asarray(quiver.XY), dtype=torch.float32)
+    assert points[:7, 0].tolist() == pytest.approx([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, -2.5])
+    score = MODEL(points, t).score
+    assert torch.allclose(
+        score, GAUSSIAN.marginal(float(MODEL.sde.alpha(t)), float(MODEL.sde.sigma(t))).score(points), rtol=1e-4
+    )
+    expected = score / (score.norm(dim=1, keepdim=True) + 2.0)  # cells are of size 1
+    assert np.allclose(np.stack([quiver.U, quiver.V], 1), expected, atol=1e-5)
+    assert quiver.angles == quiver.scale_units == "xy"
+    assert quiver.scale == 1
+    assert image is not None
+
+
+def test_arrows_lie_over_the_log_density_of_the_marginal(ax: Axes) -> None:
+    sde = VESDE(sigma_max=10.0)
+    image, _ = plotting.score_field(ax, ExactScore(GAUSSIAN, sde), 1.0)
+    assert image is not None
+    values = np.asarray(image.get_array())
+    variances = np.array([0.49, 0.25]) + 100
+    assert values.max() == pytest.approx(-math.log(2 * math.pi * math.sqrt(variances.prod())), abs=1e-3)
+    assert image.get_clim() == pytest.approx((values.max() - 12, values.max()))
+
+
+def test_a_model_without_a_target_needs_limits(ax: Axes) -> None:
+    class Blind:
+        sde, event_shape = VPSDE(), (2,)
+
+        def __call__(self, x: Tensor, t: float) -> object:
+            return MODEL(x, t)
+
+    with pytest.raises(ValueError, match="needs limits or a target"):
+        plotting.score_field(ax, Blind(), 0.5)  # type: ignore[arg-type]
+    image, _ = plotting.score_field(ax, Blind(), 0.5, limits=SQUARE)  # type: ignore[arg-type]
+    assert image is None
+
+
+def test_trajectories_join_the_states_of_each_sample_in_order(ax: Axes) -> None:
+    trajectory = torch.randn(5, 8, 2, generator=torch.Generator().manual_seed(0))
+    lines, starts, ends = plotting.trajectories(ax, trajectory, count=3)
+    segments = np.asarray(lines.get_segments()).reshape(4, 3, 2, 2)
+    for step in range(4):
+        for sample in range(3):
+            assert np.allclose(segments[step, sample], trajectory[step : step + 2, sample])
+    assert np.asarray(lines.get_array()).reshape(4, 3)[:, 0].tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert np.allclose(starts.get_offsets(), trajectory[0, :3])
+    assert np.allclose(ends.get_offsets(), trajectory[-1, :3])
+
+
+def test_wide_trajectories_are_shrunk_to_the_spread_of_the_samples() -> None:
+    last = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    figure = plotting.trajectory_comparison({"SDE": torch.stack([50 * last, 0.5 * last, last])}, count=300)
+    lines, starts, _ = figure.axes[0].collections
+    assert np.allclose(starts.get_offsets(), last, atol=1e-4)
+    assert np.allclose(np.asarray(lines.get_segments())[300:, 0], 0.5 * last)
+
+
+def test_contours_stand_one_and_three_nats_below_the_maximum(ax: Axes) -> None:
+    lines = plotting.contours(ax, GAUSSIAN, limits=SQUARE, resolution=120)
+    for path, nats in zip(lines.get_paths(), (3, 1), strict=True):
+        distance = ((path.vertices - [0.5, -0.5]) ** 2 / [0.49, 0.25]).sum(axis=1) / 2
+        assert distance == pytest.approx(np.full(len(distance), nats), abs=0.05)
+
+
+def test_image_grid_lays_images_row_by_row(ax: Axes) -> None:
+    images = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 1, 2, 3)
+    mosaic = np.asarray(plotting.image_grid(ax, images, columns=3).get_array())
+    assert mosaic.shape == (2 * 3 - 1, 3 * 4 - 1, 4)
+    for i in range(5):
+        tile = mosaic[3 * (i // 3) : 3 * (i // 3) + 2, 4 * (i % 3) : 4 * (i % 3) + 3]
+        assert np.allclose(tile[..., :3], i / 4)
+        assert (tile[..., 3] == 1).all()
+    assert (mosaic[2, :, 3] == 0).all()
+    assert (mosaic[:, 3, 3] == 0).all()
+    assert (mosaic[3:, 8:, 3] == 0).all()
+    colour = torch.tensor([2.0, 0.0, -1.0])[None, :, None, None].expand(1, 3, 2, 2)
+    assert np.allclose(np.asarray(plotting.image_grid(ax, colour).get_array())[0, 0], [1, 0.5, 0, 1])
+    with pytest.raises(ValueError, match=r"got \(1, 2, 4, 4\)"):
+        plotting.image_grid(ax, torch.zeros(1, 2, 4, 4))
+
+
+def test_loss_curves_draw_every_loss(ax: Axes) -> None:
+    metrics = pd.DataFrame(
+        {"step": [1, 2, 3, 4], "lr": 0.1, "loss": [1.0, 2.0, 4.0, 4.0], "loss_q1": [3.0, np.nan, 3.0, 3.0]}
+    )
+    loss, quartile = plotting.loss_curves(ax, metrics)
+    assert [loss.get_label(), quartile.get_label()] == ["loss", "loss q1"]
+    w = 0.5 ** np.arange(4)  # half-life of one row
+    assert np.asarray(loss.get_ydata())[-1] == pytest.approx((w @ [4, 4, 2, 1]) / w.sum())
+    assert np.asarray(quartile.get_xdata()).tolist() == [1, 3, 4]
+    assert np.asarray(ax.lines[0].get_ydata()).tolist() == [1, 2, 4, 4]
+    assert ax.get_yscale() == "log"
+
+
+def comparison() -> pd.DataFrame:
+    run = {"seconds": 1.0, "metric": "sliced_w2", "floor": 0.1, "error": ""}
+    heun = [{"sampler": "Heun", "budget": b, "nfe": b - 1, "seed": s, "value": 10 / b + s} | run
+            for b in (40, 10) for s in (0, 1)]  # fmt: skip
+    failed = {"sampler": "EM", "budget": 7, "nfe": np.nan, "seed": 0, "value": np.nan} | run
+    other = {"sampler": "EM", "budget": 20, "nfe": 20, "seed": 0, "value": 5.0} | run
+    return pd.DataFrame([*heun, failed, other, other | {"metric": "energy", "value": 99.0, "floor": 50.0}])
+
+
+def test_quality_against_nfe_draws_means_floor_and_failures(ax: Axes) -> None:
+    heun, em = plotting.quality_against_nfe(ax, comparison())
+    assert [line.get_label() for line in (heun, em)] == ["Heun", "EM"]
+    assert np.asarray(heun.get_xydata()).tolist() == [[9, 1.5], [39, 0.75]]
+    assert np.asarray(em.get_xydata()).tolist() == [[20, 5]]
+    floor = next(line for line in ax.lines if line.get_label() == "noise floor")
+    assert np.asarray(floor.get_ydata()) == pytest.approx([0.1, 0.1])
+    crosses = [line for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert [np.asarray(line.get_xdata()).tolist() for line in crosses] == [[7]]
+    band = ax.collections[0].get_paths()[0].vertices
+    assert {tuple(v) for v in band} >= {(9, 1), (9, 2), (39, 0.25), (39, 1.25)}
+    assert ax.get_ylabel() == "sliced $W_2$"
+
+
+def test_density_comparison_shares_limits_and_colours() -> None:
+    x = draws(2000)
+    figure = plotting.density_comparison(GAUSSIAN, {"a": x, "b": 3 * x})
+    data, first, second = figure.axes
+    assert [ax.get_title() for ax in figure.axes] == ["data", "a", "b"]
+    assert data.get_xlim() == first.get_xlim() == second.get_xlim()
+    assert data.images[0].get_clim() == first.images[0].get_clim() == second.images[0].get_clim()
+    assert np.asarray(second.images[0].get_array()).max() < np.asarray(first.images[0].get_array()).max()
+
+
+def test_score_field_comparison_shares_arrows_and_states_the_error() -> None:
+    class Scaled(ExactScore):
+        def __call__(self, x: Tensor, t: float) -> object:  # type: ignore[override]
+            exact = super().__call__(x, t)
+            return type("Prediction", (), {"score": 1.25 * exact.score})
+
+    figure = plotting.score_field_comparison(Scaled(GAUSSIAN, MODEL.sde), MODEL, [0.1, 0.9], arrows=5)
+    assert len(figure.axes) == 4
+    assert figure.axes[0].get_title() == "$t$ = 0.1,  $\\sigma$ = 0.32\nrelative error 25 %"
+    assert [figure.axes[i].get_ylabel() for i in (0, 2)] == ["learned", "exact"]
+    for above, below in zip(figure.axes[:2], figure.axes[2:], strict=True):
+        assert above.get_xlim() == below.get_xlim()
+        assert above.images[0].get_clim() == below.images[0].get_clim()
+        learned, exact = (next(c for c in ax.collections if hasattr(c, "U")) for ax in (above, below))
+        cell = (above.get_xlim()[1] - above.get_xlim()[0]) / 5
+        lengths = [np.hypot(field.U, field.V) / cell for field in (learned, exact)]
+        r_learned, r_exact = (length / (1 - length) for length in lengths)  # |s| / unit
+        assert r_learned == pytest.approx(1.25 * r_exact, rel=1e-3)
+
+
+def test_animation_plays_evenly_chosen_states_and_holds_the_last(tmp_path: Path) -> None:
+    trajectory = torch.linspace(30, 1, 41)[:, None, None] * torch.randn(
+        50, 2, generator=torch.Generator().manual_seed(0)
+    )
+    path = plotting.animation(trajectory, tmp_path / "points.gif", frames=5, fps=10, hold=0.2)
+    gif = Image.open(path)
+    assert gif.info["duration"] == 100
+    assert 5 <= gif.n_frames <= 7  # Pillow may merge the equal ones at the end
+
+
+def test_animation_of_points_zooms_in_and_never_out() -> None:
+    ax = plotting.panels(1)[1][0, 0]
+    unit = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    draw = plotting._point_frames(ax, torch.stack([10 * unit, 2 * unit, 4 * unit, 0.1 * unit, unit]))
+    widths = []
+    for i in range(5):
+        dots = draw(i)
+        widths.append(np.diff(ax.get_xlim())[0])
+    assert np.array(widths) / widths[-1] == pytest.approx([10, 2, 2, 1, 1], rel=1e-3)
+    assert np.allclose(dots.get_offsets(), unit)
+
+
+def test_animation_of_images(tmp_path: Path) -> None:
+    images = torch.linspace(3, -1, 4)[:, None, None, None, None].expand(4, 9, 1, 4, 4)
+    gif = Image.open(plotting.animation(images, tmp_path / "images.gif", hold=0, levels=["a", "b", "c", "d"]))
+    centres = []
+    for frame in range(gif.n_frames):
+        gif.seek(frame)
+        grey = np.asarray(gif.convert("L"))
+        centres.append(
+            int(np.median(grey[grey.shape[0] // 3 : grey.shape[0] // 2, grey.shape[1] // 4 : grey.shape[1] // 2]))
+        )
+    assert centres[0] > 250
+    assert centres[-1] < 5
+
+
+def test_pyplot_is_never_loaded() -> None:
+    code = "import sys, score_sde.plotting; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_refusals(ax: Axes) -> None:
+    with pytest.raises(ValueError, match=r"points of shape \(..., 2\), got \(4, 3\)"):
+        plotting.samples(ax, torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="none of the points is finite"):
+        plotting.density(ax, torch.full((4, 2), math.nan))
+    with pytest.raises(ValueError, match=r"a trajectory has shape .* got \(1, 4, 2\)"):
+        plotting.trajectories(ax, torch.zeros(1, 4, 2))
