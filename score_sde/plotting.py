@@ -48,6 +48,17 @@ TIME = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.92, 256)))  # dark
 NATS = 12.0
 """Depth of a log-density's colour scale below its maximum."""
 
+ARROWS: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "pivot": "middle", "width": 0.005,
+                          "headwidth": 3.5, "headlength": 4, "headaxislength": 3.5}  # fmt: skip
+METRIC_NAMES = {
+    "sliced_w2": "sliced $W_2$",
+    "w2": "$W_2$",
+    "energy": "energy distance",
+    "mmd": "MMD",
+    "mode_weights": "mode weights, total variation",
+    "mode_spread": "mode spread, relative error",
+}
+
 
 # --- canvas -----------------------------------------------------------------------------------------------------------
 
@@ -166,15 +177,7 @@ def score_field(
     cell = (limits[1] - limits[0]) / arrows
     arrow = cell * score / (score.norm(dim=1, keepdim=True) + unit)
     _plane(ax, limits)
-    style: dict[str, Any] = {
-        "width": 0.005,
-        "headwidth": 3.5,
-        "headlength": 4,
-        "headaxislength": 3.5,
-        "pivot": "middle",
-    }
-    quiver = ax.quiver(*points.T.numpy(), *arrow.T.numpy(), color="white" if image else INK, angles="xy",
-                       scale_units="xy", scale=1, **style)  # fmt: skip
+    quiver = ax.quiver(*points.T.numpy(), *arrow.T.numpy(), color="white" if image else INK, **ARROWS)
     return image, quiver
 
 
@@ -281,16 +284,6 @@ def quality_against_nfe(ax: Axes, table: pd.DataFrame, *, metric: str | None = N
     return lines
 
 
-METRIC_NAMES = {
-    "sliced_w2": "sliced $W_2$",
-    "w2": "$W_2$",
-    "energy": "energy distance",
-    "mmd": "MMD",
-    "mode_weights": "mode weights, total variation",
-    "mode_spread": "mode spread, relative error",
-}
-
-
 # --- composed figures -------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +313,7 @@ def score_field_comparison(
 ) -> Figure:
     """The learned score over the exact one, a column for each time, in one scale of arrows.
 
-    Under each column stands the relative error sqrt(E|s - s*|^2 / E|s*|^2) over the exact marginal at that time.
+    Over each column stands the relative error sqrt(E|s - s*|^2 / E|s*|^2) over the exact marginal at that time.
     """
     target: Any = exact.target
     figure, axes = panels(len(times), 2)
@@ -538,10 +531,12 @@ def _curves(ax: Axes, x: str, y: str) -> None:
 
 
 def _log_axis(ax: Axes, name: Literal["x", "y"]) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    """A logarithmic axis with plain numbers: powers of ten, their doubles and halves too, or any round ones, by span."""
     ax.set(**{f"{name}scale": "log"})
     axis = ax.xaxis if name == "x" else ax.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    subs = (1.0,) if high > 1e3 * low else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=subs) if high > 10 * low else MaxNLocator(5))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 

@@ -170,6 +170,13 @@ def test_loss_curves_draw_every_loss(ax: Axes) -> None:
     assert ax.get_yscale() == "log"
 
 
+@pytest.mark.parametrize("span", [1.3, 3, 30, 1e5])
+def test_a_logarithmic_axis_has_numbers_whatever_it_spans(ax: Axes, span: float) -> None:
+    plotting.loss_curves(ax, pd.DataFrame({"step": [0, 1], "loss": [0.33, 0.33 * span]}), halflife=1e-9)
+    low, high = ax.get_ylim()
+    assert 2 <= sum(low <= tick <= high for tick in ax.get_yticks()) <= 10
+
+
 def comparison() -> pd.DataFrame:
     run = {"seconds": 1.0, "metric": "sliced_w2", "floor": 0.1, "error": ""}
     heun = [{"sampler": "Heun", "budget": b, "nfe": b - 1, "seed": s, "value": 10 / b + s} | run

@@ -195,6 +195,11 @@ def test_the_floor_falls_with_the_root_of_the_number_of_samples() -> None:
     assert math.log(floors[0] / floors[1], 16) == pytest.approx(0.5, abs=0.08)
 
 
+def test_the_floor_is_a_mean_over_pairs() -> None:
+    values = iter([1.0, 2.0, 6.0])
+    assert noise_floor(lambda x, y: next(values), normal(4, 1), 2, generator=generator(), repeats=3) == 3
+
+
 def test_the_floor_of_a_tensor_is_between_disjoint_draws() -> None:
     seen = []
     reference = torch.arange(20.0)[:, None]
