@@ -531,7 +531,7 @@ def _curves(ax: Axes, x: str, y: str) -> None:
 
 
 def _log_axis(ax: Axes, name: Literal["x", "y"]) -> None:
-    """A logarithmic axis with plain numbers: powers of ten, their doubles and halves too, or any round ones, by span."""
+    """A logarithmic axis with plain numbers: powers of ten, also 2 and 5, or any round ones, by its span."""
     ax.set(**{f"{name}scale": "log"})
     axis = ax.xaxis if name == "x" else ax.yaxis
     low, high = axis.get_view_interval()

@@ -40,7 +40,7 @@ def compare(
     num_samples: int = 10_000,
     seeds: Sequence[int] = (0,),
     metrics: Sequence[str] | Mapping[str, Metric] | None = ("sliced_w2",),
-    repeats: int = 4,
+    repeats: int = 8,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Samples with every sampler, budget and seed, and measures all of them against the same exact draws.

@@ -83,7 +83,7 @@ def energy_distance(x: Tensor, y: Tensor, *, max_points: int = 2000) -> float:
     Source: Székely and Rizzo 2013, Energy statistics, equation 2 (its V-statistic, which is never negative).
     """
     x, y = (_thin(v, max_points) for v in _pair(x, y))
-    mean = partial(_mean_over_pairs, lambda squared: squared.sqrt())
+    mean = partial(_mean_over_pairs, lambda distance: distance)
     return max(0.0, 2 * mean(x, y) - mean(x, x) - mean(y, y)) ** 0.5
 
 
@@ -93,7 +93,7 @@ def mmd(
     """Maximum mean discrepancy between at most `max_points` points of each sample.
 
     The kernel is k(x, y) = mean_h exp(-|x - y|^2 / (2 h^2)) over the `bandwidths` h; left out, these are
-    1, 1/2, 1/4, 1/8 and 1/16 times the median distance between points of y.
+    1, 1/4 and 1/16 times the median distance between points of y.
 
     Args:
         x, y: (n, *event_shape) and (m, *event_shape).
@@ -108,11 +108,12 @@ def mmd(
     x, y = (_thin(v, max_points) for v in _pair(x, y))
     if bandwidths is None:
         median = torch.pdist(y[:1000]).median().item()
-        bandwidths = [median / 2**i for i in range(5)]
+        bandwidths = [median / 4**i for i in range(3)]
     if not bandwidths or min(bandwidths) <= 0:
         raise ValueError(f"bandwidths are positive lengths, got {list(bandwidths)}; a constant y has no scale")
 
-    def kernel(squared: Tensor) -> Tensor:
+    def kernel(distance: Tensor) -> Tensor:
+        squared = distance.square_()
         return sum((squared / (-2 * h**2)).exp_() for h in bandwidths) / len(bandwidths)  # type: ignore[return-value]
 
     def within(v: Tensor) -> float:
@@ -179,7 +180,7 @@ MODE_METRICS: dict[str, Callable[[Tensor, GaussianMixture], float]] = {
 
 
 def noise_floor(
-    metric: Metric, reference: Target | Tensor, n: int, *, generator: torch.Generator, repeats: int = 4
+    metric: Metric, reference: Target | Tensor, n: int, *, generator: torch.Generator, repeats: int = 8
 ) -> float:
     """Mean over `repeats` of the metric between two independent exact draws of n samples each.
 
@@ -206,7 +207,7 @@ class Yardstick:
         generator: source of the exact draws.
         metrics: names in `METRICS` and, when the reference is a GaussianMixture, in `MODE_METRICS` (all of them when
             left out), or a mapping from names to functions of two samples.
-        repeats: how many draws.
+        repeats: how many draws; at 8 the floor of the sliced W2 is known to about a tenth.
 
     Raises:
         ValueError: a metric is unknown, or the reference holds fewer than 2 n samples.
@@ -219,7 +220,7 @@ class Yardstick:
         *,
         generator: torch.Generator,
         metrics: Sequence[str] | Mapping[str, Metric] | None = None,
-        repeats: int = 4,
+        repeats: int = 8,
     ) -> None:
         if repeats < 1:
             raise ValueError(f"repeats is at least 1, got {repeats}")
@@ -250,7 +251,7 @@ def score(
     *,
     generator: torch.Generator,
     metrics: Sequence[str] | Mapping[str, Metric] | None = None,
-    repeats: int = 4,
+    repeats: int = 8,
 ) -> pd.DataFrame:
     """Every metric of the samples beside its floor and their ratio: `Yardstick` for one set of samples.
 
@@ -314,10 +315,10 @@ def _thin(x: Tensor, max_points: int) -> Tensor:
 
 
 def _mean_over_pairs(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
-    """Mean of function(|x_i - y_j|^2) over all pairs, in blocks of bounded memory."""
+    """Mean of function(|x_i - y_j|) over all pairs, in blocks of bounded memory; the function may overwrite its input."""
     blocks = x.split(max(1, 2**22 // len(y)))
     distances = (torch.cdist(block, y, compute_mode="donot_use_mm_for_euclid_dist") for block in blocks)
-    return sum(function(d.square()).sum().item() for d in distances) / (len(x) * len(y))
+    return sum(function(d).sum().item() for d in distances) / (len(x) * len(y))
 
 
 def _covariance(x: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def test_unbiased_mmd_between_gaussians_has_the_closed_form_mean() -> None:
 def test_mmd_bandwidths_follow_the_median_distance_of_the_reference() -> None:
     x, y = normal(60, 2), 1 + normal(50, 2, seed=1)
     median = torch.pdist(y).median().item()
-    assert metrics.mmd(x, y) == pytest.approx(metrics.mmd(x, y, bandwidths=[median / 2**i for i in range(5)]))
+    assert metrics.mmd(x, y) == pytest.approx(metrics.mmd(x, y, bandwidths=[median / 4**i for i in range(3)]))
 
 
 @pytest.mark.parametrize("metric", TWO_SAMPLE)
