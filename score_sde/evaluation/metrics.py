@@ -315,7 +315,7 @@ def _thin(x: Tensor, max_points: int) -> Tensor:
 
 
 def _mean_over_pairs(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
-    """Mean of function(|x_i - y_j|) over all pairs, in blocks of bounded memory; the function may overwrite its input."""
+    """Mean of function(|x_i - y_j|) over all pairs, in blocks of bounded memory; its input may be overwritten."""
     blocks = x.split(max(1, 2**22 // len(y)))
     distances = (torch.cdist(block, y, compute_mode="donot_use_mm_for_euclid_dist") for block in blocks)
     return sum(function(d).sum().item() for d in distances) / (len(x) * len(y))
