@@ -12,7 +12,7 @@ import copy
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["EMA", "ema_decay"]
 
@@ -31,11 +31,14 @@ class EMA(Generic[Model]):
     def __init__(self, model: Model, half_life: float = 500_000, ramp: float = 0.05) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.half_life, self.ramp = half_life, ramp
+        self._averages: list[Tensor] = list(self.module.parameters())
+        self._parameters: list[Tensor] = list(model.parameters())
+        self._buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
-    def update(self, model: Model, batch_size: int, images: int) -> None:
+    def update(self, batch_size: int, images: int) -> None:
         """Takes in the model's weights after a step on `batch_size` images, `images` having come before."""
         beta = ema_decay(batch_size, images, self.half_life, self.ramp)
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - beta)
-        for average, current in zip(self.module.buffers(), model.buffers(), strict=True):
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - beta)
+        for average, current in self._buffers:
             average.copy_(current)

@@ -249,7 +249,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.trainer.rate(self.step)
         self.optimizer.step()
-        self.ema.update(self.model, self.trainer.batch_size, self.step * self.trainer.batch_size)
+        self.ema.update(self.trainer.batch_size, self.step * self.trainer.batch_size)
         self.window.add(losses.detach(), times.u, norm, good)
         self.step += 1
 

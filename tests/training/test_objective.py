@@ -232,6 +232,6 @@ def test_ema_decay_of_edm():
     nn.init.constant_(model.weight, 2.0)
     ema = EMA(model, half_life=100, ramp=1.0)
     nn.init.constant_(model.weight, 4.0)
-    ema.update(model, batch_size=50, images=100)
+    ema.update(batch_size=50, images=100)
     assert ema.module.weight.item() == pytest.approx(4 - 2 * math.sqrt(0.5))
     assert not ema.module.weight.requires_grad

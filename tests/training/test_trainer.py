@@ -264,6 +264,15 @@ def test_samples_are_asked_for_from_raw_and_averaged_models_in_evaluation_mode(t
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
+def test_each_step_has_a_dropout_mask_of_its_own(tmp_path):
+    masks = []
+    model = tiny.model()
+    dropout = model.network.blocks[0].branch[1]
+    dropout.register_forward_hook(lambda module, inputs, output: masks.append(output == 0))
+    tiny.train(tmp_path, tiny.trainer(steps=5), model=model)
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 5
+
+
 def test_the_callers_global_generator_is_left_alone(tmp_path):
     torch.manual_seed(3)
     before = torch.get_rng_state()
