@@ -13,7 +13,6 @@ from torch import Tensor
 
 from score_sde.data import Batch
 from score_sde.score import LearnedScore
-from score_sde.sde import expand
 from score_sde.training.times import Times
 from score_sde.training.weighting import SimpleWeighting, Weighting
 
@@ -40,7 +39,7 @@ class DenoisingScoreMatching:
         target = model.parameterization.target(sde, t, x0, noise)
         output = model.raw(sde.perturb(x0, t, noise), t, **self._condition(batch, generator))
         weight = times.weight * self.weighting(sde, t) * model.parameterization.row(sde, t).c_out ** 2
-        return expand(weight.float(), t.float()) * (output.float() - target).square().flatten(1).mean(1)
+        return weight.float() * (output.float() - target).square().flatten(1).mean(1)
 
     def _condition(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         condition = dict(batch.condition)

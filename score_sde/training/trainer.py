@@ -109,6 +109,7 @@ class Trainer:
         for name, allowed in (("schedule", ("constant", "cosine")), ("device", ("auto", "cpu", "cuda")),
                               ("precision", PRECISIONS)):  # fmt: skip
             _require(name, getattr(self, name), getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        self.betas = (float(self.betas[0]), float(self.betas[1]))  # plain numbers, whatever list a config gives
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -216,13 +217,8 @@ class _Run:
         accelerator = ("cuda" if torch.cuda.is_available() else "cpu") if trainer.device == "auto" else trainer.device
         self.fabric = Fabric(accelerator=accelerator, devices=1, precision=trainer.precision)  # type: ignore[arg-type]
         self.device = self.fabric.device
-        self.trainer, self.objective, self.time_sampler, self.seed, self.step = (
-            trainer,
-            objective,
-            time_sampler,
-            seed,
-            0,
-        )
+        self.trainer, self.objective, self.time_sampler = trainer, objective, time_sampler
+        self.seed, self.step = seed, 0
         self.model = model.train()
         self.fabric.to_device(model)
         self.parameters = list(model.parameters())
