@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 from tqdm import tqdm
 
 from score_sde.noise import NoiseSource
 from score_sde.sampler import CountedModel, SampleResult, begin
 from score_sde.score import ScoreModel
+from score_sde.sde import SDE
 
 METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
@@ -52,6 +52,10 @@ class ProbabilityFlowODE:
         if final not in ("denoise", "none"):
             raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
         self.method, self.rtol, self.atol, self.error_control, self.final = method, rtol, atol, error_control, final
+
+    def check(self, sde: SDE) -> None:
+        """Refuses, with ValueError, an SDE whose schedule cannot be integrated."""
+        sde.check()
 
     @torch.no_grad()
     def sample(
@@ -86,6 +90,8 @@ class ProbabilityFlowODE:
     def _integrate(
         self, model: CountedModel, x: Tensor, times: Tensor, trajectory: bool, progress: bool, denoise: bool
     ) -> SampleResult:
+        if len(times) < 2:
+            raise ValueError(f"a trajectory has points >= 2, got points={len(times)}")
         clock = time.perf_counter()
         parts = [x] if self.error_control == "joint" else list(x.split(1))
         states, calls = [], []
@@ -103,6 +109,8 @@ class ProbabilityFlowODE:
         return SampleResult(end, max(calls) + int(denoise), seconds, path if trajectory else None, times)
 
     def _solve(self, model: CountedModel, x: Tensor, times: Tensor) -> Tensor:
+        from scipy.integrate import solve_ivp  # half a second to import
+
         sde = model.model.sde
 
         def velocity(t: float, flat: np.ndarray) -> np.ndarray:

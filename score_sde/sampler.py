@@ -75,12 +75,14 @@ def begin(
 
     Raises:
         ValueError: the shape is not (batch, *event_shape), x_init has another, or both seed and noise are given.
-        TypeError: a condition's name is unknown to the model.
+        TypeError: a condition's name is unknown to the model, or noise is no noise source.
     """
     condition = dict(condition or {})
     model.check(shape, condition)
     if seed is not None and noise is not None:
         raise ValueError("give either seed= (one generator for the batch) or noise= (a noise source), not both")
+    if noise is not None and not isinstance(noise, NoiseSource):
+        raise TypeError(f"noise is a noise source, e.g. SampleNoise(range({shape[0]})), got {noise!r}: a seed goes to seed=")
     if x_init is not None and tuple(x_init.shape) != tuple(shape):
         raise ValueError(f"x_init has shape {tuple(x_init.shape)}, but samples of shape {tuple(shape)} are asked for")
     if x_init is not None and not x_init.is_floating_point():
@@ -181,6 +183,10 @@ class Sampler:
             torch.cuda.synchronize(x.device)
         seconds = time.perf_counter() - clock
         return SampleResult(x, start.model.calls, seconds, torch.stack(states) if trajectory else None, times)
+
+    def check(self, sde: SDE) -> None:
+        """Refuses, with ValueError, an SDE on which the grid or a step does not work; computes the whole table."""
+        self.plan(sde, grids.check(self.grid(sde), sde))
 
     def plan(self, sde: SDE, times: Tensor) -> list[Move]:
         """The rows of a run over a checked grid, in the order in which they are carried out."""

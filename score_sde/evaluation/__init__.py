@@ -1,6 +1,7 @@
 """Metrics with their noise floors, a classifier's view of digits, and the comparison of samplers."""
 
 from score_sde.evaluation.comparison import compare
+from score_sde.evaluation.evaluate import Evaluation, evaluate, starts
 from score_sde.evaluation.features import DigitClassifier, digit_report
 from score_sde.evaluation.metrics import (
     METRICS,
@@ -23,10 +24,12 @@ __all__ = [
     "METRICS",
     "MODE_METRICS",
     "DigitClassifier",
+    "Evaluation",
     "Yardstick",
     "compare",
     "digit_report",
     "energy_distance",
+    "evaluate",
     "frechet_distance",
     "mmd",
     "mode_spread",
@@ -36,5 +39,6 @@ __all__ = [
     "noise_floor",
     "score",
     "sliced_w2",
+    "starts",
     "w2",
 ]

@@ -1,0 +1,167 @@
+"""What the scripts share: Hydra's entry with one-line errors, named config files, and the figures of a run."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from score_sde.run import Run, instantiate
+from score_sde.training import DivergenceError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+# What a wrong input raises; anything else is a bug of ours and keeps its traceback.
+REFUSALS = (ValueError, TypeError, OSError, ImportError, DivergenceError, HydraException, OmegaConfBaseException)
+
+
+def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """`hydra.main` over conf/<config_name>.yaml; a wrong input ends in one line on stderr and exit status 2.
+
+    HYDRA_FULL_ERROR=1 shows the traceback instead. In a sweep a failed job leaves its reason in its result.json.
+    """
+    full_error = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def job(config: DictConfig) -> Any:
+            output = Path(HydraConfig.get().runtime.output_dir)
+            try:
+                return task(config)
+            except REFUSALS as error:
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    overrides = list(HydraConfig.get().overrides.task)
+                    Run(output).save_result({"status": "failed", "error": one_line(error), "overrides": overrides})
+                elif output.is_dir() and not any(output.iterdir()):
+                    output.rmdir()
+                raise
+
+        def run() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+            except REFUSALS as error:
+                if full_error:
+                    raise
+                sys.exit(f"error: {one_line(error)}")
+
+        return run
+
+    return decorate
+
+
+def one_line(error: BaseException) -> str:
+    """The innermost reason of an error, on one line, with the nearest known key for a misspelt one."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
+        known = [str(key) for key in cause.parent_node]
+        near = difflib.get_close_matches(str(cause.key), known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"unknown key {cause.full_key!r}: {hint}known here: {', '.join(known)}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def named(group: str, name: str) -> DictConfig:
+    """The config of file `name` in a config group, e.g. named("sampler", "heun").
+
+    Raises ValueError with the known names where there is none.
+    """
+    known = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown {group.replace('/', ' ')} {name!r}: {hint}known: {', '.join(known)}")
+    with _separate_hydra():
+        config = hydra.compose(f"{group}/{name}")
+    for part in group.split("/"):
+        config = config[part]
+    return config
+
+
+@contextmanager
+def _separate_hydra() -> Iterator[None]:
+    """Composes beside the application's own Hydra, which is put back afterwards."""
+    instance = GlobalHydra.instance()
+    own, instance.hydra = instance.hydra, None
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
+    finally:
+        instance.hydra = own
+
+
+def sampler_config(node: str | DictConfig) -> DictConfig:
+    """A sampler's config from its name or its node, whose predictor, corrector and grid may be names too."""
+    node = named("sampler", node) if isinstance(node, str) else OmegaConf.create(node)
+    for part in ("predictor", "corrector", "grid"):
+        if isinstance(node.get(part), str):
+            node[part] = named(f"sampler/{part}", node[part])
+    return node
+
+
+def samplers_of(config: DictConfig | ListConfig | Sequence[str], trust: Sequence[str] = ()) -> dict[str, Any]:
+    """name -> sampler, from a list of names in conf/sampler or a mapping from names to configs."""
+    nodes = config.items() if isinstance(config, Mapping | DictConfig) else ((name, name) for name in config)
+    return {str(name): instantiate(sampler_config(node), trust) for name, node in nodes}
+
+
+def open_run(config: DictConfig) -> Run:
+    """The run that `run=` names.
+
+    Raises ValueError where it is missing, FileNotFoundError where it is no run.
+    """
+    if not config.run:
+        raise ValueError("which run? give run=<directory>, a folder that scripts/train.py wrote")
+    return Run.open(config.run, trust=tuple(config.trust))
+
+
+def device_of(name: str) -> str:
+    """"auto" as "cuda" where there is one, else "cpu"."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device: use device=auto or device=cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def replaced(folder: Path) -> Path:
+    """An empty folder in the place of an old one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _run_directory(resume: str | None, experiment: str | None) -> str:
+    return resume or f"outputs/{experiment or 'train'}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+OmegaConf.register_new_resolver("run_directory", _run_directory, use_cache=True, replace=True)
+
+
+def save_samples(folder: Path, samples: Mapping[str, Any]) -> None:
+    """<folder>/<sampler>.npy for each set of samples."""
+    import numpy as np
+
+    for name, x in samples.items():
+        np.save(folder / f"{name}.npy", x.numpy())
+
+
+def show(table: Any) -> None:
+    """Prints a table of figures."""
+    print("\n" + table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))

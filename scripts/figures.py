@@ -1,0 +1,83 @@
+"""The pictures that a run leaves in its figures folder."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from score_sde import ExactScore, ProbabilityFlowODE, Sampler, ScoreModel, grid, plotting
+from score_sde.data import Data
+from score_sde.evaluation import Evaluation, starts
+from score_sde.run import Run
+from score_sde.steps import EulerMaruyama
+
+
+def draw(run: Run, model: ScoreModel, data: Data, evaluation: Evaluation, seed: int) -> list[Path]:
+    """Writes every figure that fits the data: densities, score fields, trajectories, sample sheets, losses, a GIF."""
+    figures = {f"samples_{name}": sheet(x) for name, x in evaluation.samples.items()} if _is_image(data) else {}
+    if tuple(data.event_shape) == (2,):
+        law = data.target if data.target is not None else data.reference(20_000).x
+        figures["densities"] = plotting.density_comparison(law, evaluation.samples)
+    if tuple(data.event_shape) == (2,) and data.target is not None:
+        exact = ExactScore(data.target, model.sde)
+        figures["score_field"] = plotting.score_field_comparison(model, exact, field_times(exact))
+        figures["trajectories"] = plotting.trajectory_comparison(trajectories(model, seed), target=data.target)
+    if len(run.metrics()):
+        figures["losses"] = losses(run)
+    paths = [save(figure, run.figures / f"{name}.png") for name, figure in figures.items()]
+    return [*paths, animate(model, run.figures / "noise_to_data.gif", seed)]
+
+
+def sheet(x: Tensor, count: int = 64) -> Figure:
+    """The first `count` images as one mosaic."""
+    figure, axes = plotting.panels(1, width=5, height=5)
+    plotting.image_grid(axes[0, 0], x[:count])
+    return figure
+
+
+def losses(run: Run) -> Figure:
+    figure, axes = plotting.panels(1, width=6, height=4)
+    plotting.loss_curves(axes[0, 0], run.metrics())
+    return figure
+
+
+def field_times(exact: ExactScore) -> list[float]:
+    """Four times at which the noise is 1.5, 0.5, 0.15 and 0.05 of the data's standard deviation."""
+    levels = exact.target.std * torch.tensor([1.5, 0.5, 0.15, 0.05], dtype=torch.float64)
+    return exact.sde.time_at(-levels.log()).clamp(exact.sde.t_min, exact.sde.t_max).tolist()
+
+
+def trajectories(model: ScoreModel, seed: int, count: int = 300) -> dict[str, Tensor]:
+    """Paths of the reverse SDE and of the probability-flow ODE from the same starting points."""
+    x = starts(model, count, seed).to(model.device)
+    sde = Sampler(EulerMaruyama(), partial(grid.log_snr, steps=400))
+    paths = {"reverse-time SDE": sde, "probability-flow ODE": ProbabilityFlowODE()}
+    return {name: _path(sampler.sample(model, tuple(x.shape), seed=seed, x_init=x, trajectory=True).trajectory)
+            for name, sampler in paths.items()}  # fmt: skip
+
+
+def animate(model: ScoreModel, path: Path, seed: int) -> Path:
+    """Noise becoming data along the reverse-time SDE, as a GIF."""
+    count = 1500 if len(model.event_shape) == 1 else 36
+    x = starts(model, count, seed).to(model.device)
+    sampler = Sampler(EulerMaruyama(), partial(grid.log_snr, steps=200))
+    result = sampler.sample(model, tuple(x.shape), seed=seed, x_init=x, trajectory=True)
+    return plotting.animation(_path(result.trajectory), path)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path)
+    return path
+
+
+def _path(trajectory: Tensor | None) -> Tensor:
+    assert trajectory is not None
+    return trajectory.cpu()
+
+
+def _is_image(data: Data) -> bool:
+    return len(data.event_shape) == 3 and data.event_shape[0] in (1, 3)

@@ -1,0 +1,117 @@
+"""Trains a score model, then samples from it, measures the samples and draws them.
+
+    python scripts/train.py [experiment=digits] [sde=ve] [trainer.steps=2000] ...    see conf/train.yaml
+    python scripts/train.py resume=outputs/toy/2026-01-01_12-00-00                   continues a run
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import common
+import figures
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from score_sde import LearnedScore, Sampler
+from score_sde.data import Data, measure_sigma_data, measure_sigma_max
+from score_sde.evaluation import Evaluation, evaluate
+from score_sde.run import Run, build_model, instantiate
+
+
+@common.main("train")
+def main(config: DictConfig) -> float:
+    run, resume = _continued(config) if config.resume else (None, False)
+    config = run.config if run else config
+    trust = tuple(config.trust)
+    data: Data = instantiate(config.data, trust)
+    if run is None:
+        fill_in(config, data)
+    model = build_model(config, trust)
+    parts = {name: instantiate(config[name], trust) for name in ("objective", "time_sampler", "trainer")}
+    samplers = common.samplers_of(config.evaluation.samplers, trust)
+    preview: Sampler = instantiate(common.sampler_config(config.sampler), trust)
+    parts["trainer"].check(model, data, parts["time_sampler"])
+    for sampler in (preview, *samplers.values()):
+        sampler.check(model.sde)
+    run = run or Run.create(HydraConfig.get().runtime.output_dir, config, trust)
+
+    def on_sample(step: int, raw: LearnedScore, averaged: LearnedScore) -> None:
+        for name, shown in (("raw", raw), ("ema", averaged)):
+            samples = preview.sample(shown, (1000, *shown.event_shape), seed=config.seed).x.cpu()
+            if tuple(data.event_shape) == (2,):
+                law = data.target if data.target is not None else data.reference(10_000).x
+                picture = figures.plotting.density_comparison(law, {f"{name}, step {step}": samples})
+            else:
+                picture = figures.sheet(samples)
+            figures.save(picture, run.samples / f"step-{step:09d}-{name}.png")
+
+    trained = parts["trainer"].fit(
+        model, data, parts["objective"], parts["time_sampler"], run.path, seed=config.seed, resume=resume,
+        on_sample=on_sample,
+    )  # fmt: skip
+    if trained.interrupted:
+        print(f"interrupted at step {trained.step}; continue with: python scripts/train.py resume={run.path}")
+        sys.exit(128 + trained.interrupted)
+    averaged = trained.model.eval().requires_grad_(False)
+    return finish(run, averaged, data, samplers, config)
+
+
+def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], config: DictConfig) -> float:
+    """Samples, metrics, figures and result.json; returns the number that a sweep minimises."""
+    labelled = config.evaluation.classifier_data
+    evaluation: Evaluation = evaluate(
+        model, data, samplers, num_samples=config.num_samples, seed=config.seed, metrics=config.evaluation.metrics,
+        classifier_data=instantiate(labelled, run.trust) if labelled else None, progress=config.trainer.progress,
+    )  # fmt: skip
+    common.save_samples(run.samples, evaluation.samples)
+    figures.draw(run, model, data, evaluation, config.seed)
+    score = evaluation.mean_ratio(config.evaluation.objective)
+    last = run.metrics().iloc[-1]
+    result = {"status": "finished", "metric": score, "step": int(last["step"]), "loss": float(last["loss"])}
+    run.save_result(result | {"overrides": _overrides(), "seed": config.seed} | evaluation.flat())
+    common.show(evaluation.table)
+    print(f"\n{run.path}: figures/, samples/, metrics.jsonl, result.json")
+    return score
+
+
+def fill_in(config: DictConfig, data: Data) -> None:
+    """Writes what the data decide into the config: the event shape, and every scale given as `auto`."""
+    config.event_shape = list(data.event_shape)
+    measures = {("sde", "sigma_max"): measure_sigma_max, ("parameterization", "sigma_data"): measure_sigma_data}
+    for (group, name), measure in measures.items():
+        if config[group].get(name) == "auto":
+            config[group][name] = round(measure(data), 4)
+            print(f"{group}.{name}: auto is {config[group][name]:g}, measured from the data")
+    config.choices = {k: v for k, v in HydraConfig.get().runtime.choices.items() if "hydra" not in k}
+
+
+def _continued(config: DictConfig) -> tuple[Run, bool]:
+    """The run to resume, with the values given on the command line over its own.
+
+    Raises ValueError for a config group other than the run's own: another model cannot take up its weights.
+    """
+    run = Run.open(config.resume, tuple(config.trust))
+    dotlist = []
+    for override in HydraConfig.get().overrides.task:
+        name, _, value = override.partition("=")
+        if name in run.config.choices:
+            if str(run.config.choices[name]) != value:
+                raise ValueError(f"{override} differs from the run's own {name}={run.config.choices[name]}: "
+                                 "start a new run, or leave it out")  # fmt: skip
+        elif name not in ("resume", "trust"):
+            dotlist.append(override.lstrip("+"))
+    merged = OmegaConf.merge(run.config, OmegaConf.from_dotlist(dotlist))
+    return Run.create(run.path, merged, run.trust), True  # type: ignore[arg-type]
+
+
+def _overrides() -> list[str]:
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    return list(HydraConfig.get().overrides.task) if multirun else [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+if __name__ == "__main__":
+    main()
