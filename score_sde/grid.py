@@ -7,7 +7,9 @@ x / alpha, whose level is s(t) = sigma(t) / alpha(t) = exp(-lambda(t)). Bind the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -39,7 +41,8 @@ def check(times: Tensor, sde: SDE) -> Tensor:
 
 def _fractions(steps: int) -> Tensor:
     """0, 1 / steps, ..., 1."""
-    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+    whole = isinstance(steps, Real) and not isinstance(steps, bool) and 1 <= steps < math.inf and int(steps) == steps
+    if not whole:
         raise ValueError(f"a grid needs a whole number steps >= 1, got steps={steps}")
     return torch.linspace(0, 1, int(steps) + 1, dtype=torch.float64)
 
@@ -71,7 +74,7 @@ def karras(sde: SDE, steps: int, rho: float = 7.0) -> Tensor:
     EDM's "N steps" are its N noise levels: steps = N - 1 here, and the last step to zero is the sampler's
     `final="denoise"`.
     """
-    if not rho > 0:
-        raise ValueError(f"the Karras grid needs rho > 0, got rho={rho}")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"the Karras grid needs a finite rho > 0, got rho={rho}")
     first, last = ((-sde.half_log_snr(t) / rho).exp() for t in (sde.t_max, sde.t_min))
     return _between(sde, sde.time_at(-rho * (first + _fractions(steps) * (last - first)).log()))

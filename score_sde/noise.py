@@ -54,9 +54,10 @@ class SampleNoise(NoiseSource):
     """
 
     def __init__(self, seeds: Iterable[int] | Tensor) -> None:
-        self.seeds = torch.as_tensor(seeds if isinstance(seeds, Tensor) else list(seeds)).to(torch.int64)
-        if self.seeds.ndim != 1:
-            raise ValueError(f"seeds are one integer a sample, got shape {tuple(self.seeds.shape)}")
+        seeds = torch.as_tensor(seeds if isinstance(seeds, Tensor) else list(seeds))
+        if seeds.ndim != 1 or (seeds.is_floating_point() and len(seeds)):
+            raise ValueError(f"seeds are one integer a sample, got {seeds.dtype} of shape {tuple(seeds.shape)}")
+        self.seeds = seeds.to(torch.int64)
 
     def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:
         if len(self.seeds) != shape[0]:
@@ -68,7 +69,7 @@ class SampleNoise(NoiseSource):
 
         def stream(step: int, draw: int) -> Tensor:
             bits = _mix(_mix(keys + ((step << 20) + draw + 1)) + counters)
-            radius = (((bits >> 32) & _LOW) + 0.5).to(real).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+            radius = ((bits >> 32) & _LOW).to(real).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
             angle = (bits & _LOW).to(real).mul_(math.tau * 2.0**-32)
             normal = torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())], 1)
             return normal[:, :elements].reshape(tuple(shape)).to(dtype)

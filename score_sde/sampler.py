@@ -82,7 +82,7 @@ def begin(
     if seed is not None and noise is not None:
         raise ValueError("give either seed= (one generator for the batch) or noise= (a noise source), not both")
     if noise is not None and not isinstance(noise, NoiseSource):
-        raise TypeError(f"noise is a noise source, e.g. SampleNoise(range({shape[0]})), got {noise!r}: a seed goes to seed=")
+        raise TypeError(f"noise is a noise source such as SampleNoise(range({shape[0]})), got {noise!r}; see also seed=")
     if x_init is not None and tuple(x_init.shape) != tuple(shape):
         raise ValueError(f"x_init has shape {tuple(x_init.shape)}, but samples of shape {tuple(shape)} are asked for")
     if x_init is not None and not x_init.is_floating_point():

@@ -12,9 +12,11 @@ Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, sections 3.4 and app
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +26,8 @@ Time = Tensor | float
 
 
 def as_time(t: Time) -> Tensor:
-    """A time as a tensor: floats become float64 scalars, tensors stay as they are."""
-    return t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+    """A time as a tensor: floats become float64 scalars, integers float64, floating-point tensors stay as they are."""
+    return t if isinstance(t, Tensor) and t.is_floating_point() else torch.as_tensor(t, dtype=torch.float64)
 
 
 def expand(v: Tensor, x: Tensor) -> Tensor:
@@ -40,12 +42,20 @@ def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
 
 
+def _of_tensor(function: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Time], Tensor]:
+    @functools.wraps(function)
+    def method(self: Any, t: Time) -> Tensor:
+        return function(self, as_time(t))
+
+    return method
+
+
 class SDE(ABC):
     """A linear forward SDE dx = f(t) x dt + g(t) dw, given by the `alpha` and `sigma` of its kernel.
 
     A subclass defines `alpha(t)` and `sigma(t)` with torch operations, elementwise in `t`, and the class attributes
     `t_min` (least noise at which models are trained and sampled) and `t_max` (where sampling starts). Everything else
-    follows; a closed form may be overridden where it is known.
+    follows; a closed form may be overridden where it is known. `alpha` and `sigma` always receive a tensor.
 
     All methods take `t` as a float or as a tensor of shape () or (batch,), of any float dtype and on any device, and
     return a tensor of the same shape.
@@ -53,6 +63,11 @@ class SDE(ABC):
 
     t_min: float = 1e-3
     t_max: float = 1.0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in {"alpha", "sigma"} & vars(cls).keys():
+            setattr(cls, name, _of_tensor(vars(cls)[name]))
 
     @abstractmethod
     def alpha(self, t: Time) -> Tensor:
@@ -128,6 +143,7 @@ class SDE(ABC):
             raise ValueError(f"{name} needs 0 <= t_min < t_max, got t_min={self.t_min} and t_max={self.t_max}")
         t = torch.linspace(self.t_min, self.t_max, 257, dtype=torch.float64)
         for part, values in (("alpha", self.alpha(t)), ("sigma", self.sigma(t))):
+            values = torch.as_tensor(values)
             if values.shape != t.shape:
                 raise ValueError(f"{name}.{part}(t) has shape {tuple(values.shape)} for t of shape {tuple(t.shape)}: "
                                  "make it elementwise in t, e.g. torch.ones_like(t) for a constant")  # fmt: skip

@@ -117,6 +117,8 @@ class GaussianMixture(Target):
             raise ValueError(f"means have shape (K, D) and covariances (K, D, D), got {tuple(self.means.shape)} and "
                              f"{tuple(self.covariances.shape)}")  # fmt: skip
         self.weights = _weights(weights, len(self.means))
+        if not (torch.isfinite(self.means).all() and torch.isfinite(self.covariances).all()):
+            raise ValueError("means and covariances must be finite")
         if not torch.allclose(self.covariances, self.covariances.mT, rtol=1e-8, atol=1e-12):
             raise ValueError("covariances must be symmetric")
         variances, basis = torch.linalg.eigh(self.covariances)
@@ -269,6 +271,8 @@ class UniformBoxes(Target):
         low, high = torch.as_tensor(low, dtype=torch.float64), torch.as_tensor(high, dtype=torch.float64)
         if low.ndim != 2 or low.shape != high.shape or not (low < high).all():
             raise ValueError(f"boxes have corners low < high of shape (K, D), got {tuple(low.shape)}, {tuple(high.shape)}")
+        if not 0 <= bandwidth < math.inf:
+            raise ValueError(f"bandwidth is a standard deviation >= 0, got {bandwidth}")
         self.low, self.high, self.bandwidth = low, high, float(bandwidth)
         self.weights = _weights(torch.ones(len(low)) if weights is None else weights, len(low))
         self.event_shape = low.shape[1:]

@@ -25,9 +25,9 @@ class _Langevin(LinearStep):
     role: ClassVar[Literal["predictor", "corrector"]] = "corrector"
 
     def __init__(self, ratio: float, steps: int) -> None:
-        if int(steps) != steps or steps < 1:
+        if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"{type(self).__name__} takes a whole number steps >= 1, got steps={steps}")
-        self.ratio, self.repeats, self.calls = ratio, int(steps), int(steps)
+        self.ratio, self.repeats, self.calls = ratio, steps, steps
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         eps = self.ratio * sde.sigma(s) ** 2
