@@ -70,6 +70,11 @@ class Prediction:
         p, _, q, _ = self._noise_coefficients(self.alpha)
         return affine(p - self.sigma * self.c_skip, self.x, q - self.sigma * self.c_out, self.raw)
 
+    def mix(self, of_denoised: float, of_noise: float) -> Tensor:
+        """of_denoised D + of_noise E[eps | x_t]: any rate of change along the path, e.g. dx/dt = alpha' D + sigma' eps."""
+        p, _, q, _ = self._noise_coefficients(of_noise)
+        return affine(p + of_denoised * self.c_skip, self.x, q + of_denoised * self.c_out, self.raw)
+
     def _noise_coefficients(self, scale: Coefficient) -> tuple[Coefficient, Tensor, Coefficient, Tensor]:
         """scale * noise as (p, x, q, F) with p x + q F."""
         p = scale * (1 - self.alpha * self.c_skip) / self.sigma

@@ -5,16 +5,18 @@ from score_sde.steps.linear import (
     DDIM,
     Ancestral,
     EulerMaruyama,
-    ExponentialAdams,
     LinearStep,
     ProbabilityFlowEuler,
     ReverseDiffusion,
 )
+from score_sde.steps.multistep import IPNDM, AdamsBashforth, ExponentialAdams
 from score_sde.steps.staged import Heun, Stage, StagedStep
 from score_sde.steps.step import Step
 
 __all__ = [
     "DDIM",
+    "IPNDM",
+    "AdamsBashforth",
     "Ancestral",
     "AnnealedLangevin",
     "EulerMaruyama",

@@ -2,7 +2,7 @@ r"""Steps that are linear in x, in recent denoiser outputs and in fresh noise.
 
     x_s = a x_t + sum_k b_k D_k + c z,        D_0 = D(x_t, t), D_1, D_2, ... the outputs of the moves before,
 
-so a step is three functions of time, and its properties follow from the scalars without a network: a point mass is
+(or, in place of D, any mix u D + w eps of the two views that is better extrapolated: see `LinearStep.output`), so a step is three functions of time, and its properties follow from the scalars without a network: a point mass is
 carried exactly where a alpha_t + sum b = alpha_s and (a sigma_t)^2 + c^2 = sigma_s^2. Throughout, h = s - t < 0,
 the score is (alpha_t D - x) / sigma_t^2, and the step's noise ratio is G^2 = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2,
 the variance of the exact forward transition from s to t.
@@ -10,6 +10,7 @@ the variance of the exact forward transition from s to t.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,12 +26,13 @@ Coefficients = tuple[Tensor, Sequence[Tensor], Tensor]
 
 
 class LinearRow(NamedTuple):
-    """One move: evaluate at t, then x_s = a x_t + sum_k b[k] D_k + c z."""
+    """One move: evaluate N_0 = u D + w eps at t, (u, w) = output, then x_s = a x_t + sum_k b[k] N_k + c z."""
 
     t: float
     a: float
     b: tuple[float, ...]
     c: float
+    output: tuple[float, float] = (1.0, 0.0)
 
 
 def combine(x: Tensor, a: float, b: Sequence[float], outputs: Sequence[Tensor]) -> Tensor:
@@ -40,6 +42,13 @@ def combine(x: Tensor, a: float, b: Sequence[float], outputs: Sequence[Tensor]) 
         if weight != 0.0:
             x = x.add_(output, alpha=weight)
     return x
+
+
+def chain_length(t: Tensor, s: Tensor) -> Tensor:
+    """For each move t[i] -> s[i], how many evaluations it may use: those since the last break t[i] != s[i - 1]."""
+    index = torch.arange(len(t))
+    broken = torch.cat([torch.ones(1, dtype=torch.bool), t[1:] != s[:-1]])
+    return index - torch.where(broken, index, 0).cummax(0).values + 1
 
 
 class LinearStep(Step):
@@ -63,16 +72,21 @@ class LinearStep(Step):
             s: (...) float64 times to go to. Write the formula elementwise: it is called for many moves at once.
         """
 
+    def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(u, w) of the network output u D + w eps that the history holds and `coefficients` weighs; D unless overridden."""
+        return torch.ones_like(t), torch.zeros_like(t)
+
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[LinearRow]:
         rows: list[LinearRow | None] = [None] * len(t)
-        age = self._age(t, s)
+        outputs = list(zip(*(part.expand(len(t)).tolist() for part in self.output(sde, t)), strict=True))
+        age = chain_length(t, s).clamp(max=self.memory)
         for depth in age.unique().tolist():
             moves = (age == depth).nonzero().squeeze(-1)
             times = torch.stack([t[moves - k] for k in range(depth)])
             a, b, c = self.coefficients(sde, times, s[moves])
             columns = [column.expand(len(moves)).tolist() for column in (t[moves], a, *b, c)]
             for move, (at, a_, *b_, c_) in zip(moves.tolist(), zip(*columns, strict=True), strict=True):
-                rows[move] = LinearRow(at, a_, tuple(b_), c_)
+                rows[move] = LinearRow(at, a_, tuple(b_), c_, outputs[move])
         self._refuse_nan(rows, sde)
         return [row for row in rows if row is not None]
 
@@ -81,22 +95,15 @@ class LinearStep(Step):
     ) -> tuple[Tensor, History]:
         for k in range(self.repeats):
             if row.b:
-                history = (evaluate(x, row.t).denoised, *history)[: self.memory]
+                history = (evaluate(x, row.t).mix(*row.output), *history)[: self.memory]
             x = combine(x, row.a, row.b, history)
             if row.c != 0.0:
                 x = x.add_(draw(k), alpha=row.c)
         return x, history
 
-    def _age(self, t: Tensor, s: Tensor) -> Tensor:
-        """How many outputs each move may use: those since the last break in the chain t[i] = s[i - 1], memory at most."""
-        index = torch.arange(len(t))
-        broken = torch.cat([torch.ones(1, dtype=torch.bool), t[1:] != s[:-1]])
-        start = torch.where(broken, index, 0).cummax(0).values
-        return (index - start + 1).clamp(max=self.memory)
-
     def _refuse_nan(self, rows: Sequence[LinearRow | None], sde: SDE) -> None:
         for row in rows:
-            if row is not None and not np.isfinite((row.a, *row.b, row.c)).all():
+            if row is not None and not np.isfinite((row.a, *row.b, row.c, *row.output)).all():
                 raise ValueError(f"{type(self).__name__} has no finite coefficients at t={row.t:g} of {sde!r}: "
                                  "choose a grid that avoids this time, or another step")  # fmt: skip
 
@@ -204,57 +211,3 @@ class Ancestral(LinearStep):
         std = sde.sigma(t) * ratio.sqrt()
         c = std * scale if self.variance == "posterior" else std
         return sde.alpha(t) / sde.alpha(s) * scale**2, [sde.alpha(s) * ratio], c
-
-
-class ExponentialAdams(LinearStep):
-    """Exponential Adams-Bashforth in lambda on the denoised prediction, for the SDE family with noise strength eta.
-
-    With u = lambda_s - lambda, h = lambda_s - lambda_t and k = 1 + eta^2, variation of constants gives
-
-        x_s = sigma_s / sigma_t e^{-eta^2 h} x_t + alpha_s k int_0^h e^{-k u} D(lambda_s - u) du
-              + sigma_s sqrt(1 - e^{-2 eta^2 h}) z,
-
-    exactly; D is replaced by the polynomial through its last `order` values and the integral taken by Gauss-Legendre
-    quadrature to machine precision, so that the step is exact where D is a polynomial in lambda of degree < order.
-    At eta = 0: DDIM (order 1), DPM-Solver++(2M), and at order 3 what DPM-Solver++(3M) set out to be. At eta = 1:
-    SDE-DPM-Solver++.
-    Source: Lu et al. 2022, https://arxiv.org/abs/2211.01095, eq. 9 and 12; Xue et al. 2023 (SA-Solver),
-    https://arxiv.org/abs/2305.14267, eq. 11, whose tau is eta.
-
-    Args:
-        order: number of outputs interpolated, 1 to 4; the first moves use those there are.
-        eta: noise strength, 0 (the ODE) or more; 1 is the reverse SDE.
-    """
-
-    def __init__(self, order: int = 2, eta: float = 0.0) -> None:
-        if order not in (1, 2, 3, 4):
-            raise ValueError(f"ExponentialAdams has orders 1 to 4, got order={order}")
-        if not eta >= 0:
-            raise ValueError(f"ExponentialAdams needs a noise strength eta >= 0, got eta={eta}")
-        self.memory, self.eta = int(order), float(eta)
-        self.order = self.memory if eta == 0 else 1
-
-    def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
-        nodes, end = sde.half_log_snr(times), sde.half_log_snr(s)
-        h, k = end - nodes[0], 1 + self.eta**2
-        fractions, weights = quadrature(s)
-        kernel = sde.alpha(s) * k * h * weights * (-k * h * fractions).exp()
-        b = [(kernel * basis).sum(0) for basis in lagrange(nodes, end - h * fractions)]
-        a = sde.sigma(s) / sde.sigma(times[0]) * (-(self.eta**2) * h).exp()
-        return a, b, sde.sigma(s) * (-torch.expm1(-2 * self.eta**2 * h)).sqrt()
-
-
-def quadrature(like: Tensor, points: int = 32) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights on [0, 1], shaped (points, 1, ...) to go before `like`'s dimensions."""
-    nodes, weights = np.polynomial.legendre.leggauss(points)
-    shape = (points,) + (1,) * like.ndim
-    return torch.from_numpy((nodes + 1) / 2).reshape(shape), torch.from_numpy(weights / 2).reshape(shape)
-
-
-def lagrange(nodes: Tensor, at: Tensor) -> list[Tensor]:
-    """The Lagrange basis polynomials of `nodes` (k, ...), evaluated at points (..., ...) that broadcast with nodes[0]."""
-    basis = []
-    for j, node in enumerate(nodes):
-        others = [(at - other) / (node - other) for i, other in enumerate(nodes) if i != j]
-        basis.append(torch.stack(others).prod(0) if others else torch.ones_like(at))
-    return basis

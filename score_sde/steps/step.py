@@ -2,13 +2,13 @@ r"""What a sampler's step is.
 
 A predictor brings x from grid time t to the less noisy s; a corrector moves it at s = t. Before the first network call
 the sampler asks each step for its `plan`: one row a move, plain floats computed in vectorised float64. `advance`
-then carries one row out. All state is a value: the past denoiser outputs go in and come back.
+then carries one row out. All state is a value: the past outputs go in and come back.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -23,7 +23,7 @@ Draw = Callable[[int], Tensor]
 """k -> the k-th standard normal draw of this move, of x's shape."""
 
 History = tuple[Tensor, ...]
-"""Denoiser outputs of the moves before, the newest first."""
+"""What a step keeps of the moves before: network outputs, the newest first."""
 
 
 class Step(ABC):
@@ -33,11 +33,13 @@ class Step(ABC):
         role: "predictor" (s less noisy than t) or "corrector" (s = t).
         order: for an ODE step the global order of convergence, for an SDE step the weak order.
         calls: network calls a move.
+        presets: constructor arguments by the name under which they are known; each is certified.
     """
 
     role: ClassVar[Literal["predictor", "corrector"]] = "predictor"
     order: int = 1
     calls: int = 1
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abstractmethod
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Any]:
