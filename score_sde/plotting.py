@@ -287,6 +287,22 @@ def quality_against_nfe(ax: Axes, table: pd.DataFrame, *, metric: str | None = N
 # --- composed figures -------------------------------------------------------------------------------------------------
 
 
+def means_with_errors(ax: Axes, table: pd.DataFrame, *, label: str = "") -> Any:
+    """A point with its standard error for each setting, from the top down; settings without a value stay empty.
+
+    Args:
+        ax: where to draw.
+        table: the columns setting, mean and standard_error.
+        label: what the means are of.
+    """
+    rows = range(len(table))
+    ax.set_yticks(rows, table["setting"])
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    ax.set_xlabel(label)
+    _frame(ax)
+    return ax.errorbar(table["mean"], rows, xerr=table["standard_error"], fmt="o", color=LINES[0], capsize=3)
+
+
 def density_comparison(
     target: Target | Tensor, samplers: Mapping[str, Tensor], *, limits: Limits | None = None
 ) -> Figure:

@@ -7,13 +7,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import common
 import figures
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from score_sde import LearnedScore, Sampler
@@ -72,7 +70,7 @@ def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], 
     score = evaluation.mean_ratio(config.evaluation.objective)
     last = run.metrics().iloc[-1]
     result = {"status": "finished", "metric": score, "step": int(last["step"]), "loss": float(last["loss"])}
-    run.save_result(result | {"overrides": _overrides(), "seed": config.seed} | evaluation.flat())
+    run.save_result(result | {"overrides": list(HydraConfig.get().overrides.task), "seed": config.seed} | evaluation.flat())
     common.show(evaluation.table)
     print(f"\n{run.path}: figures/, samples/, metrics.jsonl, result.json")
     return score
@@ -106,11 +104,6 @@ def _continued(config: DictConfig) -> tuple[Run, bool]:
             dotlist.append(override.lstrip("+"))
     merged = OmegaConf.merge(run.config, OmegaConf.from_dotlist(dotlist))
     return Run.create(run.path, merged, run.trust), True  # type: ignore[arg-type]
-
-
-def _overrides() -> list[str]:
-    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
-    return list(HydraConfig.get().overrides.task) if multirun else [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""Collects a sweep's runs, failed ones too, into one table and one figure: python scripts/report.py <multirun folder>"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import common
+import figures
+import pandas as pd
+from omegaconf import DictConfig
+
+from score_sde import plotting
+
+
+@common.main("report")
+def main(config: DictConfig) -> None:
+    folder = Path(config.folder or "")
+    if not config.folder or not folder.is_dir():
+        raise ValueError(f"folder {str(config.folder)!r} does not exist: give the folder of a sweep, "
+                         "python scripts/report.py multirun/<date>")  # fmt: skip
+    table = collect(folder, config.metric)
+    summary = summarise(table)
+    table.to_csv(folder / "runs.csv", index=False)
+    summary.to_csv(folder / "report.csv", index=False)
+    figure, axes = plotting.panels(1, width=6, height=1.2 + 0.35 * len(summary))
+    plotting.means_with_errors(axes[0, 0], summary, label=config.metric)
+    figures.save(figure, folder / "report.png")
+    common.show(summary)
+    for row in table[table["status"] != "finished"].to_dict("records"):
+        print(f"{row['status']}: {row['run']} ({row['setting']}, seed {row['seed']}): {row['error']}")
+    print(f"\n{folder}: report.csv (means), runs.csv (every run), report.png")
+
+
+def collect(folder: Path, metric: str) -> pd.DataFrame:
+    """One row a run: its folder, setting (overrides but the seed), seed, metric, status and, where it failed, reason.
+
+    Raises ValueError where the folder holds no run.
+    """
+    homes = sorted({file.parent for name in ("result.json", "config.yaml") for file in folder.rglob(name)}, key=_natural)
+    rows = [_row(home, folder, metric) for home in homes]
+    if not rows:
+        raise ValueError(f"{folder} holds no runs (no result.json below it): give the folder of a sweep")
+    return pd.DataFrame(rows)
+
+
+def _row(home: Path, folder: Path, metric: str) -> dict[str, Any]:
+    path = home / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {"status": "unfinished", "error": "no result.json yet"}
+    pairs = [override for override in result.get("overrides", []) if "=" in override]
+    seed = next((pair.split("=")[1] for pair in pairs if pair.startswith("seed=")), result.get("seed", 0))
+    setting = ", ".join(pair for pair in pairs if not pair.startswith("seed=")) or "default"
+    if result["status"] == "finished" and metric not in result:
+        raise ValueError(f"{path} has no {metric!r}; it has: {', '.join(result)}")
+    return {"run": str(home.relative_to(folder)), "setting": setting, "seed": int(seed), "status": result["status"],
+            "value": result.get(metric), "error": result.get("error", "")}  # fmt: skip
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard error of the metric over the finished seeds of each setting, and how many failed."""
+    groups = table.assign(value=table["value"].astype(float)).groupby("setting", sort=False)
+    summary = groups["value"].agg(mean="mean", standard_error="sem", finished="count").reset_index()
+    return summary.assign(failed=groups.size().to_numpy() - summary["finished"])
+
+
+def _natural(path: Path) -> tuple[int, str]:
+    return (int(path.name) if path.name.isdigit() else 0, str(path))
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = [a if "=" in a or a.startswith("-") else f"folder={a}" for a in sys.argv[1:]]
+    main()
