@@ -39,10 +39,12 @@ class ScoreModel(ABC):
         sde: the forward process whose marginals p_t the model describes.
         event_shape: shape of one sample.
         condition_names: the keywords that a call accepts beside x and t.
+        data_std: standard deviation of the clean data as far as the model knows it, a scale for solvers.
     """
 
     sde: SDE
     event_shape: tuple[int, ...]
+    data_std: float = 1.0
     condition_names: frozenset[str] = frozenset()
 
     @property
@@ -102,7 +104,7 @@ class LearnedScore(nn.Module, ScoreModel):
         super().__init__()
         sde.check()
         self.network, self.sde, self.parameterization = network, sde, parameterization
-        self.event_shape = tuple(event_shape)
+        self.event_shape, self.data_std = tuple(event_shape), parameterization.sigma_data
         parameters = list(inspect.signature(getattr(network, "_orig_mod", network).forward).parameters.values())
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         self.condition_names = frozenset(p.name for p in parameters[2:] if p.kind in named)
@@ -161,6 +163,7 @@ class ExactScore(ScoreModel):
     def __init__(self, target: ClosedForm, sde: SDE) -> None:
         sde.check()
         self.target, self.sde, self.event_shape = target, sde, tuple(target.event_shape)
+        self.data_std = float(target.std) or 1.0
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(x.shape, condition)

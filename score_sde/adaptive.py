@@ -1,0 +1,645 @@
+r"""Adaptive solvers on the device, with an error control, a time and a step size for each sample.
+
+The probability-flow ODE is stiff and wide in x against t, and mild in the standardised state Y against the noise scale u:
+
+    Y = S x / sqrt(S^2 alpha^2 + sigma^2),   sinh(u) = S alpha / sigma,   dY/du = D(x, t) - tanh(u) Y,
+
+S the standard deviation of the data. Y has the spread of the data at every noise level and stands still for Gaussian data
+of that spread; u is the signal-to-noise ratio where noise rules and its logarithm near the data; drift and diffusion do
+not occur. Samples that arrive make room for waiting ones, so that companions change nothing and calls stay full.
+Source: Hairer, Norsett & Wanner 1993, sections II.4 and II.5, for the pairs and the step-size rule.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from score_sde.noise import NoiseSource
+from score_sde.sampler import SampleResult, begin
+from score_sde.score import ScoreModel
+from score_sde.sde import SDE, Time, as_time, expand
+
+Level = tuple[Tensor, ...]
+"""What a field needs to know about its time, each of shape (samples,)."""
+
+
+class Field(Protocol):
+    """The right-hand side of dy/du = field(y, u), evaluated sample by sample, each at its own u."""
+
+    def levels(self, u: Tensor) -> Level:
+        """What depends on time alone, for float64 times of shape (samples,); called once for all stages of a step."""
+
+    def __call__(self, y: Tensor, level: Level, ids: Tensor) -> Tensor:
+        """dy/du for y of shape (samples, *event); ids (samples,) are their places in the batch."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A step from y to `end`, before it is accepted.
+
+    Attributes:
+        end: the state at the step's end.
+        slope: the field there, the next step's first stage.
+        error: the estimate of the local error.
+        stages: the field's values, the first at the step's start.
+    """
+
+    end: Tensor
+    slope: Tensor
+    error: Tensor
+    stages: Sequence[Tensor]
+
+
+class Pair(ABC):
+    """An embedded pair of one-step methods whose last stage is the next step's first.
+
+    Attributes:
+        order: of the solution that is kept; the local error's order is that of the lower method plus one, the same number.
+        calls: field evaluations a step.
+    """
+
+    order: int
+    calls: int
+
+    @abstractmethod
+    def attempt(self, field: Field, y: Tensor, slope: Tensor, u: Tensor, v: Tensor, ids: Tensor) -> Attempt:
+        """A step from u to v, both float64 of shape (samples,)."""
+
+    @abstractmethod
+    def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
+        """The solution at u + theta h from the stages of an accepted step, all of shape (samples, ...)."""
+
+
+class RungeKutta(Pair):
+    """An explicit pair: k_i = f(y + h sum_j a_ij k_j, u + c_i h), y_1 = y + h sum_j b_j k_j with b the last row of a.
+
+    Args:
+        a: the rows below the diagonal, from the second stage to the last (which is at the step's end).
+        error: b minus the weights of the lower-order solution.
+        dense: (stages, degree), b_i(theta) = sum_j dense[i][j] theta^(j + 1), for y(theta) = y + h sum b_i(theta) k_i.
+        order: of y_1.
+    """
+
+    def __init__(
+        self, a: Sequence[Sequence[float]], error: Sequence[float], dense: Sequence[Sequence[float]], order: int
+    ) -> None:
+        self.a, self.error, self.dense, self.order = a, error, dense, order
+        self.c = [sum(row) for row in a]
+        self.calls = len(a)
+
+    def attempt(self, field: Field, y: Tensor, slope: Tensor, u: Tensor, v: Tensor, ids: Tensor) -> Attempt:
+        h = v - u
+        nodes = torch.cat([v if abs(c - 1) < 1e-12 else torch.add(u, h, alpha=c) for c in self.c])
+        levels = [part.view(self.calls, -1) for part in field.levels(nodes)]
+        step, stages, at = expand(h, y), [slope], y
+        for i, row in enumerate(self.a):
+            at = torch.addcmul(y, _weighted(row, stages), step)
+            stages.append(field(at, tuple(part[i] for part in levels), ids))
+        return Attempt(at, stages[-1], _weighted(self.error, stages).mul_(step), stages)
+
+    def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
+        for row, stage in zip(self.dense, stages, strict=True):
+            weight = torch.zeros_like(theta)
+            for coefficient in reversed(row):
+                weight = (weight + coefficient) * theta
+            y = y + expand(weight * h, y) * stage
+        return y
+
+
+def _weighted(weights: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
+    """sum_j weights[j] stages[j], in one temporary."""
+    used = [(weight, stage) for weight, stage in zip(weights, stages, strict=False) if weight != 0.0]
+    total = used[0][1] * used[0][0]
+    for weight, stage in used[1:]:
+        total.add_(stage, alpha=weight)
+    return total
+
+
+class Exponential(Pair):
+    """The exponential pair of orders 4 and 3 for dz/dlambda = D - z, exact where D is a quadratic in lambda.
+
+    z = x / alpha, h = lambda_s - lambda_t, phi_k = phi_k(-h). Five stages at 0, 1/2, 1/2, 1, 1/2; the error estimate is
+    the change when the value of D at the step's end replaces its fourth stage, which makes it the next step's first.
+    Source: Hochbruck & Ostermann 2005, https://doi.org/10.1137/040611434, eq. 5.19 (stiff order 4).
+    """
+
+    order, calls = 4, 5
+
+    def attempt(self, field: Field, y: Tensor, slope: Tensor, u: Tensor, v: Tensor, ids: Tensor) -> Attempt:
+        h, half = v - u, (v - u) / 2
+        p0, p1, p2, p3 = (expand(p, y) for p in _phi(h))
+        q0, q1, q2, q3 = (expand(q, y) for q in _phi(half))
+        step = expand(h, y)
+        middle, end = (tuple(level) for level in zip(*(part.view(2, -1) for part in field.levels(torch.cat([u + half, v]))),
+                                                     strict=True))  # fmt: skip
+        d0, zh, z1 = slope, q0 * y, p0 * y
+        d1 = field(zh + step * (q1 / 2 * d0), middle, ids)
+        d2 = field(zh + step * ((q1 / 2 - q2) * d0 + q2 * d1), middle, ids)
+        d3 = field(z1 + step * ((p1 - 2 * p2) * d0 + p2 * (d1 + d2)), end, ids)
+        inner = q2 / 2 - p3 + p2 / 4 - q3 / 2
+        last = q2 / 4 - inner
+        d4 = field(zh + step * ((q1 / 2 - 2 * inner - last) * d0 + inner * (d1 + d2) + last * d3), middle, ids)
+        weight = 4 * p3 - p2
+        z = z1 + step * ((p1 - 3 * p2 + 4 * p3) * d0 + (4 * p2 - 8 * p3) * d4 + weight * d3)
+        d5 = field(z, end, ids)
+        return Attempt(z, d5, step * weight * (d5 - d3), (d0, d4, d5))
+
+    def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
+        d0, d1, d2 = stages
+        p0, p1, p2, p3 = (expand(p, y) for p in _phi(theta * h))
+        theta, step = expand(theta, y), expand(theta * h, y)
+        bend = theta * p2 * (4 * d1 - 3 * d0 - d2) + 2 * theta**2 * p3 * (2 * d0 - 4 * d1 + 2 * d2)
+        return p0 * y + step * (p1 * d0 + bend)
+
+
+def _phi(h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """phi_0 to phi_3 at -h: phi_0(z) = e^z, phi_{k+1}(z) = (phi_k(z) - 1 / k!) / z.
+
+    By that recursion upwards for |h| > 1, else downwards from the Taylor series of phi_3: no cancellation in either.
+    """
+    small = (-h).clamp(-1, 1)
+    series = torch.zeros_like(h)
+    for k in range(17, -1, -1):
+        series = series * small + 1 / math.factorial(k + 3)
+    low2 = small * series + 0.5
+    low1 = small * low2 + 1
+    large = torch.where(h.abs() > 1, -h, 1.0)
+    high1 = torch.expm1(large) / large
+    high2 = (high1 - 1) / large
+    high3 = (high2 - 0.5) / large
+    far = h.abs() > 1
+    parts = ((high1, low1), (high2, low2), (high3, series))
+    return (-h).exp(), *(torch.where(far, high, low) for high, low in parts)  # type: ignore[return-value]
+
+
+def _tsit5() -> RungeKutta:
+    a = [
+        [0.161],
+        [-0.008480655492356989, 0.335480655492357],
+        [2.8971530571054935, -6.359448489975075, 4.3622954328695815],
+        [5.325864828439257, -11.748883564062828, 7.4955393428898365, -0.09249506636175525],
+        [5.86145544294642, -12.92096931784711, 8.159367898576159, -0.071584973281401, -0.028269050394068383],
+        [0.09646076681806523, 0.01, 0.4798896504144996, 1.379008574103742, -3.290069515436081, 2.324710524099774],
+    ]
+    error = [-0.00178001105222577714, -0.0008164344596567469, 0.007880878010261995, -0.1447110071732629,
+             0.5823571654525552, -0.45808210592918697, 1 / 66]  # fmt: skip
+    # b_i(theta) = scale (theta - r)(theta - s) theta^2, or for the first stage with two more factors in place of theta.
+    roots = [(0.1017, 2.1966568338249754, 1.2949852507374631), (2.490627285651252793, 2.38535645472061657, 1.57803468208092486),
+             (-16.54810288924490272, 1.21712927295533244 + 0.61620406037800089, 1.21712927295533244 * 0.61620406037800089),
+             (47.37952196281928122, 1.203071208372362603 + 0.658047292653547382, 1.203071208372362603 * 0.658047292653547382),
+             (-34.87065786149660974, 1.2 + 2 / 3, 0.8), (2.5, 1.6, 0.6)]  # fmt: skip
+    r, p, q, scale = 1.3299890189751412, 1.4364028541716351, 0.7139816917074209, -1.0530884977290216
+    first = [-scale * r * q, scale * (q + r * p), -scale * (p + r), scale]
+    return RungeKutta(a, error, [first, *([0.0, m * prod, -m * total, m] for m, total, prod in roots)], order=5)
+
+
+PAIRS: dict[str, Callable[[], Pair]] = {
+    # Bogacki & Shampine 1989, https://doi.org/10.1016/0893-9659(89)90079-7; dense output: the cubic Hermite polynomial.
+    "bosh3": lambda: RungeKutta(
+        [[1 / 2], [0.0, 3 / 4], [2 / 9, 1 / 3, 4 / 9]], [2 / 9 - 7 / 24, 1 / 12, 1 / 9, -1 / 8],
+        [[1, -4 / 3, 5 / 9], [0, 1, -2 / 3], [0, 4 / 3, -8 / 9], [0, -1, 1]], order=3,
+    ),
+    # Dormand & Prince 1980, https://doi.org/10.1016/0771-050X(80)90013-3; dense output: Shampine 1986, fourth order.
+    "dopri5": lambda: RungeKutta(
+        [[1 / 5], [3 / 40, 9 / 40], [44 / 45, -56 / 15, 32 / 9],
+         [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
+         [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656],
+         [35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]],
+        [71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40],
+        [[1, -8048581381 / 2820520608, 8663915743 / 2820520608, -12715105075 / 11282082432], [0, 0, 0, 0],
+         [0, 131558114200 / 32700410799, -68118460800 / 10900136933, 87487479700 / 32700410799],
+         [0, -1754552775 / 470086768, 14199869525 / 1410260304, -10690763975 / 1880347072],
+         [0, 127303824393 / 49829197408, -318862633887 / 49829197408, 701980252875 / 199316789632],
+         [0, -282668133 / 205662961, 2019193451 / 616988883, -1453857185 / 822651844],
+         [0, 40617522 / 29380423, -110615467 / 29380423, 69997945 / 29380423]], order=5,
+    ),
+    # Tsitouras 2011, https://doi.org/10.1016/j.camwa.2011.06.002, with its fourth-order dense output.
+    "tsit5": _tsit5,
+    "exponential": Exponential,
+}  # fmt: skip
+
+Norm = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(error, y, end, v) -> the size of a step's error in tolerances, of shape (samples,); at most 1 is accepted."""
+
+
+def rms(y: Tensor) -> Tensor:
+    """Root mean square over the event dimensions, shape (samples,)."""
+    flat = y.flatten(1)
+    return torch.linalg.vector_norm(flat, dim=1) / math.sqrt(flat.shape[1])
+
+
+def mixed_tolerance(rtol: float, atol: float) -> Norm:
+    """rms(error) / (atol + rtol max(rms(y), rms(end)))."""
+
+    def norm(error: Tensor, y: Tensor, end: Tensor, v: Tensor) -> Tensor:
+        return rms(error) / torch.maximum(rms(y), rms(end)).mul_(rtol).add_(atol)
+
+    return norm
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What `integrate` returns.
+
+    Attributes:
+        y: the states at u_end, shape (batch, *event).
+        calls: field evaluations of each sample, int64 of shape (batch,).
+        rejected: rejected steps of each sample, likewise.
+        dense: states at the chosen times, shape (len(times), batch, *event), if asked for.
+    """
+
+    y: Tensor
+    calls: Tensor
+    rejected: Tensor
+    dense: Tensor | None
+
+
+SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
+MAX_STEPS = 100_000
+
+
+def default_block(y: Tensor) -> int:
+    """How many samples are worked on at once: all on a GPU; on a CPU as many as keep the state in its cache."""
+    elements = max(1, math.prod(y.shape[1:]))
+    return len(y) if y.device.type != "cpu" else max(64, 2**13 // elements)
+
+
+def integrate(
+    field: Field, pair: Pair, y: Tensor, u_start: float, u_end: float, norm: Norm, first: float, *,
+    times: Tensor | None = None, block: int | None = None, progress: bool = False, unit: str = "u",
+) -> Solution:  # fmt: skip
+    """Integrates dy/du = field from u_start to u_end, every sample with its own step sizes.
+
+    The next step is 0.9 h size^(-1 / order), between 0.2 and 5 times the last, and not longer after a rejection.
+
+    Args:
+        field, pair: the right-hand side and the method.
+        y: states at u_start, shape (batch, *event).
+        norm: the size of a step's error in tolerances, per sample.
+        first: length of the first step, positive.
+        times: float64 times between u_start and u_end, in the direction of travel, at which the solution is wanted.
+        block: how many samples are worked on at once; see `default_block`.
+        progress: show a bar.
+        unit: what u is, for messages.
+
+    Raises:
+        RuntimeError: a step size vanished (the field is not finite or has a jump), with place and reason.
+    """
+    run = _Run(field, pair, y, u_start, u_end, norm, first, times, block or default_block(y))
+    with tqdm(total=len(y), desc="samples", disable=not progress, delay=1.0, leave=False) as bar:
+        for _ in range(MAX_STEPS):
+            if not run.waiting and not len(run.ids):
+                return Solution(run.result, run.total_calls, run.total_rejected, run.dense)
+            bar.update(run.round())
+    raise RuntimeError(f"a sample has not arrived after {MAX_STEPS} steps: loosen rtol and atol")
+
+
+class _Run:
+    """The state of `integrate`: the samples under way, those that wait and those that have arrived."""
+
+    def __init__(
+        self, field: Field, pair: Pair, y: Tensor, u_start: float, u_end: float, norm: Norm, first: float,
+        times: Tensor | None, block: int,
+    ) -> None:  # fmt: skip
+        self.field, self.pair, self.norm = field, pair, norm
+        self.start, self.end, self.sign = u_start, u_end, math.copysign(1.0, u_end - u_start)
+        self.first = self.sign * min(first, abs(u_end - u_start))
+        self.result = y.clone()
+        self.every = torch.arange(len(y), device=y.device)
+        self.slopes = torch.cat([self._slope(y[part], part) for part in self.every.split(block)]) if len(y) else y
+        self.total_calls = torch.zeros(len(y), dtype=torch.int64, device=y.device)
+        self.total_rejected = torch.zeros_like(self.total_calls)
+        span = (min(u_start, u_end), max(u_start, u_end))
+        self.times = None if times is None else self.sign * times.to(y.device, torch.float64).clamp(*span)
+        self.dense = None if times is None else y.new_empty((len(times), *y.shape))
+        if self.dense is not None and self.times is not None:
+            self.dense[self.times <= self.sign * u_start] = y
+        self.next = min(block, len(y))
+        self.ids = self.every[: self.next]
+        self.y, self.slope = y[: self.next], self.slopes[: self.next]
+        self.u = torch.full((self.next,), u_start, dtype=torch.float64, device=y.device)
+        self.h = torch.full_like(self.u, self.first)
+        self.steps = torch.zeros_like(self.ids)
+        self.accepted = torch.zeros_like(self.ids)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.every) - self.next
+
+    def _slope(self, y: Tensor, ids: Tensor) -> Tensor:
+        u = torch.full((len(ids),), self.start, dtype=torch.float64, device=y.device)
+        return self.field(y, self.field.levels(u), ids)
+
+    def round(self) -> int:
+        """One step of every sample under way; returns how many arrived."""
+        v = self.u + self.h
+        last = self.sign * (self.end - v) <= 1e-9 * abs(self.end - self.start)
+        v = torch.where(last, self.end, v)
+        attempt = self.pair.attempt(self.field, self.y, self.slope, self.u, v, self.ids)
+        size = self.norm(attempt.error, self.y, attempt.end, v).double()
+        good = size <= 1  # False for NaN
+        if self.dense is not None:
+            self._read(attempt, v, good)
+        growth = (SAFETY * size.clamp_min(1e-12) ** (-1 / self.pair.order)).nan_to_num(SHRINK).clamp_(SHRINK, GROW)
+        self.h = (v - self.u) * torch.where(good, growth, growth.clamp(max=SAFETY))
+        keep = good.view(-1, *[1] * (self.y.ndim - 1))
+        self.y = torch.where(keep, attempt.end, self.y)
+        self.slope = torch.where(keep, attempt.slope, self.slope)
+        self.u = torch.where(good, v, self.u)
+        self.steps, self.accepted = self.steps + 1, self.accepted + good
+        done = good & last
+        stuck = self.h.abs() < 1e-13 * (self.u.abs() + abs(self.end - self.start))
+        arrived, lost = torch.stack([done.sum(), (stuck & ~done).sum()]).tolist()  # the round's one wait for the device
+        if lost:
+            self._give_up(stuck & ~done)
+        if arrived:
+            self._turn_over(done, arrived)
+        return int(arrived)
+
+    def _turn_over(self, done: Tensor, arrived: int) -> None:
+        """Puts the arrived samples away, lets waiting ones take their places and closes the gaps that are left."""
+        places = done.nonzero().squeeze(-1)
+        ids = self.ids[places]
+        self.result[ids] = self.y[places]
+        self.total_calls[ids] = 1 + self.pair.calls * self.steps[places]
+        self.total_rejected[ids] = (self.steps - self.accepted)[places]
+        fresh = min(arrived, self.waiting)
+        if fresh:
+            begin, self.next = self.next, self.next + fresh
+            spot = places[:fresh]
+            # Out of place: self.y may be a view of what the caller gave.
+            self.y = self.y.index_copy(0, spot, self.result[begin : self.next])
+            self.slope = self.slope.index_copy(0, spot, self.slopes[begin : self.next])
+            self.ids = self.ids.index_copy(0, spot, self.every[begin : self.next])
+            for column, value in ((self.u, self.start), (self.h, self.first), (self.steps, 0), (self.accepted, 0)):
+                column[spot] = value
+        if fresh < arrived:
+            done = done.index_fill(0, places[:fresh], False)
+            stay = (~done).nonzero().squeeze(-1)
+            for name in ("ids", "y", "slope", "u", "h", "steps", "accepted"):
+                setattr(self, name, getattr(self, name)[stay])
+
+    def _read(self, attempt: Attempt, v: Tensor, good: Tensor) -> None:
+        """Interpolates the accepted steps at the chosen times that lie in (u, v]."""
+        assert self.times is not None and self.dense is not None
+        low = torch.searchsorted(self.times, self.sign * self.u, right=True)
+        high = torch.searchsorted(self.times, self.sign * v, right=True)
+        count = torch.where(good, high - low, 0)
+        row = torch.repeat_interleave(torch.arange(len(v), device=v.device), count)
+        rank = torch.arange(len(row), device=v.device) - (count.cumsum(0) - count)[row]
+        column, h = low[row] + rank, (v - self.u)[row]
+        theta = (self.sign * self.times[column] - self.u[row]) / h
+        y = self.pair.interpolate(self.y[row], [stage[row] for stage in attempt.stages], h, theta)
+        self.dense[column, self.ids[row]] = y
+
+    def _give_up(self, stuck: Tensor) -> None:
+        place = int(stuck.nonzero()[0])
+        raise RuntimeError(f"the step size of sample {int(self.ids[place])} vanished at u={float(self.u[place]):g}: the "
+                           "model's output there is not finite or has a jump")  # fmt: skip
+
+
+class PerSample:
+    """A score model under a fixed condition, called with any choice of samples, each at its own time.
+
+    Condition tensors whose first dimension is the batch are per sample and follow the choice; others are shared.
+    """
+
+    def __init__(self, model: ScoreModel, condition: Mapping[str, Any], batch: int) -> None:
+        self.model, self.batch = model, batch
+        own = {name for name, value in condition.items()
+               if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch}  # fmt: skip
+        self.shared = {name: value for name, value in condition.items() if name not in own}
+        self.own = {name: condition[name] for name in own}
+
+    def denoised(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """D(x, t), t of shape (samples,) and ids the samples' places in the batch."""
+        own = {name: value[ids] for name, value in self.own.items()}
+        return self.model(x, t, **self.shared, **own).denoised
+
+
+class StandardField:
+    """dY/du = D(x, t) - tanh(u) Y: the probability-flow ODE in the standardised state (see the module's opening).
+
+    Args:
+        model: the score model.
+        std: S, the data's standard deviation; a guess costs calls, not accuracy.
+        dtype: of the state.
+    """
+
+    def __init__(self, model: PerSample, std: float, dtype: torch.dtype) -> None:
+        self.model, self.std, self.dtype = model, std, dtype
+        self.sde = model.model.sde
+
+    def u(self, t: Time) -> Tensor:
+        """asinh(S alpha / sigma)."""
+        return torch.asinh(self.std * self.sde.half_log_snr(as_time(t)).exp())
+
+    def state(self, x: Tensor, t: Time) -> Tensor:
+        """Y of x."""
+        return x / expand(self._scale(as_time(t))[0], x)
+
+    def back(self, y: Tensor, t: Time) -> Tensor:
+        """x of Y."""
+        return y * expand(self._scale(as_time(t))[0], y)
+
+    def levels(self, u: Tensor) -> Level:
+        t = self.sde.time_at(torch.sinh(u).log_().sub_(math.log(self.std))).clamp_(self.sde.t_min, self.sde.t_max)
+        scale, tanh = self._scale(t)
+        return t, scale.to(self.dtype), tanh.to(self.dtype)
+
+    def __call__(self, y: Tensor, level: Level, ids: Tensor) -> Tensor:
+        t, scale, tanh = level
+        return torch.addcmul(self.model.denoised(y * expand(scale, y), t, ids), expand(tanh, y), y, value=-1)
+
+    def norm(self, rtol: float, atol: float) -> Norm:
+        return mixed_tolerance(rtol, atol)
+
+    def _scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x / Y = sqrt(alpha^2 + sigma^2 / S^2), and tanh(u) = alpha / that."""
+        alpha = self.sde.alpha(t)
+        scale = torch.hypot(alpha, self.sde.sigma(t) / self.std)
+        return scale, alpha / scale
+
+
+class DenoisedField(StandardField):
+    """D(x, t) with the state z = x / alpha against lambda: what `Exponential` integrates."""
+
+    def u(self, t: Time) -> Tensor:
+        """lambda."""
+        return self.sde.half_log_snr(as_time(t))
+
+    def levels(self, u: Tensor) -> Level:
+        t = self.sde.time_at(u).clamp_(self.sde.t_min, self.sde.t_max)
+        return t, self.sde.alpha(t).to(self.dtype)
+
+    def __call__(self, y: Tensor, level: Level, ids: Tensor) -> Tensor:
+        t, alpha = level
+        return self.model.denoised(y * expand(alpha, y), t, ids)
+
+    def norm(self, rtol: float, atol: float) -> Norm:
+        """The tolerance of the standardised state Y = tanh(u) z, so that both fields mean the same by it."""
+
+        def norm(error: Tensor, y: Tensor, end: Tensor, v: Tensor) -> Tensor:
+            tanh = (1 + (-2 * v).exp() / self.std**2).rsqrt().to(self.dtype)
+            return rms(error) * tanh / torch.maximum(rms(y), rms(end)).mul(tanh).mul_(rtol).add_(atol)
+
+        return norm
+
+    def _scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.sde.alpha(t)
+        return alpha, torch.ones_like(alpha)
+
+
+@dataclass(frozen=True)
+class AdaptiveResult(SampleResult):
+    """What an adaptive solver returns; `nfe` is the mean number of network calls a sample, rounded up.
+
+    Attributes:
+        calls: network calls of each sample, int64 of shape (batch,).
+        rejected: rejected steps of each sample, likewise.
+    """
+
+    calls: Tensor
+    rejected: Tensor
+
+
+MARGIN = 0.25
+"""Local errors are held to this part of the tolerance, so that the error at the end comes out near the tolerance itself:
+the flow magnifies errors where it tears modes apart."""
+
+
+def _positive(rtol: float, atol: float) -> None:
+    if not (0 < rtol < 1 and 0 < atol < math.inf):
+        raise ValueError(f"tolerances are positive (and rtol below 1), got {rtol=} and {atol=}")
+
+
+def _block(block: int | None) -> None:
+    if block is not None and (int(block) != block or block < 1):
+        raise ValueError(f"block is how many samples are worked on at once, a whole number >= 1; got {block}")
+
+
+def _final(final: str) -> None:
+    if final not in ("denoise", "none"):
+        raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
+
+
+class AdaptiveODE:
+    """The probability-flow ODE by embedded pairs on the device, with a step size for each sample.
+
+    A sample is bitwise the same whatever its companions, if the model's arithmetic is. Dense output costs no calls.
+    "dopri5", "tsit5" and "bosh3" solve the standardised equation (see the module's opening), "exponential" integrates
+    the denoised prediction over lambda.
+
+    Args:
+        method: "dopri5", "tsit5", "exponential" (orders 5, 5 and 4) or "bosh3" (order 3, for loose tolerances).
+        rtol, atol: relative and absolute tolerance, in root mean square over a sample's elements, of the state scaled to
+            the spread of the data: atol is in units of the data.
+        final: "denoise" ends with Tweedie's formula at t_min; "none" keeps the solution, the inverse of `encode`.
+        block: how many samples are worked on at once; None takes what fits a CPU's cache, on a GPU the whole batch.
+
+    Raises:
+        ValueError: an option is unknown or a tolerance not positive.
+    """
+
+    def __init__(
+        self, method: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-5, final: str = "none",
+        block: int | None = None,
+    ) -> None:  # fmt: skip
+        if method not in PAIRS:
+            raise ValueError(f"method is one of {', '.join(PAIRS)}; got {method!r}")
+        _positive(rtol, atol), _final(final), _block(block)
+        self.method, self.rtol, self.atol, self.final, self.block = method, rtol, atol, final, block
+
+    def check(self, sde: SDE) -> None:
+        """Refuses, with ValueError, an SDE whose schedule cannot be integrated."""
+        sde.check()
+
+    @torch.no_grad()
+    def sample(
+        self, model: ScoreModel, shape: Sequence[int], *, seed: int | None = None, noise: NoiseSource | None = None,
+        x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
+        progress: bool = False, dtype: torch.dtype | None = None, points: int = 101, times: Tensor | None = None,
+    ) -> AdaptiveResult:  # fmt: skip
+        """Integrates from prior noise (or `x_init`) at t_max to t_min; arguments as `Sampler.sample` has them.
+
+        With `trajectory` the solution is also read off at `points` equally spaced times, or at the chosen `times`,
+        decreasing in [t_min, t_max].
+
+        Raises:
+            ValueError: the times leave [t_min, t_max] or are not ordered.
+            RuntimeError: a step size vanished; see `integrate`.
+        """
+        start = begin(model, shape, seed, noise, x_init, condition, dtype)
+        ends = (model.sde.t_max, model.sde.t_min)
+        chosen = chosen_times(times, points, *ends) if trajectory or times is not None else None
+        return self._solve(model, start.x, start.model.condition, *ends, chosen, progress, self.final == "denoise")
+
+    @torch.no_grad()
+    def encode(
+        self, model: ScoreModel, x: Tensor, *, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
+        progress: bool = False, points: int = 101, times: Tensor | None = None,
+    ) -> AdaptiveResult:  # fmt: skip
+        """Integrates data x, taken as x(t_min), to their latent codes x(t_max); chosen times increase."""
+        start = begin(model, x.shape, 0, None, x, condition, None)
+        ends = (model.sde.t_min, model.sde.t_max)
+        chosen = chosen_times(times, points, *ends) if trajectory or times is not None else None
+        return self._solve(model, x, start.model.condition, *ends, chosen, progress, denoise=False)
+
+    def _solve(
+        self, model: ScoreModel, x: Tensor, condition: Mapping[str, Any], t_start: float, t_end: float,
+        times: Tensor | None, progress: bool, denoise: bool,
+    ) -> AdaptiveResult:  # fmt: skip
+        clock = time.perf_counter()
+        pair = PAIRS[self.method]()
+        kind = DenoisedField if isinstance(pair, Exponential) else StandardField
+        field = kind(PerSample(model, condition, len(x)), model.data_std, x.dtype)
+        u_start, u_end = float(field.u(t_start)), float(field.u(t_end))
+        tolerance = self.rtol + self.atol
+        first = abs(u_end - u_start) * min(0.2, tolerance ** (1 / pair.order))
+        norm = field.norm(MARGIN * self.rtol, MARGIN * self.atol)
+        inner = None if times is None else field.u(times)
+        found = integrate(field, pair, field.state(x, t_start), u_start, u_end, norm, first, times=inner, block=self.block,
+                          progress=progress)  # fmt: skip
+        end, calls = field.back(found.y, t_end), found.calls
+        if denoise:
+            end, calls = model(end, t_end, **condition).denoised, calls + 1
+        path = None
+        if found.dense is not None and times is not None:
+            path = torch.stack([field.back(y, t) for y, t in zip(found.dense, times.tolist(), strict=True)])
+        mean = math.ceil(calls.double().mean().item()) if len(calls) else 0
+        seconds = time.perf_counter() - clock
+        grid = torch.tensor([t_start, t_end], dtype=torch.float64) if times is None else times
+        return AdaptiveResult(end, mean, seconds, path, grid, calls, found.rejected)
+
+    def __repr__(self) -> str:
+        return f"AdaptiveODE({self.method!r}, rtol={self.rtol}, atol={self.atol})"
+
+
+def chosen_times(times: Tensor | None, points: int, t_start: float, t_end: float) -> Tensor:
+    """The times at which a solution is wanted, checked: `points` equally spaced ones unless given.
+
+    Raises:
+        ValueError: they leave the interval, are not ordered in the direction of travel, or there are none.
+    """
+    if times is None:
+        if points < 2:
+            raise ValueError(f"a trajectory has points >= 2, got points={points}")
+        return torch.linspace(t_start, t_end, points, dtype=torch.float64)
+    times = torch.as_tensor(times).detach().to("cpu", torch.float64)
+    sign = math.copysign(1.0, t_end - t_start)
+    if times.ndim != 1 or not len(times) or not (sign * times.diff() > 0).all():
+        direction = "increasing" if sign > 0 else "decreasing"
+        raise ValueError(f"times are a list of {direction} times from {t_start:g} to {t_end:g}, "
+                         f"got shape {tuple(times.shape)}: {times.flatten()[:6].tolist()}")  # fmt: skip
+    if not (sign * (times - t_start) >= 0).all() or not (sign * (t_end - times) >= 0).all():
+        raise ValueError(f"times lie between {t_start:g} and {t_end:g}, got {times[0].item():g} to {times[-1].item():g}")
+    return times
