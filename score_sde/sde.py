@@ -308,19 +308,19 @@ class CosineSDE(SDE):
         if not 0 <= s < 1:
             raise ValueError(f"CosineSDE needs an offset 0 <= s < 1, got s={s}")
         self.s, self.t_min = float(s), float(t_min)
+        self._rate = math.pi / 2 / (1 + self.s)
 
     def _angles(self, t: Time) -> tuple[Tensor, float]:
-        rate = math.pi / 2 / (1 + self.s)
-        return (as_time(t) + self.s) * rate, self.s * rate
+        return (as_time(t) + self.s) * self._rate, self.s * self._rate
 
     def alpha(self, t: Time) -> Tensor:
         angle, start = self._angles(t)
         return angle.cos() / math.cos(start)
 
     def sigma(self, t: Time) -> Tensor:
-        # cos(a)^2 - cos(b)^2 = sin(b - a) sin(b + a): no cancellation near t = 0.
+        # cos(a)^2 - cos(b)^2 = sin(b - a) sin(b + a), and b - a is t's own angle: no cancellation near t = 0.
         angle, start = self._angles(t)
-        return ((angle - start).sin() * (angle + start).sin()).sqrt() / math.cos(start)
+        return ((as_time(t) * self._rate).sin() * (angle + start).sin()).sqrt() / math.cos(start)
 
     def time_at(self, half_log_snr: Time) -> Tensor:
         _, start = self._angles(0.0)
@@ -331,9 +331,7 @@ class CosineSDE(SDE):
         cosine = alpha * math.cos(start)
         sine = (math.sin(start) ** 2 + (sigma * math.cos(start)) ** 2).sqrt()
         difference = (sigma * math.cos(start)) ** 2 / (sine * math.cos(start) + cosine * math.sin(start))
-        return torch.atan2(difference, cosine * math.cos(start) + sine * math.sin(start)) / (
-            math.pi / 2 / (1 + self.s)
-        )
+        return torch.atan2(difference, cosine * math.cos(start) + sine * math.sin(start)) / self._rate
 
     @property
     def prior_std(self) -> float:

@@ -1,0 +1,102 @@
+"""What there is to test, found by walking subclasses: a new SDE, parameterization or step is picked up without a list.
+
+A test that takes `sde`, `parameterization`, `predictor`, `corrector` or `linear` runs once for each of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+
+import score_sde.steps
+from score_sde.parameterization import Parameterization
+from score_sde.sde import SDE
+from score_sde.steps import LinearStep, Step
+
+torch.set_num_threads(1)
+
+for _module in pkgutil.iter_modules(score_sde.steps.__path__, "score_sde.steps."):
+    importlib.import_module(_module.name)
+
+# Settings worth a test of their own, beside the default ones and a class's own `presets`.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "DDIM": [{"eta": 0.5}, {"eta": 1.0}],
+    "Ancestral": [{"variance": "forward"}],
+    "ExponentialAdams": [{"order": 1}, {"order": 3}, {"order": 4}, {"order": 2, "eta": 0.7}, {"order": 3, "eta": 1.0}],
+    "LangevinCorrector": [{"norm": "sample"}, {"norm": "batch"}, {"snr": 0.3, "steps": 2}],
+}
+
+
+def concrete(base: type) -> list[type]:
+    """The package's public concrete classes below `base`, and `base` itself if it is one."""
+    found = [base, *(c for child in base.__subclasses__() for c in concrete(child))]
+    return [
+        c
+        for c in dict.fromkeys(found)
+        if c.__module__.startswith("score_sde.") and not inspect.isabstract(c) and not c.__name__.startswith("_")
+    ]
+
+
+def _needs_arguments(function: Any) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def instances(base: type) -> dict[str, Any]:
+    """Objects of every class, by name: default settings, presets, variants and class methods that need no argument."""
+    found: dict[str, Any] = {}
+    for cls in concrete(base):
+        name, known = cls.__name__, len(found)
+        if not _needs_arguments(cls):
+            found[name] = cls()
+        for label, options in getattr(cls, "presets", {}).items():
+            found[f"{name}[{label}]"] = cls(**options)
+        for options in VARIANTS.get(name, []):
+            found[f"{name}[{','.join(f'{k}={v}' for k, v in options.items())}]"] = cls(**options)
+        if issubclass(cls, SDE):
+            makers = [m for m in vars(cls) if isinstance(vars(cls)[m], classmethod)]
+            found |= {f"{name}.{m}": getattr(cls, m)() for m in makers if not _needs_arguments(getattr(cls, m))}
+        assert len(found) > known, f"{name} cannot be built without arguments: give it presets, or VARIANTS here"
+    return found
+
+
+SDES: dict[str, SDE] = instances(SDE)
+PARAMETERIZATIONS: dict[str, Parameterization] = instances(Parameterization)
+STEPS: dict[str, Step] = instances(Step)
+PREDICTORS = {name: step for name, step in STEPS.items() if step.role == "predictor"}
+CORRECTORS = {name: step for name, step in STEPS.items() if step.role == "corrector"}
+LINEAR = {
+    name: step
+    for name, step in STEPS.items()
+    if isinstance(step, LinearStep) and getattr(step, "norm", "expected") == "expected"
+}
+
+
+@pytest.fixture(params=list(SDES.values()), ids=list(SDES))
+def sde(request: pytest.FixtureRequest) -> SDE:
+    return request.param
+
+
+@pytest.fixture(params=list(PARAMETERIZATIONS.values()), ids=list(PARAMETERIZATIONS))
+def parameterization(request: pytest.FixtureRequest) -> Parameterization:
+    return request.param
+
+
+@pytest.fixture(params=list(PREDICTORS.values()), ids=list(PREDICTORS))
+def predictor(request: pytest.FixtureRequest) -> Step:
+    return request.param
+
+
+@pytest.fixture(params=list(CORRECTORS.values()), ids=list(CORRECTORS))
+def corrector(request: pytest.FixtureRequest) -> Step:
+    return request.param
+
+
+@pytest.fixture(params=list(LINEAR.values()), ids=list(LINEAR))
+def linear(request: pytest.FixtureRequest) -> LinearStep:
+    return request.param
