@@ -15,7 +15,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ from score_sde.prediction import Coefficient
 from score_sde.sde import expand
 
 LOG_2PI = math.log(2 * math.pi)
+
+
+class Linear(Protocol):
+    """A linear observation of vectors (see `score_sde.guidance.operators.LinearOperator`)."""
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    def matrix(self) -> Tensor: ...
 
 
 def _columns(x: Tensor, *values: Coefficient) -> Iterator[Coefficient]:
@@ -162,6 +171,42 @@ class GaussianMixture(Target):
         alpha, sigma = float(alpha), float(sigma)
         noise = sigma**2 * torch.eye(self.means.shape[1], dtype=torch.float64)
         return GaussianMixture(self.weights, alpha * self.means, alpha**2 * self.covariances + noise)
+
+    def condition(self, operator: Linear, y: Any, noise_std: float = 0.0) -> GaussianMixture:
+        """The posterior p(x | y) for y = A x + noise_std e: a mixture again, exactly.
+
+        With S_k = A Sigma_k A^T + noise_std^2 I and the gain K_k = Sigma_k A^T S_k^{-1}: weights w_k N(y; A mu_k, S_k),
+        means mu_k + K_k (y - A mu_k), covariances (I - K_k A) Sigma_k (I - K_k A)^T + noise_std^2 K_k K_k^T. At
+        noise_std = 0 it is the limit, which exists for a singular S_k too. Source: Bishop 2006, eq. 2.113 to 2.117.
+
+        Args:
+            operator: a linear operator on x (see `score_sde.guidance.operators`).
+            y: one observation, of the operator's output shape.
+            noise_std: 0 or more, in units of y.
+
+        Raises:
+            ValueError: the operator or y does not fit, or noise_std is negative.
+        """
+        if tuple(operator.input_shape) != tuple(self.event_shape):
+            raise ValueError(f"an operator on x of shape {tuple(operator.input_shape)} does not observe this mixture, "
+                             f"whose events have shape {tuple(self.event_shape)}")  # fmt: skip
+        y, a = torch.as_tensor(y, dtype=torch.float64, device="cpu"), operator.matrix()
+        if tuple(y.shape) != tuple(operator.output_shape):
+            raise ValueError(f"one observation y has shape {tuple(operator.output_shape)}, got {tuple(y.shape)}")
+        if not 0 <= noise_std < math.inf:
+            raise ValueError(f"noise_std is a standard deviation >= 0, got {noise_std}")
+        offset, seen = y.flatten() - self.means @ a.T, self.covariances @ a.mT
+        variances, basis = torch.linalg.eigh(a @ seen + noise_std**2 * torch.eye(len(a), dtype=torch.float64))
+        # Where nothing varies the gain is 0; there a y that does not fit is improbable beyond measure.
+        floor = 1e-13 * variances.amax().clamp_min(1e-300)
+        inverse = torch.where(variances > floor, 1 / variances, 0)
+        gain = seen @ (basis * inverse.unsqueeze(-2)) @ basis.mT
+        squared = (torch.einsum("km,kme->ke", offset, basis) ** 2 / variances.clamp_min(floor)).sum(-1)
+        log_weights = self.weights.log() - (squared + variances.clamp_min(floor).log().sum(-1)) / 2
+        left = torch.eye(a.shape[1], dtype=torch.float64) - gain @ a
+        covariances = left @ self.covariances @ left.mT + noise_std**2 * gain @ gain.mT
+        means = self.means + torch.einsum("kdm,km->kd", gain, offset)
+        return GaussianMixture(log_weights.softmax(0), means, (covariances + covariances.mT) / 2)
 
     def _log_joint(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> tuple[Tensor, Tensor, Tensor]:
         """log w_k N(x; alpha mu_k, total), the offset x - alpha mu_k in the eigenbasis and the variances there."""
