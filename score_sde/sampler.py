@@ -9,7 +9,7 @@ device. Where a grid goes up (towards noise) the move is a draw of the exact for
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,6 +56,10 @@ class CountedModel:
     def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
         self.calls += 1
         return self.model(x, t, **self.condition)
+
+    def log_prob(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """Log-density of p_t at x, shape (batch,), of a model that has one; for the steps with `needs_density`."""
+        return self.model.log_prob(x, t, **self.condition)  # type: ignore[attr-defined, no-any-return]
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ class Sampler:
         final: "denoise" ends with Tweedie's formula at the last grid time (one more call), "none" keeps the sample.
         corrector_first: True corrects at t_i and then predicts t_{i+1}, as the published code of Song et al. does (the
             start is corrected, the end is not); False predicts and then corrects, as their algorithm 1 does.
+        corrector_where: function (SDE, times) -> boolean mask of the grid times at which the corrector acts, e.g.
+            `functools.partial(grid.within, low=0.1, high=10.0)`; everywhere if left out.
 
     Raises:
         ValueError: neither predictor nor corrector, a step in the other's place, or an unknown `final`.
@@ -129,7 +135,7 @@ class Sampler:
 
     def __init__(
         self, predictor: Step | None, grid: Grid, corrector: Step | None = None, final: str = "denoise",
-        corrector_first: bool = True,
+        corrector_first: bool = True, corrector_where: Callable[[SDE, Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         if predictor is None and corrector is None:
             raise ValueError("a sampler needs a predictor, a corrector or both; got neither")
@@ -143,7 +149,7 @@ class Sampler:
         if final not in ("denoise", "none"):
             raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
         self.predictor, self.grid, self.corrector = predictor, grid, corrector
-        self.final, self.corrector_first = final, corrector_first
+        self.final, self.corrector_first, self.corrector_where = final, corrector_first, corrector_where
 
     @torch.no_grad()
     def sample(
@@ -168,6 +174,10 @@ class Sampler:
             ValueError, TypeError: see `begin` and `grid.check`; nothing has been computed then.
         """
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
+        for step in (self.predictor, self.corrector):
+            if step is not None and step.needs_density and not hasattr(model, "log_prob"):
+                raise ValueError(f"{type(step).__name__} needs a model with a density log_prob(x, t), which "
+                                 f"{type(model).__name__} has not: use ExactScore, or UnadjustedLangevin")  # fmt: skip
         times = grids.check(self.grid(model.sde), model.sde)
         moves = self.plan(model.sde, times)
         model.prepare(times.tolist())
@@ -195,14 +205,16 @@ class Sampler:
         travel = _rows(self.predictor or Carry(), sde, t, s, down) | _rows(Renoise(), sde, t, s, ~down)
         if self.corrector is None:
             return [Move(*travel[i], key=2 * i + 1, arrives=True) for i in range(len(t))]
-        correct = _rows(self.corrector, sde, times, times, torch.ones(len(times), dtype=torch.bool))
+        acts = torch.ones_like(times, dtype=torch.bool) if self.corrector_where is None else self.corrector_where(sde, times)
+        correct = _rows(self.corrector, sde, times, times, acts)
         first = self.predictor is None or self.corrector_first
         last = len(t) if self.predictor is None or not self.corrector_first else len(t) - 1
         moves: list[Move] = []
         for i in range(len(times)):
+            corrected = (i > 0 or first) and i <= last and i in correct
             if i > 0:
-                moves.append(Move(*travel[i - 1], key=2 * i - 1, arrives=i > last))
-            if (i > 0 or first) and i <= last:
+                moves.append(Move(*travel[i - 1], key=2 * i - 1, arrives=not corrected))
+            if corrected:
                 moves.append(Move(*correct[i], key=2 * i + 2, arrives=i > 0))
         return moves
 

@@ -31,6 +31,8 @@ class ClosedForm(Protocol):
 
     def denoise(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor: ...
 
+    def marginal(self, alpha: float, sigma: float) -> Any: ...
+
 
 class ScoreModel(ABC):
     """A callable (x, t, **condition) -> Prediction.
@@ -174,6 +176,11 @@ class ExactScore(ScoreModel):
         else:
             alpha, sigma = self.sde.alpha(float(t)).item(), self.sde.sigma(float(t)).item()
         return Prediction(x, self.target.denoise(x, alpha, sigma), alpha, sigma)
+
+    def log_prob(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
+        """log p_t(x) in nats, shape (batch,), for a time shared by the batch."""
+        alpha, sigma = (float(part(float(t))) for part in (self.sde.alpha, self.sde.sigma))
+        return self.target.marginal(alpha, sigma).log_prob(x)
 
     def start(self, z: Tensor) -> Tensor:
         """alpha E[x_0] + sqrt(alpha^2 Var x_0 + sigma^2) z at t_max."""

@@ -1,5 +1,6 @@
 """Steps: how to get from grid time t to s. Correctors are steps with s = t."""
 
+from score_sde.steps.corrected import CorrectedStep, SASolver, UniPC
 from score_sde.steps.langevin import AnnealedLangevin, LangevinCorrector
 from score_sde.steps.linear import (
     DDIM,
@@ -9,24 +10,43 @@ from score_sde.steps.linear import (
     ProbabilityFlowEuler,
     ReverseDiffusion,
 )
+from score_sde.steps.mcmc import KineticLangevin, MetropolisLangevin, UnadjustedLangevin
 from score_sde.steps.multistep import IPNDM, AdamsBashforth, ExponentialAdams
-from score_sde.steps.staged import Heun, Stage, StagedStep
+from score_sde.steps.staged import (
+    DPMSolverSDE,
+    DPMSolverSinglestep,
+    Heun,
+    RungeKutta,
+    RungeKutta2,
+    Stage,
+    StagedStep,
+)
 from score_sde.steps.step import Step
 
 __all__ = [
-    "DDIM",
-    "IPNDM",
     "AdamsBashforth",
     "Ancestral",
     "AnnealedLangevin",
+    "CorrectedStep",
+    "DDIM",
+    "DPMSolverSDE",
+    "DPMSolverSinglestep",
     "EulerMaruyama",
     "ExponentialAdams",
     "Heun",
+    "IPNDM",
+    "KineticLangevin",
     "LangevinCorrector",
     "LinearStep",
+    "MetropolisLangevin",
     "ProbabilityFlowEuler",
     "ReverseDiffusion",
+    "RungeKutta",
+    "RungeKutta2",
+    "SASolver",
     "Stage",
     "StagedStep",
     "Step",
+    "UnadjustedLangevin",
+    "UniPC",
 ]

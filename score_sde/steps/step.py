@@ -33,12 +33,14 @@ class Step(ABC):
         role: "predictor" (s less noisy than t) or "corrector" (s = t).
         order: for an ODE step the global order of convergence, for an SDE step the weak order.
         calls: network calls a move.
+        needs_density: whether `advance` also asks `evaluate.log_prob(x, t)`, which only a model with a density has.
         presets: constructor arguments by the name under which they are known; each is certified.
     """
 
     role: ClassVar[Literal["predictor", "corrector"]] = "predictor"
     order: int = 1
     calls: int = 1
+    needs_density: bool = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abstractmethod

@@ -1,0 +1,134 @@
+r"""Predictor-correctors at one call a move: the output at the predicted x_s both corrects x_s and starts the next move.
+
+    predict   x~_s = a x_t + sum_k b_k D_k + c z,
+    correct   x_s  = x~_s + w D(x~_s, s) + sum_k (b'_k - b_k) D_k,       w, b' the weights of the corrector,
+
+and D(x~_s, s) is the next move's D_0, so that correcting and predicting again is one linear step on the stored outputs. The
+last x~ of a run is not corrected.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from score_sde.sde import SDE
+from score_sde.steps.linear import Coefficients, LinearStep
+from score_sde.steps.multistep import carried, weigh
+
+
+class CorrectedStep(LinearStep):
+    """An exponential multistep predictor with an implicit corrector; a subclass gives the weights of both.
+
+    Attributes:
+        memory: one more than the outputs that predictor and corrector use at most.
+        eta: noise strength of the SDE family (see `ExponentialAdams`).
+    """
+
+    eta: float = 0.0
+
+    @abstractmethod
+    def predict(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
+        """Weights of the D at `times` (k, ...), the newest first, in the prediction of x_s; missing ones are 0."""
+
+    @abstractmethod
+    def correct(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
+        """Weights of the D at s and then at `times` in the corrected x_s; missing ones are 0."""
+
+    def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
+        a, c = carried(sde, times[0], s, self.eta)
+        b = [*self.predict(sde, times, s)]
+        b += [torch.zeros_like(s)] * (len(times) - len(b))
+        if len(times) > 1:
+            before = times[1:]
+            for k, weight in enumerate(self.correct(sde, before, times[0])):
+                b[k] = b[k] + a * weight
+            for k, weight in enumerate(self.predict(sde, before, times[0]), start=1):
+                b[k] = b[k] - a * weight
+        return a, b, c
+
+
+class UniPC(CorrectedStep):
+    """UniPC on the denoised prediction: UniP of order p with UniC of order p, one order more by the correction.
+
+    The published systems R(h) a B(h) = phi(h) have as solution the weights of the interpolating polynomial,
+    `ExponentialAdams`'s, where they are solved; the two that are not, a = 1/2 in the two-node predictor of p = 2 and the
+    corrector of p = 1, add B / 2 (D_1 - D_0) / r with B_1 = alpha_s h or B_2 = alpha_s (1 - e^{-h}).
+    Source: Zhao et al. 2023, https://arxiv.org/abs/2302.04867, eq. 3 to 9 and appendix E.
+
+    Args:
+        order: p, 1 to 3; of convergence, p + 1.
+        variant: "B1" or "B2".
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        f"UniPC {p} {variant}": {"order": p, "variant": variant} for p in (1, 2, 3) for variant in ("B1", "B2")
+    }
+
+    def __init__(self, order: int = 3, variant: str = "B2") -> None:
+        if order not in (1, 2, 3):
+            raise ValueError(f"UniPC has orders 1 to 3, got order={order}")
+        if variant not in ("B1", "B2"):
+            raise ValueError(f"UniPC's variant is 'B1' or 'B2', got {variant!r}")
+        self.p, self.variant = int(order), variant
+        self.order = self.memory = self.p + 1
+
+    def predict(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
+        nodes = times[: self.p]
+        return self._two(sde, nodes, nodes[0], s) if len(nodes) == 2 else weigh(sde, nodes, nodes[0], s, eta=0.0)
+
+    def correct(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
+        nodes = torch.stack([s, *times[: self.p]])
+        if len(nodes) == 2:
+            return self._two(sde, nodes.flip(0), times[0], s)[::-1]
+        return weigh(sde, nodes, times[0], s, eta=0.0)
+
+    def _two(self, sde: SDE, nodes: Tensor, t: Tensor, s: Tensor) -> Sequence[Tensor]:
+        """Weights of D at t = nodes[0] and of the D at nodes[1], a fraction r of the step away."""
+        start, other = sde.half_log_snr(nodes)
+        h = sde.half_log_snr(s) - start
+        total = -sde.alpha(s) * torch.expm1(-h)
+        slope = (sde.alpha(s) * h if self.variant == "B1" else total) / 2 * h / (other - start)
+        return [total - slope, slope]
+
+
+class SASolver(CorrectedStep):
+    """SA-Solver: exponential Adams-Bashforth predictor and Adams-Moulton corrector for the SDE family of strength eta.
+
+    Both integrate the interpolating polynomial against `ExponentialAdams`'s kernel and share its noise. At eta = 0 the
+    order is one more than the outputs used; with noise the corrector of one output is of weak order 2 (the trapezoid has
+    the mean covariance of the path's noise) and every other of weak order 1.
+    Source: Xue et al. 2023, https://arxiv.org/abs/2305.14267, algorithm 1, eq. 14 and 17, with eta for tau.
+
+    Args:
+        order: outputs of the predictor, 1 to 4.
+        corrector: stored outputs of the corrector beside the new one, 1 to 4.
+        eta: noise strength, 0 or more; 1 is the reverse SDE.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "SA-Solver ODE 2 2": {"order": 2, "corrector": 2, "eta": 0.0},
+        "SA-Solver ODE 3 3": {"order": 3, "corrector": 3, "eta": 0.0},
+        "SA-Solver 3 3": {"order": 3, "corrector": 3, "eta": 1.0},
+        "SA-Solver 1 1": {"order": 1, "corrector": 1, "eta": 1.0},
+    }
+
+    def __init__(self, order: int = 2, corrector: int = 1, eta: float = 1.0) -> None:
+        for name, value in (("order", order), ("corrector", corrector)):
+            if value not in (1, 2, 3, 4):
+                raise ValueError(f"SASolver's {name} is 1 to 4, got {name}={value}")
+        if not 0 <= eta < float("inf"):
+            raise ValueError(f"SASolver needs a noise strength eta >= 0, got eta={eta}")
+        self.predicted, self.corrected, self.eta = int(order), int(corrector), float(eta)
+        self.memory = max(self.predicted, self.corrected) + 1
+        self.order = min(self.predicted, self.corrected) + 1 if eta == 0 else 2 if self.corrected == 1 else 1
+
+    def predict(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
+        return weigh(sde, times[: self.predicted], times[0], s, self.eta)
+
+    def correct(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
+        return weigh(sde, torch.stack([s, *times[: self.corrected]]), times[0], s, self.eta)

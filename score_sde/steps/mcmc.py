@@ -1,0 +1,162 @@
+r"""Markov-chain correctors beyond the snr rule: unadjusted, Metropolis-adjusted and kinetic Langevin.
+
+    overdamped:   x' = x + eps score(x) + sqrt(2 eps) z,
+    kinetic:      dx = v dt,  dv = score(x) dt - gamma v dt + sqrt(2 gamma) dw,
+
+step sizes in units of the noise level: eps = ratio sigma_t^2, and kinetic steps h = sqrt(2 ratio) sigma_t, so that one of
+them with fresh v is the overdamped step. On N(0, v I) both have the stationary variance v / (1 - eps / (2 v)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from score_sde.sde import SDE
+from score_sde.steps.langevin import _Langevin
+from score_sde.steps.step import Draw, Evaluate, History, Step
+
+
+class UnadjustedLangevin(_Langevin):
+    """Unadjusted Langevin: eps = ratio sigma_t^2, or adapted to the score, eps = 2 ratio / (|score|^2 / d + 1 / sigma_t^2).
+
+    Both agree where the score has the size of the noise's own, |score|^2 = d / sigma_t^2; the adapted step, a sample's own,
+    is at most twice as long where the score is small, and short where it is large, so that no sample is thrown away.
+    Source: Roberts & Tweedie 1996, https://doi.org/10.2307/3318418, section 1.4.1.
+
+    Args:
+        ratio: eps in the unit above, in (0, 1).
+        steps: Langevin steps at each visited time.
+        adapt: False for the fixed step, True for the norm-adapted one.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"norm-adapted Langevin": {"adapt": True}}
+
+    def __init__(self, ratio: float = 0.05, steps: int = 1, adapt: bool = False) -> None:
+        super().__init__(_check_ratio(self, ratio), steps)
+        self.adapt = bool(adapt)
+
+    def advance(
+        self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
+    ) -> tuple[Tensor, History]:
+        if not self.adapt:
+            return super().advance(row, x, history, evaluate, draw)
+        for k in range(self.repeats):
+            score = evaluate(x, row.t).score
+            size = score.square().flatten(1).mean(1).view(-1, *[1] * (x.ndim - 1))
+            eps = 2 * self.ratio / (size + row.c**-2 * 2 * self.ratio)  # c^2 = 2 ratio sigma^2
+            x = x + eps * score + (2 * eps).sqrt() * draw(k)
+        return x, history
+
+
+class ChainRow(NamedTuple):
+    """One visit: the time and the step size there."""
+
+    t: float
+    step: float
+
+
+class _Chain(Step):
+    """`steps` moves of a Markov chain, each with one call, and one call for the score at the start."""
+
+    role: ClassVar[Literal["predictor", "corrector"]] = "corrector"
+
+    def __init__(self, ratio: float, steps: int) -> None:
+        self.ratio = _check_ratio(self, ratio)
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"{type(self).__name__} takes a whole number steps >= 1, got steps={steps}")
+        self.repeats, self.calls = steps, steps + 1
+
+
+class MetropolisLangevin(_Chain):
+    """Metropolis-adjusted Langevin: the overdamped step, accepted with the probability that leaves p_t exactly as it is.
+
+    log accept = log p_t(x') - log p_t(x) + |z|^2 / 2 - |x - x' - eps score(x')|^2 / (4 eps), sample by sample. It needs a
+    density, so a model with `log_prob(x, t)` such as `ExactScore`; others are refused before sampling.
+    Source: Besag 1994; Roberts & Tweedie 1996, section 1.4.2.
+
+    Args:
+        ratio: eps / sigma_t^2, in (0, 1).
+        steps: proposals at each visited time.
+    """
+
+    needs_density = True
+
+    def __init__(self, ratio: float = 0.1, steps: int = 1) -> None:
+        super().__init__(ratio, steps)
+
+    def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
+        return [ChainRow(*row) for row in zip(t.tolist(), (self.ratio * sde.sigma(t) ** 2).tolist(), strict=True)]
+
+    def advance(
+        self, row: ChainRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
+    ) -> tuple[Tensor, History]:
+        t, eps = row
+        score, log_prob = evaluate(x, t).score, _density(evaluate)(x, t)
+        for k in range(self.repeats):
+            z = draw(2 * k)
+            proposal = x + eps * score + math.sqrt(2 * eps) * z
+            new_score, new_log_prob = evaluate(proposal, t).score, _density(evaluate)(proposal, t)
+            back = (x - proposal - eps * new_score).square() / (4 * eps) - z.square() / 2
+            log_accept = new_log_prob - log_prob - back.flatten(1).sum(1)
+            accepted = torch.special.log_ndtr(draw(2 * k + 1).flatten(1)[:, 0]) < log_accept
+            chosen = accepted.view(-1, *[1] * (x.ndim - 1))
+            x, score = torch.where(chosen, proposal, x), torch.where(chosen, new_score, score)
+            log_prob = torch.where(accepted, new_log_prob, log_prob)
+        return x, history
+
+
+class KineticLangevin(_Chain):
+    """Underdamped Langevin by the splitting OBABO: half an exact Ornstein-Uhlenbeck step of v, leapfrog, the other half.
+
+    v ~ N(0, I) at each visit (the chain's state is x alone), then `steps` times: v <- e v + sqrt(1 - e^2) z; v <- v + h/2
+    score; x <- x + h v; v <- v + h/2 score(x); v <- e v + sqrt(1 - e^2) z', with e = persistence^{1/2}. Velocities are in
+    the unit in which x moves by h v, h = sqrt(2 ratio) sigma_t. v / (1 - h^2 / (4 v)) is the stationary variance on
+    N(0, v I), whatever the persistence and the number of steps.
+    Source: Bussi & Parrinello 2007, https://arxiv.org/abs/0803.4083; Leimkuhler & Matthews 2013.
+
+    Args:
+        ratio: h^2 / (2 sigma_t^2), in (0, 1).
+        steps: leapfrog steps at each visited time.
+        persistence: e^{-gamma h}, the share of v that outlives a step, in [0, 1).
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"kinetic Langevin, one step": {"steps": 1}}
+
+    def __init__(self, ratio: float = 0.05, steps: int = 4, persistence: float = 0.8) -> None:
+        super().__init__(ratio, steps)
+        if not 0 <= persistence < 1:
+            raise ValueError(f"KineticLangevin's persistence lies in [0, 1), got {persistence}")
+        self.persistence = float(persistence)
+
+    def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
+        h = math.sqrt(2 * self.ratio) * sde.sigma(t)
+        return [ChainRow(*row) for row in zip(t.tolist(), h.tolist(), strict=True)]
+
+    def advance(
+        self, row: ChainRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
+    ) -> tuple[Tensor, History]:
+        t, h = row
+        keep, fresh = math.sqrt(self.persistence), math.sqrt(1 - self.persistence)
+        v, score = draw(0), evaluate(x, t).score
+        for k in range(self.repeats):
+            v = keep * v + fresh * draw(2 * k + 1) + h / 2 * score
+            x = x + h * v
+            score = evaluate(x, t).score
+            v = keep * (v + h / 2 * score) + fresh * draw(2 * k + 2)
+        return x, history
+
+
+def _check_ratio(step: Step, ratio: float) -> float:
+    if not 0 < ratio < 1:
+        raise ValueError(f"{type(step).__name__}'s ratio lies in (0, 1), got ratio={ratio}")
+    return float(ratio)
+
+
+def _density(evaluate: Any) -> Any:
+    """The log-density beside the evaluations; a sampler has made sure that there is one."""
+    return evaluate.log_prob
