@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from score_sde.run import Run, instantiate
@@ -46,12 +47,16 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
                     overrides = list(HydraConfig.get().overrides.task)
                     Run(output).save_result({"status": "failed", "error": one_line(error), "overrides": overrides})
-                elif output.is_dir() and not any(output.iterdir()):
+                    raise
+                if output.is_dir() and not any(output.iterdir()):
                     output.rmdir()
-                raise
+                if full_error:
+                    raise
+                sys.exit(f"error: {one_line(error)}")
 
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            logging.getLogger("matplotlib").setLevel(logging.WARNING)
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
             except REFUSALS as error:
@@ -115,10 +120,11 @@ def sampler_config(node: str | DictConfig) -> DictConfig:
     return node
 
 
-def samplers_of(config: DictConfig | ListConfig | Sequence[str], trust: Sequence[str] = ()) -> dict[str, Any]:
-    """name -> sampler, from a list of names in conf/sampler or a mapping from names to configs."""
-    nodes = config.items() if isinstance(config, Mapping | DictConfig) else ((name, name) for name in config)
-    return {str(name): instantiate(sampler_config(node), trust) for name, node in nodes}
+def samplers_of(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
+    """name -> sampler: those that `evaluation.samplers` names in conf/sampler, or the run's own `sampler` for null."""
+    names = config.evaluation.samplers
+    nodes = {config.choices.sampler: config.sampler} if names is None else {name: name for name in names}
+    return {name: instantiate(sampler_config(node), trust) for name, node in nodes.items()}
 
 
 def open_run(config: DictConfig) -> Run:

@@ -52,10 +52,11 @@ def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
 
     Raises ValueError unless one of run= and target= is given.
     """
-    if bool(config.run) == bool(config.target):
+    target = config.get("target")
+    if bool(config.run) == bool(target):
         raise ValueError("compare what? give either run=<directory> or target=<name>, e.g. target=ring")
-    if config.target:
-        target = instantiate(config.target)
+    if target:
+        target = instantiate(target)
         if config.sde.get("sigma_max") == "auto":
             config.sde.sigma_max = round(measure_sigma_max(TargetStream(target)), 4)
         return ExactScore(target, instantiate(config.sde)), target

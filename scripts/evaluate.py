@@ -15,7 +15,9 @@ from score_sde.training import write_atomically
 def main(config: DictConfig) -> None:
     run = common.open_run(config)
     own = run.config.evaluation
-    samplers = common.samplers_of(config.samplers or own.samplers, run.trust)
+    if config.samplers is not None:
+        own.samplers = config.samplers
+    samplers = common.samplers_of(run.config, run.trust)
     model = run.model(step=config.step).to(common.device_of(config.device))
     for sampler in samplers.values():
         sampler.check(model.sde)

@@ -30,7 +30,7 @@ def main(config: DictConfig) -> float:
         fill_in(config, data)
     model = build_model(config, trust)
     parts = {name: instantiate(config[name], trust) for name in ("objective", "time_sampler", "trainer")}
-    samplers = common.samplers_of(config.evaluation.samplers, trust)
+    samplers = common.samplers_of(config, trust)
     preview: Sampler = instantiate(common.sampler_config(config.sampler), trust)
     parts["trainer"].check(model, data, parts["time_sampler"])
     for sampler in (preview, *samplers.values()):
