@@ -139,6 +139,7 @@ class GaussianMixture(Target):
         self._cache = _Cached(log_weights=self.weights.log(), means=self.means, basis=basis, variances=variances,
                               centre=centre)  # fmt: skip
         self._roots = basis * variances.sqrt().unsqueeze(-2)
+        self._flat = bool((variances <= 1e-14 * variances.amax(-1, keepdim=True)).any())
         self.mean = self.weights @ self.means
         spread = self.weights @ (variances.sum(-1) + ((self.means - self.mean) ** 2).sum(-1))
         self.std = (spread / self.means.shape[1]).sqrt().item()
@@ -153,11 +154,21 @@ class GaussianMixture(Target):
         return (means[component] + torch.einsum("...de,...e->...d", roots[component], normal)).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return self._log_joint(x, 1.0, 0.0)[0].logsumexp(-1)
+        """Log-density in nats.
+
+        Raises:
+            ValueError: a covariance is singular, where there is no density; `marginal(1.0, sigma)` has one.
+        """
+        return self._clean(x).logsumexp(-1)
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """Posterior probability of each component at clean points x of shape (batch, D); shape (batch, K)."""
-        return self._log_joint(x, 1.0, 0.0)[0].softmax(-1)
+        return self._clean(x).softmax(-1)
+
+    def _clean(self, x: Tensor) -> Tensor:
+        if self._flat:
+            raise ValueError("a mixture with a singular covariance has no density: use marginal(1.0, sigma)")
+        return self._log_joint(x, 1.0, 0.0)[0]
 
     def denoise(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         log_joint, offset, total = self._log_joint(x, alpha, sigma)

@@ -1,0 +1,172 @@
+"""Score models: the learned one is its network seen through a table row, the exact one is the closed form."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from score_sde import grid
+from score_sde.parameterization import Karras, Noise
+from score_sde.sampler import Sampler
+from score_sde.score import ExactScore, LearnedScore
+from score_sde.sde import SDE, VPSDE, DiscreteSDE, KarrasSDE
+from score_sde.steps import DDIM
+from score_sde.targets import Empirical, GaussianMixture, make
+
+F64 = torch.float64
+
+
+class Affine(nn.Module):
+    """F = 2 x + 3 c_noise + label: records what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, c_noise, label=None):
+        assert c_noise.shape == (len(x),)
+        self.seen = (x, c_noise)
+        shape = (-1, *[1] * (x.ndim - 1))
+        out = self.weight * (2 * x + 3 * c_noise.view(shape))
+        return out if label is None else out + label.view(shape)
+
+
+def learned(sde, parameterization=None, event_shape=(2,)) -> LearnedScore:
+    return LearnedScore(Affine().double(), sde, parameterization or Karras(0.5), event_shape)
+
+
+def x_of(batch: int = 3, *event: int) -> torch.Tensor:
+    return torch.randn(batch, *(event or (2,)), dtype=F64, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_network_sees_scaled_inputs_and_its_output_is_mapped(sde, parameterization):
+    model, x = learned(sde, parameterization), x_of()
+    t = float(sde.time_at(0.7))
+    row = parameterization.row(sde, t)
+    F = 2 * row.c_in * x + 3 * row.c_noise
+    torch.testing.assert_close(model.raw(x, t), F)
+    torch.testing.assert_close(model(x, t).denoised, row.c_skip * x + row.c_out * F, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(model.network.seen[1], row.c_noise.expand(3))
+    assert model(x, t).alpha == pytest.approx(float(sde.alpha(t)))
+    assert model(x, t).sigma == pytest.approx(float(sde.sigma(t)))
+
+
+@torch.no_grad()
+def test_batched_times_equal_scalar_times(sde, parameterization):
+    model, x = learned(sde, parameterization, (2, 2)), x_of(3, 2, 2)
+    t = sde.time_at(torch.tensor([0.7, -1.0, 2.0], dtype=F64))
+    together = model(x, t)
+    for i in range(3):
+        for given in (float(t[i]), t[i], t[i : i + 1]):
+            one = model(x[i : i + 1], given)
+            torch.testing.assert_close(together.raw[i : i + 1], one.raw, rtol=1e-12, atol=1e-12)
+            for view in ("denoised", "noise", "score", "velocity"):
+                a, b = getattr(together, view)[i : i + 1], getattr(one, view)
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * (1 + float(b.abs().max())))
+
+
+def test_prepared_levels_change_nothing():
+    sde, x = VPSDE(), x_of()
+    ready, fresh = learned(sde), learned(sde)
+    ready.prepare([0.25, 0.5])
+    for t in (0.25, 0.5, 0.75):
+        assert torch.equal(ready(x, t).score, fresh(x, t).score)
+
+
+def test_conditions_go_by_name():
+    model, x = learned(VPSDE()), x_of()
+    label = torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+    plain, labelled = model.raw(x, 0.5), model.raw(x, 0.5, label=label)
+    torch.testing.assert_close(labelled, plain + label[:, None])
+    with pytest.raises(TypeError, match="unknown condition 'lable'; this model accepts: label"):
+        model(x, 0.5, lable=label)
+    with pytest.raises(TypeError, match="accepts: none"):
+        ExactScore(make("ring"), VPSDE())(x.float(), 0.5, label=1)
+
+
+def test_shapes_are_checked():
+    for model in (learned(VPSDE()), ExactScore(make("ring"), VPSDE())):
+        with pytest.raises(ValueError, match=r"\(batch, 2\), got \(3, 4\)"):
+            model(torch.zeros(3, 4), 0.5)
+        with pytest.raises(ValueError, match=r"\(batch, 2\), got \(2,\)"):
+            model(torch.zeros(2), 0.5)
+
+
+def test_an_unusable_schedule_is_refused_when_the_model_is_built():
+    with pytest.raises(ValueError, match="VPSDE"):
+        learned(VPSDE(t_min=0.0))
+    with pytest.raises(ValueError, match="VPSDE"):
+        ExactScore(make("ring"), VPSDE(t_min=0.0))
+
+
+def test_the_exact_score_is_the_gradient_of_the_marginal(sde):
+    target = make("ring", components=5, weights=[1, 2, 3, 4, 5])
+    model, t = ExactScore(target, sde), float(sde.time_at(0.3))
+    alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))
+    law = target.marginal(alpha, sigma)
+    x = law.sample((6,), generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(model(x, t).score, law.score(x), rtol=1e-8, atol=1e-8)
+    batched = model(x, torch.full((6,), t, dtype=F64))
+    torch.testing.assert_close(batched.score, model(x, t).score, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(x, torch.tensor(t, dtype=F64)).score, model(x, t).score)
+
+
+def test_the_exact_model_starts_with_the_moments_of_its_marginal(sde):
+    target = GaussianMixture([0.25, 0.75], [[2.0, 0.0], [-1.0, 4.0]], torch.eye(2).expand(2, 2, 2) * 0.5)
+    model = ExactScore(target, sde)
+    alpha, sigma = float(sde.alpha(sde.t_max)), float(sde.sigma(sde.t_max))
+    zero, one = torch.zeros(1, 2, dtype=F64), torch.ones(1, 2, dtype=F64)
+    torch.testing.assert_close(model.start(zero), alpha * torch.tensor([[-0.25, 3.0]], dtype=F64))
+    # Var x: 0.5 + 27/16 and 0.5 + 3, pooled.
+    spread = ((0.5 + 27 / 16 + 0.5 + 3.0) / 2 * alpha**2 + sigma**2) ** 0.5
+    torch.testing.assert_close(model.start(one) - model.start(zero), torch.full_like(one, spread))
+
+
+def test_a_learned_model_starts_at_the_prior(sde):
+    z = x_of()
+    torch.testing.assert_close(learned(sde).start(z), z * sde.prior_std)
+
+
+def test_images_and_videos_keep_their_shape():
+    target = Empirical(torch.randn(5, 1, 2, 3, 2, generator=torch.Generator().manual_seed(0)))
+    for t in (0.5, torch.tensor([0.5, 0.1])):
+        assert ExactScore(target, VPSDE())(torch.zeros(2, 1, 2, 3, 2), t).score.shape == (2, 1, 2, 3, 2)
+
+
+def test_the_state_keeps_its_dtype():
+    model = ExactScore(make("ring"), DiscreteSDE.ddpm())
+    for dtype in (torch.float32, F64):
+        for t in (500.0, torch.tensor([500.0, 3.0]), torch.tensor([500, 3])):
+            assert model(torch.zeros(2, 2, dtype=dtype), t).score.dtype == dtype
+
+
+def test_a_users_sde_of_tensor_functions_is_a_model_and_samples():
+    class Angle(SDE):
+        t_min, t_max = 0.01, 1.5
+
+        def alpha(self, t):
+            return torch.cos(t)
+
+        def sigma(self, t):
+            return torch.sin(t)
+
+    model = ExactScore(make("ring"), Angle())
+    result = Sampler(DDIM(), functools.partial(grid.log_snr, steps=4)).sample(model, (8, 2), seed=0)
+    assert result.x.isfinite().all()
+    assert float(model(torch.ones(1, 2), 0.3).alpha) == pytest.approx(torch.cos(torch.tensor(0.3)).item())
+
+
+def test_gradients_reach_the_network_and_the_input():
+    model, x = learned(KarrasSDE(), Noise()), x_of().requires_grad_()
+    model(x, torch.tensor([0.1, 1.0, 10.0], dtype=F64)).score.sum().backward()
+    assert model.network.weight.grad is not None
+    assert x.grad is not None
+
+
+def test_condition_names_are_the_networks_own():
+    names = list(inspect.signature(Affine().forward).parameters)[2:]
+    assert learned(VPSDE()).condition_names == frozenset(names) == {"label"}
