@@ -17,7 +17,7 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -73,13 +73,21 @@ def one_line(error: BaseException) -> str:
     """The innermost reason of an error, on one line, with the nearest known key for a misspelt one."""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return _unknown(group, name, error.options)
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename} does not exist"
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
-        known = [str(key) for key in cause.parent_node]
-        near = difflib.get_close_matches(str(cause.key), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown key {cause.full_key!r}: {hint}known here: {', '.join(known)}"
+        return _unknown("key", cause.full_key, [str(key) for key in cause.parent_node])
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {kind.replace('/', ' ')} {name!r}: {hint}known: {', '.join(known)}"
 
 
 def named(group: str, name: str) -> DictConfig:
@@ -89,9 +97,7 @@ def named(group: str, name: str) -> DictConfig:
     """
     known = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown {group.replace('/', ' ')} {name!r}: {hint}known: {', '.join(known)}")
+        raise ValueError(_unknown(group, name, known))
     with _separate_hydra():
         config = hydra.compose(f"{group}/{name}")
     for part in group.split("/"):

@@ -19,6 +19,9 @@ from score_sde.run import instantiate
 
 @common.main("compare")
 def main(config: DictConfig) -> None:
+    if not config.budgets or min(config.budgets) < 1 or config.num_samples < 1:
+        raise ValueError(f"budgets are numbers of network calls >= 1 and num_samples is >= 1, got "
+                         f"{list(config.budgets)} and {config.num_samples}")  # fmt: skip
     model, reference = model_and_reference(config)
     nodes = {name: common.sampler_config(name) for name in config.samplers}
     fixed = {name: at_budget(node) for name, node in nodes.items() if "grid" in node}

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from score_sde import LearnedScore, Sampler
 from score_sde.data import Data, measure_sigma_data, measure_sigma_max
-from score_sde.evaluation import Evaluation, evaluate
+from score_sde.evaluation import Evaluation, evaluate, known_metrics
 from score_sde.run import Run, build_model, instantiate
 
 
@@ -35,6 +35,7 @@ def main(config: DictConfig) -> float:
     parts["trainer"].check(model, data, parts["time_sampler"])
     for sampler in (preview, *samplers.values()):
         sampler.check(model.sde)
+    check_metrics(config, data)
     run = run or Run.create(HydraConfig.get().runtime.output_dir, config, trust)
 
     def on_sample(step: int, raw: LearnedScore, averaged: LearnedScore) -> None:
@@ -79,12 +80,27 @@ def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], 
 def fill_in(config: DictConfig, data: Data) -> None:
     """Writes what the data decide into the config: the event shape, and every scale given as `auto`."""
     config.event_shape = list(data.event_shape)
+    if data.target is None:
+        config.target = None
     measures = {("sde", "sigma_max"): measure_sigma_max, ("parameterization", "sigma_data"): measure_sigma_data}
     for (group, name), measure in measures.items():
         if config[group].get(name) == "auto":
             config[group][name] = round(measure(data), 4)
             print(f"{group}.{name}: auto is {config[group][name]:g}, measured from the data")
     config.choices = {k: v for k, v in HydraConfig.get().runtime.choices.items() if "hydra" not in k}
+
+
+def check_metrics(config: DictConfig, data: Data) -> None:
+    """Refuses, with ValueError, metrics that these data do not have and a number of samples that measures nothing."""
+    known = known_metrics(data.target)
+    chosen = config.evaluation.metrics or known
+    for name in (*chosen, config.evaluation.objective):
+        if name not in known:
+            raise ValueError(f"unknown metric {name!r}; for these data: {', '.join(known)}")
+    if config.evaluation.objective not in chosen:
+        raise ValueError(f"evaluation.objective={config.evaluation.objective} is not among evaluation.metrics: add it")
+    if config.num_samples < 1:
+        raise ValueError(f"num_samples={config.num_samples} must be at least 1")
 
 
 def _continued(config: DictConfig) -> tuple[Run, bool]:

@@ -263,6 +263,11 @@ def score(
     return yardstick(_thin(samples, n))
 
 
+def known_metrics(reference: Target | Tensor | None) -> list[str]:
+    """The names of the metrics that a reference allows: those of a mixture's modes only for a GaussianMixture."""
+    return [*METRICS, *(MODE_METRICS if isinstance(reference, GaussianMixture) else ())]
+
+
 def _select(metrics: Sequence[str] | Mapping[str, Metric] | None, reference: Target | Tensor) -> dict[str, Metric]:
     if isinstance(metrics, Mapping):
         return dict(metrics)
