@@ -8,7 +8,7 @@ x / alpha, whose level is s(t) = sigma(t) / alpha(t) = exp(-lambda(t)). Bind the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 
 import torch
@@ -78,3 +78,178 @@ def karras(sde: SDE, steps: int, rho: float = 7.0) -> Tensor:
         raise ValueError(f"the Karras grid needs a finite rho > 0, got rho={rho}")
     first, last = ((-sde.half_log_snr(t) / rho).exp() for t in (sde.t_max, sde.t_min))
     return _between(sde, sde.time_at(-rho * (first + _fractions(steps) * (last - first)).log()))
+
+
+exponential = log_snr  # equal ratios of the noise level, under k-diffusion's name
+
+
+def poly_exponential(sde: SDE, steps: int, rho: float = 1.0) -> Tensor:
+    """lambda = lambda_first + (lambda_last - lambda_first) (1 - (1 - u)^rho), u = 0, 1 / steps, ..., 1.
+
+    rho = 1 is `log_snr`; a larger rho spends more steps near the data. Source: k-diffusion's `get_sigmas_polyexponential`.
+    """
+    if not 0 < rho < math.inf:
+        raise ValueError(f"the poly-exponential grid needs a finite rho > 0, got rho={rho}")
+    first, last = sde.half_log_snr(sde.t_max), sde.half_log_snr(sde.t_min)
+    return _between(sde, sde.time_at(last + (first - last) * (1 - _fractions(steps)) ** rho))
+
+
+def cosine(sde: SDE, steps: int) -> Tensor:
+    """Equal steps in the angle arctan(sigma / alpha), in which the cosine schedule runs uniformly.
+
+    Source: Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17; Salimans & Ho 2022, appendix D.
+    """
+    first, last = ((-sde.half_log_snr(t)).exp().atan() for t in (sde.t_max, sde.t_min))
+    return _between(sde, sde.time_at(-(first + _fractions(steps) * (last - first)).tan().log()))
+
+
+def beta(sde: SDE, steps: int, a: float = 0.6, b: float = 0.6) -> Tensor:
+    """Times at equal quantiles of a Beta(a, b) law on [t_min, t_max]; a, b < 1 crowd both ends.
+
+    Source: Lee et al. 2024 (Beta Sampling is All You Need), https://arxiv.org/abs/2407.12173, section 3.
+    """
+    from scipy.special import betaincinv
+
+    if not (0 < a < math.inf and 0 < b < math.inf):
+        raise ValueError(f"the beta grid needs finite a > 0 and b > 0, got a={a}, b={b}")
+    quantiles = torch.from_numpy(betaincinv(a, b, 1 - _fractions(steps).numpy()))
+    return _between(sde, sde.t_min + quantiles * (sde.t_max - sde.t_min))
+
+
+def iddpm(sde: SDE, steps: int, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000) -> Tensor:
+    """Equal steps in the index j of iDDPM's levels u_{j-1} = sqrt((u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1) - 1), u_M = 0.
+
+    abar_j = sin^2(pi / 2 j / (M (C_2 + 1))). Between two levels log u is linear in j; the grid ends at the SDE's own levels,
+    also where these lie beyond the table's, 0.0064 to 20,291. Source: Karras et al. 2022, table 1, iDDPM column.
+    """
+    import numpy as np
+
+    abar = np.sin(np.pi / 2 * np.arange(M + 1) / (M * (C_2 + 1))) ** 2
+    ratio = np.maximum(abar[:-1] / abar[1:], C_1)  # index j - 1
+    levels = np.sqrt(np.cumprod(1 / ratio[::-1])[::-1] - 1)  # u_0 ... u_{M-1}: (u_{j-1}^2 + 1) = (u_j^2 + 1) / ratio
+    noise, order = np.log(levels[::-1]), np.arange(M)[::-1].astype(float)  # increasing in noise
+    first, last = (-sde.half_log_snr(t).item() for t in (sde.t_max, sde.t_min))
+    start, stop = np.interp([first, last], noise, order)
+    index = start + _fractions(steps).numpy() * (stop - start)
+    return _between(sde, sde.time_at(-torch.from_numpy(np.interp(index, order[::-1], noise[::-1]))))
+
+
+ALIGN_YOUR_STEPS = {
+    "stable_diffusion_1.5": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "stable_diffusion_xl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "stable_video_diffusion": (700.00, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+"""Noise levels optimised for 10 steps (Sabour et al. 2024, Align Your Steps, https://arxiv.org/abs/2404.14507, appendix)."""
+
+
+def tabulated(sde: SDE, steps: int, levels: str | Sequence[float], stretch: bool = True) -> Tensor:
+    """A list of noise levels sigma / alpha, interpolated log-linearly in its index to `steps` steps.
+
+    Args:
+        sde: the forward process.
+        steps: how many.
+        levels: decreasing and positive, or a name in `ALIGN_YOUR_STEPS`.
+        stretch: map log(level) affinely so that the ends are the SDE's own, where sampling starts and stops; False keeps
+            the levels, which then lie in the SDE's range.
+    """
+    if isinstance(levels, str):
+        if levels not in ALIGN_YOUR_STEPS:
+            raise ValueError(f"unknown list of levels {levels!r}; known: {', '.join(ALIGN_YOUR_STEPS)}")
+        levels = ALIGN_YOUR_STEPS[levels]
+    table = torch.as_tensor(list(levels), dtype=torch.float64)
+    if len(table) < 2 or not (table > 0).all() or not (table.diff() < 0).all():
+        raise ValueError(f"levels are at least two positive numbers that decrease, got {table.tolist()[:8]}")
+    place = _fractions(steps) * (len(table) - 1)
+    index = place.floor().long().clamp(max=len(table) - 2)
+    noise = torch.lerp(table.log()[index], table.log()[index + 1], place - index)
+    first, last = -sde.half_log_snr(sde.t_max), -sde.half_log_snr(sde.t_min)
+    if stretch:
+        return _between(sde, sde.time_at(-(last + (noise - noise[-1]) / (noise[0] - noise[-1]) * (first - last))))
+    if noise[0] > first + 1e-9 or noise[-1] < last - 1e-9:
+        raise ValueError(f"levels {table[0].item():g} to {table[-1].item():g} reach beyond {sde!r}'s own, "
+                         f"{first.exp().item():g} to {last.exp().item():g}: use stretch=True")  # fmt: skip
+    return sde.time_at(-noise)
+
+
+def respaced(sde: SDE, steps: int, spacing: str = "trailing") -> Tensor:
+    """A sub-ladder of steps + 1 of the N levels of a `DiscreteSDE`, its indices real numbers, not rounded.
+
+    "leading": N / n i; "trailing": N - 1 - N / n i (both n = steps + 1 levels, the first without the noisiest, the second
+    without the cleanest); "linspace": both ends. With a final Tweedie step every level is one call. "leading" starts below
+    t_max, from noise that is too strong for its level: the published default, kept for comparison.
+    Source: Lin et al. 2024, https://arxiv.org/abs/2305.08891, table 2 and section 3.3.
+
+    Raises:
+        ValueError: the SDE is no ladder, has too few levels, or the spacing is unknown.
+    """
+    levels = getattr(sde, "num_steps", None)
+    if levels is None:
+        raise ValueError(f"respaced takes a DiscreteSDE's ladder, got {sde!r}: use grid.uniform on a continuous SDE")
+    if spacing == "linspace":
+        return uniform(sde, steps)
+    if spacing not in ("leading", "trailing"):
+        raise ValueError(f"spacing is 'leading', 'trailing' or 'linspace', got {spacing!r}")
+    count = len(_fractions(steps))
+    if count > levels:
+        raise ValueError(f"a ladder of {levels} levels has at most steps={levels - 1}, got steps={steps}")
+    index = torch.arange(count, dtype=torch.float64) * (levels / count)
+    return index.flip(0) if spacing == "leading" else levels - 1 - index
+
+
+# --- noise on the way: grids that go up as well as down ---------------------------------------------------------------
+
+
+def churn(sde: SDE, base: Grid, S_churn: float = 40.0, S_min: float = 0.05, S_max: float = 50.0) -> Tensor:
+    """EDM's stochastic sampler as a grid: before each move from a level in [S_min, S_max], up to (1 + gamma) times it.
+
+    gamma = min(S_churn / N, sqrt(2) - 1), N the levels of the base grid; upward moves are the exact forward transition
+    (S_noise = 1) and no level exceeds the SDE's noisiest. Use a one-step predictor: an upward move ends every history.
+    Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 2; the defaults are table 5's for ImageNet-64.
+    """
+    if not (S_churn >= 0 and 0 <= S_min <= S_max):
+        raise ValueError(f"churn needs S_churn >= 0 and 0 <= S_min <= S_max, got {S_churn=}, {S_min=}, {S_max=}")
+    times = check(base(sde), sde)
+    level = -sde.half_log_snr(times)
+    gamma = min(S_churn / len(times), math.sqrt(2) - 1)
+    inside = (level.exp() >= S_min) & (level.exp() <= S_max)
+    inside[-1] = False
+    raised = sde.time_at(-torch.where(inside, level + math.log1p(gamma), level)).clamp(max=sde.t_max)
+    grown = inside & (raised > times)
+    return torch.stack([times, raised], 1).flatten()[torch.stack([torch.ones_like(grown), grown], 1).flatten()]
+
+
+def restart(sde: SDE, base: Grid, intervals: Sequence[tuple[float, float, int, int]] = ((0.06, 0.3, 3, 2),)) -> Tensor:
+    """Restart sampling as a grid: from the level nearest `low`, up to `high` by exact noise and down again in `steps` Karras
+    steps, `repeats` times, for each interval (low, high, steps, repeats).
+
+    Source: Xu et al. 2023, https://arxiv.org/abs/2306.14878, algorithm 1.
+    """
+    times = check(base(sde), sde)
+    levels = (-sde.half_log_snr(times)).exp()
+    jumps: dict[int, Tensor] = {}
+    for low, high, steps, repeats in intervals:
+        place = int((levels - low).abs().argmin())
+        bottom = levels[place].item()
+        if not bottom < high <= levels.max().item() or repeats < 1:
+            raise ValueError(f"a restart interval is (low, high, steps, repeats) with low < high inside the grid's levels and "
+                             f"repeats >= 1, got {(low, high, steps, repeats)}")  # fmt: skip
+        down = (high ** (1 / 7) + _fractions(steps) * (bottom ** (1 / 7) - high ** (1 / 7))) ** 7
+        inner = sde.time_at(-down[:-1].log())
+        jumps[place] = torch.cat([jumps.get(place, times[:0]), torch.cat([inner, times[place : place + 1]]).repeat(repeats)])
+    return torch.cat([torch.cat([times[i : i + 1], jumps.get(i, times[:0])]) for i in range(len(times))])
+
+
+# --- where on a grid a corrector acts ---------------------------------------------------------------------------------
+
+
+def within(sde: SDE, times: Tensor, low: float = 0.0, high: float = math.inf) -> Tensor:
+    """The grid times whose noise level sigma / alpha lies in [low, high], as a mask (see `Sampler`)."""
+    level = (-sde.half_log_snr(times)).exp()
+    return (level >= low) & (level <= high)
+
+
+def every(sde: SDE, times: Tensor, period: int = 2) -> Tensor:
+    """Every `period`-th grid time, the first included, as a mask (see `Sampler`)."""
+    if period < 1:
+        raise ValueError(f"period is a whole number >= 1, got {period}")
+    return torch.arange(len(times)) % period == 0

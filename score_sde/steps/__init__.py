@@ -22,6 +22,7 @@ from score_sde.steps.staged import (
     StagedStep,
 )
 from score_sde.steps.step import Step
+from score_sde.steps.tabulated import Tabulated
 
 __all__ = [
     "AdamsBashforth",
@@ -47,6 +48,7 @@ __all__ = [
     "Stage",
     "StagedStep",
     "Step",
+    "Tabulated",
     "UnadjustedLangevin",
     "UniPC",
 ]

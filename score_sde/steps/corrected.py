@@ -100,8 +100,7 @@ class SASolver(CorrectedStep):
     """SA-Solver: exponential Adams-Bashforth predictor and Adams-Moulton corrector for the SDE family of strength eta.
 
     Both integrate the interpolating polynomial against `ExponentialAdams`'s kernel and share its noise. At eta = 0 the
-    order is one more than the outputs used; with noise the corrector of one output is of weak order 2 (the trapezoid has
-    the mean covariance of the path's noise) and every other of weak order 1.
+    order is one more than the outputs used; with noise the weak order is 2, as for `ExponentialAdams`.
     Source: Xue et al. 2023, https://arxiv.org/abs/2305.14267, algorithm 1, eq. 14 and 17, with eta for tau.
 
     Args:
@@ -125,7 +124,7 @@ class SASolver(CorrectedStep):
             raise ValueError(f"SASolver needs a noise strength eta >= 0, got eta={eta}")
         self.predicted, self.corrected, self.eta = int(order), int(corrector), float(eta)
         self.memory = max(self.predicted, self.corrected) + 1
-        self.order = min(self.predicted, self.corrected) + 1 if eta == 0 else 2 if self.corrected == 1 else 1
+        self.order = min(self.predicted, self.corrected) + 1 if eta == 0 else 2
 
     def predict(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
         return weigh(sde, times[: self.predicted], times[0], s, self.eta)

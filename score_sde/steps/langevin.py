@@ -9,6 +9,7 @@ The stationary variance on N(0, v I) is v / (1 - eps / (2 v)).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,6 +49,10 @@ class LangevinCorrector(_Langevin):
             sigma^2, the same for every sample; "sample" measures |z| and |score| for each sample; "batch" divides their
             means over the batch, as the published code does, which couples the samples of a batch.
     """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "Langevin, norms per sample": {"norm": "sample"}, "Langevin, norms per batch": {"norm": "batch"}
+    }  # fmt: skip
 
     def __init__(self, snr: float = 0.16, steps: int = 1, norm: str = "expected") -> None:
         if not 0 < snr < 1:

@@ -2,18 +2,18 @@ r"""Steps that are linear in x, in recent denoiser outputs and in fresh noise.
 
     x_s = a x_t + sum_k b_k D_k + c z,        D_0 = D(x_t, t), D_1, D_2, ... the outputs of the moves before,
 
-(or, in place of D, any mix u D + w eps of the two views that is better extrapolated: see `LinearStep.output`), so a step is three functions of time, and its properties follow from the scalars without a network: a point mass is
-carried exactly where a alpha_t + sum b = alpha_s and (a sigma_t)^2 + c^2 = sigma_s^2. Throughout, h = s - t < 0,
-the score is (alpha_t D - x) / sigma_t^2, and the step's noise ratio is G^2 = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2,
+(or, in place of D, a mix u D + w eps of two views that is better extrapolated: see `LinearStep.output`). So a step is
+three functions of time, and its properties follow from the scalars without a network: a point mass is carried exactly
+where a alpha_t + sum b = alpha_s and (a sigma_t)^2 + c^2 = sigma_s^2. Throughout, h = s - t < 0, the score is
+(alpha_t D - x) / sigma_t^2, and the step's noise ratio is G^2 = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2,
 the variance of the exact forward transition from s to t.
 """
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -176,6 +176,8 @@ class DDIM(LinearStep):
         eta: share of the ancestral noise, in [0, 1].
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"DDIM eta 0.5": {"eta": 0.5}, "DDIM eta 1": {"eta": 1.0}}
+
     def __init__(self, eta: float = 0.0) -> None:
         if not 0 <= eta <= 1:
             raise ValueError(f"DDIM's eta lies in [0, 1], got {eta}")
@@ -199,6 +201,8 @@ class Ancestral(LinearStep):
     Args:
         variance: "posterior" or "forward".
     """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"Ancestral fixed-large": {"variance": "forward"}}
 
     def __init__(self, variance: str = "posterior") -> None:
         if variance not in ("posterior", "forward"):

@@ -159,8 +159,9 @@ class ExponentialAdams(LinearStep):
     form of the papers, integrated by Gauss-Legendre quadrature to machine precision), or at order 2 by that polynomial's
     value at the middle ("midpoint" weights, the published default of 2M). At eta = 0: DDIM (order 1), DPM-Solver(++) 2M,
     and at order 3 what 3M set out to be: its printed curvature term lacks a factor 2. At eta = 1: SDE-DPM-Solver(++).
-    With eta > 0 the outputs are rough along the path, extrapolating them gains nothing in law: weak order 1. k-diffusion's
-    and diffusers' eta is eta^2 here. The noise form is exact for a point mass at eta = 0 only.
+    With eta > 0 and order >= 2 the weak order is 2: the covariance of noise and output that a move misses, h^2 / 2, comes in
+    with the extrapolations after it. k-diffusion's and diffusers' eta is eta^2 here. The noise form is exact for a point
+    mass at eta = 0 only.
     Source: Lu et al. 2022, https://arxiv.org/abs/2211.01095, eq. 9 and 12, appendix B; Xue et al. 2023 (SA-Solver),
     https://arxiv.org/abs/2305.14267, eq. 11, whose tau is eta.
 
@@ -194,7 +195,7 @@ class ExponentialAdams(LinearStep):
                              f"got {weights!r} at order {order}")  # fmt: skip
         self.eta, self.weights = float(eta), weights
         self.prediction = _check_prediction(self, prediction, ("denoised", "noise"))
-        self.order = self.memory if eta == 0 else 1
+        self.order = self.memory if eta == 0 else min(self.memory, 2)
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
         return output_of(self.prediction, sde, t)

@@ -1,0 +1,120 @@
+r"""A step whose scalars come from a file.
+
+In the scaled variable y = x / alpha a linear step depends on noise levels l = sigma / alpha alone,
+
+    y_s = a y_t + sum_k b_k N_k + c z,      N = u D + w eps,
+
+and D and eps are the same in y as in x. So a table of (l, a, b, c, (u, w)) serves every SDE whose levels reach its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from score_sde.sde import SDE
+from score_sde.steps.linear import Coefficients, LinearRow, LinearStep
+
+Table = Mapping[str, Any]
+
+
+class Tabulated(LinearStep):
+    """A linear step read from a table of scalars, for the table's own grid.
+
+    Args:
+        table: a .json or .npz file, or a mapping, with `levels` (N + 1 decreasing noise levels sigma / alpha), `a` (N), `b`
+            (N lists, the newest output's weight first; row i has at most i + 1), and where they are not all 0 and (1, 0), `c`
+            (N) and `output` (N pairs (u, w)).
+
+    Raises:
+        ValueError: the table's lengths do not fit, its levels do not decrease, or a number is not finite.
+    """
+
+    def __init__(self, table: str | Path | Table) -> None:
+        source = _read(Path(table)) if isinstance(table, str | Path) else table
+        unknown, missing = source.keys() - {"levels", "a", "b", "c", "output"}, {"levels", "a", "b"} - source.keys()
+        if unknown or missing:
+            raise ValueError("a table has levels, a, b and may have c and output; "
+                             f"got {', '.join(sorted(source))}")  # fmt: skip
+        self.levels = torch.as_tensor(np.asarray(source["levels"], dtype=np.float64))
+        moves = len(self.levels) - 1
+        self.a = _column(source["a"], moves, "a")
+        self.c = _column(source.get("c", [0.0] * moves), moves, "c")
+        self.b = [_column(row[: i + 1], None, "b") for i, row in enumerate(source["b"])]
+        self.outputs = [tuple(_column(pair, 2, "output")) for pair in source.get("output", [(1.0, 0.0)] * moves)]
+        if len(self.b) != moves or len(self.outputs) != moves:
+            raise ValueError(f"a table of {moves + 1} levels has {moves} rows, "
+                             f"got {len(self.b)} of b and {len(self.outputs)} of output")  # fmt: skip
+        if moves < 1 or not (self.levels > 0).all() or not (self.levels.diff() < 0).all():
+            raise ValueError("a table's levels are positive and decrease, from noise to data")
+        self.memory = max(map(len, self.b))
+
+    @classmethod
+    def of(cls, step: LinearStep, sde: SDE, times: Tensor) -> Tabulated:
+        """The table of a linear step on a decreasing grid."""
+        rows, alpha = step.plan(sde, times[:-1], times[1:]), sde.alpha(times).tolist()
+        scaled = list(zip(rows, alpha[:-1], alpha[1:], strict=True))
+        return cls({
+            "levels": (-sde.half_log_snr(times)).exp().tolist(),
+            "a": [row.a * t / s for row, t, s in scaled],
+            "b": [[weight / s for weight in row.b] for row, _, s in scaled],
+            "c": [row.c / s for row, _, s in scaled],
+            "output": [row.output for row in rows],
+        })  # fmt: skip
+
+    def save(self, path: str | Path) -> None:
+        """Writes the table as .json or .npz, which the path's ending says."""
+        path, b = Path(path), [row + [0.0] * (self.memory - len(row)) for row in self.b]
+        table = {"levels": self.levels.tolist(), "a": self.a, "b": b, "c": self.c, "output": self.outputs}
+        if path.suffix == ".json":
+            path.write_text(json.dumps(table, indent=1) + "\n")
+        elif path.suffix == ".npz":
+            np.savez(path, **{name: np.asarray(column) for name, column in table.items()})
+        else:
+            raise ValueError(f"a table is a .json or .npz file, got {path.name!r}")
+
+    def grid(self, sde: SDE) -> Tensor:
+        """The times at which the SDE has the table's levels: `Sampler(step, step.grid)`."""
+        times = sde.time_at(-self.levels.log())
+        self._refuse_other(sde, times[:-1], times[1:])
+        return times
+
+    def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[LinearRow]:
+        self._refuse_other(sde, t, s)
+        ends = zip(sde.alpha(t).tolist(), sde.alpha(s).tolist(), strict=True)
+        rows = zip(t.tolist(), self.a, self.b, self.c, self.outputs, ends, strict=True)
+        return [LinearRow(time, a * end / start, tuple(w * end for w in b), c * end, (output[0], output[1]))
+                for time, a, b, c, output, (start, end) in rows]  # fmt: skip
+
+    def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
+        raise NotImplementedError("a table's rows are numbers, not functions of time: see `plan`")
+
+    def _refuse_other(self, sde: SDE, t: Tensor, s: Tensor) -> None:
+        levels = [(-sde.half_log_snr(part)).exp() for part in (t, s)]
+        own = (self.levels[:-1], self.levels[1:])
+        if len(t) != len(self.a) or not all(torch.allclose(x, y, rtol=1e-6) for x, y in zip(levels, own, strict=True)):
+            raise ValueError(f"this table goes over its own {len(self.a)} moves, noise levels {self.levels[0].item():.6g} to "
+                             f"{self.levels[-1].item():.6g}: use its grid (grid=step.grid) and an SDE that reaches them")  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    if path.suffix == ".json":
+        return dict(json.loads(path.read_text()))
+    raise ValueError(f"a table is a .json or .npz file, got {path.name!r}")
+
+
+def _column(values: Sequence[float], length: int | None, name: str) -> list[float]:
+    column = np.asarray(values, dtype=np.float64)
+    if column.ndim != 1 or not np.isfinite(column).all() or (length is not None and len(column) != length):
+        expected = "" if length is None else f"{length} "
+        raise ValueError(f"a table's {name} are {expected}finite numbers, got shape {column.shape}")
+    return column.tolist()
