@@ -1,0 +1,516 @@
+r"""Log-likelihood through the probability-flow ODE, latent codes, and what discrete data need.
+
+With y = x / alpha, s = sigma / alpha, n = E[eps | x] and u = log s the flow is dy/du = s n. It is integrated in
+
+    z = y / r,  r^2 = s^2 + c^2,   dz/du = s n / r - z s^2 / r^2,   d log p(z) / du = -(sigma tr(dn/dx) - d s^2 / r^2),
+    w = log((s^2 + k^2) / (s^2 + c^2)) / 2,    c = sqrt(2) sigma_data,  k << c,
+
+in which state and divergence rest at both ends: w is linear in s^2 for s << k, in 1 / s^2 for s >> c, log s between.
+log p_0(x) = log p_T(x_T) + int div + d log(alpha_T r_T / r_0) + truncation (see `log_likelihood`).
+Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, appendix D.2; Chen et al. 2018.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor, nn
+
+from score_sde.adaptive import PAIRS, PerSample, integrate, mixed_tolerance
+from score_sde.noise import SampleNoise
+from score_sde.ode import METHODS as SCIPY
+from score_sde.score import ScoreModel
+from score_sde.sde import expand
+
+__all__ = [
+    "GaussianDequantizer",
+    "LikelihoodResult",
+    "bits_per_dim",
+    "decode",
+    "dequantize",
+    "discrete_log_likelihood",
+    "encode",
+    "interpolate",
+    "log_likelihood",
+    "reconstruction_error",
+    "slerp",
+]
+
+DIVERGENCES = ("exact", "hutchinson", "hutch++")
+ON_DEVICE = ("dopri5", "tsit5", "bosh3")
+METHODS = ("adams", *ON_DEVICE, *SCIPY)
+TRUNCATIONS = ("none", "tweedie")
+
+Pull = Callable[[Tensor], Tensor]
+
+
+class HasLogProb(Protocol):
+    """A law with a log-density, e.g. of `torch.distributions` or `score_sde.targets`."""
+
+    def log_prob(self, x: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LikelihoodResult:
+    """Log-likelihoods in nats of the data that were passed.
+
+    Attributes:
+        log_prob: shape (batch,), float64.
+        std_error: of the trace estimate, shape (batch,): 0 for the exact trace, NaN for a single probe.
+        nfe: network calls, counted, the truncation's included; a divergence shares its call's forward pass. Where each
+            sample has steps of its own, their mean, rounded up.
+        latent: the codes x(t_max), shape (batch, *event), in x's dtype.
+        log_terminal: log p_T of the codes, shape (batch,).
+        truncation: the estimate of log p_0(x) - log p_{t_min}(x), shape (batch,), whether it was added or not.
+        seconds: wall-clock time.
+    """
+
+    log_prob: Tensor
+    std_error: Tensor
+    nfe: int
+    latent: Tensor
+    log_terminal: Tensor
+    truncation: Tensor
+    seconds: float
+
+
+def log_likelihood(
+    model: ScoreModel, x: Tensor, *, divergence: str = "exact", probes: int = 1, method: str = "RK45",
+    rtol: float = 5e-6, atol: float = 5e-6, steps: int | None = None, seed: int | Sequence[int] = 0,
+    truncation: str = "tweedie", terminal: str | HasLogProb = "start", sigma_data: float | None = None,
+    condition: Mapping[str, Any] | None = None,
+) -> LikelihoodResult:  # fmt: skip
+    """The log-density of data x under the probability-flow ODE of the model, in nats.
+
+    x stands at t_min as x_{t_min} = alpha x: its density in data units is that of data with noise s_min.
+    Bayes' rule at y = x, log p_0(x) = log p_{s_min}(x) + log p(x_0 = x | y = x) - log N(0; 0, s_min^2 I), gives the
+    truncation term; with the Gaussian posterior of Tweedie's mean D and variance s_min^2 J, J = tr(dD/dy) / d, it is
+
+        truncation = -d / 2 log J - |x - D|^2 / (2 J s_min^2) = -s_min^2 / 2 (Laplacian p) / p + O(s_min^4),
+
+    exact where the data are locally an isotropic Gaussian, at the cost of one call.
+
+    Args:
+        model: the score model; a network should be in evaluation mode.
+        x: real-valued data, shape (batch, *event_shape). Closed-form models deserve float64.
+        divergence: "exact" (one vector-Jacobian product a dimension), "hutchinson" (Rademacher probes, unbiased) or
+            "hutch++" (the trace within a sketched range, Hutchinson for the rest; Meyer et al. 2021, algorithm 1).
+        probes: random vectors a sample, fixed along its path; two or more give a standard error.
+        method: one of scipy's adaptive solvers (RK45, DOP853, ...), which control the error of the batch as one system;
+            "dopri5", "tsit5" or "bosh3", on the device, with an error and a step size for each sample; or "adams", the
+            four-step Adams-Bashforth method on a fixed grid of w, one call a step: best for smooth models.
+        rtol, atol: tolerances of the adaptive solvers.
+        steps: grid steps of "adams" (118 unless given, 128 calls); refused for other methods.
+        seed: of the probes; an integer, or one for each sample.
+        truncation: "tweedie" adds the term above, "none" leaves it out and returns log p_{s_min}.
+        terminal: the law of x(t_max): "start", that of the model's sampling start (the ODE sampler's own density);
+            "prior", the SDE's; or a law with `log_prob`, e.g. `target.marginal(alpha, sigma)`.
+        sigma_data: standard deviation of the data, which sets c and k and so the cost alone; the model's unless given.
+        condition: named conditions for the model.
+
+    Raises:
+        TypeError: integer data, which have no density, or an unknown condition.
+        ValueError: an option is unknown or out of range, or x has another event shape.
+        RuntimeError: the solver failed, with its reason.
+    """
+    _check_options(divergence, probes, method, rtol, atol, steps, truncation)
+    flow = _Flow(model, x, condition, sigma_data)
+    flow.trace = trace = _trace(divergence, probes, x, seed)
+    law = _terminal_law(model, terminal, x)
+    clock = time.perf_counter()
+    z = x.double().flatten(1) / flow.scale(flow.s_min)
+    start = torch.cat([z, z.new_zeros((len(x), trace.count))], 1)
+    state, calls = _integrate(flow, start, flow.ends, method, rtol, atol, steps)
+    alpha = float(flow.sde.alpha(flow.sde.t_max))
+    latent = alpha * flow.scale(flow.s_max) * state[:, : flow.size].unflatten(1, flow.shape)
+    log_terminal, draws = law(latent), state[:, flow.size :]
+    stretch = flow.size * math.log(alpha * flow.scale(flow.s_max) / flow.scale(flow.s_min))
+    end = _truncation(flow)
+    log_prob = log_terminal + draws.mean(1) + stretch + (end if truncation == "tweedie" else 0.0)
+    exact = torch.zeros_like(log_prob) if divergence == "exact" else torch.full_like(log_prob, math.nan)
+    std_error = draws.std(1) / math.sqrt(trace.count) if trace.count > 1 else exact
+    seconds = time.perf_counter() - clock
+    return LikelihoodResult(log_prob, std_error, calls + 1, latent.to(x.dtype), log_terminal, end, seconds)
+
+
+@torch.no_grad()
+def _truncation(flow: _Flow) -> Tensor:
+    """-d / 2 log J - |n|^2 / (2 J) at x_{t_min} = alpha x, J = 1 - sigma tr(dn / dx) / d."""
+    t = torch.tensor(flow.sde.t_min, dtype=torch.float64)
+    x = float(flow.sde.alpha(t)) * flow.x.double().flatten(1)
+    noise, slope = flow.noise(x, t, flow.sde.sigma(t), torch.arange(len(x), device=x.device))
+    gain = (1 - slope.mean(1) / flow.size).clamp_min(1e-12)
+    return -flow.size / 2 * gain.log() - noise.square().sum(1) / (2 * gain)
+
+
+def encode(
+    model: ScoreModel, x: Tensor, *, method: str = "RK45", rtol: float = 5e-6, atol: float = 5e-6,
+    steps: int | None = None, sigma_data: float | None = None, condition: Mapping[str, Any] | None = None,
+) -> Tensor:  # fmt: skip
+    """The latent codes x(t_max) of data x; arguments and errors as `log_likelihood` has them."""
+    _check_options("exact", 1, method, rtol, atol, steps, "none")
+    flow = _Flow(model, x, condition, sigma_data)
+    z = x.double().flatten(1) / flow.scale(flow.s_min)
+    state, _ = _integrate(flow, z, flow.ends, method, rtol, atol, steps)
+    return (float(flow.sde.alpha(flow.sde.t_max)) * flow.scale(flow.s_max) * state).view_as(x).to(x.dtype)
+
+
+def decode(
+    model: ScoreModel, latent: Tensor, *, method: str = "RK45", rtol: float = 5e-6, atol: float = 5e-6,
+    steps: int | None = None, sigma_data: float | None = None, condition: Mapping[str, Any] | None = None,
+) -> Tensor:  # fmt: skip
+    """The data whose codes x(t_max) are `latent`: the inverse of `encode`, in data units."""
+    _check_options("exact", 1, method, rtol, atol, steps, "none")
+    flow = _Flow(model, latent, condition, sigma_data)
+    z = latent.double().flatten(1) / (float(flow.sde.alpha(flow.sde.t_max)) * flow.scale(flow.s_max))
+    state, _ = _integrate(flow, z, (flow.ends[1], flow.ends[0]), method, rtol, atol, steps)
+    return (flow.scale(flow.s_min) * state).view_as(latent).to(latent.dtype)
+
+
+def reconstruction_error(model: ScoreModel, x: Tensor, **options: Any) -> Tensor:
+    """Root mean square of decode(encode(x)) - x for each sample, shape (batch,); options as `encode` has them."""
+    return (decode(model, encode(model, x, **options), **options) - x).flatten(1).square().mean(1).sqrt()
+
+
+def slerp(a: Tensor, b: Tensor, fractions: Tensor | Sequence[float]) -> Tensor:
+    """Spherical interpolation sin((1 - f) o) / sin o a + sin(f o) / sin o b, o the angle between a and b, per sample.
+
+    Shapes (batch, *event) and (F,) give (F, batch, *event). Source: Shoemake 1985; White 2016, arXiv:1609.04468.
+    """
+    f = torch.as_tensor(fractions, dtype=torch.float64, device=a.device).reshape(-1, *[1] * a.ndim)
+    u, v = a.double(), b.double()
+    cosine = nn.functional.cosine_similarity(u.flatten(1), v.flatten(1)).clamp(-1, 1)
+    angle = cosine.acos().clamp_min(1e-9).reshape(-1, *[1] * (a.ndim - 1))
+    return ((((1 - f) * angle).sin() * u + (f * angle).sin() * v) / angle.sin()).to(a.dtype)
+
+
+def interpolate(model: ScoreModel, a: Tensor, b: Tensor, fractions: Tensor | Sequence[float], **options: Any) -> Tensor:
+    """Data on the way from a to b: the decoded `slerp` of their codes, shape (F, *a.shape); options as for `encode`."""
+    codes = slerp(encode(model, a, **options), encode(model, b, **options), fractions)
+    return decode(model, codes.flatten(0, 1), **options).view_as(codes)
+
+
+# --- discrete data ----------------------------------------------------------------------------------------------------
+
+
+def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int], bin_width: float) -> Tensor:
+    """-log2(p(x) bin_width^d) / d: bits a dimension of data quantised with bins of that width, in the units of x.
+
+    8-bit data scaled to [-1, 1] have bins of 2 / 256 (an offset of 7 bits), scaled to [0, 1] bins of 1 / 256 (8 bits).
+    Source: Theis et al. 2016, https://arxiv.org/abs/1511.01844, section 3.1.
+    """
+    if not bin_width > 0:
+        raise ValueError(f"bin_width is the positive width of a quantisation bin in the data's units, got {bin_width}")
+    return -log_prob / (math.prod(event_shape) * math.log(2)) - math.log2(bin_width)
+
+
+def dequantize(codes: Tensor, generator: torch.Generator, *, bin_width: float, low: float) -> Tensor:
+    """low + bin_width (codes + u), u uniform on [0, 1): float32 data of integer codes 0, 1, 2, ..."""
+    _check_codes(codes)
+    u = torch.rand(codes.shape, generator=generator, device=codes.device, dtype=torch.float64)
+    return (low + bin_width * (codes + u)).float()
+
+
+class GaussianDequantizer(nn.Module):
+    """u = sigmoid(mean + std eps) within a bin, with a mean and a std for each dimension: variational dequantisation.
+
+    At mean 0 and std 1.7 the law is close to the uniform one. Source: Ho et al. 2019, https://arxiv.org/abs/1902.00275,
+    section 3.1 (a flow there, an elementwise Gaussian here).
+    """
+
+    def __init__(self, event_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(tuple(event_shape), dtype=torch.float64))
+        self.log_std = nn.Parameter(torch.full(tuple(event_shape), math.log(1.7), dtype=torch.float64))
+
+    def forward(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """u and log q(u) (summed over the event) at standard normal eps of shape (batch, *event_shape)."""
+        v = self.mean + self.log_std.exp() * eps
+        log_slope = nn.functional.logsigmoid(v) + nn.functional.logsigmoid(-v)
+        log_q = -(eps.square() + math.log(2 * math.pi)) / 2 - self.log_std - log_slope
+        return v.sigmoid(), log_q.flatten(1).sum(1)
+
+    def fit(
+        self, model: ScoreModel, codes: Tensor, *, bin_width: float, low: float, steps: int = 200,
+        learning_rate: float = 0.05, seed: int = 0,
+    ) -> GaussianDequantizer:  # fmt: skip
+        """Maximises E[log p(low + bin_width (codes + u)) - log q(u)], with grad log p the model's score at t_min."""
+        _check_codes(codes)
+        generator = torch.Generator(codes.device).manual_seed(seed)
+        optimizer = torch.optim.Adam(self.parameters(), learning_rate)
+        alpha = float(model.sde.alpha(model.sde.t_min))
+        for _ in range(steps):
+            eps = torch.randn(codes.shape, generator=generator, device=codes.device, dtype=torch.float64)
+            with torch.enable_grad():
+                u, log_q = self(eps)
+                x = low + bin_width * (codes + u)
+                with torch.no_grad():
+                    slope = alpha * model((alpha * x).float(), model.sde.t_min).score.double()
+                loss = (log_q - (slope * x).flatten(1).sum(1)).mean()
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+        return self
+
+
+def discrete_log_likelihood(
+    model: ScoreModel, codes: Tensor, *, bin_width: float, low: float, draws: int = 1,
+    dequantizer: GaussianDequantizer | None = None, seed: int = 0, **options: Any,
+) -> Tensor:  # fmt: skip
+    """A lower bound on log P(codes), in nats: log mean_k p(x_k) bin_width^d / q(u_k).
+
+    x_k = low + bin_width (codes + u_k), u_k uniform unless a dequantizer is given; more draws raise it to log P.
+    Source: Theis et al. 2016, section 3.1; Burda et al. 2016, https://arxiv.org/abs/1509.00519, eq. 8.
+
+    Args:
+        codes: integers 0, 1, 2, ..., shape (batch, *event_shape).
+        bin_width, low: width of a bin and lower edge of the first, in the units the model was trained in.
+        draws: importance-weighted draws.
+        options: for `log_likelihood`.
+
+    Raises:
+        TypeError: codes are not integers.
+    """
+    _check_codes(codes)
+    if draws < 1:
+        raise ValueError(f"draws is a positive number of dequantisations, got {draws}")
+    generator = torch.Generator(codes.device).manual_seed(seed)
+    terms = []
+    for _ in range(draws):
+        if dequantizer is None:
+            x, log_q = dequantize(codes, generator, bin_width=bin_width, low=low), 0.0
+        else:
+            eps = torch.randn(codes.shape, generator=generator, device=codes.device, dtype=torch.float64)
+            with torch.no_grad():
+                u, log_q = dequantizer(eps)
+            x = (low + bin_width * (codes + u)).float()
+        terms.append(log_likelihood(model, x, **options).log_prob - log_q)
+    volume = math.prod(codes.shape[1:]) * math.log(bin_width)
+    return torch.stack(terms).logsumexp(0) - math.log(draws) + volume
+
+
+# --- the flow ---------------------------------------------------------------------------------------------------------
+
+
+class _Flow:
+    """d(z, div)/dw for float64 states of shape (samples, d + trace.count): z of the flow, then a column for each probe.
+
+    A `score_sde.adaptive.Field`: `levels` gives what depends on w alone, for w of shape () or (samples,).
+    """
+
+    def __init__(
+        self, model: ScoreModel, x: Tensor, condition: Mapping[str, Any] | None, sigma_data: float | None,
+        trace: _Trace | None = None,
+    ) -> None:  # fmt: skip
+        condition = dict(condition or {})
+        if not x.is_floating_point():
+            raise TypeError(f"{x.dtype} data have no density: dequantise them (likelihood.dequantize, or "
+                            "discrete_log_likelihood), or pass real numbers")  # fmt: skip
+        model.check(x.shape, condition)
+        if len(x) == 0 or not torch.isfinite(x).all():
+            raise ValueError(f"x has shape {tuple(x.shape)}: give at least one sample, all of finite values")
+        scale = math.sqrt(2) * (model.data_std if sigma_data is None else sigma_data)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"sigma_data is the positive standard deviation of the data, got {sigma_data}")
+        self.model, self.sde, self.trace, self.calls = PerSample(model, condition, len(x)), model.sde, trace, 0
+        self.x, self.shape, self.size = x, x.shape[1:], math.prod(x.shape[1:])
+        self.s_min, self.s_max = (math.exp(-float(self.sde.half_log_snr(t))) for t in (self.sde.t_min, self.sde.t_max))
+        # Near s = 0 a rounding error of n counts (k / s)^2 fold: k stays within reach of s_min in single precision.
+        finest = scale / 64 if x.dtype == torch.float64 else min(scale / 64, 32 * self.s_min)
+        self.c2, self.k2 = scale**2, finest**2
+        self.ends = (self._variable(self.s_min), self._variable(self.s_max))
+
+    def _variable(self, s: float) -> float:
+        return math.log1p((self.k2 - self.c2) / (s * s + self.c2)) / 2
+
+    def scale(self, s: float) -> float:
+        """r = y / z."""
+        return math.sqrt(s * s + self.c2)
+
+    def levels(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Time and coefficients at w = u."""
+        ratio = torch.expm1(2 * u)
+        s = ((self.k2 - self.c2) / ratio - self.c2).clamp_min(0).sqrt().clamp(self.s_min, self.s_max)
+        t = self.sde.time_at(-s.log()).clamp(self.sde.t_min, self.sde.t_max)
+        r2 = s * s + self.c2
+        speed = (s * s + self.k2) * r2 / (s * s * (self.c2 - self.k2))
+        return t, self.sde.alpha(t) * r2.sqrt(), self.sde.sigma(t), speed, speed * s / r2.sqrt(), speed * s * s / r2
+
+    def __call__(self, y: Tensor, level: tuple[Tensor, ...], ids: Tensor) -> Tensor:
+        t, scale, sigma, speed, of_noise, of_z = level
+        z = y[:, : self.size]
+        noise, slope = self.noise(expand(scale, z) * z, t, sigma, ids)
+        rate = expand(of_noise, z) * noise - expand(of_z, z) * z
+        return torch.cat([rate, expand(speed, z) * slope - expand(of_z, z) * self.size], 1) if self.trace else rate
+
+    def noise(self, x: Tensor, t: Tensor, sigma: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """n and the columns of sigma tr(dn / dx) at flat points x, both float64, from one call of the model."""
+        self.calls += 1
+        own = {name: value[ids] for name, value in self.model.own.items()}
+        time = t.item() if t.ndim == 0 else t
+
+        def evaluate(v: Tensor) -> Tensor:
+            return self.model.model(v, time, **self.model.shared, **own).noise
+
+        at = x.unflatten(1, self.shape).to(self.x.dtype)
+        if self.trace is None:
+            return evaluate(at).double().flatten(1), x[:, :0]
+        noise, pull = torch.func.vjp(evaluate, at)  # type: ignore[misc]
+        gain = expand(sigma, at.flatten(1))
+        slope = self.trace(lambda v: gain * pull(v.unflatten(1, self.shape))[0].flatten(1), ids)
+        return noise.double().flatten(1), slope
+
+
+def _terminal_law(model: ScoreModel, terminal: str | HasLogProb, x: Tensor) -> Callable[[Tensor], Tensor]:
+    if not isinstance(terminal, str):
+        return lambda latent: terminal.log_prob(latent).double()
+    if terminal not in ("start", "prior"):
+        raise ValueError(f"terminal is 'start', 'prior' or a law with log_prob, got {terminal!r}")
+    # The start is affine in its noise, so two points give its moments.
+    zero = torch.zeros((1, *x.shape[1:]), dtype=torch.float64, device=x.device)
+    loc = model.start(zero) if terminal == "start" else zero
+    scale = model.start(zero + 1) - loc if terminal == "start" else zero + model.sde.prior_std
+    return lambda latent: torch.distributions.Normal(loc, scale).log_prob(latent).flatten(1).sum(1)
+
+
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+class _Trace:
+    """tr(J) of each sample from products v -> J^T v on flat vectors; `count` columns whose mean is the estimate.
+
+    This one is exact: basis vector by basis vector, in blocks of bounded memory.
+    """
+
+    count = 1
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x.flatten(1)
+
+    def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
+        size = self.x.shape[1]
+        total = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+        for index in torch.arange(size, device=ids.device).split(max(1, 2**22 // (len(ids) * size))):
+            basis = self.x.new_zeros((len(index), len(ids), size))
+            basis[torch.arange(len(index), device=ids.device), :, index] = 1
+            total += (basis * torch.func.vmap(pull)(basis)).sum((0, 2), dtype=torch.float64)
+        return total[:, None]
+
+
+class _Hutchinson(_Trace):
+    """v^T J v for each Rademacher probe v, shape (probes, batch, d) (Hutchinson 1990)."""
+
+    def __init__(self, x: Tensor, probes: Tensor) -> None:
+        super().__init__(x)
+        self.probes, self.count = probes, len(probes)
+
+    def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
+        v = self.probes[:, ids]
+        return (v * torch.func.vmap(pull)(v)).sum(2, dtype=torch.float64).T
+
+
+class _HutchPlusPlus(_Trace):
+    """d - tr(Q^T B Q) - g^T P B P g, B = 1 - J (the denoiser's Jacobian, of low rank under noise), P = 1 - Q Q^T.
+
+    J is scaled by sigma; Q spans B^T times half of the probes, g are the others. Meyer et al. 2021, arXiv:2010.09649.
+    """
+
+    def __init__(self, x: Tensor, probes: Tensor) -> None:
+        super().__init__(x)
+        self.count = len(probes) // 2
+        self.sketch, self.g = probes[: min(self.count, x[0].numel())], probes[self.count :]
+
+    def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
+        jacobian = torch.func.vmap(pull)
+        sketch, g = self.sketch[:, ids], self.g[:, ids]
+        q = torch.linalg.qr((sketch - jacobian(sketch)).movedim(0, 2))[0].movedim(2, 0)
+        inside = (q * jacobian(q)).sum((0, 2), dtype=torch.float64)
+        rest = g - torch.einsum("qbd,qbe,pbe->pbd", q, q, g)
+        outside = (rest * jacobian(rest)).sum(2, dtype=torch.float64) - rest.square().sum(2, dtype=torch.float64)
+        return (inside + self.x.shape[1] - len(q) + outside).T
+
+
+def _trace(divergence: str, probes: int, x: Tensor, seed: int | Sequence[int]) -> _Trace:
+    if divergence == "exact":
+        return _Trace(x)
+    seeds = [(seed << 32) + i for i in range(len(x))] if isinstance(seed, int) else seed
+    stream = SampleNoise(seeds).open((len(x), math.prod(x.shape[1:])), x.dtype, x.device)
+    kind, needed = (_Hutchinson, probes) if divergence == "hutchinson" else (_HutchPlusPlus, 2 * probes)
+    return kind(x, torch.stack([stream(0, draw) for draw in range(needed)]).sign())
+
+
+# --- integration ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _integrate(
+    flow: _Flow, start: Tensor, ends: tuple[float, float], method: str, rtol: float, atol: float, steps: int | None
+) -> tuple[Tensor, int]:
+    """The state at ends[1] and the calls of the model, on average where each sample has its own."""
+    ids, before = torch.arange(len(start), device=start.device), flow.calls
+    if method in ON_DEVICE:
+        first = abs(ends[1] - ends[0]) * min(0.2, (rtol + atol) ** (1 / 5))
+        found = integrate(flow, PAIRS[method](), start, *ends, mixed_tolerance(rtol, atol), first, unit="w")
+        return found.y, math.ceil(found.calls.double().mean().item())
+
+    def field(w: float, state: Tensor) -> Tensor:
+        return flow(state, flow.levels(torch.tensor(w, dtype=torch.float64)), ids)
+
+    if method == "adams":
+        return _adams(field, start, ends, steps or 118), flow.calls - before
+
+    def flat(w: float, state: np.ndarray) -> np.ndarray:
+        return field(w, torch.from_numpy(state).to(start.device).view_as(start)).flatten().cpu().numpy()
+
+    solution = solve_ivp(flat, ends, start.flatten().cpu().numpy(), method, t_eval=[ends[1]], rtol=rtol, atol=atol)
+    if not solution.success:
+        raise RuntimeError(f"{method} failed: {solution.message} Loosen rtol and atol, or take another method.")
+    return torch.from_numpy(solution.y[:, -1].copy()).to(start.device).view_as(start), flow.calls - before
+
+
+def _adams(field: Callable[[float, Tensor], Tensor], state: Tensor, ends: tuple[float, float], steps: int) -> Tensor:
+    """Adams-Bashforth of order four, started by three Runge-Kutta steps (Hairer et al. 1993, section III.1)."""
+    h = (ends[1] - ends[0]) / steps
+    past: list[Tensor] = []
+    for i in range(steps):
+        w = ends[0] + i * h
+        past = [field(w, state), *past[:3]]
+        if len(past) < 4:
+            k1 = past[0]
+            k2 = field(w + h / 2, state + h / 2 * k1)
+            k3 = field(w + h / 2, state + h / 2 * k2)
+            k4 = field(w + h, state + h * k3)
+            state = state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        else:
+            state = state + h / 24 * (55 * past[0] - 59 * past[1] + 37 * past[2] - 9 * past[3])
+    return state
+
+
+def _check_options(
+    divergence: str, probes: int, method: str, rtol: float, atol: float, steps: int | None, truncation: str
+) -> None:
+    for name, value, allowed in (("divergence", divergence, DIVERGENCES), ("method", method, METHODS),
+                                 ("truncation", truncation, TRUNCATIONS)):  # fmt: skip
+        if value not in allowed:
+            raise ValueError(f"{name} is one of {', '.join(allowed)}; got {value!r}")
+    if probes < 1 or (divergence == "exact" and probes != 1):
+        raise ValueError(
+            f"probes={probes} with divergence={divergence!r}: the exact trace takes none, estimates at least 1"
+        )
+    if not (rtol > 0 and atol > 0):
+        raise ValueError(f"tolerances are positive, got {rtol=} and {atol=}")
+    if steps is not None and (method != "adams" or steps < 4):
+        raise ValueError(
+            f"steps={steps} with method={method!r}: steps >= 4 go with method='adams', tolerances with others"
+        )
+
+
+def _check_codes(codes: Tensor) -> None:
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise TypeError(f"codes are integers 0, 1, 2, ..., got {codes.dtype}: real-valued data go to log_likelihood")

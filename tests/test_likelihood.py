@@ -1,0 +1,280 @@
+"""Log-likelihoods against closed forms, a brute-force Jacobian and numerical integration over bins."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from score_sde import targets
+from score_sde.likelihood import (
+    GaussianDequantizer,
+    bits_per_dim,
+    decode,
+    dequantize,
+    discrete_log_likelihood,
+    encode,
+    interpolate,
+    log_likelihood,
+    reconstruction_error,
+    slerp,
+)
+from score_sde.networks import MLP
+from score_sde.parameterization import Noise
+from score_sde.score import ExactScore, LearnedScore
+from score_sde.sde import VESDE, VPSDE, KarrasSDE, RectifiedFlow, SubVPSDE
+
+SDES = (VPSDE(), SubVPSDE(), VESDE())
+RING = targets.ring(weights=[1, 2, 3, 4, 1, 2, 3, 4])
+
+
+def ring_points(count=1000):
+    return RING.sample((count,), generator=torch.Generator().manual_seed(0)).double()
+
+
+def marginal(target, sde):
+    return target.marginal(float(sde.alpha(sde.t_max)), float(sde.sigma(sde.t_max)))
+
+
+def rough_model(sde=None, seed=0):
+    """An untrained network that is no multiple of the identity."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        network = MLP((2,), width=16, depth=2, frequencies=4)
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    return LearnedScore(network.eval().double(), sde or VPSDE(), Noise(), (2,))
+
+
+@pytest.mark.parametrize("sde", SDES, ids=repr)
+@pytest.mark.parametrize("method", ["adams", "RK45", "dopri5"])
+def test_ring_within_1e_4_nats_in_130_calls(sde, method):
+    x = ring_points()
+    result = log_likelihood(ExactScore(RING, sde), x, method=method, terminal=marginal(RING, sde))
+    assert result.nfe <= 130
+    assert (result.log_prob - RING.log_prob(x)).abs().mean() < (2e-5 if method == "adams" else 1e-4)
+    assert (result.std_error == 0).all()
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), VESDE(sigma_max=500.0)], ids=repr)
+def test_the_sampling_start_is_terminal_law_enough(sde):
+    x = ring_points()
+    result = log_likelihood(ExactScore(RING, sde), x, method="adams")
+    assert result.nfe <= 130
+    assert (result.log_prob - RING.log_prob(x)).abs().mean() < 1e-4
+
+
+@pytest.mark.parametrize("sde", [*SDES, KarrasSDE(), RectifiedFlow()], ids=repr)
+def test_without_truncation_it_is_the_density_of_data_with_noise_s_min(sde):
+    x = ring_points(200)
+    options = {"method": "adams", "terminal": marginal(RING, sde)}
+    result = log_likelihood(ExactScore(RING, sde), x, truncation="none", **options)
+    smoothed = RING.marginal(1.0, float(sde.sigma(sde.t_min) / sde.alpha(sde.t_min)))
+    assert (result.log_prob - smoothed.log_prob(x)).abs().mean() < 3e-5
+    size = RING.log_prob(x) - smoothed.log_prob(x)
+    assert (result.truncation - size).abs().mean() < 3e-3 * size.abs().mean() + 1e-9
+
+
+@pytest.mark.parametrize("sde", SDES, ids=repr)
+@pytest.mark.parametrize("method", ["adams", "RK45"])
+def test_gaussian_images_to_1e_5_bits_per_dim(sde, method):
+    shape = (3, 32, 32)
+    gaussian = targets.GaussianMixture([1.0], torch.zeros(1, 1), torch.full((1, 1, 1), 0.25))
+
+    class Images(targets.Empirical):
+        def denoise(self, x, alpha, sigma):
+            return gaussian.denoise(x.reshape(-1, 1), alpha, sigma).view_as(x)
+
+    target = Images(torch.zeros(1, *shape), bandwidth=0.5)
+    x = 0.5 * torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    result = log_likelihood(ExactScore(target, sde), x, method=method, divergence="hutchinson")
+    true = bits_per_dim(torch.distributions.Normal(0.0, 0.5).log_prob(x).flatten(1).sum(1), shape, 2 / 256)
+    assert (bits_per_dim(result.log_prob, shape, 2 / 256) - true).abs().max() < 1e-5
+    assert result.nfe <= 130
+    # log N(0, v) - log N(0, v + s^2): the whole of the truncation, exact for a Gaussian.
+    s2 = float(sde.sigma(sde.t_min) / sde.alpha(sde.t_min)) ** 2
+    square = x.square().flatten(1).sum(1)
+    size = 1536 * math.log1p(s2 / 0.25) - square / 2 * (1 / 0.25 - 1 / (0.25 + s2))
+    torch.testing.assert_close(result.truncation, size, rtol=1e-6, atol=1e-7)
+
+
+def test_a_network_s_density_follows_from_the_jacobian_of_its_codes():
+    model = rough_model()
+    x = torch.tensor([[0.3, -0.8], [1.2, 0.4]], dtype=torch.float64)
+    options = {"rtol": 1e-8, "atol": 1e-8}
+    result = log_likelihood(model, x, truncation="none", **options)
+    h = 1e-4
+    columns = [(encode(model, x + h * e, **options) - encode(model, x - h * e, **options)) / (2 * h)
+               for e in torch.eye(2, dtype=torch.float64)]  # fmt: skip
+    log_det = torch.linalg.slogdet(torch.stack(columns, -1))[1]
+    latent = encode(model, x, **options)
+    expected = model.sde.prior((2,)).log_prob(latent) + log_det
+    torch.testing.assert_close(result.log_prob, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(result.latent, latent)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"divergence": "hutchinson", "probes": 3}, {"divergence": "hutch++", "probes": 2}]
+)
+@pytest.mark.parametrize("method", ["adams", "RK45", "DOP853"])
+def test_every_call_of_the_network_is_counted_and_gives_drift_and_divergence(options, method):
+    model = rough_model()
+    calls = []
+    model.network.register_forward_hook(lambda *_: calls.append(1))
+    tolerance = {} if method == "adams" else {"rtol": 1e-3, "atol": 1e-3}
+    result = log_likelihood(model, torch.zeros(2, 2, dtype=torch.float64), method=method, **options, **tolerance)
+    assert result.nfe == len(calls)
+    if method == "adams":
+        assert result.nfe == 118 + 9 + 1
+
+
+def test_hutchinson_is_unbiased_and_its_standard_errors_are_calibrated():
+    x, model = ring_points(), ExactScore(RING, VPSDE())
+    options = {"method": "adams", "terminal": marginal(RING, VPSDE())}
+    result = log_likelihood(model, x, divergence="hutchinson", probes=32, **options)
+    error = result.log_prob - RING.log_prob(x)
+    assert error.mean().abs() < 3 * error.std() / math.sqrt(len(x))  # false alarms: 0.3 %, seed fixed
+    assert 0.93 <= (error.abs() < 2 * result.std_error).double().mean() <= 0.97
+
+
+def test_one_probe_has_no_standard_error():
+    result = log_likelihood(rough_model(), torch.zeros(1, 2).double(), divergence="hutchinson", method="adams", steps=8)
+    assert result.std_error.isnan().all()
+
+
+def test_hutch_plus_plus_is_exact_where_its_sketch_spans_the_space_and_steadier_below():
+    generator = torch.Generator().manual_seed(2)
+    means = 3 * torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    narrow = torch.diag(torch.tensor([1.0, 0.5, 0.3, *[1e-8] * 5], dtype=torch.float64)).expand(3, 8, 8)
+    # Rotated, or Rademacher's probes would already be exact within each component.
+    basis = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0]
+    target = targets.GaussianMixture([1, 2, 3], means, basis @ narrow @ basis.T)
+    x = target.sample((64,), generator=generator).double()
+    model = ExactScore(target, VPSDE())
+    exact = log_likelihood(model, x, method="adams", steps=60).log_prob
+
+    def error(divergence, probes):
+        return (log_likelihood(model, x, divergence=divergence, probes=probes, method="adams", steps=60).log_prob
+                - exact).abs().mean().item()  # fmt: skip
+
+    assert error("hutch++", 8) < 1e-8
+    assert error("hutch++", 4) < 0.2 * error("hutchinson", 12)
+
+
+@pytest.mark.parametrize("solver", [{"method": "adams", "steps": 40}, {"method": "dopri5", "rtol": 1e-3, "atol": 1e-3}])
+def test_companions_change_nothing(solver):
+    x, model = ring_points(6), ExactScore(RING, VPSDE())
+    options = {"divergence": "hutchinson", "probes": 2, **solver}
+    together = log_likelihood(model, x, seed=list(range(6)), **options)
+    alone = log_likelihood(model, x[3:4], seed=[3], **options)
+    assert together.log_prob[3] == alone.log_prob[0]
+    assert (together.latent[3] == alone.latent[0]).all()
+
+
+def test_single_precision_keeps_three_digits():
+    x = ring_points(200)
+    for sde in SDES:
+        single = log_likelihood(ExactScore(RING, sde), x.float(), method="adams", terminal=marginal(RING, sde))
+        assert (single.log_prob - RING.log_prob(x)).abs().mean() < 2e-3
+        assert single.latent.dtype == torch.float32
+
+
+def test_codes_of_gaussian_data_have_their_closed_form_and_come_back():
+    target = targets.GaussianMixture([1.0], [[1.0, -2.0]], [[[0.09, 0.0], [0.0, 4.0]]])
+    sde = VPSDE()
+    x = target.sample((5,), generator=torch.Generator().manual_seed(3)).double()
+    model = ExactScore(target, sde)
+    (a0, s0), (a1, s1) = ((float(sde.alpha(t)), float(sde.sigma(t))) for t in (sde.t_min, sde.t_max))
+    variance = torch.tensor([0.09, 4.0], dtype=torch.float64)
+    ratio = ((a1**2 * variance + s1**2) / (variance + (s0 / a0) ** 2)).sqrt()
+    codes = encode(model, x)
+    torch.testing.assert_close(codes, a1 * target.mean + ratio * (x - target.mean), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(decode(model, codes), x, atol=5e-4, rtol=0)
+    assert reconstruction_error(model, x).max() < 5e-4
+    path = interpolate(model, x[:2], x[2:4], [0.0, 0.5, 1.0])
+    assert path.shape == (3, 2, 2)
+    torch.testing.assert_close(path[0], x[:2], atol=1e-3, rtol=0)
+    torch.testing.assert_close(path[2], x[2:4], atol=1e-3, rtol=0)
+
+
+def test_slerp_keeps_norm_and_halves_the_angle():
+    a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 3.0]])
+    torch.testing.assert_close(slerp(a, b, [0.5])[0], torch.full((1, 2), 3 / math.sqrt(2)))
+    torch.testing.assert_close(slerp(a, a, [0.3])[0], a)
+
+
+def test_bits_per_dim_of_uniform_data_is_the_number_of_bits():
+    uniform = torch.tensor([-math.log(2.0) * 12])
+    torch.testing.assert_close(bits_per_dim(uniform, (3, 2, 2), 2 / 256), torch.tensor([8.0]))
+    torch.testing.assert_close(bits_per_dim(torch.zeros(1), (3, 2, 2), 1 / 256), torch.tensor([8.0]))
+
+
+def test_dequantised_codes_lie_in_their_bins():
+    codes = torch.arange(16).view(2, 8)
+    x = dequantize(codes, torch.Generator().manual_seed(0), bin_width=0.125, low=-1.0)
+    assert torch.equal(((x + 1) / 0.125).floor().long(), codes)
+
+
+def bins():
+    """A one-dimensional Gaussian seen through bins two thirds of its std wide, and the exact log-probabilities."""
+    target = targets.GaussianMixture([1.0], [[0.0]], [[[2.25]]])
+    codes = torch.tensor([[2], [3], [5], [9]])
+    edges = torch.distributions.Normal(0.0, 1.5)
+    mass = edges.cdf(-5.0 + codes + 1.0) - edges.cdf(-5.0 + codes)
+    return ExactScore(target, VPSDE()), codes, mass.squeeze(1).log().double()
+
+
+def test_importance_weighted_dequantisation_rises_to_the_mass_of_the_bin():
+    model, codes, true = bins()
+    options = {"bin_width": 1.0, "low": -5.0, "method": "adams", "steps": 24}
+    many = codes.repeat_interleave(64, 0)
+    one, eight = (discrete_log_likelihood(model, many, draws=k, **options).view(4, 64).mean(1) for k in (1, 8))
+    # Jensen's gap: mean log p over the bin against log mean p, by quadrature; 64 draws, 4 standard errors.
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    log_p = torch.distributions.Normal(0.0, 1.5).log_prob(-5.0 + codes + u)
+    assert ((one - log_p.mean(1)).abs() < 4 * log_p.std(1) / 8).all()
+    assert (eight - true).abs().max() < 0.02 + 4 * log_p.std(1).max() / math.sqrt(512)
+    assert (true - eight).sum() < 0.5 * (true - one).sum()
+
+
+def test_a_fitted_dequantiser_tightens_the_bound():
+    model, codes, true = bins()
+    options = {"bin_width": 1.0, "low": -5.0}
+    many = codes[3:].repeat(512, 1)
+    fitted = GaussianDequantizer((1,)).fit(model, many, **options)
+    solver = {"method": "adams", "steps": 24}
+    uniform = discrete_log_likelihood(model, many, **options, **solver).mean()
+    variational = discrete_log_likelihood(model, many, dequantizer=fitted, **options, **solver).mean()
+    assert uniform < variational - 0.1
+    assert variational < true[3] + 0.02
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "message"),
+    [
+        (torch.zeros(2, 2, dtype=torch.uint8), {}, TypeError, "uint8 data have no density: dequantise"),
+        (torch.zeros(2, 2, dtype=torch.long), {}, TypeError, "int64 data have no density"),
+        (torch.zeros(2, 3), {}, ValueError, r"takes x of shape \(batch, 2\)"),
+        (torch.full((1, 2), math.nan), {}, ValueError, "finite"),
+        (torch.zeros(2, 2), {"divergence": "skilling"}, ValueError, "one of exact, hutchinson"),
+        (torch.zeros(2, 2), {"probes": 4}, ValueError, "exact trace takes none"),
+        (torch.zeros(2, 2), {"method": "euler"}, ValueError, "one of adams, dopri5"),
+        (torch.zeros(2, 2), {"steps": 50}, ValueError, "go with method='adams'"),
+        (torch.zeros(2, 2), {"rtol": 0.0}, ValueError, "tolerances are positive"),
+        (torch.zeros(2, 2), {"truncation": "clip"}, ValueError, "one of none, tweedie"),
+        (torch.zeros(2, 2), {"terminal": "data"}, ValueError, "'start', 'prior' or a law"),
+        (torch.zeros(2, 2), {"sigma_data": -1.0}, ValueError, "sigma_data is the positive"),
+        (torch.zeros(2, 2), {"condition": {"lable": 1}}, TypeError, "unknown condition"),
+    ],
+)
+def test_wrong_requests_are_refused_in_one_line(x, options, error, message):
+    with pytest.raises(error, match=message) as refusal:
+        log_likelihood(ExactScore(RING, VPSDE()), x, **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_real_data_are_no_codes():
+    with pytest.raises(TypeError, match="codes are integers"):
+        discrete_log_likelihood(rough_model(), torch.zeros(2, 2), bin_width=1.0, low=0.0)
