@@ -100,6 +100,14 @@ def _weights(weights: Any, count: int) -> Tensor:
     return weights / weights.sum()
 
 
+def _once(values: Tensor) -> Tensor:
+    """Dimensions along which all values are equal, cut to length 1: less to compute where every sample has its own time."""
+    for dim in range(values.ndim):
+        first = values.narrow(dim, 0, 1)
+        values = first if (values == first).all() else values
+    return values
+
+
 def _like_generator(shape: Sequence[int], generator: torch.Generator | None) -> dict[str, Any]:
     return {"size": tuple(shape), "generator": generator, "device": generator.device if generator else "cpu"}
 
@@ -136,7 +144,7 @@ class GaussianMixture(Target):
         self.event_shape = self.means.shape[1:]
         variances = variances.clamp_min(0)
         centre = torch.einsum("kde,kd->ke", basis, self.means)
-        self._cache = _Cached(log_weights=self.weights.log(), means=self.means, basis=basis, variances=variances,
+        self._cache = _Cached(log_weights=self.weights.log(), means=self.means, basis=basis, variances=_once(variances),
                               centre=centre)  # fmt: skip
         self._roots = basis * variances.sqrt().unsqueeze(-2)
         self._flat = bool((variances <= 1e-14 * variances.amax(-1, keepdim=True)).any())
@@ -226,7 +234,8 @@ class GaussianMixture(Target):
         offset = torch.einsum("bd,kde->bke", x, p["basis"]) - alpha * p["centre"]
         total = alpha**2 * p["variances"] + sigma**2
         squared = (offset**2 / total).sum(-1)
-        return p["log_weights"] - (squared + (total.log() + LOG_2PI).sum(-1)) / 2, offset, total
+        volume = (total.log() + LOG_2PI).sum(-1) * (x.shape[-1] / total.shape[-1])
+        return p["log_weights"] - (squared + volume) / 2, offset, total
 
     def __repr__(self) -> str:
         return f"GaussianMixture({len(self.weights)} components in {self.means.shape[1]} dimensions)"
