@@ -16,7 +16,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from score_sde.noise import NoiseSource
+from score_sde.prediction import Prediction
 from score_sde.sampler import SampleResult, begin
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, Time, as_time, expand
@@ -428,8 +429,12 @@ class PerSample:
 
     def denoised(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """D(x, t), t of shape (samples,) and ids the samples' places in the batch."""
+        return self.predict(x, t, ids).denoised
+
+    def predict(self, x: Tensor, t: Tensor, ids: Tensor) -> Prediction:
+        """The model's whole prediction, likewise."""
         own = {name: value[ids] for name, value in self.own.items()}
-        return self.model(x, t, **self.shared, **own).denoised
+        return self.model(x, t, **self.shared, **own)
 
 
 class StandardField:

@@ -1,0 +1,208 @@
+r"""The reverse SDE with adaptive steps, each sample at its own time with its own step size.
+
+    dx = (f(t) x - g(t)^2 score(x, t)) dt + g(t) dw,   backwards from t_max to t_min.
+
+One attempt over h is the stochastic improved Euler method on one Brownian increment w of variance h,
+
+    K_1 = -h (f x - g^2 score)(x, t) + g(t) w,   K_2 = -h (f x - g^2 score)(x + K_1, t - h) + g(t - h) w,
+
+accepted as x + (K_1 + K_2) / 2 if the difference to Euler-Maruyama, (K_2 - K_1) / 2, is within the tolerance.
+Source: Jolicoeur-Martineau et al. 2021, https://arxiv.org/abs/2105.14080, algorithm 1 and section 3.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from score_sde.adaptive import AdaptiveResult, PerSample, rms
+from score_sde.noise import NoiseSource
+from score_sde.sampler import begin
+from score_sde.score import ScoreModel
+from score_sde.sde import SDE, expand
+
+MAX_ROUNDS = 100_000
+
+
+class AdaptiveSDE:
+    """The reverse SDE by the adaptive method of Jolicoeur-Martineau et al., with retained Brownian increments.
+
+    The published method draws fresh noise after a rejection. An increment is rejected because it is large, so that this
+    favours small ones: the path is no longer Brownian. Here the rejected increment is retained, and the shorter step takes
+    its part of it by a Brownian bridge, w(h') | w(h) ~ N(h' / h w(h), h' (h - h') / h I); what remains is used by the
+    steps after, none of which straddles its end. All increments are disjoint pieces of one path (Rackauckas & Nie 2017,
+    https://doi.org/10.3934/dcdsb.2017133, "rejection sampling with memory").
+
+    Args:
+        rtol, atol: the tolerance of an element is max(atol, rtol max(|x'|, |x'_before|)), x' Euler-Maruyama's proposal;
+            a sample's error is the root mean square over its elements. The defaults are the paper's for data in [-1, 1]
+            of 8 bits: atol = 2 / 256.
+        safety, exponent: theta and r of the step-size rule h <- theta h error^(-r).
+        final: "denoise" ends with Tweedie's formula at t_min; "none" keeps the sample.
+
+    Raises:
+        ValueError: an option is outside its range.
+    """
+
+    def __init__(
+        self, rtol: float = 0.02, atol: float = 2 / 256, safety: float = 0.9, exponent: float = 0.9, final: str = "denoise"
+    ) -> None:
+        if not (0 <= rtol < 1 and 0 < atol < math.inf):
+            raise ValueError(f"AdaptiveSDE needs 0 <= rtol < 1 and atol > 0, got {rtol=} and {atol=}")
+        if not (0 < safety < 1 and 0.5 <= exponent <= 1):
+            raise ValueError(f"AdaptiveSDE needs 0 < safety < 1 and 0.5 <= exponent <= 1, got {safety=} and {exponent=}")
+        if final not in ("denoise", "none"):
+            raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
+        self.rtol, self.atol, self.safety, self.exponent, self.final = rtol, atol, safety, exponent, final
+
+    def check(self, sde: SDE) -> None:
+        """Refuses, with ValueError, an SDE whose schedule cannot be integrated."""
+        sde.check()
+
+    @torch.no_grad()
+    def sample(
+        self, model: ScoreModel, shape: Sequence[int], *, seed: int | None = None, noise: NoiseSource | None = None,
+        x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, progress: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> AdaptiveResult:  # fmt: skip
+        """Integrates from prior noise (or `x_init`) at t_max to t_min; arguments as `Sampler.sample` has them.
+
+        Noise is keyed by a sample's count of attempts: with `SampleNoise` a sample does not depend on its companions.
+
+        Raises:
+            RuntimeError: a step size vanished: the model's output is not finite.
+        """
+        start = begin(model, shape, seed, noise, x_init, condition, dtype)
+        sde, clock = model.sde, time.perf_counter()
+        per_sample = PerSample(model, start.model.condition, len(start.x))
+        run = _Paths(self, per_sample, start.x)
+        with tqdm(total=len(start.x), desc="samples", disable=not progress, delay=1.0, leave=False) as bar:
+            for attempt in range(1, MAX_ROUNDS + 1):
+                if not len(run.ids):
+                    break
+                bar.update(run.round(start.noise(attempt, 0)[run.ids]))
+            else:
+                raise RuntimeError(f"a sample has not arrived after {MAX_ROUNDS} steps: loosen rtol and atol")
+        x, calls = run.result, run.calls
+        if self.final == "denoise":
+            x, calls = model(x, sde.t_min, **start.model.condition).denoised, calls + 1
+        mean = math.ceil(calls.double().mean().item()) if len(calls) else 0
+        times = torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)
+        return AdaptiveResult(x, mean, time.perf_counter() - clock, None, times, calls, run.total_rejected)
+
+    def __repr__(self) -> str:
+        return f"AdaptiveSDE(rtol={self.rtol}, atol={self.atol})"
+
+
+class _Paths:
+    """The samples under way, each with the Brownian increments that it has seen but not used.
+
+    `lengths` (depth, samples) and `pieces` (depth, samples, *event) hold these as stacks: the piece of time that comes
+    next on top, at index level - 1.
+    """
+
+    def __init__(self, method: AdaptiveSDE, model: PerSample, x: Tensor) -> None:
+        self.method, self.model, self.sde = method, model, model.model.sde
+        self.result, self.rounds = x.clone(), 0
+        self.calls = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        self.total_rejected = torch.zeros_like(self.calls)
+        self.ids = torch.arange(len(x), device=x.device)
+        self.x = self.before = x
+        self.t = torch.full((len(x),), self.sde.t_max, dtype=torch.float64, device=x.device)
+        self.h = torch.full_like(self.t, 0.01 * (self.sde.t_max - self.sde.t_min))  # the paper's first step
+        self.rejected, self.level = torch.zeros_like(self.ids), torch.zeros_like(self.ids)
+        self.lengths = self.t.new_zeros((2, len(x)))
+        self.pieces = x.new_zeros((2, *x.shape))
+
+    def round(self, z: Tensor) -> int:
+        """One attempt of every sample under way, with fresh noise z; returns how many arrived."""
+        h, last = self._length()
+        w = self._increment(h, z)
+        here, s = self.t, torch.where(last, self.sde.t_min, self.t - h)
+        k1 = self._slope(self.x, here, h, w)
+        proposal = self.x + k1
+        k2 = self._slope(proposal, s, h, w)
+        size = self._size(k2 - k1, proposal)
+        good = size <= 1  # False for NaN
+        keep = good.view(-1, *[1] * (self.x.ndim - 1))
+        self.x = torch.where(keep, self.x + (k1 + k2) / 2, self.x)
+        self.before = torch.where(keep, proposal, self.before)
+        self.t = torch.where(good, s, here)
+        growth = (self.method.safety * size.clamp_min(1e-3) ** -self.method.exponent).nan_to_num(0.1).clamp_min(0.1)
+        self.h = h * torch.where(good, growth, growth.clamp(max=self.method.safety))
+        self._push(~good, h, w)
+        self.rejected = self.rejected + ~good
+        self.rounds += 1
+        done = good & last
+        stuck = self.h < 1e-12 * self.sde.t_max
+        arrived, lost, depth = torch.stack([done.sum(), (stuck & ~done).sum(), self.level.amax()]).tolist()
+        if lost:
+            raise RuntimeError("the step size of a sample vanished: the model's output is not finite, or atol is too small")
+        if depth == len(self.lengths):
+            self.lengths = torch.cat([self.lengths, torch.zeros_like(self.lengths)])
+            self.pieces = torch.cat([self.pieces, torch.zeros_like(self.pieces)])
+        if arrived:
+            self._put_away(done)
+        return int(arrived)
+
+    def _length(self) -> tuple[Tensor, Tensor]:
+        """The step to try, at most to the end of the retained piece and of the time; and whether it is the last."""
+        left = self.t - self.sde.t_min
+        piece = self._top(self.lengths)
+        h = torch.where(self.level > 0, torch.minimum(self.h, piece), self.h)
+        last = h >= left * (1 - 1e-9)
+        return torch.where(last, left, h), last
+
+    def _increment(self, h: Tensor, z: Tensor) -> Tensor:
+        """The Brownian increment over h: retained, a bridge's part of a retained one, or fresh."""
+        piece, length = self._top(self.pieces), self._top(self.lengths)
+        held = self.level > 0
+        whole = held & (h >= length * (1 - 1e-9))
+        part = torch.where(held, (h / length).clamp(max=1), 0.0)
+        spread = torch.where(whole, 0.0, (h * (1 - part)).sqrt())
+        w = expand(torch.where(whole, 1.0, part), z).nan_to_num() * piece + expand(spread, z) * z
+        self.level = self.level - whole.long()
+        rest = held & ~whole
+        self._write(rest, self.level - 1, length - h, piece - w)
+        return w
+
+    def _push(self, mask: Tensor, h: Tensor, w: Tensor) -> None:
+        self._write(mask, self.level, h, w)
+        self.level = self.level + mask.long()
+
+    def _write(self, mask: Tensor, level: Tensor, length: Tensor, piece: Tensor) -> None:
+        """Sets the stack entry at `level` where the mask says so."""
+        level, column = level.clamp_min(0), torch.arange(len(mask), device=mask.device)
+        keep = mask.view(-1, *[1] * (piece.ndim - 1))
+        self.lengths[level, column] = torch.where(mask, length, self.lengths[level, column])
+        self.pieces[level, column] = torch.where(keep, piece, self.pieces[level, column])
+
+    def _top(self, stack: Tensor) -> Tensor:
+        return stack[(self.level - 1).clamp_min(0), torch.arange(len(self.level), device=stack.device)]
+
+    def _slope(self, x: Tensor, t: Tensor, h: Tensor, w: Tensor) -> Tensor:
+        """-h (f x - g^2 score) + g w at (x, t)."""
+        f, g = self.sde.drift(t), self.sde.diffusion(t)
+        score = self.model.predict(x, t, self.ids).score
+        return expand(-h * f, x) * x + expand(h * g**2, x) * score + expand(g, x) * w
+
+    def _size(self, twice: Tensor, proposal: Tensor) -> Tensor:
+        """The error (K_2 - K_1) / 2 of each sample in tolerances."""
+        scale = torch.maximum(proposal.abs(), self.before.abs()).mul_(self.method.rtol).clamp_min_(self.method.atol)
+        return rms(twice / (2 * scale))
+
+    def _put_away(self, done: Tensor) -> None:
+        ids = self.ids[done]
+        self.result[ids] = self.x[done]
+        self.calls[ids] = 2 * self.rounds
+        self.total_rejected[ids] = self.rejected[done]
+        stay = (~done).nonzero().squeeze(-1)
+        for name in ("ids", "x", "before", "t", "h", "rejected", "level"):
+            setattr(self, name, getattr(self, name)[stay])
+        self.lengths, self.pieces = self.lengths[:, stay], self.pieces[:, stay]
