@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import common
@@ -27,7 +28,7 @@ def main(config: DictConfig) -> float:
     trust = tuple(config.trust)
     data: Data = instantiate(config.data, trust)
     if run is None:
-        fill_in(config, data)
+        fill_in(config, data, HydraConfig.get().runtime.choices)
     model = build_model(config, trust)
     parts = {name: instantiate(config[name], trust) for name in ("objective", "time_sampler", "trainer")}
     samplers = common.samplers_of(config, trust)
@@ -77,8 +78,8 @@ def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], 
     return score
 
 
-def fill_in(config: DictConfig, data: Data) -> None:
-    """Writes what the data decide into the config: the event shape, and every scale given as `auto`."""
+def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str]) -> None:
+    """Writes into the config what the data decide, its event shape and `auto` scales, and the groups chosen."""
     config.event_shape = list(data.event_shape)
     if data.target is None:
         config.target = None
@@ -87,7 +88,7 @@ def fill_in(config: DictConfig, data: Data) -> None:
         if config[group].get(name) == "auto":
             config[group][name] = round(measure(data), 4)
             print(f"{group}.{name}: auto is {config[group][name]:g}, measured from the data")
-    config.choices = {k: v for k, v in HydraConfig.get().runtime.choices.items() if "hydra" not in k}
+    config.choices = {group: name for group, name in choices.items() if "hydra" not in group}
 
 
 def check_metrics(config: DictConfig, data: Data) -> None:

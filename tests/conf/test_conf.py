@@ -1,0 +1,124 @@
+"""Every config file composes, instantiates and does its work for two steps; found by walking conf/, without a list."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from score_sde import ExactScore, targets
+from score_sde.data import TargetStream
+from score_sde.run import build_model, instantiate
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+sys.path.insert(0, str(ROOT / "scripts"))
+import common  # noqa: E402
+import train  # noqa: E402
+
+AUTO = {"sigma_max": 10.0, "sigma_data": 2.0}
+
+
+def names(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def option(group: str, name: str, **known: object) -> DictConfig:
+    """A group's file, with its interpolations and its `auto` scales given."""
+    node = OmegaConf.create({**known, "node": common.named(group, name)}).node
+    for key, value in AUTO.items():
+        if node.get(key) == "auto":
+            node[key] = value
+    return node
+
+
+def compose(*overrides: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("train", overrides=[*overrides, "trust=[]"], return_hydra_config=True)
+    OmegaConf.set_struct(config, False)
+    hydra_config = config.pop("hydra")
+    config.choices = {k: v for k, v in hydra_config.runtime.choices.items() if "hydra" not in k}
+    return config
+
+
+@pytest.mark.parametrize("name", names("sde"))
+@pytest.mark.parametrize("sampler", names("sampler"))
+def test_every_sampler_takes_two_steps_on_every_sde(name: str, sampler: str) -> None:
+    node = common.sampler_config(sampler)
+    if "grid" in node and "steps" in node.grid:
+        node.grid.steps = 2
+    model = ExactScore(targets.make("ring"), instantiate(option("sde", name)))
+    built = instantiate(node)
+    built.check(model.sde)
+    assert built.sample(model, (3, 2), seed=0).x.isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["predictor", "corrector", "grid"])
+def test_every_part_of_a_sampler_goes_by_its_name(part: str) -> None:
+    base = {"_target_": "score_sde.sampler.Sampler", "predictor": "ddim", "grid": "log_snr"}
+    model = ExactScore(targets.make("ring"), instantiate(option("sde", "vp")))
+    for name in names(f"sampler/{part}"):
+        node = common.sampler_config(OmegaConf.create({**base, part: name}))
+        if "steps" in node.grid:
+            node.grid.steps = 2
+        assert instantiate(node).sample(model, (3, 2), seed=0).x.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", names("target"))
+def test_every_target_draws_and_denoises(name: str) -> None:
+    target = instantiate(common.named("target", name))
+    x = target.sample((5,), generator=torch.Generator().manual_seed(0))
+    assert target.denoise(x, 0.5, 0.5).isfinite().all()
+    assert target.log_prob(x).isfinite().all()
+
+
+@pytest.mark.parametrize("group", ["parameterization", "network", "objective", "time_sampler", "sde"])
+def test_every_option_trains_for_two_steps(group: str, tmp_path: Path) -> None:
+    for name in names(group):
+        overrides = [f"{group}={name}", "trainer.steps=2", "trainer.batch_size=8", "trainer.progress=false"]
+        if group == "time_sampler" and name == "ladder":
+            overrides.append("sde=ddpm")
+        if group == "network" and name != "mlp":
+            overrides.append("data=digits")
+        trained_for_two_steps(compose(*overrides), tmp_path / name)
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_trains_and_samples_for_two_steps(experiment: str, tmp_path: Path) -> None:
+    config = compose(f"experiment={experiment}", "trainer.steps=2", "trainer.batch_size=8", "trainer.progress=false")
+    model = trained_for_two_steps(config, tmp_path)
+    samplers = common.samplers_of(config)
+    for sampler in samplers.values():
+        sampler.check(model.sde)
+    node = common.sampler_config(config.sampler)
+    node.grid.steps = 2
+    assert instantiate(node).sample(model, (2, *model.event_shape), seed=0).x.isfinite().all()
+
+
+def trained_for_two_steps(config: DictConfig, folder: Path):
+    data = instantiate(config.data)
+    train.fill_in(config, data, config.choices)
+    model = build_model(config)
+    parts = [instantiate(config[name]) for name in ("objective", "time_sampler")]
+    result = instantiate(config.trainer).fit(model, data, *parts, folder, seed=config.seed)
+    assert result.step == 2
+    assert all(p.isfinite().all() for p in result.model.parameters())
+    return result.model.eval()
+
+
+def test_auto_scales_are_measured_from_the_data() -> None:
+    config = compose("sde=ve")
+    train.fill_in(config, TargetStream(targets.make("ring")), config.choices)
+    assert config.parameterization.sigma_data == pytest.approx((0.2**2 + 8.0) ** 0.5, rel=0.02)
+    assert config.sde.sigma_max == pytest.approx(8.0 + 6 * 0.2, abs=0.5)
+
+
+def test_every_config_file_names_what_it_builds() -> None:
+    for file in CONF.rglob("*.yaml"):
+        group = file.parent.relative_to(CONF).parts
+        if group and group[0] not in ("experiment", "hydra", "evaluation"):
+            assert "_target_: " in file.read_text(), file

@@ -1,0 +1,127 @@
+"""The scripts as a user types them: one run from training to report, a sweep, a resumed run, and wrong inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["trainer.steps=4", "trainer.batch_size=16", "trainer.checkpoint_every=2", "trainer.log_every=1", "num_samples=40",
+        "trainer.progress=false", "trainer.sample_every=0", "evaluation.samplers=[ddim,ode]",
+        "evaluation.metrics=[sliced_w2]"]  # fmt: skip
+
+
+def script(name: str, *arguments: str, cwd: Path, code: int = 0) -> str:
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    script("train", f"hydra.run.dir={folder}", *TINY, cwd=folder)
+    return folder
+
+
+def test_training_leaves_a_whole_run(run: Path) -> None:
+    assert {"config.yaml", "checkpoints", "metrics.jsonl", "samples", "figures", "result.json"} == set(os.listdir(run))
+    figures = {"densities.png", "score_field.png", "trajectories.png", "losses.png", "noise_to_data.gif"}
+    assert set(os.listdir(run / "figures")) == figures
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert result["step"] == 4
+    assert result["ddim/nfe"] == 51
+
+
+def test_the_other_scripts_read_it(run: Path) -> None:
+    script("sample", f"run={run}", "sampler=heun", "sampler.grid.steps=3", "num_samples=7", cwd=run)
+    assert np.load(run / "samples/heun/samples.npy").shape == (7, 2)
+    script("evaluate", f"run={run}", "samplers=[heun]", "num_samples=20", cwd=run)
+    assert set(pd.read_csv(run / "evaluation.csv")["sampler"]) == {"heun"}
+    options = ["samplers=[ddim,heun,ode]", "budgets=[6,12]", "seeds=[0,1]", "num_samples=30"]
+    script("compare", f"run={run}", *options, f"output={run / 'compared'}", cwd=run)
+    table = pd.read_csv(run / "compared/comparison.csv")
+    assert (table[table["sampler"] != "ode"]["nfe"] <= table[table["sampler"] != "ode"]["budget"]).all()
+    assert (run / "compared/sliced_w2.png").exists()
+
+
+def test_samples_do_not_depend_on_the_batch_size(run: Path, tmp_path: Path) -> None:
+    drawn = []
+    for size in (2, 5):
+        output = tmp_path / str(size)
+        script("sample", f"run={run}", "sampler=ddim", "num_samples=5", f"batch_size={size}", f"output={output}", cwd=run)
+        drawn.append(np.load(output / "samples.npy"))
+    np.testing.assert_allclose(*drawn, atol=1e-5)
+
+
+def test_a_resumed_run_goes_on_where_it_was(run: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    script("train", f"hydra.run.dir={short}", *TINY, "trainer.schedule=constant", "trainer.steps=2", cwd=tmp_path)
+    script("train", f"resume={short}", "trainer.steps=4", cwd=tmp_path)
+    whole = tmp_path / "whole"
+    script("train", f"hydra.run.dir={whole}", *TINY, "trainer.schedule=constant", cwd=tmp_path)
+    for name in ("weights", "ema"):
+        file = f"checkpoints/step-000000004/{name}.safetensors"
+        assert (short / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_sweep_with_a_failing_job_is_reported(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    options = ["sde=vp,ve", "seed=0,1", "trainer.learning_rate=1e-3,-1", f"hydra.sweep.dir={sweep}"]
+    script("train", "-m", *options, *TINY, cwd=tmp_path, code=1)
+    out = script("report", str(sweep), cwd=tmp_path)
+    table = pd.read_csv(sweep / "report.csv")
+    assert sorted(table["finished"]) == [0, 0, 2, 2]
+    assert out.count("failed: ") == 4
+    assert "learning_rate=-1 must be positive" in out
+    assert (sweep / "report.png").exists()
+
+
+WRONG = {
+    "misspelt key": ("train", ["sde.beta_mn=1"], "did you mean 'beta_min'"),
+    "misspelt option": ("train", ["sde=vpp"], "did you mean 'vp'"),
+    "misspelt sampler part": ("train", ["sampler.predictor=hen"], "did you mean 'heun'"),
+    "zero steps": ("train", ["trainer.steps=0"], "steps=0 must be a positive integer"),
+    "zero grid": ("train", ["sampler.grid.steps=0"], "steps >= 1, got steps=0"),
+    "negative sigma": ("train", ["sde=ve", "sde.sigma_min=-1"], "0 < sigma_min < sigma_max"),
+    "order seven": ("train", ["sampler.predictor.order=7"], "orders 1 to 4, got order=7"),
+    "ladder times without a ladder": ("train", ["time_sampler=ladder"], "use UniformTimes"),
+    "image network for points": ("train", ["network=unet"], "use networks.MLP for vectors"),
+    "no such run": ("train", ["resume=nowhere"], "nowhere does not exist"),
+    "uint8 data": ("train", ["data=file", "data.path=bytes.npy"], "say dequantize=True"),
+    "missing file": ("train", ["data=file", "data.path=none.npy"], "none.npy does not exist"),
+    "wrong weights": ("train", ["target.weights=[1,2]"], "weights are 8 non-negative numbers"),
+    "unknown metric": ("train", ["evaluation.metrics=[fid]"], "unknown metric 'fid'"),
+    "no samples": ("train", ["num_samples=0"], "must be at least 1"),
+    "nothing to sample with": ("train", ["sampler.predictor=null"], "a predictor, a corrector or both"),
+    "untrusted code": ("train", ["sde._target_=os.system"], "is refused"),
+    "no run named": ("sample", [], "give run=<directory>"),
+    "a folder that is no run": ("sample", ["run=."], "has no config.yaml"),
+    "label for a network without": ("sample", ["run={run}", "label=3"], "classes"),
+    "no such checkpoint": ("sample", ["run={run}", "step=77"], "none of step 77"),
+    "nothing to compare": ("compare", [], "either run=<directory> or target=<name>"),
+    "no budget": ("compare", ["run={run}", "budgets=[0]"], "budgets are numbers of network calls >= 1"),
+    "no sweep": ("report", ["nowhere"], "does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_input_ends_in_one_line_and_leaves_nothing(case: str, run: Path, tmp_path: Path) -> None:
+    name, arguments, message = WRONG[case]
+    np.save(tmp_path / "bytes.npy", np.zeros((4, 2), dtype=np.uint8))
+    output = [f"hydra.run.dir={tmp_path / 'out'}"] if name == "train" and "resume=nowhere" not in arguments else []
+    error = script(name, *[a.format(run=run) for a in arguments], *output, cwd=tmp_path, code=1)
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == ["bytes.npy"]
