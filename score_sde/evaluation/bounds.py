@@ -1,0 +1,138 @@
+r"""The variational bound of a score model, term by term on a ladder of times and in continuous time.
+
+On the ladder: see `score_sde.training.variational`. As the ladder is refined the bound becomes
+
+    -log p(x) <= KL(q(x_T | x) || prior) - E log p(x | x_{t_min}) + int E|eps - eps_hat|^2 dlambda
+
+over [lambda(t_max), lambda(t_min)], estimated with lambda uniform: likelihood weighting with importance sampling.
+Source: Kingma et al. 2021, https://arxiv.org/abs/2107.00630, eq. 11 to 18; Song et al. 2021, arXiv:2101.09258.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_sde.score import ScoreModel
+from score_sde.sde import expand
+from score_sde.training.variational import ContinuousDecoder, Decoder, Ladder, Variance, check_variance
+
+__all__ = ["Bound", "continuous_bound", "variational_bound"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An upper bound on -log p(x), in nats; bits a dimension by `likelihood.bits_per_dim(-total, ...)`.
+
+    Attributes:
+        prior: KL(q(x_T | x) || prior), shape (batch,).
+        decoder: -E log p(x | x_{t_min}), shape (batch,).
+        steps: the terms between, shape (K - 1, batch), times[i + 1] -> times[i] at i; in continuous time one row for
+            each draw, the mean over which is the integral.
+        times: (K,), float64; empty in continuous time.
+        nfe: network calls.
+    """
+
+    prior: Tensor
+    decoder: Tensor
+    steps: Tensor
+    times: Tensor
+    nfe: int
+
+    @property
+    def total(self) -> Tensor:
+        """The bound for each sample, shape (batch,)."""
+        return self.prior + self.decoder + (self.steps.sum(0) if len(self.times) else self.steps.mean(0))
+
+    @property
+    def mean(self) -> float:
+        return self.total.mean().item()
+
+    @property
+    def std_error(self) -> float:
+        """Of the mean over the data and over the bound's own noise; NaN for one sample."""
+        return (self.total.std() / math.sqrt(len(self.total))).item()
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """A normal confidence interval of the mean."""
+        width = NormalDist().inv_cdf((1 + confidence) / 2) * self.std_error
+        return self.mean - width, self.mean + width
+
+
+@torch.no_grad()
+def variational_bound(
+    model: ScoreModel, x: Tensor, *, times: Tensor | None = None, variance: Variance = "large",
+    decoder: Decoder | None = None, draws: int = 1, seed: int = 0, condition: Mapping[str, Any] | None = None,
+) -> Bound:  # fmt: skip
+    """DDPM's bound on clean data x, shape (batch, *event), every term with `draws` draws of x_t.
+
+    Args:
+        model: of a DiscreteSDE, or of any SDE with `times`.
+        times: (K,) increasing; the ladder of a DiscreteSDE unless given.
+        variance: "small", "large" (DDPM's two choices) or a callable (x_t, index) -> w, e.g. `StepVariance`.
+        decoder: `ContinuousDecoder()` unless given; `DiscretisedDecoder(...)` for data on a lattice.
+
+    Raises:
+        TypeError: x is not real-valued.
+        ValueError: an option is out of range, or x has another event shape.
+    """
+    condition = _checked(model, x, draws, condition)
+    check_variance(variance)
+    ladder, decoder = Ladder(model.sde, times), decoder or ContinuousDecoder()
+    generator = torch.Generator(x.device).manual_seed(seed)
+    terms = torch.zeros((len(ladder), len(x)), dtype=torch.float64, device=x.device)
+    for i, t in enumerate(ladder.times.tolist()):
+        index = torch.full((len(x),), i, device=x.device)
+        for _ in range(draws):
+            x_t = model.sde.perturb(x, t, _noise(x, generator))
+            denoised = model(x_t, t, **condition).denoised
+            term = ladder.term(x.double(), denoised.double(), x_t.double(), index, variance, decoder)
+            terms[i] += term / draws
+    return Bound(ladder.prior(x), terms[0], terms[1:], ladder.times, len(ladder) * draws)
+
+
+@torch.no_grad()
+def continuous_bound(
+    model: ScoreModel, x: Tensor, *, decoder: Decoder | None = None, draws: int = 32, seed: int = 0,
+    condition: Mapping[str, Any] | None = None,
+) -> Bound:  # fmt: skip
+    """The bound in continuous time on clean data x, from `draws` noise levels for each sample, one in each stratum.
+
+    The decoder is N(D(x_{t_min}), (sigma / alpha)^2 I) at t_min. Raises as `variational_bound` does.
+    """
+    condition = _checked(model, x, draws, condition)
+    sde, decoder = model.sde, decoder or ContinuousDecoder()
+    ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
+    bottom, top = sde.half_log_snr(ends).tolist()
+    generator = torch.Generator(x.device).manual_seed(seed)
+    steps = torch.zeros((draws, len(x)), dtype=torch.float64, device=x.device)
+    for i in range(draws):
+        u = (i + torch.rand(len(x), generator=generator, dtype=torch.float64, device=x.device)) / draws
+        t = sde.time_at(top + (bottom - top) * u).clamp(sde.t_min, sde.t_max)
+        noise = _noise(x, generator)
+        error = noise - model(sde.perturb(x, t, noise), t, **condition).noise
+        steps[i] = (bottom - top) * error.double().square().flatten(1).sum(1)
+    denoised = model(sde.perturb(x, sde.t_min, _noise(x, generator)), sde.t_min, **condition).denoised
+    level = expand(torch.tensor(-2 * bottom), x.double())
+    ends_at = decoder(x.double(), denoised.double(), level).flatten(1).sum(1)
+    return Bound(Ladder(sde, ends).prior(x), ends_at, steps, ends[:0], draws + 1)
+
+
+def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
+def _checked(model: ScoreModel, x: Tensor, draws: int, condition: Mapping[str, Any] | None) -> dict[str, Any]:
+    condition = dict(condition or {})
+    if not x.is_floating_point():
+        raise TypeError(f"{x.dtype} data: scale them to the units of the model (and give DiscretisedDecoder)")
+    model.check(x.shape, condition)
+    if draws < 1:
+        raise ValueError(f"draws is a positive number, got {draws}")
+    return condition

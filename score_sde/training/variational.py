@@ -1,0 +1,265 @@
+r"""DDPM as variational inference: the terms of its bound on a ladder of noise levels 0 < 1 < ... < K - 1.
+
+    -log p(x) <= KL(q(x_{K-1} | x) || prior) + sum_{t >= 1} KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)) - E log p(x | x_0),
+
+q(x_s | x_t, x) = N(a x_t + b x, small I), b = alpha_s rho, small = sigma_s^2 rho, rho = 1 - exp(2 (lambda_t - lambda_s)),
+p(x_s | x_t) = N(a x_t + b D, v I) with log v = w log large + (1 - w) log small, large = sigma_t^2 rho (DDPM's beta_t).
+Each term is |x - D|^2 b^2 / (2 v) + d / 2 (small / v - 1 - log(small / v)), in nats.
+Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 5 to 13; Nichol & Dhariwal 2021, arXiv:2102.09672.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from score_sde.data import Batch
+from score_sde.score import LearnedScore, ScoreModel
+from score_sde.sde import SDE, expand
+from score_sde.training.times import Times, TimeSampler
+
+__all__ = [
+    "ContinuousDecoder",
+    "Decoder",
+    "DiscretisedDecoder",
+    "Ladder",
+    "LossAwareTimes",
+    "StepVariance",
+    "VariationalObjective",
+]
+
+Variance = str | Callable[[Tensor, Tensor], Tensor]
+"""`small`, `large`, or (x_t, index) -> w of shape (batch,) or (batch, *event)."""
+
+
+class Decoder(Protocol):
+    """-log p(x | x_0) in nats, element by element, for a Gaussian of the given mean and log-variance."""
+
+    def __call__(self, x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor: ...
+
+
+class ContinuousDecoder:
+    """A Gaussian density, for real-valued data."""
+
+    def __call__(self, x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+        return ((x - mean).square() * (-log_variance).exp() + log_variance + math.log(2 * math.pi)) / 2
+
+
+class DiscretisedDecoder:
+    """The mass of a Gaussian in the bin around x; the outermost bins reach to infinity (Ho et al. 2020, eq. 13).
+
+    Args:
+        bin_width: distance of neighbouring values of x; 2 / 255 for 8-bit data scaled to [-1, 1] by 2 k / 255 - 1.
+        low, high: the least and the greatest value.
+    """
+
+    def __init__(self, bin_width: float = 2 / 255, low: float = -1.0, high: float = 1.0) -> None:
+        if not (bin_width > 0 and high - low > bin_width):
+            raise ValueError(f"bins have a width > 0 below high - low, got {bin_width=}, {low=}, {high=}")
+        self.bin_width, self.low, self.high = bin_width, low, high
+
+    def __call__(self, x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+        half, scale = self.bin_width / 2, (-log_variance / 2).exp()
+        above = torch.where(x > self.high - half, math.inf, (x + half - mean) * scale)
+        below = torch.where(x < self.low + half, -math.inf, (x - half - mean) * scale)
+        # Mass in the upper tail is taken from below by symmetry, where log_ndtr keeps its digits.
+        flip = below > 0
+        upper, lower = torch.where(flip, -below, above), torch.where(flip, -above, below)
+        top = torch.special.log_ndtr(upper)
+        return -(top + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - top)))
+
+
+class Ladder:
+    """The coefficients of the bound at K times, least noisy first; entry 0 is the decoder's, p(x | x_0) = N(D, v I).
+
+    There b = 1, large = sigma_0^2 (DDPM's beta_1), and small is that of the first transition, as in the published code.
+
+    Args:
+        sde: the forward process.
+        times: (K,) increasing; all levels of a DiscreteSDE unless given.
+
+    Raises:
+        ValueError: fewer than two times, times that do not increase, or none for an SDE without a ladder.
+    """
+
+    def __init__(self, sde: SDE, times: Tensor | None = None) -> None:
+        if times is None and not hasattr(sde, "num_steps"):
+            raise ValueError(f"{type(sde).__name__} has no ladder: give times=, increasing, e.g. from a grid")
+        self.times = torch.arange(sde.num_steps) if times is None else torch.as_tensor(times)  # type: ignore[attr-defined]
+        self.times = self.times.to("cpu", torch.float64)
+        if self.times.ndim != 1 or len(self.times) < 2 or not (self.times.diff() > 0).all():
+            raise ValueError(f"times are two or more increasing numbers, got shape {tuple(self.times.shape)}")
+        self.sde, alpha, sigma, lmbda = sde, *(f(self.times) for f in (sde.alpha, sde.sigma, sde.half_log_snr))
+        rho = -torch.expm1(2 * lmbda.diff())
+        first = torch.ones(1, dtype=torch.float64)
+        self.of_data = torch.cat([first, alpha[:-1] * rho])
+        small, large = sigma[:-1] ** 2 * rho, sigma[1:] ** 2 * rho
+        self.log_small = torch.cat([small[:1], small]).log()
+        self.log_large = torch.cat([sigma[:1] ** 2, large]).log()
+        self.alpha, self.sigma = alpha, sigma
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def prior(self, x: Tensor) -> Tensor:
+        """KL(q(x_{K-1} | x) || N(0, prior_std^2 I)), shape (batch,)."""
+        ratio = (float(self.sigma[-1]) / self.sde.prior_std) ** 2
+        mean = float(self.alpha[-1]) / self.sde.prior_std
+        return ((mean * x.double()).square() + ratio - 1 - math.log(ratio)).flatten(1).sum(1) / 2
+
+    def log_variance(self, variance: Variance, x_t: Tensor, index: Tensor) -> Tensor:
+        """log v for each sample, of a shape that multiplies x_t."""
+        small, large = (expand(part.to(x_t.device)[index], x_t) for part in (self.log_small, self.log_large))
+        if isinstance(variance, str):
+            return {"small": small, "large": large}[variance]
+        w = variance(x_t, index)
+        w = expand(w, x_t) if w.ndim == 1 else w
+        return w * large + (1 - w) * small
+
+    def term(
+        self, x: Tensor, denoised: Tensor, x_t: Tensor, index: Tensor, variance: Variance, decoder: Decoder
+    ) -> Tensor:
+        """Term `index` of each sample's bound, shape (batch,); 0 is the decoder's."""
+        log_v = self.log_variance(variance, x_t, index)
+        small, of_data = (expand(part.to(x.device)[index], x) for part in (self.log_small, self.of_data))
+        ratio = small - log_v
+        kl = (of_data.square() * (x - denoised).square() * (-log_v).exp() + torch.expm1(ratio) - ratio) / 2
+        return torch.where(expand(index == 0, x).bool(), decoder(x, denoised, log_v), kl).flatten(1).sum(1)
+
+
+def check_variance(variance: Variance) -> None:
+    """Refuses, with ValueError, a variance that is neither known by name nor callable."""
+    if variance not in ("small", "large") and not callable(variance):
+        raise ValueError(f"variance is 'small', 'large' or a callable (x_t, index) -> w, got {variance!r}")
+
+
+class StepVariance(nn.Module):
+    """A learned weight w for each step: w = 0 is `small`, w = 1 is `large`.
+
+    Trained by `VariationalObjective` where the trainer sees it (as a module in the network), or set to the optimum,
+    v = small + b^2 E|x - D|^2 / d, by `fit`. Source: Nichol & Dhariwal 2021, eq. 15; Bao et al. 2022 (Analytic-DPM),
+    https://arxiv.org/abs/2201.06503, theorem 1.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.full((num_steps,), 0.5))
+
+    def forward(self, x_t: Tensor, index: Tensor) -> Tensor:
+        return self.w[index]
+
+    @torch.no_grad()
+    def fit(self, model: ScoreModel, x: Tensor, ladder: Ladder, seed: int = 0) -> StepVariance:
+        """Sets w to its optimum on data x, with one call of the model a step."""
+        if len(ladder) != len(self.w):
+            raise ValueError(f"this variance has {len(self.w)} steps, the ladder {len(ladder)}: make them equal")
+        generator = torch.Generator(x.device).manual_seed(seed)
+        for i, t in enumerate(ladder.times.tolist()):
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            error = (x - model(ladder.sde.perturb(x, t, noise), t).denoised).double().square().mean().item()
+            small, large, b = (float(part[i]) for part in (ladder.log_small, ladder.log_large, ladder.of_data))
+            best = math.log((math.exp(small) if i else 0.0) + b**2 * error)
+            self.w[i] = (best - small) / (large - small)
+        return self
+
+
+class LossAwareTimes(TimeSampler):
+    """Ladder indices drawn with p_t proportional to sqrt(E[L_t^2]) over the last losses, weighted by 1 / (K p_t).
+
+    Uniform until each step has `history` losses. Its state, the losses it was shown, is not part of a checkpoint.
+    Source: Nichol & Dhariwal 2021, eq. 18.
+    """
+
+    def __init__(self, num_steps: int, history: int = 10, stratified: bool = True) -> None:
+        super().__init__(stratified)
+        if num_steps < 1 or history < 1:
+            raise ValueError(f"num_steps and history are positive, got {num_steps=} and {history=}")
+        self.losses: list[deque[float]] = [deque(maxlen=history) for _ in range(num_steps)]
+        self.history = history
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p_t, float64 of shape (num_steps,)."""
+        if any(len(past) < self.history for past in self.losses):
+            return torch.full((len(self.losses),), 1 / len(self.losses), dtype=torch.float64)
+        p = torch.tensor([list(past) for past in self.losses], dtype=torch.float64).square().mean(1).sqrt()
+        return 0.999 * p / p.sum() + 0.001 / len(p)
+
+    def check(self, sde: SDE) -> None:
+        if getattr(sde, "num_steps", None) != len(self.losses):
+            raise ValueError(f"these LossAwareTimes need a DiscreteSDE of {len(self.losses)} steps, got {sde}")
+
+    def quantile(self, sde: SDE, u: Tensor) -> Tensor:
+        edges = self.probabilities.cumsum(0)[:-1].to(u.device)
+        return torch.searchsorted(edges, u, right=True).double()
+
+    def weight(self, sde: SDE, t: Tensor) -> Tensor:
+        return 1 / (len(self.losses) * self.probabilities.to(t.device)[t.long()])
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Shows the losses (batch,), unweighted, at indices t."""
+        for i, loss in zip(t.long().tolist(), losses.detach().tolist(), strict=True):
+            self.losses[i].append(loss)
+
+
+class VariationalObjective:
+    """L = simple L_simple + vlb L_vlb on a DiscreteSDE, in nats a dimension (without the constant prior term).
+
+    L_simple = mean_d |eps - eps_hat|^2, L_vlb = K times the term of the drawn step. (0, 1) is L_vlb, (1, 0) L_simple,
+    (1, 0.001) L_hybrid, in which the bound trains the variance alone: there D is detached.
+    Source: Nichol & Dhariwal 2021, eq. 16 and 17.
+
+    Args:
+        simple, vlb: the weights.
+        variance: "small", "large", "learned" (the module `variance` of the network, e.g. a `StepVariance`).
+        decoder: p(x | x_0); continuous unless given.
+        times: a `LossAwareTimes` to show the losses to.
+
+    Raises:
+        ValueError: an option is unknown, both weights are zero, or the model's SDE is no ladder.
+    """
+
+    def __init__(
+        self, simple: float = 1.0, vlb: float = 0.001, variance: str = "learned", decoder: Decoder | None = None,
+        times: LossAwareTimes | None = None,
+    ) -> None:  # fmt: skip
+        if variance not in ("small", "large", "learned"):
+            raise ValueError(f"variance is 'small', 'large' or 'learned', got {variance!r}")
+        if min(simple, vlb) < 0 or simple + vlb == 0:
+            raise ValueError(f"weights are 0 or more and not both 0, got {simple=} and {vlb=}")
+        self.simple, self.vlb, self.variance, self.times = simple, vlb, variance, times
+        self.decoder = decoder or ContinuousDecoder()
+        self._ladders: dict[SDE, Ladder] = {}
+
+    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Tensor:
+        """Losses (batch,), float32."""
+        sde, x, index = model.sde, batch.x, times.t.long()
+        if sde not in self._ladders:
+            self._ladders[sde] = Ladder(sde)
+        ladder = self._ladders[sde]
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        x_t = sde.perturb(x, times.t, noise)
+        prediction = model(x_t, times.t, **batch.condition)
+        losses = self.simple * (prediction.noise - noise).float().square().flatten(1).mean(1)
+        if self.vlb:
+            denoised = prediction.denoised.float()
+            variance: Any = self.variance if self.variance != "learned" else _own_variance(model)
+            term = ladder.term(x, denoised.detach() if self.simple else denoised, x_t, index, variance, self.decoder)
+            term = term * (len(ladder) / x[0].numel())
+            if self.times is not None:
+                self.times.update(index, term)
+            losses = losses + self.vlb * term
+        return times.weight.float() * losses
+
+
+def _own_variance(model: LearnedScore) -> nn.Module:
+    found = getattr(model.network, "variance", None)
+    if not isinstance(found, nn.Module):
+        raise ValueError("variance='learned' needs a module `variance` in the network, e.g. network.variance = "
+                         "StepVariance(num_steps); or take 'small' or 'large'")  # fmt: skip
+    return found
