@@ -40,6 +40,7 @@ class Prediction:
         raw: the model's native output F, shape (batch, *event).
         alpha, sigma: the kernel's scale and standard deviation at t, floats or tensors of shape (batch,).
         c_skip, c_out: the affine map D = c_skip x + c_out F, floats or tensors of shape (batch,).
+        calls: network calls that it took; guidance that asks twice says 2.
     """
 
     x: Tensor
@@ -48,6 +49,7 @@ class Prediction:
     sigma: Coefficient
     c_skip: Coefficient = 0.0
     c_out: Coefficient = 1.0
+    calls: int = 1
 
     @property
     def denoised(self) -> Tensor:

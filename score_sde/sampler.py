@@ -54,8 +54,9 @@ class CountedModel:
         self.model, self.condition, self.calls = model, condition, 0
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
-        self.calls += 1
-        return self.model(x, t, **self.condition)
+        prediction = self.model(x, t, **self.condition)
+        self.calls += prediction.calls
+        return prediction
 
     def log_prob(self, x: Tensor, t: float | Tensor) -> Tensor:
         """Log-density of p_t at x, shape (batch,), of a model that has one; for the steps with `needs_density`."""

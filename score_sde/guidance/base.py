@@ -1,0 +1,95 @@
+r"""A guided model: a score model that asks another one and changes what it says.
+
+Guidance by a likelihood adds its gradient to the score, which moves the denoiser by
+
+    score' = score + G    <=>    D' = D + (sigma^2 / alpha) G,
+
+and moves every other view with it. The move is made in the model's own raw output, so that no digits are lost.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_sde.prediction import Coefficient, Prediction
+from score_sde.score import ScoreModel
+from score_sde.sde import Time, expand
+
+Pull = Callable[[Tensor], Tensor]
+"""v -> J^T v for the denoiser's Jacobian J = dD / dx, each sample by itself."""
+
+
+class Guided(ScoreModel):
+    """A wrapper around a score model that keeps its SDE, event shape, conditions, device and start."""
+
+    def __init__(self, model: ScoreModel) -> None:
+        if not isinstance(model, ScoreModel):
+            raise TypeError(f"{type(self).__name__} wraps a ScoreModel, got {type(model).__name__}")
+        self.model, self.sde, self.event_shape = model, model.sde, tuple(model.event_shape)
+        self.condition_names, self.data_std = model.condition_names, model.data_std
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def start(self, z: Tensor) -> Tensor:
+        return self.model.start(z)
+
+    def prepare(self, times: Iterable[float]) -> None:
+        self.model.prepare(times)
+
+    def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None:
+        super().check(shape, condition)
+        own = {name: value for name, value in condition.items() if name in self.model.condition_names}
+        self.model.check(shape, own)
+
+    @abstractmethod
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction: ...
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model!r})"
+
+
+def times(c: Coefficient, x: Tensor) -> Tensor:
+    """c x for a float or a tensor of shape (batch,)."""
+    return (expand(c, x) if isinstance(c, Tensor) else c) * x
+
+
+def moved(prediction: Prediction, by: Tensor) -> Prediction:
+    """The prediction whose denoiser is D + by."""
+    return replace(prediction, raw=prediction.raw + times(1 / prediction.c_out, by))
+
+
+def pushed(prediction: Prediction, gradient: Tensor) -> Prediction:
+    """The prediction whose score is score + gradient."""
+    return moved(prediction, times(prediction.sigma**2 / prediction.alpha, gradient))
+
+
+def extrapolated(near: Prediction, far: Prediction, by: Tensor | float) -> Prediction:
+    """The prediction whose denoiser is D_near + by (D_near - D_far), `by` a number or of shape (batch, 1, ..., 1)."""
+    if isinstance(near.c_out, float) and (near.c_skip, near.c_out) == (far.c_skip, far.c_out):
+        return replace(near, raw=near.raw + by * (near.raw - far.raw))
+    return moved(near, by * (near.denoised - far.denoised))
+
+
+def denoised(prediction: Prediction, clean: Tensor) -> Prediction:
+    """The prediction whose denoiser is the given one."""
+    return replace(prediction, raw=clean, c_skip=0.0, c_out=1.0)
+
+
+def with_pull(model: ScoreModel, x: Tensor, t: Time, condition: Mapping[str, Any]) -> tuple[Prediction, Tensor, Pull]:
+    """The prediction at x, its denoiser D and v -> J^T v; works under no_grad and inside torch.func transforms."""
+    seen: list[Prediction] = []
+
+    def denoise(v: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(model(v, t, **condition))
+        return seen[0].denoised, seen[0].raw
+
+    clean, pull, raw = torch.func.vjp(denoise, x, has_aux=True)  # type: ignore[misc]
+    return replace(seen[0], x=x, raw=raw), clean, lambda v: pull(v)[0]

@@ -1,0 +1,198 @@
+r"""Guidance by what a sample should be: labels, prompts, classifiers.
+
+    classifier-free:  D = D(x; no label) + w (D(x; label) - D(x; no label))
+    autoguidance:     D = D_bad + w (D - D_bad)
+    classifier:       score = score(x) + w grad log p(label | x_t)
+
+Classifier and classifier-free guidance with w != 1 are said to target p(x) p(label | x)^w. At each noise level they do,
+but these densities are not each other's noisy versions: what is sampled differs from the tilted density at t = 0
+(Bradley & Nakkiran 2024, https://arxiv.org/abs/2408.09000); `evaluation.posterior.tilted` draws from the latter.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_sde.guidance.base import Guided, denoised, extrapolated, pushed
+from score_sde.prediction import Prediction
+from score_sde.score import ScoreModel
+from score_sde.sde import Time, expand
+
+
+class _Extrapolated(Guided):
+    """D = D_away + scale (D_toward - D_away), within an interval of noise levels sigma / alpha."""
+
+    def __init__(
+        self, model: ScoreModel, scale: float, interval: tuple[float, float] | None = None, rescale: float = 0.0
+    ) -> None:
+        super().__init__(model)
+        name = type(self).__name__
+        if not abs(scale) < float("inf"):
+            raise ValueError(f"{name}'s scale is a finite number, got {scale}")
+        if interval is not None and not 0 <= interval[0] < interval[1]:
+            raise ValueError(f"{name}'s interval is (low, high) in noise levels sigma / alpha, 0 <= low < high, "
+                             f"got {interval}")  # fmt: skip
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"{name}'s rescale lies in [0, 1], got {rescale}")
+        self.scale, self.rescale = float(scale), float(rescale)
+        self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
+
+    def _between(self, toward: Callable[[], Prediction], away: Callable[[], Prediction], t: Time) -> Prediction:
+        inside = self._inside(t)
+        if self.scale == 1 or inside is False:
+            return toward()
+        if self.scale == 0 and inside is True and self.rescale == 0:
+            return away()
+        near, far = toward(), away()
+        excess = self.scale - 1 if inside is True else expand((self.scale - 1) * inside.double(), near.x)
+        guided = extrapolated(near, far, excess)
+        return replace(self._rescaled(guided, near) if self.rescale else guided, calls=near.calls + far.calls)
+
+    def _inside(self, t: Time) -> bool | Tensor:
+        """Whether guidance acts at t; a tensor for a time per sample."""
+        if self.interval is None:
+            return True
+        level = (-self.sde.half_log_snr(t)).exp()
+        inside = (level > self.interval[0]) & (level <= self.interval[1])
+        return inside if level.ndim or level.device.type != "cpu" else bool(inside)
+
+    def _rescaled(self, guided: Prediction, near: Prediction) -> Prediction:
+        clean = guided.denoised
+        dims = tuple(range(1, clean.ndim))
+        ratio = near.denoised.std(dims, keepdim=True) / clean.std(dims, keepdim=True)
+        return denoised(guided, clean * (self.rescale * ratio + 1 - self.rescale))
+
+
+class ClassifierFree(_Extrapolated):
+    """D = D(x; negative) + scale (D(x; condition) - D(x; negative)).
+
+    Scale 1 is the conditional model and 0 the unconditional one (one call each); every other scale takes two calls a
+    prediction, one where guidance is switched off. Source: Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6,
+    whose w is scale - 1.
+
+    Args:
+        model: takes the condition by name, and knows what leaving it out means.
+        scale: the weight of the condition.
+        interval: guide only where the noise level sigma / alpha lies in (low, high], elsewhere only condition
+            (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724).
+        rescale: share by which each sample's standard deviation of D is brought back to the conditional model's (Lin et
+            al. 2024, https://arxiv.org/abs/2305.08891, eq. 15 and 16).
+        negative: the condition to move away from; none, the unconditional model, when left out.
+
+    Raises:
+        ValueError: an option is out of its range, or a call gives no condition.
+        TypeError: the negative condition's name is unknown to the model.
+    """
+
+    def __init__(
+        self, model: ScoreModel, scale: float, interval: tuple[float, float] | None = None, rescale: float = 0.0,
+        negative: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, scale, interval, rescale)
+        self.negative = dict(negative or {})
+        model.check((0, *self.event_shape), self.negative)
+
+    def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None:
+        super().check(shape, condition)
+        if not condition:
+            known = ", ".join(sorted(self.condition_names)) or "none"
+            raise ValueError(f"ClassifierFree guides towards a condition, got none; this model accepts: {known}")
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        self.check(x.shape, condition)
+        return self._between(lambda: self.model(x, t, **condition), lambda: self.model(x, t, **self.negative), t)
+
+
+class Autoguidance(_Extrapolated):
+    """D = D_bad + scale (D - D_bad), the bad model a smaller or less trained version, under the same condition.
+
+    Two calls a prediction, one of them of the bad model; one at scale 1 and where guidance is switched off. Source:
+    Karras et al. 2024, https://arxiv.org/abs/2406.02507, eq. 3.
+
+    Args:
+        model, bad_model: models of one SDE and event shape.
+        scale: 1 is the model alone.
+        interval, rescale: as in `ClassifierFree`.
+
+    Raises:
+        ValueError: the models differ in event shape or process, or an option is out of its range.
+    """
+
+    def __init__(
+        self, model: ScoreModel, bad_model: ScoreModel, scale: float, interval: tuple[float, float] | None = None,
+        rescale: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(model, scale, interval, rescale)
+        ends = torch.tensor([model.sde.t_min, model.sde.t_max], dtype=torch.float64)
+        kernels = [torch.stack([sde.alpha(ends), sde.sigma(ends)]) for sde in (model.sde, bad_model.sde)]
+        if tuple(bad_model.event_shape) != self.event_shape or not torch.allclose(kernels[0], kernels[1]):
+            raise ValueError(f"Autoguidance takes two models of one process and event shape, got {model.sde!r} on "
+                             f"{self.event_shape} and {bad_model.sde!r} on {tuple(bad_model.event_shape)}")  # fmt: skip
+        self.bad_model = bad_model
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        self.check(x.shape, condition)
+        own = {name: value for name, value in condition.items() if name in self.bad_model.condition_names}
+        return self._between(lambda: self.model(x, t, **condition), lambda: self.bad_model(x, t, **own), t)
+
+
+class Classifier(Guided):
+    """score = score(x) + scale grad_x log p(label | x_t), by a classifier of noisy data.
+
+    One network call and one gradient of the classifier a prediction. Source: Song et al. 2021, section 5; Dhariwal &
+    Nichol 2021, https://arxiv.org/abs/2105.05233, algorithm 1.
+
+    Args:
+        model: usually unconditional.
+        log_prob: (x, t, **condition) -> log p(label | x_t) in nats, shape (batch,), each sample by itself. The named
+            parameters beyond x and t are the conditions that the guided model accepts beside the model's own.
+        scale: the power of p(label | x_t).
+    """
+
+    def __init__(self, model: ScoreModel, log_prob: Callable[..., Tensor], scale: float = 1.0) -> None:
+        super().__init__(model)
+        if not abs(scale) < float("inf"):
+            raise ValueError(f"Classifier's scale is a finite number, got {scale}")
+        signature = inspect.signature(getattr(log_prob, "forward", log_prob))
+        self.log_prob, self.scale = log_prob, float(scale)
+        self._named = frozenset(list(signature.parameters)[2:])
+        self.condition_names = model.condition_names | self._named
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        self.check(x.shape, condition)
+        asked = {name: value for name, value in condition.items() if name in self._named}
+        own = {name: value for name, value in condition.items() if name in self.model.condition_names}
+        gradient = torch.func.grad(lambda v: self.log_prob(v, t, **asked).sum())(x)
+        return pushed(self.model(x, t, **own), self.scale * gradient)
+
+
+class DynamicThreshold(Guided):
+    """D clipped for each sample to [-s, s] and divided by s / limit, s the larger of limit and a quantile of |D|.
+
+    For data in [-limit, limit] under strong guidance. Source: Saharia et al. 2022, https://arxiv.org/abs/2205.11487,
+    section 2.3.
+
+    Args:
+        model: usually guided.
+        quantile: of |D| over one sample, in (0, 1]; 1 divides by the maximum.
+        limit: the data's bound.
+    """
+
+    def __init__(self, model: ScoreModel, quantile: float = 0.995, limit: float = 1.0) -> None:
+        super().__init__(model)
+        if not (0 < quantile <= 1 and limit > 0):
+            raise ValueError(f"DynamicThreshold takes a quantile in (0, 1] and a limit > 0, got {quantile=}, {limit=}")
+        self.quantile, self.limit = float(quantile), float(limit)
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        prediction = self.model(x, t, **condition)
+        clean = prediction.denoised
+        size = torch.quantile(clean.flatten(1).abs(), self.quantile, dim=1).clamp_min(self.limit)
+        size = size.view(-1, *[1] * (clean.ndim - 1))
+        return denoised(prediction, torch.minimum(torch.maximum(clean, -size), size) * (self.limit / size))

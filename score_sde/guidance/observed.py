@@ -1,0 +1,285 @@
+r"""Guidance by an observation y = A(x_0) + noise_std e: posterior samplers as score models.
+
+The exact score of p_t(x | y) adds G = grad log p(y | x_t), p(y | x_t) = E[N(y; A x_0, n^2 I) | x_t], n = noise_std.
+With the denoiser D = E[x_0 | x_t], its Jacobian J = dD / dx and residual r = y - A D, the methods put for p(x_0 | x_t):
+
+    DPS          a point, D                       G = J^T A^T r / n^2
+    PiGDM        N(D, v I)                        G = J^T A^T (v A A^T + n^2 I)^{-1} r
+    MMPS         N(D, C), C = sigma^2 / alpha J   G = J^T A^T (A C A^T + n^2 I)^{-1} r
+    DiffPIR      N(D, w I), and takes the mode    D' = D + A^T (A A^T + n^2 / w I)^{-1} r
+    Replacement  the same without noise           D' = D + A^+ r
+
+On a Gaussian prior MMPS is exact, on N(mu, data_std^2 I) PiGDM too. All work on each sample by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_sde.guidance.base import Guided, Pull, moved, pushed, times, with_pull
+from score_sde.guidance.operators import LinearOperator, Operator
+from score_sde.prediction import Coefficient, Prediction
+from score_sde.score import ScoreModel
+from score_sde.sde import Time, expand
+
+
+class Observed(Guided):
+    """A model guided by an observation.
+
+    Args:
+        model: of the clean data's law.
+        operator: what is observed.
+        y: of shape output_shape, one observation for all samples, or (batch, *output_shape), one a sample; when left
+            out it is the condition `y` of every call, and follows its sample through solvers that regroup a batch.
+        noise_std: of the observation, in units of y.
+
+    Raises:
+        TypeError: the operator is none, or not linear where the method needs one.
+        ValueError: operator, y and model do not fit, noise_std is out of range, or y is given twice or not at all.
+    """
+
+    linear = True
+    needs_noise = False
+
+    def __init__(self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0) -> None:
+        super().__init__(model)
+        name = type(self).__name__
+        if not isinstance(operator, LinearOperator if self.linear else Operator):
+            wanted = "a LinearOperator (DPS takes any Operator)" if self.linear else "an Operator"
+            raise TypeError(f"{name} observes through {wanted}, got {type(operator).__name__}")
+        if tuple(operator.input_shape) != self.event_shape:
+            raise ValueError(f"the operator takes x of shape {operator.input_shape}, the model's is {self.event_shape}")
+        if not 0 <= noise_std < math.inf or (self.needs_noise and noise_std == 0):
+            raise ValueError(f"{name}'s noise_std is {'> 0' if self.needs_noise else '0 or more'}, got {noise_std}")
+        self.operator, self.noise_std = operator, float(noise_std)
+        self.y = None if y is None else operator.observation(y)
+        if y is None:
+            self.condition_names = self.condition_names | {"y"}
+
+    def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None:
+        super().check(shape, condition)
+        given = self.y if self.y is not None else condition.get("y")
+        if given is None:
+            raise ValueError(f"{type(self).__name__} was built without an observation: give condition={{'y': ...}}")
+        batch = len(given) if given.ndim > len(self.operator.output_shape) else 1
+        if batch not in (1, shape[0]):
+            raise ValueError(f"{batch} observations for {shape[0]} samples: give one for all or one a sample; "
+                             "with a solver that regroups the batch, as the condition y")  # fmt: skip
+
+    def _take(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
+        """The observation in x's dtype and device, and out of the condition."""
+        self.check(x.shape, condition)
+        y = condition.pop("y") if self.y is None else self.y
+        if self.y is None:
+            y = y if y.ndim > len(self.operator.output_shape) else y.unsqueeze(0)
+        return y.to(x)
+
+
+class Replacement(Observed):
+    """D' = D + A^+ (y - A D): what A sees of the denoised sample is replaced by the observation.
+
+    Then what A sees of x_t follows the forward process from y exactly: it starts as alpha A^+ y + sigma noise, every
+    step that is exact for a point mass re-noises it exactly, and the last denoising gives y.
+    Assumes: y without noise. Cost: one call, no gradient. Bias: the unseen part hears of y only through the noisy x_t,
+    so it is drawn too independently of y; no number of steps mends that (`Impute` with jumps back, RePaint, partly).
+    Source: Song et al. 2021, appendix I.2 (imputation, colourisation); Wang et al. 2022 (DDNM),
+    https://arxiv.org/abs/2212.00490, eq. 13.
+    """
+
+    def __init__(self, model: ScoreModel, operator: Operator, y: Tensor | None = None) -> None:
+        super().__init__(model, operator, y)
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        y = self._take(x, condition)
+        prediction = self.model(x, t, **condition)
+        return moved(prediction, _operator(self).pseudo_inverse(y - _operator(self)(prediction.denoised)))
+
+    def start(self, z: Tensor) -> Tensor:
+        x = self.model.start(z)
+        if self.y is None:
+            return x
+        alpha, sigma = (part(self.sde.t_max).item() for part in (self.sde.alpha, self.sde.sigma))
+        operator = _operator(self)
+        return x + operator.pseudo_inverse(alpha * self.y.to(z) - operator(x - sigma * z))
+
+
+class DiffPIR(Observed):
+    """D' = argmin_u |y - A u|^2 / (2 noise_std^2) + lam alpha^2 / (2 sigma^2) |u - D|^2, a proximal step from D.
+
+    Cost: one call, no gradient. At noise_std = 0 it is `Replacement`. The published sampler is this with a DDIM step of
+    noise share zeta. Bias: a proximal step is no posterior mean; spreads come out wrong.
+    Source: Zhu et al. 2023, https://arxiv.org/abs/2305.08995, eq. 12 and algorithm 1.
+
+    Args:
+        lam: weight of the prior.
+    """
+
+    def __init__(
+        self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0, lam: float = 1.0
+    ) -> None:
+        super().__init__(model, operator, y, noise_std)
+        if not 0 < lam < math.inf:
+            raise ValueError(f"DiffPIR's lam is positive, got {lam}")
+        self.lam = float(lam)
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        y, operator = self._take(x, condition), _operator(self)
+        prediction = self.model(x, t, **condition)
+        residual = y - operator(prediction.denoised)
+        if self.noise_std == 0:
+            return moved(prediction, operator.pseudo_inverse(residual))
+        rho = self.lam * self.noise_std**2 * (prediction.alpha / prediction.sigma) ** 2
+        return moved(prediction, operator.transpose(solve(operator, residual, 1.0, rho)))
+
+
+class DPS(Observed):
+    """G = -zeta grad_x |y - A(D)|^2 / (2 noise_std^2), or by the published rule -zeta rate grad_x |y - A(D)|.
+
+    Takes nonlinear operators. Cost: one call and one gradient. Bias: p(y | x_t) is too sure at high noise, since D is
+    taken for x_0; the posterior comes out too narrow and modes are missed. Stiff where noise_std is small.
+    Source: Chung et al. 2023, https://arxiv.org/abs/2209.14687, eq. 16 and algorithm 1.
+
+    Args:
+        zeta: step size.
+        rule: "likelihood" is eq. 16 with rho = zeta / (2 noise_std^2). "residual" is algorithm 1, whose step zeta /
+            |y - A(D)| is meant for 1,000 ancestral steps: here x gains -zeta grad |y - A(D)| in each
+            (t_max - t_min) / 1000 of ancestral time, whatever the grid: rate = 1000 / ((t_max - t_min) g^2).
+    """
+
+    linear = False
+
+    def __init__(
+        self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0, zeta: float = 1.0,
+        rule: str = "likelihood",
+    ) -> None:  # fmt: skip
+        if rule not in ("likelihood", "residual"):
+            raise ValueError(f"DPS's rule is 'likelihood' or 'residual', got {rule!r}")
+        self.needs_noise = rule == "likelihood"
+        super().__init__(model, operator, y, noise_std)
+        if not 0 < zeta < math.inf:
+            raise ValueError(f"DPS's zeta is positive, got {zeta}")
+        self.zeta, self.rule = float(zeta), rule
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        y = self._take(x, condition)
+        prediction, clean, pull = with_pull(self.model, x, t, condition)
+        seen, back = torch.func.vjp(self.operator, clean)  # type: ignore[misc]
+        residual = y - seen
+        if self.rule == "likelihood":
+            weight: Coefficient = self.zeta / self.noise_std**2
+        else:
+            norm = residual.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+            g = self.sde.diffusion(t)
+            rate = 1000 / ((self.sde.t_max - self.sde.t_min) * g**2)
+            weight = self.zeta * rate.to(x) / norm
+        return pushed(prediction, times(weight, pull(back(residual)[0])))
+
+
+class PiGDM(Observed):
+    """G = J^T A^T (v A A^T + noise_std^2 I)^{-1} (y - A D), v = data_std^2 sigma^2 / (alpha^2 data_std^2 + sigma^2).
+
+    v is the variance of p(x_0 | x_t) for data N(mu, data_std^2 I), on which the method is exact. Cost: one call and one
+    gradient. Bias elsewhere: the posterior's covariance is taken isotropic, the same at every x.
+    Source: Song et al. 2023, https://openreview.net/forum?id=9_gsMA8MRKQ, eq. 7 and appendix A.3, whose data_std is 1.
+
+    Args:
+        data_std: standard deviation of the clean data.
+    """
+
+    def __init__(
+        self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0,
+        data_std: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__(model, operator, y, noise_std)
+        if not 0 < data_std < math.inf:
+            raise ValueError(f"PiGDM's data_std is a positive standard deviation, got {data_std}")
+        self.assumed_std = float(data_std)
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        y, operator = self._take(x, condition), _operator(self)
+        prediction, clean, pull = with_pull(self.model, x, t, condition)
+        v = spread(prediction, self.assumed_std)
+        solved = solve(operator, y - operator(clean), v, self.noise_std**2)
+        return pushed(prediction, pull(operator.transpose(solved)))
+
+
+class MMPS(Observed):
+    """G = J^T A^T (A Cov A^T + noise_std^2 I)^{-1} (y - A D), with the model's own Cov[x_0 | x_t] = sigma^2 / alpha J.
+
+    Exact on every Gaussian, up to the linear solver: conjugate gradients with a fixed number of iterations, each one
+    more gradient of the network. Cost: one call and iterations + 1 gradients. Bias elsewhere: p(x_0 | x_t) is taken
+    Gaussian, so that modes are weighted wrongly where y tells them apart. A learned J need not be symmetric; few
+    iterations are then also the safer choice.
+    Source: Rozet et al. 2024, https://arxiv.org/abs/2405.13712, eq. 13 and algorithm 3; Boys et al. 2023 (TMPD).
+
+    Args:
+        iterations: of conjugate gradients, 1 or more; as many as A has rows solve exactly.
+    """
+
+    def __init__(
+        self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0,
+        iterations: int = 5,
+    ) -> None:  # fmt: skip
+        super().__init__(model, operator, y, noise_std)
+        if isinstance(iterations, bool) or int(iterations) != iterations or iterations < 1:
+            raise ValueError(f"MMPS takes a whole number iterations >= 1, got {iterations}")
+        self.iterations = int(iterations)
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        y, operator = self._take(x, condition), _operator(self)
+        prediction, clean, pull = with_pull(self.model, x, t, condition)
+        gain = prediction.sigma**2 / prediction.alpha
+
+        def covariance(v: Tensor) -> Tensor:
+            return operator(times(gain, pull(operator.transpose(v)))) + self.noise_std**2 * v
+
+        solved = conjugate_gradients(covariance, y - operator(clean), self.iterations)
+        return pushed(prediction, pull(operator.transpose(solved)))
+
+
+def spread(prediction: Prediction, data_std: float) -> Coefficient:
+    """v = data_std^2 sigma^2 / (alpha^2 data_std^2 + sigma^2), the variance of x_0 given x_t for Gaussian data."""
+    alpha, sigma = prediction.alpha, prediction.sigma
+    return data_std**2 * sigma**2 / (alpha**2 * data_std**2 + sigma**2)
+
+
+def conjugate_gradients(apply: Pull, b: Tensor, iterations: int) -> Tensor:
+    """An approximate solution of S u = b, S symmetric positive definite, from u = 0, for each sample by itself.
+
+    A sample that is solved stays as it is. Source: Hestenes & Stiefel 1952.
+    """
+    u, residual = torch.zeros_like(b), b
+    direction, squared = b, _dot(b, b)
+    done = torch.finfo(b.dtype).eps ** 2 * squared
+    for _ in range(iterations):
+        image = apply(direction)
+        curvature = _dot(direction, image)
+        going = (curvature > 0) & (squared > done)
+        length = torch.where(going, squared / torch.where(going, curvature, 1), 0)
+        u, residual = u + length * direction, residual - length * image
+        before, squared = squared, _dot(residual, residual)
+        direction = residual + torch.where(going, squared / torch.where(going, before, 1), 0) * direction
+    return u
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample, shape (batch, 1, ..., 1)."""
+    return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
+
+
+def _operator(model: Observed) -> LinearOperator:
+    assert isinstance(model.operator, LinearOperator)
+    return model.operator
+
+
+def solve(operator: LinearOperator, b: Tensor, scale: Coefficient, shift: Coefficient) -> Tensor:
+    """(scale A A^T + shift I)^{-1} b; the pseudo-inverse at shift 0."""
+    p, q = (expand(v, b) if isinstance(v, Tensor) else v for v in (scale, shift))
+    if isinstance(shift, float) and shift == 0:
+        return operator.gram(b, lambda s2: operator.invert(s2) / p)
+    return operator.gram(b, lambda s2: 1 / (p * s2 + q))

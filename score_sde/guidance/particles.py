@@ -1,0 +1,122 @@
+r"""Twisted diffusion sampling: a particle filter whose target is the posterior p(x_0 | y) itself.
+
+Particles move by a guided step q and carry the weights that guidance alone leaves out,
+
+    w_s = p(x_s | x_t) pi_s(x_s) / (q(x_s | x_t) pi_t(x_t)),     pi_t(x) = N(y; A D(x, t), v_t A A^T + noise_std^2 I),
+
+with the twist pi_t that `PiGDM` follows. As particles and steps grow the law of the particles tends to the posterior.
+Source: Wu et al. 2023, https://arxiv.org/abs/2306.17775, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import trange
+
+from score_sde import grid as grids
+from score_sde.grid import Grid
+from score_sde.guidance.base import pushed, with_pull
+from score_sde.guidance.observed import PiGDM, solve, spread
+from score_sde.guidance.operators import LinearOperator
+from score_sde.noise import NoiseSource
+from score_sde.prediction import Prediction
+from score_sde.sampler import SampleResult, begin
+from score_sde.score import ScoreModel
+from score_sde.steps.linear import Ancestral, LinearStep
+
+
+class TwistedParticles:
+    """A sampler of p(x_0 | y) whose batch is one cloud of particles: by design each depends on all the others.
+
+    Assumes: a linear operator, noisy observations. Cost: one call and one gradient a step. Bias: of order 1 over the
+    number of particles, and the base step's own; few particles collapse where y is sharp. Particles may share an
+    ancestor, so they say less than as many independent samples.
+
+    Args:
+        grid: function SDE -> times.
+        operator, y, noise_std: the observation, one for all particles.
+        data_std: of the clean data, for the twist (see `PiGDM`); any value is asymptotically right.
+        step: the base step p(x_s | x_t), linear, noisy and of memory 1.
+        threshold: resamples, systematically, where the effective share of particles falls below it, in (0, 1].
+
+    Raises:
+        ValueError, TypeError: see `Observed`; the step has no noise or a memory, or the threshold is out of range.
+    """
+
+    def __init__(
+        self, grid: Grid, operator: LinearOperator, y: Tensor, noise_std: float, *, data_std: float = 1.0,
+        step: LinearStep | None = None, threshold: float = 0.5,
+    ) -> None:  # fmt: skip
+        self.step = Ancestral() if step is None else step
+        if not isinstance(self.step, LinearStep) or self.step.memory != 1 or self.step.role != "predictor":
+            raise ValueError(f"TwistedParticles moves by a linear predictor of memory 1, got {self.step!r}")
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold is a share of particles in (0, 1], got {threshold}")
+        if tuple(y.shape) != tuple(operator.output_shape):
+            raise ValueError(f"one observation y has shape {tuple(operator.output_shape)}, got {tuple(y.shape)}")
+        if not (noise_std > 0 and data_std > 0):
+            raise ValueError(f"noise_std and data_std are positive, got {noise_std=} and {data_std=}")
+        self.grid, self.operator, self.y = grid, operator, y
+        self.noise_std, self.data_std, self.threshold = float(noise_std), float(data_std), float(threshold)
+
+    @torch.no_grad()
+    def sample(
+        self, model: ScoreModel, shape: Sequence[int], *, seed: int | None = None, noise: NoiseSource | None = None,
+        x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, progress: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> SampleResult:  # fmt: skip
+        """shape[0] particles of equal weight; arguments as `Sampler.sample` has them.
+
+        Raises:
+            ValueError: see `begin`, `grid.check`; or the step adds no noise.
+        """
+        PiGDM(model, self.operator, self.y, self.noise_std, self.data_std)  # refuses what does not fit
+        start = begin(model, shape, seed, noise, x_init, condition, dtype)
+        times = grids.check(self.grid(model.sde), model.sde)
+        rows = self.step.plan(model.sde, times[:-1], times[1:])
+        if (times.diff() > 0).any() or any(row.c <= 0 for row in rows):
+            raise ValueError(f"TwistedParticles needs a falling grid and a step with noise, got {self.step!r}")
+        model.prepare(times.tolist())
+        clock, calls = time.perf_counter(), 0
+        x, log_weights, twist = start.x, torch.zeros(len(start.x), dtype=torch.float64, device=start.x.device), None
+        for i in trange(len(times), desc="particles", disable=not progress, delay=1.0, leave=False):
+            prediction, clean, push, log_twist = self._twisted(model, x, times[i].item(), dict(condition or {}))
+            calls += prediction.calls
+            log_weights = log_weights + log_twist - (0.0 if twist is None else twist)
+            last = i == len(rows)
+            chosen = self._resampled(log_weights, start.noise(i, 0), always=last)
+            kept = (chosen == torch.arange(len(x), device=x.device)).all()
+            log_weights = torch.where(kept, log_weights, 0)
+            x, clean, push, twist = x[chosen], clean[chosen], push[chosen], log_twist[chosen]
+            if last:
+                x = clean + push
+                break
+            row, z = rows[i], start.noise(i, 1)
+            move = row.b[0] * push / row.c
+            log_weights = log_weights - (move**2 / 2 + move * z).flatten(1).double().sum(1)
+            x = row.a * x + row.b[0] * clean + row.c * (move + z)
+        return SampleResult(x, calls, time.perf_counter() - clock, None, times)
+
+    def _twisted(
+        self, model: ScoreModel, x: Tensor, t: float, condition: Mapping[str, Any]
+    ) -> tuple[Prediction, Tensor, Tensor, Tensor]:
+        """The prediction, D, how far the twist moves D, and log pi_t up to a constant."""
+        prediction, clean, pull = with_pull(model, x, t, condition)
+        residual = self.y.to(x) - self.operator(clean)
+        solved = solve(self.operator, residual, spread(prediction, self.data_std), self.noise_std**2)
+        guided = pushed(prediction, pull(self.operator.transpose(solved)))
+        return prediction, clean, guided.denoised - clean, -(residual * solved).flatten(1).double().sum(1) / 2
+
+    def _resampled(self, log_weights: Tensor, noise: Tensor, always: bool) -> Tensor:
+        """Indices of particles: systematic where too few are effective, each its own elsewhere."""
+        weights, count = log_weights.softmax(0), len(log_weights)
+        own = torch.arange(count, device=weights.device)
+        uniform = torch.special.ndtr(noise.flatten()[:1].double())
+        chosen = torch.searchsorted(weights.cumsum(0), (own + uniform) / count).clamp_max(count - 1)
+        effective = 1 / weights.square().sum()
+        return chosen if always else torch.where(effective < self.threshold * count, chosen, own)

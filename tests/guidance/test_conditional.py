@@ -1,0 +1,169 @@
+"""Guidance by labels and classifiers, on mixtures whose conditional laws are known."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from exact_models import Labelled, Shrink
+
+from score_sde import grid
+from score_sde.guidance import Autoguidance, Classifier, ClassifierFree, DynamicThreshold
+from score_sde.networks import MLP
+from score_sde.parameterization import Noise
+from score_sde.prediction import Prediction
+from score_sde.sampler import Sampler
+from score_sde.score import ExactScore, LearnedScore
+from score_sde.sde import VESDE, VPSDE
+from score_sde.steps import DDIM, Heun
+from score_sde.targets import make
+
+SDE = VPSDE()
+RING = make("ring", components=3, radius=2.0, std=0.6)
+LABEL = torch.tensor([0, 1, 2, 1])
+
+
+def points(batch=4):
+    return 2 * torch.randn(batch, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_scale_one_is_the_conditional_model_and_zero_the_unconditional_bitwise():
+    model, x = Labelled(RING, SDE), points()
+    conditional, unconditional = (ClassifierFree(model, scale)(x, 0.3, label=LABEL) for scale in (1.0, 0.0))
+    assert torch.equal(conditional.denoised, model(x, 0.3, label=LABEL).denoised)
+    assert torch.equal(unconditional.denoised, model(x, 0.3).denoised)
+    assert (conditional.calls, unconditional.calls) == (1, 1)
+
+
+def test_guided_score_is_that_of_the_tilted_density_at_each_noise_level():
+    model, x, scale = Labelled(RING, SDE), points(), 3.0
+    alpha, sigma = float(SDE.alpha(0.3)), float(SDE.sigma(0.3))
+    marginal = RING.marginal(alpha, sigma)
+    v = x.clone().requires_grad_()
+    log_posterior = marginal.responsibilities(v).log().gather(1, LABEL[:, None]).sum()
+    (gradient,) = torch.autograd.grad(marginal.log_prob(v).sum() + scale * log_posterior, v)
+    guided = ClassifierFree(model, scale)(x, 0.3, label=LABEL)
+    torch.testing.assert_close(guided.score, gradient)
+    per_sample = ClassifierFree(model, scale)(x, torch.full((4,), 0.3, dtype=torch.float64), label=LABEL)
+    torch.testing.assert_close(per_sample.score, gradient)
+
+    def log_prob(x, t, label):
+        return marginal.responsibilities(x).log().gather(1, label[:, None]).squeeze(1)
+
+    classified = Classifier(ExactScore(RING, SDE), log_prob, scale)
+    assert classified.condition_names == {"label"}
+    with torch.no_grad():
+        torch.testing.assert_close(classified(x, 0.3, label=LABEL).score, gradient)
+
+
+def test_calls_are_counted_as_they_are_made():
+    model = Labelled(RING, SDE)
+    sampler = Sampler(DDIM(), partial(grid.log_snr, steps=9))
+    condition = {"label": LABEL}
+    for guided in (
+        ClassifierFree(model, 2.0),
+        ClassifierFree(model, 1.0),
+        ClassifierFree(model, 2.0, interval=(0.1, 2.0)),
+        DynamicThreshold(ClassifierFree(model, 2.0), 1.0, 4.0),
+        Autoguidance(ClassifierFree(model, 2.0), model, 2.0),
+    ):
+        model.calls = 0
+        assert sampler.sample(guided, (4, 2), seed=0, condition=condition).nfe == model.calls
+    inside = ClassifierFree(model, 2.0, interval=(0.1, 2.0))
+    assert 10 < sampler.sample(inside, (4, 2), seed=0, condition=condition).nfe < 20
+
+
+def test_interval_is_open_below_and_in_noise_levels():
+    sde = VESDE()
+    model, x = Labelled(RING, sde), points()
+    level = float(sde.sigma(0.5)) * (1 + 1e-12)
+    outside = ClassifierFree(model, 5.0, interval=(level, 10 * level))(x, 0.5, label=LABEL)
+    inside = ClassifierFree(model, 5.0, interval=(level / 2, level * 1.000001))(x, 0.5, label=LABEL)
+    assert torch.equal(outside.denoised, model(x, 0.5, label=LABEL).denoised)
+    torch.testing.assert_close(inside.denoised, ClassifierFree(model, 5.0)(x, 0.5, label=LABEL).denoised)
+    mixed = torch.tensor([0.4, 0.5, 0.6, 0.9], dtype=torch.float64)
+    half = ClassifierFree(model, 5.0, interval=(float(sde.sigma(0.45)), float(sde.sigma(0.7))))
+    got, full, plain = (m(x, mixed, label=LABEL).denoised for m in (half, ClassifierFree(model, 5.0), model))
+    torch.testing.assert_close(got, torch.stack([plain[0], full[1], full[2], plain[3]]))
+
+
+def test_negative_condition_takes_the_place_of_none():
+    model, x, other = Labelled(RING, SDE), points(), torch.tensor([2, 2, 0, 0])
+    guided = ClassifierFree(model, 3.0, negative={"label": other})(x, 0.3, label=LABEL)
+    toward, away = (model(x, 0.3, label=v).denoised for v in (LABEL, other))
+    torch.testing.assert_close(guided.denoised, 3 * toward - 2 * away)
+
+
+def test_rescaling_gives_each_sample_the_conditional_spread():
+    model, x = Labelled(RING, SDE), points()
+    plain, full, half = (ClassifierFree(model, 4.0, rescale=r)(x, 0.3, label=LABEL).denoised for r in (0.0, 1.0, 0.5))
+    spread = model(x, 0.3, label=LABEL).denoised.std(1)
+    torch.testing.assert_close(full.std(1), spread)
+    torch.testing.assert_close(half, (plain + full) / 2)
+
+
+def test_autoguidance_extrapolates_from_the_bad_model():
+    good, bad = ExactScore(RING, SDE), ExactScore(RING.marginal(1.0, 0.8), SDE)
+    x = points()
+    guided = Autoguidance(good, bad, 2.5)(x, 0.3)
+    torch.testing.assert_close(guided.denoised, 2.5 * good(x, 0.3).denoised - 1.5 * bad(x, 0.3).denoised)
+    assert guided.calls == 2
+
+
+def test_dynamic_threshold_by_hand():
+    class Fixed(Shrink):
+        def __call__(self, x, t, **condition):
+            clean = torch.tensor([[0.5, -0.2, 0.1, 0.0], [4.0, -2.0, 0.5, -0.1]], dtype=x.dtype)
+            return Prediction(x, clean, 0.5, 0.5)
+
+    clean = DynamicThreshold(Fixed(SDE, (4,)), 0.75)(torch.zeros(2, 4, dtype=torch.float64), 0.5).denoised
+    size = 2.0 + 0.25 * 2.0  # the 0.75 quantile of 0.1, 0.5, 2, 4 lies a quarter of the way from 2 to 4
+    wanted = torch.tensor([[0.5, -0.2, 0.1, 0.0], [1.0, -2.0 / size, 0.5 / size, -0.1 / size]], dtype=torch.float64)
+    torch.testing.assert_close(clean, wanted)
+
+
+def test_native_output_is_kept_in_float32():
+    torch.manual_seed(0)
+    network = MLP((2,), width=16, depth=1, frequencies=4, num_classes=3)
+    for weight in (network.last[1].weight, network.blocks[0].branch[-1].weight, network.embedding.label.weight):
+        torch.nn.init.normal_(weight, std=0.5)
+    model, x = LearnedScore(network, SDE, Noise(), (2,)).requires_grad_(False), points().float()
+    t = 1e-3
+    guided = ClassifierFree(model, 3.0)(x, t, label=LABEL)
+    exact = 3 * model(x, t, label=LABEL).raw - 2 * model(x, t).raw
+    torch.testing.assert_close(guided.noise, exact, rtol=2e-5, atol=2e-5)
+    assert (guided.noise - model(x, t).noise).abs().max() > 1e-2
+
+
+def test_a_point_alone_is_a_point_among_many():
+    model, sampler = Labelled(RING, SDE), Sampler(Heun(), partial(grid.karras, steps=6))
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
+    guided = ClassifierFree(model, 3.0, rescale=0.5)
+    together = sampler.sample(guided, (4, 2), seed=0, x_init=x, condition={"label": LABEL}).x
+    alone = [sampler.sample(guided, (1, 2), seed=0, x_init=x[i : i + 1], condition={"label": LABEL[i : i + 1]}).x
+             for i in range(4)]  # fmt: skip
+    torch.testing.assert_close(torch.cat(alone), together, rtol=1e-5, atol=1e-5)  # the mixture multiplies by BLAS
+
+
+@pytest.mark.parametrize(
+    ("make_it", "error", "message"),
+    [
+        (lambda m: ClassifierFree(m, float("nan")), ValueError, "scale is a finite number, got nan"),
+        (lambda m: ClassifierFree(m, 2.0, interval=(3, 1)), ValueError, "0 <= low < high, got (3, 1)"),
+        (lambda m: ClassifierFree(m, 2.0, rescale=2.0), ValueError, "rescale lies in [0, 1], got 2.0"),
+        (lambda m: ClassifierFree(m, 2.0, negative={"prompt": 1}), TypeError, "unknown condition 'prompt'"),
+        (lambda m: ClassifierFree(m, 2.0)(points(), 0.5), ValueError, "towards a condition, got none"),
+        (lambda m: ClassifierFree(m, 2.0)(points(), 0.5, labels=LABEL), TypeError, "unknown condition 'labels'"),
+        (lambda m: Autoguidance(m, ExactScore(RING, VESDE()), 2.0), ValueError, "one process"),
+        (lambda m: DynamicThreshold(m, 1.5), ValueError, "quantile=1.5"),
+        (lambda m: ClassifierFree(RING, 2.0), TypeError, "wraps a ScoreModel, got GaussianMixture"),
+    ],
+)
+def test_refusals(make_it, error, message):
+    with pytest.raises(error) as refusal:
+        make_it(Labelled(RING, SDE))
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+

@@ -1,0 +1,227 @@
+"""Imputation and DDRM against their formulas, jump-back grids, and editing."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from exact_models import Shrink
+
+from score_sde import grid
+from score_sde.guidance import (
+    DDRM,
+    Blur,
+    Impute,
+    Mask,
+    Matrix,
+    Replacement,
+    TwistedParticles,
+    below,
+    interpolate,
+    jump_back,
+    sdedit,
+    slerp,
+    translate,
+)
+from score_sde.noise import SampleNoise
+from score_sde.ode import ProbabilityFlowODE
+from score_sde.sampler import Sampler
+from score_sde.score import ExactScore
+from score_sde.sde import VESDE, VPSDE
+from score_sde.steps import DDIM, Ancestral, EulerMaruyama, ExponentialAdams
+from score_sde.targets import GaussianMixture
+
+SDE = VPSDE()
+BASE = partial(grid.log_snr, steps=12)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian():
+    return GaussianMixture([1.0], [[1.0, -0.5]], [[[1.0, 0.6], [0.6, 0.8]]])
+
+
+def carried(step, sde, t, s, x, model=None, z=None):
+    (row,) = step.plan(sde, torch.tensor([t], dtype=torch.float64), torch.tensor([s], dtype=torch.float64))
+    return step.advance(row, x, (), model, lambda k: z)[0]
+
+
+def test_imputed_part_has_the_law_of_the_forward_process():
+    operator, n = Matrix([[2.0, 0.0, 0.0], [0.0, 0.5, 0.0]]), 0.1
+    x0 = torch.tensor([[1.0, -1.0, 3.0]], dtype=torch.float64).expand(40_000, 3)
+    y = operator.observe(x0, n, generator=generator())
+    x, z = torch.full_like(x0, 7.0), torch.randn(x0.shape, generator=generator(1), dtype=torch.float64)
+    t = 0.2
+    out = carried(Impute(operator, y, n), SDE, t, t, x, z=z)
+    alpha, sigma = float(SDE.alpha(t)), float(SDE.sigma(t))
+    assert torch.equal(out[:, 2], x[:, 2])
+    error = (out[:, :2] - alpha * x0[:, :2]) / sigma
+    assert error.mean(0).abs().max() < 4.5 / 200
+    assert (error.var(0) - 1).abs().max() < 4.5 * math.sqrt(2 / 40_000)
+
+
+def test_a_coordinate_known_worse_than_the_noise_is_left_alone():
+    operator = Matrix([[2.0, 0.0], [0.0, 0.01]])
+    x, z = torch.randn(5, 2, generator=generator(), dtype=torch.float64), torch.zeros(5, 2, dtype=torch.float64)
+    out = carried(Impute(operator, torch.zeros(2), 0.1), SDE, 0.2, 0.2, x, z=z)
+    torch.testing.assert_close(out[:, 1], x[:, 1])
+    torch.testing.assert_close(out[:, 0], torch.zeros(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.3])
+def test_ddrm_is_its_formula_coordinate_by_coordinate(noise_std):
+    s = torch.tensor([2.0, 0.4], dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator(), dtype=torch.float64))[0]
+    left = torch.linalg.qr(torch.randn(2, 2, generator=generator(1), dtype=torch.float64))[0]
+    operator = Matrix(left @ torch.diag(s) @ turn[:, :2].T)
+    x, z = (torch.randn(4, 3, generator=generator(i), dtype=torch.float64) for i in (2, 3))
+    y, model = torch.tensor([0.5, -1.0], dtype=torch.float64), Shrink(SDE, (3,))
+    eta, eta_b, t, to = 0.7, 0.9, 0.3, 0.2
+    got = carried(DDRM(operator, y, noise_std, eta, eta_b), SDE, t, to, x, model, z)
+    clean = model(x, t).denoised @ turn
+    scaled, ybar, noise = x @ turn / float(SDE.alpha(t)), (left.T @ y) / s, z @ turn
+    l_t, l_s = (math.exp(-float(SDE.half_log_snr(v))) for v in (t, to))
+    wanted = clean + math.sqrt(1 - eta**2) * l_s * (scaled - clean) / l_t + eta * l_s * noise
+    for i in range(2):
+        n = noise_std / s[i].item()
+        if l_s >= n:
+            fresh = math.sqrt(l_s**2 - eta_b**2 * n**2)
+            wanted[:, i] = (1 - eta_b) * clean[:, i] + eta_b * ybar[i] + fresh * noise[:, i]
+        else:
+            toward = math.sqrt(1 - eta**2) * l_s * (ybar[i] - clean[:, i]) / n
+            wanted[:, i] = clean[:, i] + toward + eta * l_s * noise[:, i]
+    if noise_std:
+        assert noise_std / s[0] < l_s < noise_std / s[1]  # both cases are met
+    torch.testing.assert_close(got, float(SDE.alpha(to)) * wanted @ turn.T)
+
+
+def test_jump_back_goes_through_every_stretch_again():
+    base = grid.uniform(SDE, 6)
+    times = jump_back(SDE, partial(grid.uniform, steps=6), length=3, repeats=2)
+    first, second = base[:4], base[3:]
+    assert torch.equal(times, torch.cat([first, first, second[1:], second]))
+    grid.check(times, SDE)
+    assert torch.equal(jump_back(SDE, partial(grid.uniform, steps=6), 3, 1), base)
+    assert (times.diff() < 0).sum() == 12
+
+
+def test_jumps_are_exact_forward_transitions():
+    # Down by a solver that is nearly exact, up by the forward process: the law stays what it is.
+    target = GaussianMixture([1.0], [[0.5]], [[[0.49]]])
+    fine = partial(jump_back, base=partial(grid.log_snr, steps=60), length=10, repeats=3)
+    result = Sampler(ExponentialAdams(2), fine).sample(ExactScore(target, SDE), (20_000, 1), seed=0)
+    assert result.nfe == 181
+    assert result.x.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert result.x.std().item() == pytest.approx(0.7, abs=0.015)
+
+
+def test_repaint_comes_nearer_to_the_posterior_than_replacement():
+    target, operator, y = gaussian(), Mask((2,), torch.tensor([True, False])), torch.tensor([2.5])
+    mean = target.condition(operator, y).mean[1].item()
+    model = ExactScore(target, SDE)
+    base = partial(grid.log_snr, steps=30)
+    once = Sampler(Ancestral(), base).sample(Replacement(model, operator, y), (4000, 2), seed=0).x[:, 1].mean().item()
+    again = partial(jump_back, base=base, length=5, repeats=6)
+    repaint = Sampler(Ancestral(), again, corrector=Impute(operator, y)).sample(model, (4000, 2), seed=0)
+    assert abs(repaint.x[:, 1].mean().item() - mean) < 0.5 * abs(once - mean)
+    assert abs(once - mean) > 0.1  # the known bias
+
+
+@pytest.mark.parametrize("make", [lambda a, y: Impute(a, y, 0.1), lambda a, y: DDRM(a, y, 0.1)])
+def test_a_sample_does_not_know_its_companions(make):
+    shape = (2, 4, 4)
+    operator = Blur.gaussian(shape, 0.8)
+    y = torch.randn(4, *shape, generator=generator())
+
+    def run(places):
+        step = make(operator, y[places])
+        steps = {"corrector": step, "predictor": EulerMaruyama()} if step.role == "corrector" else {"predictor": step}
+        sampler, model = Sampler(grid=BASE, **steps), Shrink(SDE, shape)
+        return sampler.sample(model, (len(places), *shape), noise=SampleNoise(places)).x
+
+    assert torch.equal(torch.cat([run([0]), run([1, 2, 3])]), run([0, 1, 2, 3]))
+
+
+def test_sdedit_keeps_more_of_x_the_later_it_starts():
+    model, x = ExactScore(gaussian(), SDE), torch.full((2000, 2), 4.0)
+    sampler = Sampler(DDIM(), BASE)
+    ends = [sdedit(sampler, model, x, time, seed=0).x.mean(0) for time in (0.02, 0.3, 1.0)]
+    far = [(end - torch.tensor([1.0, -0.5])).norm().item() for end in ends]
+    assert far[0] > far[1] > far[2]
+    assert far[2] < 0.15
+    assert len(below(SDE, BASE, 0.3)) < 13
+    assert sdedit(sampler, model, x, 0.3, seed=0).times[0] == 0.3
+    assert len(sampler.grid(SDE)) == 13  # the sampler itself is as it was
+    # From x ~ p_0 the end is again p_0, wherever it starts.
+    own = gaussian().sample((20_000,), generator=generator())
+    again = sdedit(Sampler(DDIM(), partial(grid.log_snr, steps=60)), model, own, 0.2, seed=0).x
+    torch.testing.assert_close(torch.cov(again.T), torch.tensor([[1.0, 0.6], [0.6, 0.8]]), rtol=0, atol=0.05)
+
+
+def test_translation_by_latent_codes_is_the_monge_map_between_gaussians_on_a_line():
+    sde, ode = VESDE(sigma_max=20.0), ProbabilityFlowODE(rtol=1e-8, atol=1e-8)
+    source, target = (ExactScore(GaussianMixture([1.0], [[m]], [[[v]]]), sde) for m, v in ((0.0, 1.0), (3.0, 4.0)))
+    x = torch.tensor([[-1.0], [0.0], [2.0]], dtype=torch.float64)
+    end = translate(ode, source, target, x)
+
+    def root(v, t):
+        return math.sqrt(v + float(sde.sigma(t)) ** 2)
+
+    ratio = root(4.0, sde.t_min) / root(4.0, 1.0) * root(1.0, 1.0) / root(1.0, sde.t_min)
+    shift = 3.0 * (1 - root(4.0, sde.t_min) / root(4.0, 1.0))  # codes are not moved to the target's mean
+    torch.testing.assert_close(end, ratio * x + shift, rtol=1e-4, atol=1e-4)
+    back = translate(ode, source, source, x)
+    torch.testing.assert_close(back, x, rtol=1e-5, atol=1e-5)
+
+
+def test_interpolation_meets_its_ends():
+    model, ode = ExactScore(gaussian(), SDE), ProbabilityFlowODE(rtol=1e-7, atol=1e-7)
+    x, y = (torch.randn(3, 2, generator=generator(i), dtype=torch.float64) for i in (0, 1))
+    path = interpolate(ode, model, x, y, [0.0, 0.5, 1.0])
+    torch.testing.assert_close(path[0], x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(path[2], y, rtol=1e-4, atol=1e-4)
+    a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 3.0]])
+    torch.testing.assert_close(slerp(a, b, 1 / 3), torch.tensor([[3 * math.cos(math.pi / 6), 1.5]]))
+    torch.testing.assert_close(slerp(a, 2 * a, 0.5), 1.5 * a)
+
+
+def test_particles_reach_the_posterior_of_a_mixture():
+    prior = GaussianMixture([0.3, 0.7], [[-2.0, 0.0], [2.0, 1.0]], 0.25 * torch.eye(2).expand(2, 2, 2))
+    operator, y = Matrix([[0.3, 1.0]]), torch.tensor([0.2])
+    posterior = prior.condition(operator, y, 0.5)
+    model = ExactScore(prior, SDE)
+    filters = TwistedParticles(partial(grid.log_snr, steps=60), operator, y, 0.5, data_std=prior.std)
+    result = filters.sample(model, (10_000, 2), seed=0)
+    assert result.nfe == 61
+    share = (result.x[:, 0] > 0).double().mean().item()
+    assert 0.3 < posterior.weights[1].item() < 0.5
+    assert share == pytest.approx(posterior.weights[1].item(), abs=0.03)
+    assert torch.equal(result.x, filters.sample(model, (10_000, 2), seed=0).x)
+    torch.testing.assert_close(result.x.mean(0).double(), posterior.mean, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda a: Impute(a, torch.zeros(2, 3)), "not x itself"),
+        (lambda a: Impute(a, torch.zeros(1), -1.0), "noise_std is 0 or more, got -1.0"),
+        (lambda a: DDRM(a, torch.zeros(1), eta=2.0), "lie in [0, 1], got eta=2.0"),
+        (lambda a: jump_back(SDE, BASE, 0), "length >= 1"),
+        (lambda a: below(SDE, BASE, 1e-3), "must lie in (0.001, 1]"),
+        (lambda a: TwistedParticles(BASE, a, torch.zeros(1), 0.0), "noise_std=0.0"),
+        (lambda a: TwistedParticles(BASE, a, torch.zeros(4, 1), 0.1), "one observation y has shape (1,), got (4, 1)"),
+        (
+            lambda a: TwistedParticles(BASE, a, torch.zeros(1), 0.1, step=DDIM()).sample(Shrink(SDE, (2,)), (3, 2)),
+            "a step with noise",
+        ),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(ValueError) as refusal:
+        make(Mask((3,), torch.tensor([True, False, False])) if "not x" in message else Matrix([[1.0, 0.0]]))
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)

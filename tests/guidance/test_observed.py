@@ -1,0 +1,204 @@
+"""Posterior samplers against exact posteriors, their published formulas and each other."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from exact_models import Shrink
+
+from score_sde import grid
+from score_sde.guidance import DPS, MMPS, Blur, DiffPIR, Downsample, Mask, Matrix, Nonlinear, PiGDM, Replacement
+from score_sde.noise import SampleNoise
+from score_sde.ode import ProbabilityFlowODE
+from score_sde.sampler import Sampler
+from score_sde.score import ExactScore
+from score_sde.sde import VESDE, VPSDE, DiscreteSDE, KarrasSDE, RectifiedFlow, SubVPSDE
+from score_sde.steps import Ancestral
+from score_sde.targets import GaussianMixture
+
+D, N = 4, 0.3
+
+
+def gaussian(dimensions=D, isotropic=False):
+    g = torch.Generator().manual_seed(3)
+    root = torch.randn(dimensions, dimensions, generator=g, dtype=torch.float64)
+    covariance = 0.49 * torch.eye(dimensions) if isotropic else root @ root.mT / dimensions
+    return GaussianMixture([1.0], torch.randn(1, dimensions, generator=g), covariance[None])
+
+
+def problem(isotropic=False, sde=None):
+    target = gaussian(isotropic=isotropic)
+    operator = Matrix(torch.randn(2, D, generator=torch.Generator().manual_seed(5)))
+    y = torch.tensor([0.7, -0.4], dtype=torch.float64)
+    return ExactScore(target, sde or VPSDE()), operator, y, target.condition(operator, y, N)
+
+
+def points(batch=5, shape=(D,)):
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), VESDE(), KarrasSDE(), RectifiedFlow()], ids=repr)
+@pytest.mark.parametrize("method", ["PiGDM", "MMPS"])
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.9])
+def test_exact_on_a_gaussian(sde, method, share):
+    model, operator, y, posterior = problem(method == "PiGDM", sde)
+    guided = PiGDM(model, operator, y, N, data_std=0.7) if method == "PiGDM" else MMPS(model, operator, y, N, 2)
+    t = sde.t_min + share * (sde.t_max - sde.t_min)
+    x = points() * float(sde.sigma(t)) + float(sde.alpha(t))
+    exact = ExactScore(posterior, sde)
+    for at in (t, torch.full((5,), t, dtype=torch.float64)):
+        got, wanted = guided(x, at), exact(x, at)
+        torch.testing.assert_close(got.denoised, wanted.denoised, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(got.score, wanted.score, rtol=1e-5, atol=1e-6)
+        assert got.calls == 1
+
+
+def test_dps_is_the_gradient_of_the_likelihood_at_the_denoised_point():
+    model, operator, y, _ = problem()
+    x, t = points().requires_grad_(), 0.3
+    clean = model(x, t).denoised
+    loss = -((y - operator(clean)) ** 2).sum() / (2 * N**2)
+    (gradient,) = torch.autograd.grad(loss, x)
+    got = DPS(model, operator, y, N, zeta=0.5)(x.detach(), t).score - model(x.detach(), t).score
+    torch.testing.assert_close(got, 0.5 * gradient)
+
+
+def test_dps_takes_a_nonlinear_operator():
+    model, _, _, _ = problem()
+    operator = Nonlinear(lambda x: x.square().sum(1, keepdim=True), (D,))
+    x, t, y = points().requires_grad_(), 0.3, torch.tensor([2.0], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(-((y - operator(model(x, t).denoised)) ** 2).sum() / (2 * N**2), x)
+    got = DPS(model, operator, y, N)(x.detach(), t).score - model(x.detach(), t).score
+    torch.testing.assert_close(got, gradient)
+
+
+def test_dps_by_the_published_rule_is_algorithm_1_on_the_ddpm_ladder():
+    sde = DiscreteSDE.ddpm()
+    model, operator, y, _ = problem(sde=sde)
+    x, t = points(), 500.0
+    step = Ancestral()
+    (row,) = step.plan(sde, torch.tensor([t], dtype=torch.float64), torch.tensor([t - 1], dtype=torch.float64))
+    moves = [row.a * x + row.b[0] * m(x, t).denoised for m in (DPS(model, operator, y, 0.0, 0.4, "residual"), model)]
+    v = x.clone().requires_grad_()
+    norms = (y - operator(model(v, t).denoised)).norm(dim=1)
+    (gradient,) = torch.autograd.grad(norms.sum(), v)
+    # The rate is that of the continuous schedule through the ladder: equal up to 1 / steps.
+    torch.testing.assert_close(moves[0] - moves[1], -0.4 * gradient, rtol=1e-2, atol=1e-4)
+
+
+def test_diffpir_solves_its_proximal_problem():
+    model, operator, y, _ = problem()
+    x, t, lam = points(), 0.3, 2.0
+    clean, alpha, sigma = model(x, t).denoised, float(model.sde.alpha(t)), float(model.sde.sigma(t))
+    u = DiffPIR(model, operator, y, N, lam)(x, t).denoised
+    gradient = operator.transpose(operator(u) - y) / N**2 + lam * alpha**2 / sigma**2 * (u - clean)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-9)
+    plain, replaced = DiffPIR(model, operator, y)(x, t), Replacement(model, operator, y)(x, t)
+    torch.testing.assert_close(plain.denoised, replaced.denoised)
+
+
+def test_replacement_keeps_the_seen_part_on_the_forward_process_of_y():
+    sde, operator = VPSDE(), Mask((D,), torch.tensor([True, False, True, False]))
+    y = torch.tensor([1.5, -2.0])
+    guided = Replacement(ExactScore(gaussian(), sde), operator, y)
+    sampler = Sampler(Ancestral(), partial(grid.log_snr, steps=10))
+    result = sampler.sample(guided, (4000, D), seed=0, trajectory=True)
+    assert torch.equal(operator(result.x), y.expand(4000, 2))
+    for i in (0, 4, 9):
+        t = result.times[i].item()
+        z = (operator(result.trajectory[i]) - sde.alpha(t).item() * y) / sde.sigma(t).item()
+        assert z.mean(0).abs().max() < 4.5 / 4000**0.5  # false alarm 1e-5
+        assert (z.var(0) - 1).abs().max() < 4.5 * (2 / 4000) ** 0.5
+
+
+METHODS = {
+    "replacement": lambda m, a, y: Replacement(m, a, y),
+    "dps": lambda m, a, y: DPS(m, a, y, 0.5),
+    "dps-residual": lambda m, a, y: DPS(m, a, y, 0.0, 0.01, "residual"),
+    "pigdm": lambda m, a, y: PiGDM(m, a, y, 0.2),
+    "mmps": lambda m, a, y: MMPS(m, a, y, 0.2, 3),
+    "diffpir": lambda m, a, y: DiffPIR(m, a, y, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_works_with_every_predictor(name, predictor):
+    sde, operator = VPSDE(), Downsample((1, 2, 2), 2)
+    guided = METHODS[name](Shrink(sde, (1, 2, 2)), operator, torch.full((1, 1, 1), 0.3))
+    sampler = Sampler(predictor, partial(grid.log_snr, steps=12))
+    try:
+        sampler.check(sde)
+    except ValueError:
+        pytest.skip("this step refuses the grid or the process")
+    result = sampler.sample(guided, (3, 1, 2, 2), seed=0)
+    assert result.x.isfinite().all()
+    assert result.nfe <= 12 * getattr(predictor, "calls", 1) + 13
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("shape", [(7,), (2, 4, 4)])
+def test_a_sample_does_not_know_its_companions(name, shape):
+    operator = Mask.random(shape, 0.5, seed=1) if len(shape) == 1 else Blur.gaussian(shape, 0.8)
+    sde, batch = VPSDE(), 5
+    y = torch.randn(batch, *operator.output_shape, generator=torch.Generator().manual_seed(2))
+    sampler = Sampler(Ancestral(), partial(grid.log_snr, steps=8))
+
+    def run(places):
+        guided = METHODS[name](Shrink(sde, shape), operator, y[places])
+        return sampler.sample(guided, (len(places), *shape), noise=SampleNoise(places)).x
+
+    together = run(list(range(batch)))
+    assert together.isfinite().all()
+    assert torch.equal(torch.cat([run([0]), run([1, 2, 3]), run([4])]), together)
+
+
+def test_ode_reaches_the_posterior_of_a_gaussian():
+    model, operator, y, posterior = problem()
+    x0 = points(64)
+    ends = [ProbabilityFlowODE(rtol=1e-7, atol=1e-7).sample(m, (64, D), x_init=x0).x
+            for m in (MMPS(model, operator, y, N, 2), ExactScore(posterior, model.sde))]  # fmt: skip
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
+
+
+def test_an_observation_may_be_a_condition():
+    model, operator, y, _ = problem()
+    ys = torch.stack([y + i for i in range(5)])
+    wanted = PiGDM(model, operator, ys, N)(points(), 0.3).denoised
+    free = PiGDM(model, operator, noise_std=N)
+    assert torch.equal(free(points(), 0.3, y=ys).denoised, wanted)
+    assert torch.equal(free(points(), 0.3, y=y).denoised[:1], wanted[:1])
+
+
+def test_derivatives_flow_through_guidance():
+    model, operator, y, posterior = problem()
+    guided, x = MMPS(model, operator, y, N, 2), points(1)
+    jacobian = torch.func.jacrev(lambda v: guided(v, 0.4).score)(x)[0, :, 0]
+    wanted = torch.func.jacrev(lambda v: ExactScore(posterior, model.sde)(v, 0.4).score)(x)[0, :, 0]
+    torch.testing.assert_close(jacobian, wanted, rtol=1e-5, atol=1e-6)
+
+
+MASK = Mask((D,), torch.tensor([True, False, True, False]))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda m: Replacement(m, MASK, torch.zeros(D)), ValueError, "pass the observation operator(x), not x itself"),
+        (lambda m: PiGDM(m, Mask((3,), torch.ones(3) > 0), torch.zeros(3)), ValueError, "the model's is (4,)"),
+        (lambda m: PiGDM(m, Nonlinear(torch.sin, (D,)), torch.zeros(D)), TypeError, "DPS takes any Operator"),
+        (lambda m: DPS(m, MASK, torch.zeros(2)), ValueError, "noise_std is > 0, got 0.0"),
+        (lambda m: DPS(m, MASK, torch.zeros(2), 0.1, rule="norm"), ValueError, "'likelihood' or 'residual'"),
+        (lambda m: MMPS(m, MASK, torch.zeros(2), 0.1, 0), ValueError, "iterations >= 1, got 0"),
+        (lambda m: PiGDM(m, MASK, torch.zeros(3, 2))(points(), 0.5), ValueError, "3 observations for 5 samples"),
+        (lambda m: PiGDM(m, MASK)(points(), 0.5), ValueError, "give condition={'y': ...}"),
+        (lambda m: PiGDM(m, MASK, torch.zeros(2))(points(), 0.5, label=1), TypeError, "unknown condition 'label'"),
+        (lambda m: PiGDM("model", MASK, torch.zeros(2)), TypeError, "wraps a ScoreModel, got str"),
+    ],
+)
+def test_refusals(make, error, message):
+    with pytest.raises(error) as refusal:
+        make(ExactScore(gaussian(), VPSDE()))
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
