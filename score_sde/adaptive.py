@@ -1,12 +1,11 @@
 r"""Adaptive solvers on the device, with an error control, a time and a step size for each sample.
 
-The probability-flow ODE is stiff and wide in x against t, and mild in the standardised state Y against the noise scale u:
+The probability-flow ODE is stiff in x against t, and mild in the standardised state Y against the noise scale u:
 
     Y = S x / sqrt(S^2 alpha^2 + sigma^2),   sinh(u) = S alpha / sigma,   dY/du = D(x, t) - tanh(u) Y,
 
-S the standard deviation of the data. Y has the spread of the data at every noise level and stands still for Gaussian data
-of that spread; u is the signal-to-noise ratio where noise rules and its logarithm near the data; drift and diffusion do
-not occur. Samples that arrive make room for waiting ones, so that companions change nothing and calls stay full.
+S the data's standard deviation. Y has the spread of the data at every noise level and stands still for Gaussian data of
+that spread; u is the signal-to-noise ratio where noise rules and its logarithm near the data; f and g do not occur. Samples that arrive make room for waiting ones, so that companions change nothing and calls stay full.
 Source: Hairer, Norsett & Wanner 1993, sections II.4 and II.5, for the pairs and the step-size rule.
 """
 
@@ -64,7 +63,7 @@ class Pair(ABC):
     """An embedded pair of one-step methods whose last stage is the next step's first.
 
     Attributes:
-        order: of the solution that is kept; the local error's order is that of the lower method plus one, the same number.
+        order: of the solution that is kept; the error estimate, of the lower solution, falls with the same power of h.
         calls: field evaluations a step.
     """
 
@@ -195,13 +194,15 @@ def _tsit5() -> RungeKutta:
     error = [-0.00178001105222577714, -0.0008164344596567469, 0.007880878010261995, -0.1447110071732629,
              0.5823571654525552, -0.45808210592918697, 1 / 66]  # fmt: skip
     # b_i(theta) = scale (theta - r)(theta - s) theta^2, or for the first stage with two more factors in place of theta.
-    roots = [(0.1017, 2.1966568338249754, 1.2949852507374631), (2.490627285651252793, 2.38535645472061657, 1.57803468208092486),
-             (-16.54810288924490272, 1.21712927295533244 + 0.61620406037800089, 1.21712927295533244 * 0.61620406037800089),
-             (47.37952196281928122, 1.203071208372362603 + 0.658047292653547382, 1.203071208372362603 * 0.658047292653547382),
-             (-34.87065786149660974, 1.2 + 2 / 3, 0.8), (2.5, 1.6, 0.6)]  # fmt: skip
+    scaled = [(0.1017, 2.1966568338249754, 1.2949852507374631),
+              (2.490627285651252793, 2.38535645472061657, 1.57803468208092486),
+              *((m, v + w, v * w) for m, v, w in (
+                  (-16.54810288924490272, 1.21712927295533244, 0.61620406037800089),
+                  (47.37952196281928122, 1.203071208372362603, 0.658047292653547382),
+                  (-34.87065786149660974, 1.2, 2 / 3), (2.5, 1.0, 0.6)))]  # fmt: skip
     r, p, q, scale = 1.3299890189751412, 1.4364028541716351, 0.7139816917074209, -1.0530884977290216
     first = [-scale * r * q, scale * (q + r * p), -scale * (p + r), scale]
-    return RungeKutta(a, error, [first, *([0.0, m * prod, -m * total, m] for m, total, prod in roots)], order=5)
+    return RungeKutta(a, error, [first, *([0.0, m * prod, -m * total, m] for m, total, prod in scaled)], order=5)
 
 
 PAIRS: dict[str, Callable[[], Pair]] = {
@@ -395,7 +396,8 @@ class _Run:
 
     def _read(self, attempt: Attempt, v: Tensor, good: Tensor) -> None:
         """Interpolates the accepted steps at the chosen times that lie in (u, v]."""
-        assert self.times is not None and self.dense is not None
+        assert self.times is not None
+        assert self.dense is not None
         low = torch.searchsorted(self.times, self.sign * self.u, right=True)
         high = torch.searchsorted(self.times, self.sign * v, right=True)
         count = torch.where(good, high - low, 0)
@@ -418,10 +420,13 @@ class PerSample:
     """A score model under a fixed condition, called with any choice of samples, each at its own time.
 
     Condition tensors whose first dimension is the batch are per sample and follow the choice; others are shared.
+
+    Attributes:
+        calls: network calls that a prediction took.
     """
 
     def __init__(self, model: ScoreModel, condition: Mapping[str, Any], batch: int) -> None:
-        self.model, self.batch = model, batch
+        self.model, self.calls = model, 1
         own = {name for name, value in condition.items()
                if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch}  # fmt: skip
         self.shared = {name: value for name, value in condition.items() if name not in own}
@@ -434,7 +439,9 @@ class PerSample:
     def predict(self, x: Tensor, t: Tensor, ids: Tensor) -> Prediction:
         """The model's whole prediction, likewise."""
         own = {name: value[ids] for name, value in self.own.items()}
-        return self.model(x, t, **self.shared, **own)
+        prediction = self.model(x, t, **self.shared, **own)
+        self.calls = prediction.calls
+        return prediction
 
 
 class StandardField:
@@ -525,19 +532,13 @@ class AdaptiveResult(SampleResult):
     rejected: Tensor
 
 
-def _positive(rtol: float, atol: float) -> None:
+def _check_options(rtol: float, atol: float, final: str, block: int | None) -> None:
     if not (0 < rtol < 1 and 0 < atol < math.inf):
         raise ValueError(f"tolerances are positive (and rtol below 1), got {rtol=} and {atol=}")
-
-
-def _block(block: int | None) -> None:
-    if block is not None and (int(block) != block or block < 1):
-        raise ValueError(f"block is how many samples are worked on at once, a whole number >= 1; got {block}")
-
-
-def _final(final: str) -> None:
     if final not in ("denoise", "none"):
         raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
+    if block is not None and (int(block) != block or block < 1):
+        raise ValueError(f"block is how many samples are worked on at once, a whole number >= 1; got {block}")
 
 
 class AdaptiveODE:
@@ -549,8 +550,8 @@ class AdaptiveODE:
 
     Args:
         method: "dopri5", "tsit5", "exponential" (orders 5, 5 and 4) or "bosh3" (order 3, for loose tolerances).
-        rtol, atol: relative and absolute tolerance, in root mean square over a sample's elements, of the state scaled to
-            the spread of the data: atol is in units of the data.
+        rtol, atol: relative and absolute tolerance of a step, in root mean square over a sample's elements, for the
+            state scaled to the spread of the data: atol is in units of the data.
         final: "denoise" ends with Tweedie's formula at t_min; "none" keeps the solution, the inverse of `encode`.
         block: how many samples are worked on at once; None takes what fits a CPU's cache, on a GPU the whole batch.
 
@@ -564,7 +565,7 @@ class AdaptiveODE:
     ) -> None:  # fmt: skip
         if method not in PAIRS:
             raise ValueError(f"method is one of {', '.join(PAIRS)}; got {method!r}")
-        _positive(rtol, atol), _final(final), _block(block)
+        _check_options(rtol, atol, final, block)
         self.method, self.rtol, self.atol, self.final, self.block = method, rtol, atol, final, block
 
     def check(self, sde: SDE) -> None:
@@ -615,11 +616,12 @@ class AdaptiveODE:
         first = abs(u_end - u_start) * min(0.2, tolerance ** (1 / pair.order))
         norm = field.norm(self.rtol, self.atol)
         inner = None if times is None else field.u(times)
-        found = integrate(field, pair, field.state(x, t_start), u_start, u_end, norm, first, times=inner, block=self.block,
-                          progress=progress)  # fmt: skip
-        end, calls = field.back(found.y, t_end), found.calls
+        begin = field.state(x, t_start)
+        options: dict[str, Any] = {"times": inner, "block": self.block, "progress": progress}
+        found = integrate(field, pair, begin, u_start, u_end, norm, first, **options)
+        end, calls = field.back(found.y, t_end), found.calls * field.model.calls
         if denoise:
-            end, calls = model(end, t_end, **condition).denoised, calls + 1
+            end, calls = model(end, t_end, **condition).denoised, calls + field.model.calls
         path = None
         if found.dense is not None and times is not None:
             path = torch.stack([field.back(y, t) for y, t in zip(found.dense, times.tolist(), strict=True)])
@@ -649,5 +651,5 @@ def chosen_times(times: Tensor | None, points: int, t_start: float, t_end: float
         raise ValueError(f"times are a list of {direction} times from {t_start:g} to {t_end:g}, "
                          f"got shape {tuple(times.shape)}: {times.flatten()[:6].tolist()}")  # fmt: skip
     if not (sign * (times - t_start) >= 0).all() or not (sign * (t_end - times) >= 0).all():
-        raise ValueError(f"times lie between {t_start:g} and {t_end:g}, got {times[0].item():g} to {times[-1].item():g}")
+        raise ValueError(f"times lie between {t_start:g} and {t_end:g}, got {times[0]:g} to {times[-1]:g}")
     return times

@@ -34,10 +34,10 @@ class AdaptiveSDE:
     """The reverse SDE by the adaptive method of Jolicoeur-Martineau et al., with retained Brownian increments.
 
     The published method draws fresh noise after a rejection. An increment is rejected because it is large, so that this
-    favours small ones: the path is no longer Brownian. Here the rejected increment is retained, and the shorter step takes
-    its part of it by a Brownian bridge, w(h') | w(h) ~ N(h' / h w(h), h' (h - h') / h I); what remains is used by the
-    steps after, none of which straddles its end. All increments are disjoint pieces of one path (Rackauckas & Nie 2017,
-    https://doi.org/10.3934/dcdsb.2017133, "rejection sampling with memory").
+    favours small ones: the path is no longer Brownian. Here the rejected increment is retained, and the shorter step
+    takes its part of it by a Brownian bridge, w(h') | w(h) ~ N(h' / h w(h), h' (h - h') / h I); what remains is used by
+    the steps after, none of which straddles its end. All increments are disjoint pieces of one path
+    (Rackauckas & Nie 2017, https://doi.org/10.3934/dcdsb.2017133, "rejection sampling with memory").
 
     Args:
         rtol, atol: the tolerance of an element is max(atol, rtol max(|x'|, |x'_before|)), x' Euler-Maruyama's proposal;
@@ -51,12 +51,13 @@ class AdaptiveSDE:
     """
 
     def __init__(
-        self, rtol: float = 0.02, atol: float = 2 / 256, safety: float = 0.9, exponent: float = 0.9, final: str = "denoise"
-    ) -> None:
+        self, rtol: float = 0.02, atol: float = 2 / 256, safety: float = 0.9, exponent: float = 0.9,
+        final: str = "denoise",
+    ) -> None:  # fmt: skip
         if not (0 <= rtol < 1 and 0 < atol < math.inf):
             raise ValueError(f"AdaptiveSDE needs 0 <= rtol < 1 and atol > 0, got {rtol=} and {atol=}")
         if not (0 < safety < 1 and 0.5 <= exponent <= 1):
-            raise ValueError(f"AdaptiveSDE needs 0 < safety < 1 and 0.5 <= exponent <= 1, got {safety=} and {exponent=}")
+            raise ValueError(f"AdaptiveSDE needs 0 < safety < 1 and 0.5 <= exponent <= 1, got {safety=}, {exponent=}")
         if final not in ("denoise", "none"):
             raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
         self.rtol, self.atol, self.safety, self.exponent, self.final = rtol, atol, safety, exponent, final
@@ -89,9 +90,9 @@ class AdaptiveSDE:
                 bar.update(run.round(start.noise(attempt, 0)[run.ids]))
             else:
                 raise RuntimeError(f"a sample has not arrived after {MAX_ROUNDS} steps: loosen rtol and atol")
-        x, calls = run.result, run.calls
+        x, calls = run.result, run.calls * per_sample.calls
         if self.final == "denoise":
-            x, calls = model(x, sde.t_min, **start.model.condition).denoised, calls + 1
+            x, calls = model(x, sde.t_min, **start.model.condition).denoised, calls + per_sample.calls
         mean = math.ceil(calls.double().mean().item()) if len(calls) else 0
         times = torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)
         return AdaptiveResult(x, mean, time.perf_counter() - clock, None, times, calls, run.total_rejected)
@@ -143,7 +144,7 @@ class _Paths:
         stuck = self.h < 1e-12 * self.sde.t_max
         arrived, lost, depth = torch.stack([done.sum(), (stuck & ~done).sum(), self.level.amax()]).tolist()
         if lost:
-            raise RuntimeError("the step size of a sample vanished: the model's output is not finite, or atol is too small")
+            raise RuntimeError("the step size of a sample vanished: model output not finite, or atol too small")
         if depth == len(self.lengths):
             self.lengths = torch.cat([self.lengths, torch.zeros_like(self.lengths)])
             self.pieces = torch.cat([self.pieces, torch.zeros_like(self.pieces)])

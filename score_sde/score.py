@@ -6,10 +6,12 @@ target for its posterior mean, D(x, t) = E[x_0 | alpha x_0 + sigma eps = x]. To 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -189,3 +191,125 @@ class ExactScore(ScoreModel):
 
     def __repr__(self) -> str:
         return f"ExactScore({self.target!r}, {self.sde!r})"
+
+
+OUTSIDE = ("restrict", "refuse")
+
+
+class ReparameterizedScore(ScoreModel):
+    """A model of one SDE seen in another's coordinates; see `reparameterize`."""
+
+    def __init__(self, model: ScoreModel, sde: SDE, outside: str) -> None:
+        sde.check()
+        if outside not in OUTSIDE:
+            raise ValueError(f"outside is 'restrict' or 'refuse', got {outside!r}")
+        self.model, self.sde = model, _common_range(model.sde, sde, outside)
+        self.event_shape, self.data_std = tuple(model.event_shape), model.data_std
+        self.condition_names = model.condition_names
+        slack = 1e-9 * (self.sde.t_max - self.sde.t_min)
+        self._range = (self.sde.t_min - slack, self.sde.t_max + slack)
+        self._levels: dict[float, tuple[float, float, float, float]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        alpha, sigma, inner, ratio = self._level(t)
+        scaled = (expand(ratio, x) if isinstance(ratio, Tensor) else ratio) * x
+        said = self.model(scaled, inner, **condition)
+        return replace(said, x=x, alpha=alpha, sigma=sigma, c_skip=said.c_skip * ratio)
+
+    def prepare(self, times: Iterable[float]) -> None:
+        times = list(times)
+        for t in times:
+            if not self._range[0] <= t <= self._range[1]:
+                raise ValueError(f"t={t:g} lies outside [{self.sde.t_min:g}, {self.sde.t_max:g}], the times of "
+                                 f"{self.sde!r} whose noise levels the model knows")  # fmt: skip
+        columns = self._map(torch.tensor(times, dtype=torch.float64))
+        self._levels |= dict(zip(times, zip(*(column.tolist() for column in columns), strict=True), strict=True))
+        self.model.prepare(columns[2].tolist())
+
+    def start(self, z: Tensor) -> Tensor:
+        """The draw of the prior at this t_max that the model's own start stands for.
+
+        The model starts at mean + spread z, taken for alpha E[x_0] + sqrt(alpha^2 Var x_0 + sigma^2) z at its t_max;
+        the same two moments are put on this path. At equal noise levels this is alpha' / alpha times its own start.
+        """
+        double = z.new_zeros(z.shape, dtype=torch.float64)
+        mean = self.model.start(double)
+        spread = self.model.start(double + 1) - mean
+        alpha, sigma, alpha_here, sigma_here = (
+            part(sde.t_max).item() for sde in (self.model.sde, self.sde) for part in (sde.alpha, sde.sigma)
+        )
+        variance = ((spread**2 - sigma**2) / alpha**2).clamp_min(0)
+        scale = (alpha_here**2 * variance + sigma_here**2).sqrt()
+        return (alpha_here / alpha * mean + scale * z.double()).to(z)
+
+    def _level(self, t: Time) -> tuple[Coefficient, Coefficient, Time, Coefficient]:
+        """alpha and sigma here, the model's time of the same noise level, and its alpha over this one."""
+        if is_batched(t):
+            t = as_time(t).double()
+            inside = (t >= self._range[0]) & (t <= self._range[1])
+            return self._map(torch.where(inside, t, torch.nan))
+        t = float(t)
+        if t not in self._levels:
+            self.prepare([t])
+        return self._levels[t]
+
+    def _map(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        t = t.clamp(self.sde.t_min, self.sde.t_max)
+        known, alpha = self.model.sde, self.sde.alpha(t)
+        inner = known.time_at(self.sde.half_log_snr(t)).clamp(known.t_min, known.t_max)
+        inner = torch.where(t.isnan(), t, inner)  # a bisection does not hand a NaN on
+        return alpha, self.sde.sigma(t), inner, known.alpha(inner) / alpha
+
+    def __repr__(self) -> str:
+        return f"reparameterize({self.model!r}, {self.sde!r})"
+
+
+def reparameterize(model: ScoreModel, sde: SDE, outside: str = "restrict") -> ScoreModel:
+    """A model of one SDE seen in another's coordinates, a score model again, for every sampler and solver.
+
+    At equal lambda = log(alpha / sigma) the paths of two SDEs carry the same mixture of data and noise up to scale:
+
+        D'(x, t') = D(alpha(t) / alpha'(t') x, t),    lambda(t) = lambda'(t'),
+
+    and the probability-flow trajectories are the same up to scale and time. Source: Karras et al. 2022,
+    https://arxiv.org/abs/2206.00364, appendix B; Kingma et al. 2021, https://arxiv.org/abs/2107.00630, section 5.1.
+
+    Args:
+        model: a model on its own path, `model.sde`.
+        sde: the path on which it shall be used.
+        outside: what is done about noise levels of `sde` that the model does not know. "restrict" moves t_min and t_max
+            of a copy of `sde` to the common range, and samplers stay inside; "refuse" raises.
+
+    Returns:
+        The model on the new path. Called with a float t outside its range it raises ValueError; where t is a tensor,
+        samples outside the range come out as NaN.
+
+    Raises:
+        ValueError: the two ranges of noise levels have nothing in common, or one is refused.
+    """
+    return ReparameterizedScore(model, sde, outside)
+
+
+def _common_range(known: SDE, sde: SDE, outside: str) -> SDE:
+    """`sde`, or a copy of it whose t_min and t_max have noise levels that `known` has too."""
+    first, last = float(sde.half_log_snr(sde.t_max)), float(sde.half_log_snr(sde.t_min))
+    low = max(first, float(known.half_log_snr(known.t_max)))
+    high = min(last, float(known.half_log_snr(known.t_min)))
+    if low >= high:
+        raise ValueError(f"{sde!r} and the model's {known!r} have no noise levels in common")
+    wide = 1e-9 * (high - low)
+    noisier, cleaner = first < low - wide, last > high + wide
+    if not (noisier or cleaner):
+        return sde
+    if outside == "refuse":
+        raise ValueError(f"{sde!r} has noise levels that the model's {known!r} does not know: log(alpha / sigma) lies in "
+                         f"[{low:.6g}, {high:.6g}]; give another t_min or t_max, or outside='restrict'")  # fmt: skip
+    t_min = float(sde.time_at(high)) if cleaner else sde.t_min
+    t_max = float(sde.time_at(low)) if noisier else sde.t_max
+    narrow = copy.copy(sde)
+    narrow.t_min, narrow.t_max = t_min, t_max
+    return narrow

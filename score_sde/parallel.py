@@ -1,0 +1,229 @@
+r"""Sampling in parallel over time: Picard iteration on the rows of a linear step.
+
+A run x_{i+1} = a_i x_i + sum_k b_ik D_{i-k} + c_i z_i is known once all D_i = D(x_i, t_i) are. Over a window of times,
+guess the D_i, unroll the recursion, evaluate the network at all its points in one call, and repeat: after k rounds the
+first k points are those of the sequential run, and in practice many more, to any tolerance. The window then slides on
+by as many points as have settled. Same samples, more network calls, fewer of them one after the other.
+Source: Shih et al. 2023 (ParaDiGMS), https://arxiv.org/abs/2305.16317, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from score_sde import grid as grids
+from score_sde.adaptive import PerSample, rms
+from score_sde.grid import Grid
+from score_sde.noise import NoiseSource, Stream
+from score_sde.sampler import SampleResult, begin
+from score_sde.score import ScoreModel
+from score_sde.sde import SDE, expand
+from score_sde.steps.linear import LinearRow, LinearStep
+
+
+@dataclass(frozen=True)
+class ParallelResult(SampleResult):
+    """What a parallel sampler returns; `nfe` is the mean number of network evaluations a sample, rounded up.
+
+    Attributes:
+        rounds: network calls one after the other, what a sequential run has `nfe` of.
+    """
+
+    rounds: int
+
+
+class ParallelSampler:
+    """Picard iteration with a sliding window, for a predictor that is a `LinearStep`, with or without noise.
+
+    Every sample has a window of its own, so that companions change nothing; the noise is that of the sequential
+    `Sampler(predictor, grid)` with the same seed, and so is the result, to the tolerance.
+
+    Args:
+        predictor: the step; any order, any noise.
+        grid: function SDE -> times, decreasing.
+        window: how many times are worked on at once; None takes the whole grid.
+        tolerance: a point has settled when a round moves it by no more than this, in root mean square over the sample,
+            in units of the marginal spread sqrt(alpha^2 S^2 + sigma^2). What is left is magnified where the flow tears
+            modes apart; 0 iterates to the sequential run's rounding.
+        final: "denoise" ends with Tweedie's formula at the last grid time (one more call), "none" keeps the sample.
+
+    Raises:
+        ValueError: the predictor is no `LinearStep`, or an option is outside its range.
+    """
+
+    def __init__(
+        self, predictor: LinearStep, grid: Grid, window: int | None = None, tolerance: float = 1e-5,
+        final: str = "denoise",
+    ) -> None:  # fmt: skip
+        if not isinstance(predictor, LinearStep) or predictor.role != "predictor" or predictor.repeats != 1:
+            raise ValueError(f"parallel sampling needs a linear predictor, e.g. DDIM(), got {predictor!r}")
+        if not callable(grid):
+            raise ValueError(f"grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100); got {grid!r}")
+        if window is not None and (int(window) != window or window < 1):
+            raise ValueError(f"window is a whole number of grid times >= 1, or None for all; got {window}")
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance is a number >= 0, got {tolerance}")
+        if final not in ("denoise", "none"):
+            raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
+        self.predictor, self.grid, self.window, self.tolerance, self.final = predictor, grid, window, tolerance, final
+
+    def check(self, sde: SDE) -> None:
+        """Refuses, with ValueError, an SDE on which the grid or the step does not work."""
+        self._rows(sde)
+
+    @torch.no_grad()
+    def sample(
+        self, model: ScoreModel, shape: Sequence[int], *, seed: int | None = None, noise: NoiseSource | None = None,
+        x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, progress: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> ParallelResult:  # fmt: skip
+        """Draws samples; arguments as `Sampler.sample` has them."""
+        start = begin(model, shape, seed, noise, x_init, condition, dtype)
+        times, rows = self._rows(model.sde)
+        clock = time.perf_counter()
+        per_sample = PerSample(model, start.model.condition, len(start.x))
+        run = _Windows(per_sample, rows, times, start.x, start.noise, self.window or len(rows), self.tolerance)
+        with tqdm(total=len(start.x), desc="samples", disable=not progress, delay=1.0, leave=False) as bar:
+            while len(run.ids):
+                bar.update(run.round())
+        x, calls, rounds = run.result, run.evaluations * per_sample.calls, run.rounds
+        if self.final == "denoise":
+            x = model(x, times[-1].item(), **start.model.condition).denoised
+            calls, rounds = calls + per_sample.calls, rounds + 1
+        nfe = math.ceil(calls.double().mean().item()) if len(calls) else 0
+        return ParallelResult(x, nfe, time.perf_counter() - clock, None, times, rounds)
+
+    def _rows(self, sde: SDE) -> tuple[Tensor, list[LinearRow]]:
+        times = grids.check(self.grid(sde), sde)
+        if (times.diff() > 0).any():
+            raise ValueError("parallel sampling needs a grid that only decreases: use Sampler for churned ones")
+        return times, list(self.predictor.plan(sde, times[:-1], times[1:]))
+
+    def __repr__(self) -> str:
+        return f"ParallelSampler({self.predictor!r}, window={self.window}, tolerance={self.tolerance})"
+
+
+class _Windows:
+    """The samples under way: each with the settled state at its window's first time and guesses of D in the window.
+
+    Rows past the grid's end carry the state unchanged (a = 1), so that all windows have one length.
+    """
+
+    def __init__(
+        self, model: PerSample, rows: Sequence[LinearRow], times: Tensor, x: Tensor, stream: Stream, window: int,
+        tolerance: float,
+    ) -> None:  # fmt: skip
+        self.model, self.stream, self.tolerance = model, stream, tolerance
+        self.count, self.window = len(rows), min(window, len(rows))
+        self.memory = max((len(row.b) for row in rows), default=1)
+        self._tabulate(rows, times, x)
+        self.result, self.rounds = x.clone(), 1
+        self.evaluations = torch.ones(len(x), dtype=torch.int64, device=x.device)
+        self.ids = torch.arange(len(x), device=x.device)
+        self.base = torch.zeros_like(self.ids)
+        self.x = x
+        first = self._call(x, self.base, self.ids)
+        self.guess = first.expand(self.window, *x.shape)
+        self.past = first.expand(self.memory - 1, *x.shape)  # D before the window, oldest first; unused at the start
+        self.noise = x.new_empty((0, *x.shape))
+        self.noise_from = 0
+
+    def _tabulate(self, rows: Sequence[LinearRow], times: Tensor, x: Tensor) -> None:
+        pad = [(1.0, [0.0] * self.memory, 0.0)] * self.window
+        table = [(row.a, [*row.b, *[0.0] * (self.memory - len(row.b))], row.c) for row in rows] + pad
+        a, b, c = zip(*table, strict=True)
+        self.a, self.c = (torch.tensor(v, dtype=torch.float64).to(x) for v in (a, c))
+        self.b = torch.tensor(b, dtype=torch.float64).to(x).T
+        self.noisy = [row.c != 0.0 for row in rows]
+        # What a row weighs is u D + w eps; most steps have u = 1 and w = 0 throughout.
+        mixed = any(row.output != (1.0, 0.0) for row in rows)
+        self.output = torch.tensor([row.output for row in rows], dtype=torch.float64).to(x.device).T if mixed else None
+        t = torch.tensor([row.t for row in rows], dtype=torch.float64)
+        sde = self.model.model.sde
+        spread = torch.hypot(sde.alpha(times) * self.model.model.data_std, sde.sigma(times))
+        self.t = torch.cat([t, t[-1:].expand(self.window)]).to(x.device)
+        self.spread = torch.cat([spread, spread[-1:].expand(self.window)]).to(x)
+
+    def round(self) -> int:
+        """One network call over all windows; returns how many samples arrived."""
+        self._draw()
+        before = self._unroll(self.guess)
+        self.guess = self._evaluate(before)
+        after = self._unroll(self.guess)
+        stride = self._settled(before, after)
+        at = torch.arange(len(self.ids), device=self.x.device)
+        self.x = after[stride, at]
+        outputs = torch.cat([self.past, self.guess])
+        if self.memory > 1:
+            self.past = torch.stack([outputs[stride + k, at] for k in range(self.memory - 1)])
+        index = torch.arange(self.window, device=self.x.device)[:, None]
+        self.guess = self.guess[(index + stride).clamp(max=self.window - 1), at]
+        self.base = self.base + stride
+        done = self.base == self.count
+        self.rounds += 1
+        arrived = int(done.sum())  # the round's one wait for the device beside the choice of points
+        if arrived:
+            self._put_away(done)
+        return arrived
+
+    def _unroll(self, outputs: Tensor) -> Tensor:
+        """The states at the window's times and after it, (window + 1, samples, *event), for given outputs D."""
+        known = torch.cat([self.past, outputs])
+        states, at = [self.x], torch.arange(len(self.ids), device=self.x.device)
+        for j in range(self.window):
+            place = self.base + j
+            x = expand(self.a[place], self.x) * states[-1]
+            for k in range(self.memory):
+                x = x + expand(self.b[k, place], x) * known[self.memory - 1 + j - k]
+            if len(self.noise):
+                row = (place - self.noise_from).clamp(max=len(self.noise) - 1)
+                x = x + expand(self.c[place], x) * self.noise[row, at]
+            states.append(x)
+        return torch.stack(states)
+
+    def _evaluate(self, states: Tensor) -> Tensor:
+        """D at the window's points, in one call; points past the grid's end keep their guess and cost nothing."""
+        place = self.base + torch.arange(self.window, device=self.base.device)[:, None]
+        inside = place < self.count
+        row, column = inside.nonzero(as_tuple=True)
+        outputs = self.guess.clone()
+        outputs[row, column] = self._call(states[row, column], place[row, column], self.ids[column])
+        self.evaluations[self.ids] += inside.sum(0)
+        return outputs
+
+    def _call(self, x: Tensor, place: Tensor, ids: Tensor) -> Tensor:
+        """The network output that the rows at these grid places weigh."""
+        prediction = self.model.predict(x, self.t[place], ids)
+        return prediction.denoised if self.output is None else prediction.mix(*self.output[:, place])
+
+    def _settled(self, before: Tensor, after: Tensor) -> Tensor:
+        """How far each window may slide: past its first point, and every next one that hardly moved in the round."""
+        place = self.base + torch.arange(1, self.window, device=self.base.device)[:, None]
+        moved = [rms(after[j] - before[j]) for j in range(1, self.window)]
+        still = torch.stack(moved) <= self.tolerance * self.spread[place] if moved else place < 0
+        stride = 1 + still.long().cumprod(0).sum(0)
+        return torch.minimum(stride, self.count - self.base)
+
+    def _draw(self) -> None:
+        """Keeps the noise of all moves that some window needs, drawn in the sequential sampler's order and keys."""
+        if not any(self.noisy):
+            return
+        low, high = int(self.base.min()), min(int(self.base.max()) + self.window, self.count)
+        kept = self.noise[low - self.noise_from :]
+        fresh = range(self.noise_from + len(self.noise), high)
+        drawn = [self.stream(2 * i + 1, 0)[self.ids] if self.noisy[i] else torch.zeros_like(self.x) for i in fresh]
+        self.noise, self.noise_from = torch.cat([kept, torch.stack(drawn)]) if drawn else kept, low
+
+    def _put_away(self, done: Tensor) -> None:
+        self.result[self.ids[done]] = self.x[done]
+        stay = (~done).nonzero().squeeze(-1)
+        self.ids, self.base, self.x = self.ids[stay], self.base[stay], self.x[stay]
+        self.guess, self.past, self.noise = self.guess[:, stay], self.past[:, stay], self.noise[:, stay]
