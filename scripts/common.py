@@ -48,7 +48,7 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                     overrides = list(HydraConfig.get().overrides.task)
                     Run(output).save_result({"status": "failed", "error": one_line(error), "overrides": overrides})
                     raise
-                if output.is_dir() and not any(output.iterdir()):
+                if output != Path.cwd() and not any(output.iterdir()):
                     output.rmdir()
                 if full_error:
                     raise
@@ -160,7 +160,10 @@ def replaced(folder: Path) -> Path:
 
 
 def _run_directory(resume: str | None, experiment: str | None) -> str:
-    return resume or f"outputs/{experiment or 'train'}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    """The run's folder; a run to resume that does not exist is not made."""
+    if resume:
+        return resume if Path(resume).is_dir() else "."
+    return f"outputs/{experiment or 'train'}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
 OmegaConf.register_new_resolver("run_directory", _run_directory, use_cache=True, replace=True)
