@@ -29,6 +29,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "Ancestral": [{"variance": "forward"}],
     "ExponentialAdams": [{"order": 1}, {"order": 3}, {"order": 4}, {"order": 2, "eta": 0.7}, {"order": 3, "eta": 1.0}],
     "LangevinCorrector": [{"norm": "sample"}, {"norm": "batch"}, {"snr": 0.3, "steps": 2}],
+    "Tabulated": [],  # a table of another step on one grid: that step is tested, and the copy in test_tabulated
 }
 
 # Classes that are nothing without a table of their own; they have tests of their own.
@@ -53,18 +54,26 @@ def _needs_arguments(function: Any) -> bool:
 def instances(base: type) -> dict[str, Any]:
     """Objects of every class, by name: default settings, presets, variants and class methods that need no argument."""
     found: dict[str, Any] = {}
+
+    def add(name: str, instance: Any) -> None:
+        if not any(type(other) is type(instance) and vars(other) == vars(instance) != {} for other in found.values()):
+            found[name] = instance
+
     for cls in concrete(base):
         name, known = cls.__name__, len(found)
         if not _needs_arguments(cls):
-            found[name] = cls()
+            add(name, cls())
         for label, options in getattr(cls, "presets", {}).items():
-            found[f"{name}[{label}]"] = cls(**options)
+            add(f"{name}[{label}]", cls(**options))
         for options in VARIANTS.get(name, []):
-            found[f"{name}[{','.join(f'{k}={v}' for k, v in options.items())}]"] = cls(**options)
+            add(f"{name}[{','.join(f'{k}={v}' for k, v in options.items())}]", cls(**options))
         if issubclass(cls, SDE):
-            makers = [m for m in vars(cls) if isinstance(vars(cls)[m], classmethod)]
-            found |= {f"{name}.{m}": getattr(cls, m)() for m in makers if not _needs_arguments(getattr(cls, m))}
-        assert len(found) > known or name in FROM_A_FILE, f"{name} cannot be built without arguments: give it presets, or VARIANTS here"
+            for maker in [m for m in vars(cls) if isinstance(vars(cls)[m], classmethod)]:
+                if not _needs_arguments(getattr(cls, maker)):
+                    found[f"{name}.{maker}"] = getattr(cls, maker)()
+        assert len(found) > known or name in VARIANTS, (
+            f"{name} cannot be built without arguments: give it presets, or VARIANTS here"
+        )
     return found
 
 
@@ -76,7 +85,9 @@ CORRECTORS = {name: step for name, step in STEPS.items() if step.role == "correc
 LINEAR = {
     name: step
     for name, step in STEPS.items()
-    if isinstance(step, LinearStep) and getattr(step, "norm", "expected") == "expected"
+    if isinstance(step, LinearStep)
+    and getattr(step, "norm", "expected") == "expected"
+    and not getattr(step, "adapt", False)
 }
 
 
