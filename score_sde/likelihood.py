@@ -28,6 +28,7 @@ from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS as SCIPY
 from score_sde.score import ScoreModel
 from score_sde.sde import expand
+from score_sde.trace import ExactTrace, Hutchinson, HutchPlusPlus, Trace
 
 __all__ = [
     "GaussianDequantizer",
@@ -47,8 +48,6 @@ DIVERGENCES = ("exact", "hutchinson", "hutch++")
 ON_DEVICE = ("dopri5", "tsit5", "bosh3")
 METHODS = ("adams", *ON_DEVICE, *SCIPY)
 TRUNCATIONS = ("none", "tweedie")
-
-Pull = Callable[[Tensor], Tensor]
 
 
 class HasLogProb(Protocol):
@@ -307,7 +306,7 @@ class _Flow:
 
     def __init__(
         self, model: ScoreModel, x: Tensor, condition: Mapping[str, Any] | None, sigma_data: float | None,
-        trace: _Trace | None = None,
+        trace: Trace | None = None,
     ) -> None:  # fmt: skip
         condition = dict(condition or {})
         if not x.is_floating_point():
@@ -380,69 +379,13 @@ def _terminal_law(model: ScoreModel, terminal: str | HasLogProb, x: Tensor) -> C
     return lambda latent: torch.distributions.Normal(loc, scale).log_prob(latent).flatten(1).sum(1)
 
 
-# --- traces -----------------------------------------------------------------------------------------------------------
-
-class _Trace:
-    """tr(J) of each sample from products v -> J^T v on flat vectors; `count` columns whose mean is the estimate.
-
-    This one is exact: basis vector by basis vector, in blocks of bounded memory.
-    """
-
-    count = 1
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x.flatten(1)
-
-    def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
-        size = self.x.shape[1]
-        total = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
-        for index in torch.arange(size, device=ids.device).split(max(1, 2**22 // (len(ids) * size))):
-            basis = self.x.new_zeros((len(index), len(ids), size))
-            basis[torch.arange(len(index), device=ids.device), :, index] = 1
-            total += (basis * torch.func.vmap(pull)(basis)).sum((0, 2), dtype=torch.float64)
-        return total[:, None]
-
-
-class _Hutchinson(_Trace):
-    """v^T J v for each Rademacher probe v, shape (probes, batch, d) (Hutchinson 1990)."""
-
-    def __init__(self, x: Tensor, probes: Tensor) -> None:
-        super().__init__(x)
-        self.probes, self.count = probes, len(probes)
-
-    def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
-        v = self.probes[:, ids]
-        return (v * torch.func.vmap(pull)(v)).sum(2, dtype=torch.float64).T
-
-
-class _HutchPlusPlus(_Trace):
-    """d - tr(Q^T B Q) - g^T P B P g, B = 1 - J (the denoiser's Jacobian, of low rank under noise), P = 1 - Q Q^T.
-
-    J is scaled by sigma; Q spans B^T times half of the probes, g are the others. Meyer et al. 2021, arXiv:2010.09649.
-    """
-
-    def __init__(self, x: Tensor, probes: Tensor) -> None:
-        super().__init__(x)
-        self.count = len(probes) // 2
-        self.sketch, self.g = probes[: min(self.count, x[0].numel())], probes[self.count :]
-
-    def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
-        jacobian = torch.func.vmap(pull)
-        sketch, g = self.sketch[:, ids], self.g[:, ids]
-        q = torch.linalg.qr((sketch - jacobian(sketch)).movedim(0, 2))[0].movedim(2, 0)
-        inside = (q * jacobian(q)).sum((0, 2), dtype=torch.float64)
-        rest = g - torch.einsum("qbd,qbe,pbe->pbd", q, q, g)
-        outside = (rest * jacobian(rest)).sum(2, dtype=torch.float64) - rest.square().sum(2, dtype=torch.float64)
-        return (inside + self.x.shape[1] - len(q) + outside).T
-
-
-def _trace(divergence: str, probes: int, x: Tensor, seed: int | Sequence[int]) -> _Trace:
+def _trace(divergence: str, probes: int, x: Tensor, seed: int | Sequence[int]) -> Trace:
     if divergence == "exact":
-        return _Trace(x)
+        return ExactTrace(x.flatten(1))
     seeds = [(seed << 32) + i for i in range(len(x))] if isinstance(seed, int) else seed
     stream = SampleNoise(seeds).open((len(x), math.prod(x.shape[1:])), x.dtype, x.device)
-    kind, needed = (_Hutchinson, probes) if divergence == "hutchinson" else (_HutchPlusPlus, 2 * probes)
-    return kind(x, torch.stack([stream(0, draw) for draw in range(needed)]).sign())
+    kind, needed = (Hutchinson, probes) if divergence == "hutchinson" else (HutchPlusPlus, 2 * probes)
+    return kind(torch.stack([stream(0, draw) for draw in range(needed)]).sign())
 
 
 # --- integration ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 r"""DDPM as variational inference: the terms of its bound on a ladder of noise levels 0 < 1 < ... < K - 1.
 
-    -log p(x) <= KL(q(x_{K-1} | x) || prior) + sum_{t >= 1} KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)) - E log p(x | x_0),
+    -log p(x) <= KL(q(x_{K-1} | x) || prior) + sum_{t>0} KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)) - E log p(x | x_0)
 
-q(x_s | x_t, x) = N(a x_t + b x, small I), b = alpha_s rho, small = sigma_s^2 rho, rho = 1 - exp(2 (lambda_t - lambda_s)),
+q(x_s | x_t, x) = N(a x_t + b x, small I), b = alpha_s rho, small = sigma_s^2 rho, rho = 1 - SNR_t / SNR_s,
 p(x_s | x_t) = N(a x_t + b D, v I) with log v = w log large + (1 - w) log small, large = sigma_t^2 rho (DDPM's beta_t).
 Each term is |x - D|^2 b^2 / (2 v) + d / 2 (small / v - 1 - log(small / v)), in nats.
 Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 5 to 13; Nichol & Dhariwal 2021, arXiv:2102.09672.

@@ -107,6 +107,14 @@ def test_learned_variance_beats_both_fixed_ones(steps):
     small, large, best = (variational_bound(model, x, times=times, variance=v).mean for v in kinds)
     assert best < min(small, large) - 0.005
     assert best > -target.log_prob(x).mean()
+    # Each weight is the minimiser of its own term, the decoder's among them.
+    for step in (0, steps // 2):
+        for change in (-0.2, 0.2):
+            other = StepVariance(steps)
+            other.load_state_dict(learned.state_dict())
+            with torch.no_grad():
+                other.w[step] += change
+            assert variational_bound(model, x, times=times, variance=other).mean > best
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), VESDE()], ids=repr)

@@ -1,0 +1,194 @@
+r"""What a researcher asks of a learned score: how far from the truth, where, and whether it is a score at all.
+
+All errors are those of n = -sigma score, the predicted noise, per dimension, so that 1 is the size of the noise itself:
+
+    loss E|eps - n|^2 / d  =  irreducible E|eps - n*|^2 / d  +  Fisher divergence E|n - n*|^2 / d,      x_t ~ p_t,
+
+n* the exact one. A true score obeys the Fokker-Planck equation and has a symmetric Jacobian; a denoiser is calibrated.
+Source: Vincent 2011; Lai et al. 2023, https://arxiv.org/abs/2210.04296 (score Fokker-Planck equation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_sde.score import ExactScore, ScoreModel
+from score_sde.sde import SDE, expand
+from score_sde.targets import Target
+from score_sde.trace import ExactTrace
+
+__all__ = [
+    "Calibration",
+    "ScoreError",
+    "asymmetry",
+    "calibration",
+    "field_error",
+    "fokker_planck_residual",
+    "score_error",
+]
+
+Condition = Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class ScoreError:
+    """Errors by noise level, each float64 of shape (levels,).
+
+    Attributes:
+        times, half_log_snr: the levels, equally spaced in lambda, least noisy first.
+        fisher: E|n - n*|^2 / d.
+        std_error: of `fisher`.
+        relative: E|n - n*|^2 / E|n*|^2.
+        loss: E|eps - n|^2 / d, what training minimises.
+        irreducible: E|eps - n*|^2 / d, the least value it can take.
+    """
+
+    times: Tensor
+    half_log_snr: Tensor
+    fisher: Tensor
+    std_error: Tensor
+    relative: Tensor
+    loss: Tensor
+    irreducible: Tensor
+
+    @property
+    def mean(self) -> float:
+        """The mean of `fisher` over lambda; times d and lambda's span it bounds KL(p_0 || model), but for the ends.
+
+        Source: Song et al. 2021, https://arxiv.org/abs/2101.09258, theorem 1.
+        """
+        return (torch.trapezoid(self.fisher, self.half_log_snr) / (self.half_log_snr[-1] - self.half_log_snr[0])).item()
+
+
+@torch.no_grad()
+def score_error(
+    model: ScoreModel, target: Target, *, levels: int = 32, count: int = 2000, seed: int = 0,
+    condition: Condition = None,
+) -> ScoreError:  # fmt: skip
+    """The model against the exact score of closed-form data at `levels` noise levels, on `count` fresh points each."""
+    exact, times = ExactScore(target, model.sde), _levels(model.sde, levels)
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for t in times.tolist():
+        x0, noise = _draw(model, target, count, generator)
+        x = model.sde.perturb(x0, t, noise)
+        # In double precision also at x in single: under little noise n* is a small difference of large numbers.
+        found, truth = model(x, t, **(condition or {})).noise.double(), exact(x.double(), t).noise
+        excess, size = _mean_square(found - truth), _mean_square(truth)
+        rows.append([excess.mean(), excess.std() / math.sqrt(count), excess.mean() / size.mean(),
+                     _mean_square(noise - found).mean(), _mean_square(noise - truth).mean()])  # fmt: skip
+    columns = torch.tensor(rows, dtype=torch.float64).T
+    return ScoreError(times, model.sde.half_log_snr(times), *columns)
+
+
+@torch.no_grad()
+def field_error(model: ScoreModel, target: Target, x: Tensor, t: float, condition: Condition = None) -> Tensor:
+    """|n - n*| / sqrt(d) at points x (n, *event) of noise level t, shape (n,): a field to plot over space and level."""
+    truth = ExactScore(target, model.sde)(x.double(), t).noise
+    return _mean_square(model(x, t, **(condition or {})).noise - truth).sqrt()
+
+
+@torch.no_grad()
+def fokker_planck_residual(model: ScoreModel, x: Tensor, t: float | Tensor, condition: Condition = None) -> Tensor:
+    """R = n - dn/du - sigma grad |n|^2 + sigma^2 grad tr(dn/dx), shape (batch, *event); 0 for the score of any law.
+
+    u = -lambda, and dn/du is taken at fixed x / alpha. It is the gradient of the heat equation that log p obeys,
+    d log p / d(s^2) = (Laplacian log p + |grad log p|^2) / 2, s = sigma / alpha, times -s^3, in the noise's units.
+    """
+    sde, named = model.sde, dict(condition or {})
+    t = torch.as_tensor(t, dtype=torch.float64).expand(len(x)).to(x.device).contiguous()
+    sigma = expand(sde.sigma(t), x)
+
+    def noise(v: Tensor, time: Tensor) -> Tensor:
+        return model(v, time, **named).noise
+
+    def divergence(v: Tensor) -> Tensor:
+        _, pull = torch.func.vjp(lambda y: noise(y, t), v)  # type: ignore[misc]
+        return ExactTrace(x.flatten(1))(lambda w: pull(w.view_as(x))[0].flatten(1), torch.arange(len(x))).sum()
+
+    along = (expand(sde.drift(t), x) * x, torch.ones_like(t))
+    value, change = torch.func.jvp(noise, (x, t), along)  # type: ignore[misc]
+    change = change * expand(2 * (sde.sigma(t) / sde.diffusion(t)) ** 2, x)
+    square = torch.func.grad(lambda v: noise(v, t).square().sum())(x)
+    return value - change - sigma * square + sigma**2 * torch.func.grad(divergence)(x)
+
+
+@torch.no_grad()
+def asymmetry(model: ScoreModel, x: Tensor, t: float | Tensor, condition: Condition = None) -> Tensor:
+    """|J - J^T|_F / (2 |J|_F) of the denoiser's Jacobian at each point, shape (batch,): 0 if the field is conservative.
+
+    1 is a pure rotation. Costs one product a dimension.
+    """
+    _, pull = torch.func.vjp(lambda v: model(v, t, **(condition or {})).denoised, x)  # type: ignore[misc]
+    size = x[0].numel()
+    basis = torch.eye(size, dtype=x.dtype, device=x.device)[:, None].expand(size, len(x), size)
+    jacobian = torch.func.vmap(lambda v: pull(v.view_as(x))[0].flatten(1))(basis).movedim(0, 1)
+    odd = (jacobian - jacobian.mT).square().sum((1, 2)).sqrt() / 2
+    return odd / jacobian.square().sum((1, 2)).sqrt().clamp_min(1e-300)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether D(x_t) is a posterior mean of x_0, by noise level; each float64 of shape (levels,).
+
+    Attributes:
+        times, half_log_snr: the levels, least noisy first.
+        slope: of the regression of x_0 on D over all dimensions, 1 for a posterior mean; below 1 D overreaches.
+        bias: E(x_0 - D), in root mean square over dimensions.
+        mse: E|x_0 - D|^2 / d.
+        predicted_mse: E sigma^2 / alpha tr(dD/dx) / d, the posterior variance that the model's own Jacobian states.
+    """
+
+    times: Tensor
+    half_log_snr: Tensor
+    slope: Tensor
+    bias: Tensor
+    mse: Tensor
+    predicted_mse: Tensor
+
+
+@torch.no_grad()
+def calibration(
+    model: ScoreModel, x0: Tensor, *, levels: int = 16, seed: int = 0, condition: Condition = None
+) -> Calibration:
+    """Regresses clean data x0 (n, *event) on the denoiser's output at each level; no exact score is needed."""
+    times = _levels(model.sde, levels)
+    generator = torch.Generator(x0.device).manual_seed(seed)
+    trace, ids, rows = ExactTrace(x0.flatten(1)), torch.arange(len(x0), device=x0.device), []
+    for t in times.tolist():
+        noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
+        x = model.sde.perturb(x0, t, noise)
+        denoised, pull = torch.func.vjp(lambda v, t=t: model(v, t, **(condition or {})).denoised, x)  # type: ignore[misc]
+
+        def products(v: Tensor, pull: Any = pull) -> Tensor:
+            return pull(v.view_as(x0))[0].flatten(1)
+
+        variance = trace(products, ids).mean() / x0[0].numel()
+        variance = variance * model.sde.sigma(t) ** 2 / model.sde.alpha(t)
+        error, centred = (x0 - denoised).double(), (denoised - denoised.mean(0)).double()
+        slope = 1 + (error * centred).sum() / centred.square().sum().clamp_min(1e-300)
+        rows.append([slope, error.mean(0).square().mean().sqrt(), error.square().mean(), variance])
+    return Calibration(times, model.sde.half_log_snr(times), *torch.tensor(rows, dtype=torch.float64).T)
+
+
+def _levels(sde: SDE, count: int) -> Tensor:
+    if count < 2:
+        raise ValueError(f"levels is at least 2, got {count}")
+    first, last = sde.half_log_snr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).tolist()
+    return sde.time_at(torch.linspace(first, last, count, dtype=torch.float64)).clamp(sde.t_min, sde.t_max)
+
+
+def _draw(model: ScoreModel, target: Target, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x0 = target.sample((count,), generator=generator)
+    noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+    return x0.to(model.device), noise.to(model.device)
+
+
+def _mean_square(v: Tensor) -> Tensor:
+    return v.double().square().flatten(1).mean(1)

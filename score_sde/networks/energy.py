@@ -1,0 +1,37 @@
+"""A conservative network: the gradient of a scalar potential made from any network f.
+
+    U(x, c) = sum_d x_d f_d(x, c),    F(x, c) = grad_x U.    At f = 0, where the networks of this room start, F = 0.
+
+Source: Salimans & Ho 2021, https://openreview.net/forum?id=9AS-TF2jRNb ("Should EBMs model the energy or the score?").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Conservative"]
+
+
+class Conservative(nn.Module):
+    """F = grad U, symmetric in its Jacobian at every noise level; with an `EnergyScore` it has a density.
+
+    Args:
+        network: f, a module (x, c_noise, label) -> (the shape of x).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.num_classes = getattr(network, "num_classes", None)
+
+    def potential(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """U, shape (batch,)."""
+        named: dict[str, Any] = {} if label is None else {"label": label}
+        return (x * self.network(x, c_noise, **named)).flatten(1).sum(1)
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        # A functional transform: it works under no_grad, and derivatives of F flow through it.
+        return torch.func.grad(lambda v: self.potential(v, c_noise, label).sum())(x)

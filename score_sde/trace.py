@@ -1,0 +1,76 @@
+r"""Traces of a batch's Jacobians from vector-Jacobian products, sample by sample.
+
+    tr J = sum_i e_i^T J e_i = E v^T J v for E v v^T = I  (Hutchinson 1990).
+
+All take flat vectors: a pull (batch, d) -> (batch, d), v -> J^T v, as `torch.func.vjp` gives it from one forward pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["ExactTrace", "HutchPlusPlus", "Hutchinson", "Trace"]
+
+Pull = Callable[[Tensor], Tensor]
+
+
+class Trace(ABC):
+    """(pull, ids) -> `count` columns for the samples of those places in the batch, whose mean estimates the trace."""
+
+    count: int = 1
+
+    @abstractmethod
+    def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
+        """Float64 of shape (len(ids), count)."""
+
+
+class ExactTrace(Trace):
+    """Basis vector by basis vector, in blocks of bounded memory; `like` (batch, d) gives size, dtype and device."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+
+    def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
+        size = self.like.shape[1]
+        total = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+        for index in torch.arange(size, device=ids.device).split(max(1, 2**22 // (len(ids) * size))):
+            basis = self.like.new_zeros((len(index), len(ids), size))
+            basis[torch.arange(len(index), device=ids.device), :, index] = 1
+            total = total + (basis * torch.func.vmap(pull)(basis)).sum((0, 2), dtype=torch.float64)
+        return total[:, None]
+
+
+class Hutchinson(Trace):
+    """v^T J v for each probe v, shape (probes, batch, d): unbiased, and without variance on diagonal J if v is +-1."""
+
+    def __init__(self, probes: Tensor) -> None:
+        self.probes, self.count = probes, len(probes)
+
+    def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
+        v = self.probes[:, ids]
+        return (v * torch.func.vmap(pull)(v)).sum(2, dtype=torch.float64).T
+
+
+class HutchPlusPlus(Trace):
+    """d - tr(Q^T B Q) - g^T P B P g, B = 1 - J, P = 1 - Q Q^T: for J near the identity but for a few directions.
+
+    So is the Jacobian of sigma n under strong noise, B being the denoiser's. Q spans B^T times the first half of the
+    probes (2 count, batch, d), g are the others. Source: Meyer et al. 2021, arXiv:2010.09649, algorithm 1.
+    """
+
+    def __init__(self, probes: Tensor) -> None:
+        self.count = len(probes) // 2
+        self.sketch, self.g = probes[: min(self.count, probes.shape[2])], probes[self.count :]
+
+    def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
+        jacobian = torch.func.vmap(pull)
+        sketch, g = self.sketch[:, ids], self.g[:, ids]
+        q = torch.linalg.qr((sketch - jacobian(sketch)).movedim(0, 2))[0].movedim(2, 0)
+        inside = (q * jacobian(q)).sum((0, 2), dtype=torch.float64)
+        rest = g - torch.einsum("qbd,qbe,pbe->pbd", q, q, g)
+        outside = (rest * jacobian(rest)).sum(2, dtype=torch.float64) - rest.square().sum(2, dtype=torch.float64)
+        return (inside + g.shape[2] - len(q) + outside).T

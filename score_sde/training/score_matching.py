@@ -1,0 +1,156 @@
+r"""Score matching without a denoising target: implicit, sliced, by finite differences, and explicit.
+
+With n(x) = -sigma s(x), n* that of the true p_t, and x ~ p_t (clean data noised to level t), integration by parts gives
+
+    E |n - n*|^2 = E [|n|^2 - 2 sigma tr(dn/dx)] + E |n*|^2,        E |n*|^2 = sigma^2 E |grad log p_t|^2 constant,
+
+so that each objective here has, in expectation, the gradient of explicit score matching, from samples of p_t alone.
+The loss is w(t) lambda(t) sigma^2 / alpha^2 / d times the bracket: that of denoising score matching but for a constant.
+Source: Hyvarinen 2005, JMLR 6, theorem 1; Song et al. 2019, https://arxiv.org/abs/1905.07088.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from score_sde.data import Batch
+from score_sde.score import ClosedForm, ExactScore, LearnedScore
+from score_sde.sde import expand
+from score_sde.trace import ExactTrace, Hutchinson, Trace
+from score_sde.training.times import Times
+from score_sde.training.weighting import SimpleWeighting, Weighting
+
+__all__ = [
+    "ExplicitScoreMatching",
+    "FiniteDifferenceScoreMatching",
+    "ImplicitScoreMatching",
+    "ScoreMatching",
+    "SlicedScoreMatching",
+]
+
+Field = Callable[[Tensor], Tensor]
+
+
+class ScoreMatching(ABC):
+    """The weighted loss of each example; a subclass gives the bracket of the module's formula.
+
+    Args:
+        weighting: lambda, the weight of the denoiser's error, as for `DenoisingScoreMatching`.
+    """
+
+    def __init__(self, weighting: Weighting | None = None) -> None:
+        self.weighting = weighting or SimpleWeighting()
+
+    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Tensor:
+        """Losses (batch,), float32; noise and probes come from the generator, on the device of the batch."""
+        sde, t, x0 = model.sde, times.t, batch.x
+        noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        x = sde.perturb(x0, t, noise)
+        weight = times.weight * self.weighting(sde, t) * (-2 * sde.half_log_snr(t)).exp()
+        bracket = self.bracket(lambda v: model(v, t, **batch.condition).noise, model, x, t, generator)
+        return (weight * bracket / x0[0].numel()).float()
+
+    @abstractmethod
+    def bracket(self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        """|n|^2 - 2 sigma tr(dn/dx), or an estimate of it, at x (batch, *event) for the field n; shape (batch,)."""
+
+
+class ImplicitScoreMatching(ScoreMatching):
+    """|n|^2 - 2 sigma tr(dn/dx), the trace exact (one product a dimension) or by Rademacher probes.
+
+    Args:
+        probes: None for the exact trace, else probes a sample (Hutchinson).
+
+    Raises:
+        ValueError: probes is not positive.
+    """
+
+    def __init__(self, weighting: Weighting | None = None, probes: int | None = None) -> None:
+        super().__init__(weighting)
+        if probes is not None:
+            _positive("probes", probes)
+        self.probes = probes
+
+    def bracket(self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        probes = None if self.probes is None else _rademacher(self.probes, x, generator)
+        trace: Trace = ExactTrace(x.flatten(1)) if probes is None else Hutchinson(probes)
+        noise, pull = torch.func.vjp(field, x)  # type: ignore[misc]
+        ids = torch.arange(len(x), device=x.device)
+        divergence = trace(lambda v: pull(v.unflatten(1, x.shape[1:]))[0].flatten(1), ids).mean(1)
+        return self.square(noise.flatten(1), probes) - 2 * model.sde.sigma(t) * divergence
+
+    def square(self, noise: Tensor, probes: Tensor | None) -> Tensor:
+        """|n|^2 of n (batch, d)."""
+        return noise.square().sum(1)
+
+
+class SlicedScoreMatching(ImplicitScoreMatching):
+    """Mean over probes v of (v^T n)^2 - 2 sigma v^T (dn/dx) v, unbiased as E v v^T = I.
+
+    Its variance-reduced form, |n|^2 in place of (v^T n)^2, is `ImplicitScoreMatching` with probes.
+    Source: Song et al. 2019, eq. 7 and 8.
+    """
+
+    def __init__(self, weighting: Weighting | None = None, probes: int = 1) -> None:
+        super().__init__(weighting, probes)
+
+    def square(self, noise: Tensor, probes: Tensor | None) -> Tensor:
+        assert probes is not None
+        return (probes * noise).sum(2).square().mean(0)
+
+
+class FiniteDifferenceScoreMatching(ScoreMatching):
+    """|m|^2 - v^T (n(x + h v) - n(x - h v)) sigma / h, m the mean of both values, h = step sigma.
+
+    The bias is O(step^2); two evaluations of the network in one call. Source: Pang et al. 2020,
+    https://arxiv.org/abs/2007.03317, eq. 18.
+
+    Args:
+        step: h in units of sigma(t).
+
+    Raises:
+        ValueError: step is not positive.
+    """
+
+    def __init__(self, weighting: Weighting | None = None, step: float = 0.1) -> None:
+        super().__init__(weighting)
+        _positive("step", step)
+        self.step = step
+
+    def bracket(self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        v = _rademacher(1, x, generator)[0].view_as(x)
+        shift = expand(self.step * model.sde.sigma(t), x) * v
+        right, left = field(x + shift), field(x - shift)
+        square = ((right + left) / 2).square().flatten(1).sum(1)
+        return square - ((right - left) * v).flatten(1).sum(1) / self.step
+
+
+class ExplicitScoreMatching(ScoreMatching):
+    """|n - n*|^2 against the known score of a closed-form law of the data: the yardstick of the others.
+
+    Args:
+        target: the law (see `score_sde.targets`).
+    """
+
+    def __init__(self, target: ClosedForm, weighting: Weighting | None = None) -> None:
+        super().__init__(weighting)
+        self.target = target
+
+    def bracket(self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        exact = ExactScore(self.target, model.sde)(x, t).noise
+        return (field(x) - exact).square().flatten(1).sum(1)
+
+
+def _rademacher(probes: int, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Signs (probes, batch, d), each +1 or -1."""
+    shape = (probes, len(x), x[0].numel())
+    return torch.randint(0, 2, shape, generator=generator, device=x.device).to(x.dtype).mul_(2).sub_(1)
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}={value} must be positive")
