@@ -30,7 +30,7 @@ from score_sde import grid as grids
 from score_sde.noise import SampleNoise
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
-from score_sde.score import ExactScore, ScoreModel
+from score_sde.score import ScoreModel
 from score_sde.sde import SDE, Time, VPSDE, as_time
 from score_sde.steps import Step
 from score_sde.steps.multistep import CLOCKS, PREDICTIONS, output_of
@@ -104,16 +104,23 @@ class Certificate:
 # --- running a step by hand -------------------------------------------------------------------------------------------
 
 
-class Evaluator:
-    """A denoiser D(x, t) as a sampler's `evaluate`: counted, in one SDE."""
+Denoiser = Callable[[Tensor, float, float, float], Tensor]
+"""(x, t, alpha, sigma) -> D."""
 
-    def __init__(self, sde: SDE, denoiser: Callable[[Tensor, float], Tensor]) -> None:
+
+class Evaluator:
+    """A denoiser as a sampler's `evaluate`: counted, in one SDE."""
+
+    def __init__(self, sde: SDE, denoiser: Denoiser) -> None:
         self.sde, self.denoiser, self.calls = sde, denoiser, 0
+        self.levels: dict[float, tuple[float, float]] = {}
 
     def __call__(self, x: Tensor, t: float) -> Prediction:
         self.calls += 1
-        alpha, sigma = self.sde.alpha(t).item(), self.sde.sigma(t).item()
-        return Prediction(x, self.denoiser(x, t), alpha, sigma)
+        if t not in self.levels:
+            self.levels[t] = self.sde.alpha(t).item(), self.sde.sigma(t).item()
+        alpha, sigma = self.levels[t]
+        return Prediction(x, self.denoiser(x, t, alpha, sigma), alpha, sigma)
 
 
 def travel(
@@ -139,14 +146,13 @@ def end(states: Iterator[Tensor]) -> Tensor:
 # --- Gaussian data: the exact law of the output -----------------------------------------------------------------------
 
 
-def gaussian_denoiser(sde: SDE, mean: float, std: Tensor, constant: int | None) -> Callable[[Tensor, float], Tensor]:
+def gaussian_denoiser(mean: float, std: Tensor, constant: int | None) -> Denoiser:
     """D = mean + gain (x - alpha mean) for data N(mean, std^2), std of shape (cases, 1).
 
     With `constant`, x holds coefficients and mean multiplies the one at that index.
     """
 
-    def denoise(x: Tensor, t: float) -> Tensor:
-        alpha, sigma = sde.alpha(t), sde.sigma(t)
+    def denoise(x: Tensor, t: float, alpha: float, sigma: float) -> Tensor:
         gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
         offset = mean * (1 - gain * alpha)
         if constant is None:
@@ -182,14 +188,14 @@ def moments(
 
     alpha, marginal = sde.alpha(times), (sde.alpha(times) ** 2 * std**2 + sde.sigma(times) ** 2).sqrt()  # (cases, N + 1)
     zero = torch.zeros(len(std), 1, dtype=torch.float64)
-    end(travel(step, sde, times, zero, Evaluator(sde, gaussian_denoiser(sde, mean, std, None)), record))
+    end(travel(step, sde, times, zero, Evaluator(sde, gaussian_denoiser(mean, std, None)), record))
     width = len(keys) + 2
     unit = torch.eye(width, dtype=torch.float64)
 
     def state(i: int) -> Tensor:  # column 0 is the constant 1, column 1 the start's z
         return mean * alpha[i] * unit[0] + marginal[:, i, None] * unit[1]
 
-    evaluate = Evaluator(sde, gaussian_denoiser(sde, mean, std, 0))
+    evaluate = Evaluator(sde, gaussian_denoiser(mean, std, 0))
     exact = torch.stack([state(i) for i in range(warm)]) if warm else None
     states = torch.stack(
         list(travel(step, sde, times, state(0), evaluate, lambda i, k: unit[keys[i, k]].expand(len(std), -1), exact))
@@ -205,7 +211,7 @@ def _is_affine(
     z = torch.randn(states.shape[-1], 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     z[0] = 1.0
     start = mean * sde.alpha(times[0]) + (sde.alpha(times[0]) ** 2 * std**2 + sde.sigma(times[0]) ** 2).sqrt() * z[1]
-    evaluate = Evaluator(sde, gaussian_denoiser(sde, mean, std, None))
+    evaluate = Evaluator(sde, gaussian_denoiser(mean, std, None))
     known = exact @ z if exact is not None else None
     x = end(travel(step, sde, times, start, evaluate, lambda i, k: z[keys[i, k]].expand(len(std), 1), known))
     return bool(torch.allclose(x, states[-1] @ z, rtol=1e-8, atol=1e-8 * states[-1].abs().max().item()))
@@ -275,8 +281,8 @@ def _mixture_paths(sde: SDE, steps: int) -> tuple[GaussianMixture, Tensor, Tenso
 def ode_error(step: Step, sde: SDE, steps: int) -> float:
     """Root mean square endpoint error of an ODE step on a Gaussian mixture, in x / alpha, from exact starting values."""
     target, times, states = _mixture_paths(sde, steps)
-    model = ExactScore(target, sde)
-    x = end(travel(step, sde, times, states[0], model, _no_draw, states[:WARM]))
+    evaluate = Evaluator(sde, lambda x, t, alpha, sigma: target.denoise(x, alpha, sigma))
+    x = end(travel(step, sde, times, states[0], evaluate, _no_draw, states[:WARM]))
     return ((x - states[-1]) / sde.alpha(times[-1])).square().mean().sqrt().item()
 
 
@@ -323,9 +329,9 @@ def polynomial_exactness(step: Step, sde: SDE, degrees: int = 5) -> tuple[str, s
 def _polynomial_residual(step: Step, sde: SDE, prediction: str, clock: str, degree: int) -> float:
     times, x = _polynomial_path(sde, prediction, clock, degree)
 
-    def denoise(x: Tensor, t: float) -> Tensor:
+    def denoise(x: Tensor, t: float, alpha: float, sigma: float) -> Tensor:
         # u D + w eps = N and alpha D + sigma eps = x: two equations for D and eps.
-        u, w, alpha, sigma = *output_of(prediction, sde, as_time(t)), sde.alpha(t), sde.sigma(t)
+        u, w = output_of(prediction, sde, as_time(t))
         N = _clock(sde, clock, as_time(t), times) ** degree
         return (sigma * N - w * x) / (u * sigma - w * alpha)
 
@@ -411,7 +417,7 @@ def stationary_variance(step: Step, sde: SDE) -> float:
     g = torch.Generator().manual_seed(0)
     x = scale * torch.randn(4096, 64, dtype=torch.float64, generator=g)
     (row,) = step.plan(sde, t[None], t[None])
-    total, burn, visits = 0.0, 100, 150
+    total, burn, visits = 0.0, 60, 100
     for visit in range(visits):
         x, _ = step.advance(row, x, (), evaluate, lambda k: torch.randn(x.shape, dtype=torch.float64, generator=g))
         total += x.square().mean().item() * (visit >= burn)
@@ -422,7 +428,7 @@ class Gaussian(Evaluator):
     """Data N(0, I), with the density that Metropolis steps ask for."""
 
     def __init__(self, sde: SDE) -> None:
-        super().__init__(sde, gaussian_denoiser(sde, 0.0, torch.ones((), dtype=torch.float64), None))
+        super().__init__(sde, gaussian_denoiser(0.0, torch.ones((), dtype=torch.float64), None))
 
     def log_prob(self, x: Tensor, t: float) -> Tensor:
         return -x.square().flatten(1).sum(1) / (2 * (self.sde.alpha(t) ** 2 + self.sde.sigma(t) ** 2))
@@ -473,7 +479,7 @@ def certify(step: Step, sde: SDE | None = None, name: str | None = None, budgets
     Raises:
         ValueError: the step refuses the SDE or the grids.
     """
-    sde = sde or VPSDE()
+    sde = sde or _default_sde()
     counted, stochastic = counted_calls(step, sde)
     declared = measured = residual = stationary = math.nan
     exact, table = None, pd.DataFrame(columns=["steps", "calls", "mean", "std"])
@@ -489,6 +495,11 @@ def certify(step: Step, sde: SDE | None = None, name: str | None = None, budgets
         name or type(step).__name__, step.role, stochastic, declared, measured, step.calls, counted, residual, exact,
         table, is_batch_independent(step, sde), stationary,
     )  # fmt: skip
+
+
+@functools.cache
+def _default_sde() -> SDE:
+    return VPSDE()
 
 
 def discover(base: type[Step] = Step) -> dict[str, Step]:

@@ -12,6 +12,7 @@ N is replaced by the Lagrange polynomial, in a clock u(t), through its last valu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -26,9 +27,12 @@ PREDICTIONS = ("denoised", "noise", "score", "velocity")
 CLOCKS = ("time", "level", "log_snr")
 
 
+_gauss_legendre = functools.cache(np.polynomial.legendre.leggauss)
+
+
 def quadrature(like: Tensor, points: int = 32) -> tuple[Tensor, Tensor]:
     """Gauss-Legendre nodes and weights on [0, 1], shaped (points, 1, ...) to go before `like`'s dimensions."""
-    nodes, weights = np.polynomial.legendre.leggauss(points)
+    nodes, weights = _gauss_legendre(points)
     shape = (points,) + (1,) * like.ndim
     return torch.from_numpy((nodes + 1) / 2).reshape(shape), torch.from_numpy(weights / 2).reshape(shape)
 

@@ -1,0 +1,177 @@
+"""The further grids against their papers' formulas, grids that go up, and where correctors act."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from score_sde import DDIM, DiscreteSDE, ExactScore, GaussianMixture, Heun, KarrasSDE, RectifiedFlow, Sampler, VPSDE, grid
+from score_sde.evaluation.certify import moments
+
+FAMILY = [
+    grid.exponential, partial(grid.poly_exponential, rho=2.0), grid.cosine, grid.beta, grid.iddpm,
+    partial(grid.tabulated, levels="stable_diffusion_xl"),
+]  # fmt: skip
+
+
+def levels(sde, times):
+    return (sde.sigma(times) / sde.alpha(times)).numpy()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 40])
+def test_every_grid_runs_from_the_noisiest_time_to_the_cleanest(sde, steps):
+    for f in FAMILY:
+        times = grid.check(f(sde, steps=steps), sde)
+        assert times.shape == (steps + 1,)
+        assert (times[0].item(), times[-1].item()) == (sde.t_max, sde.t_min)
+        assert (times.diff() < 0).all(), f
+
+
+def test_poly_exponential_is_k_diffusions():
+    # sigmas = exp(linspace(1, 0, n)^rho (ln max - ln min) + ln min)
+    ramp = np.linspace(1, 0, 9) ** 1.7
+    expected = np.exp(ramp * (np.log(80) - np.log(0.002)) + np.log(0.002))
+    np.testing.assert_allclose(grid.poly_exponential(KarrasSDE(), 8, 1.7).numpy(), expected, rtol=1e-12)
+
+
+def test_cosine_is_uniform_in_the_angle():
+    sde = VPSDE()
+    angle = np.arctan(levels(sde, grid.cosine(sde, 7)))
+    np.testing.assert_allclose(np.diff(angle), (angle[-1] - angle[0]) / 7, rtol=1e-9)
+
+
+def test_beta_takes_the_quantiles_of_a_beta_law():
+    sde = VPSDE()
+    expected = sde.t_min + stats.beta(0.6, 0.6).ppf(1 - np.arange(11) / 10) * (1 - sde.t_min)
+    np.testing.assert_allclose(grid.beta(sde, 10).numpy(), expected, rtol=1e-10)
+    skewed = grid.beta(sde, 10, a=0.5, b=1.0).numpy()
+    np.testing.assert_allclose(skewed, sde.t_min + stats.beta(0.5, 1.0).ppf(1 - np.arange(11) / 10) * (1 - sde.t_min), rtol=1e-10)
+
+
+def test_iddpm_takes_the_levels_of_edms_recursion():
+    M, C_1, C_2 = 1000, 0.001, 0.008
+    abar = lambda j: np.sin(np.pi / 2 * j / (M * (C_2 + 1))) ** 2  # noqa: E731
+    u = np.zeros(M + 1)
+    for j in range(M, 0, -1):
+        u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(abar(j - 1) / abar(j), C_1) - 1)
+    # 998 - 8 = 990 index steps between two of the levels, in 10 moves: every 99th level itself.
+    sde = KarrasSDE(sigma_min=u[998], sigma_max=u[8])
+    np.testing.assert_allclose(grid.iddpm(sde, 10).numpy(), u[8:999:99], rtol=1e-9)
+
+
+def test_tabulated_levels_are_met_and_interpolated_log_linearly():
+    listed = grid.ALIGN_YOUR_STEPS["stable_video_diffusion"]
+    sde = KarrasSDE(sigma_min=0.002, sigma_max=700.0)
+    np.testing.assert_allclose(levels(sde, grid.tabulated(sde, 10, "stable_video_diffusion")), listed, rtol=1e-10)
+    halved = levels(sde, grid.tabulated(sde, 20, "stable_video_diffusion"))
+    np.testing.assert_allclose(halved[1::2], np.sqrt(np.array(listed[1:]) * np.array(listed[:-1])), rtol=1e-10)
+    kept = grid.tabulated(sde, 2, [100.0, 1.0, 0.1], stretch=False)
+    np.testing.assert_allclose(levels(sde, kept), [100.0, 1.0, 0.1], rtol=1e-10)
+    stretched = levels(VPSDE(), grid.tabulated(VPSDE(), 10, "stable_video_diffusion"))
+    place = (np.log(listed) - np.log(listed[-1])) / np.log(listed[0] / listed[-1])
+    np.testing.assert_allclose(np.log(stretched / stretched[-1]) / np.log(stretched[0] / stretched[-1]), place, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "expected"),
+    [("leading", np.arange(9, -1, -1) * 100.0), ("trailing", 999 - np.arange(10) * 100.0), ("linspace", np.linspace(999, 0, 10))],
+)
+def test_respaced_sub_ladders(spacing, expected):
+    np.testing.assert_allclose(grid.respaced(DiscreteSDE.ddpm(), 9, spacing).numpy(), expected, rtol=1e-12)
+
+
+def test_respaced_indices_are_not_rounded():
+    assert grid.respaced(DiscreteSDE.ddpm(), 6)[1].item() == pytest.approx(999 - 1000 / 7)
+
+
+# --- grids that go up -------------------------------------------------------------------------------------------------
+
+
+def test_churn_raises_edms_levels_by_gamma():
+    base = partial(grid.karras, steps=17)
+    sigma = base(KarrasSDE()).tolist()
+    times = grid.churn(KarrasSDE(), base, S_churn=5.0, S_min=0.05, S_max=50.0).tolist()
+    gamma = min(5 / 18, 2**0.5 - 1)
+    expected = []
+    for i, level in enumerate(sigma):
+        expected += [level] if i == 17 or not 0.05 <= level <= 50 else [level, level * (1 + gamma)]
+    assert times == pytest.approx(expected, rel=1e-9)
+    capped = grid.churn(KarrasSDE(), base, S_churn=1e9, S_min=0.0, S_max=float("inf"))
+    assert capped[0] == 80
+    assert capped[1] < 80  # no level above the noisiest
+    assert capped[2] == 80  # 57.6 sqrt(2) would exceed it
+    assert capped[4].item() == pytest.approx(capped[3].item() * 2**0.5)
+
+
+def test_without_churn_the_grid_is_its_base():
+    base = partial(grid.karras, steps=5)
+    assert torch.equal(grid.churn(KarrasSDE(), base, S_churn=0.0), base(KarrasSDE()))
+
+
+def test_restart_goes_up_and_comes_down_again():
+    base = partial(grid.karras, steps=9)
+    main = base(KarrasSDE())
+    times = grid.restart(KarrasSDE(), base, [(0.11, 0.5, 3, 2), (1.5, 4.0, 1, 1)])
+    up = times.diff() > 0
+    assert int(up.sum()) == 3
+    assert len(times) == 10 + 2 * (1 + 3) + (1 + 1)  # a jump's top and its steps
+    assert times[1:][up].tolist() == pytest.approx([4.0, 0.5, 0.5])
+    assert set(main.tolist()) <= set(times.tolist())
+    jump = times.tolist().index(0.5) if 0.5 in times.tolist() else int((times - 0.5).abs().argmin())
+    low = main[(main - 0.11).abs().argmin()].item()
+    rho = np.linspace(0.5 ** (1 / 7), low ** (1 / 7), 4) ** 7
+    assert times[jump : jump + 4].tolist() == pytest.approx(rho.tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), KarrasSDE(), RectifiedFlow(), DiscreteSDE.ddpm()], ids=repr)
+def test_upward_moves_leave_the_law_as_it_is(sde):
+    # Data N(0, 1) through Heun with restarts and with churn: pooled variance at the end within 4.5 standard errors and
+    # the solver's own error (0.01). 20,000 samples: standard error of the std 0.5 %.
+    model = ExactScore(GaussianMixture([1.0], [[0.0]], [[[1.0]]]), sde)
+    base = partial(grid.log_snr, steps=60)
+    for f in (partial(grid.churn, base=base, S_churn=6.0), partial(grid.restart, base=base)):
+        result = Sampler(Heun(), f, final="none").sample(model, (20_000, 1), seed=0)
+        t = result.times[-1]
+        true = sde.alpha(t).hypot(sde.sigma(t)).item()
+        assert result.x.std().item() == pytest.approx(true, rel=0.0325)
+        assert result.nfe == 2 * int((result.times.diff() < 0).sum())
+
+
+def test_moments_follow_the_recursion_of_the_std():
+    # D = K x on centred Gaussian data, so std_s = (a + b K) std_t.
+    sde, times = VPSDE(), grid.log_snr(VPSDE(), steps=12)
+    mean, std = moments(DDIM(), sde, times, 0.0, torch.tensor([0.5], dtype=torch.float64))
+    alpha, sigma = sde.alpha(times), sde.sigma(times)
+    v = (alpha[0] ** 2 * 0.25 + sigma[0] ** 2).sqrt()
+    for i in range(12):
+        a = sigma[i + 1] / sigma[i]
+        K = alpha[i] * 0.25 / (alpha[i] ** 2 * 0.25 + sigma[i] ** 2)
+        v = v * (a + (alpha[i + 1] - a * alpha[i]) * K)
+    assert std[-1, 0].item() == pytest.approx(v.item(), rel=1e-12)
+    assert mean.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: grid.poly_exponential(VPSDE(), 5, rho=0.0), "rho > 0"),
+        (lambda: grid.beta(VPSDE(), 5, a=0.0), "a > 0 and b > 0"),
+        (lambda: grid.cosine(VPSDE(), 0), "steps >= 1"),
+        (lambda: grid.tabulated(VPSDE(), 5, "sdxl"), "known: stable_diffusion_1.5"),
+        (lambda: grid.tabulated(VPSDE(), 5, [0.1, 1.0]), "that decrease"),
+        (lambda: grid.tabulated(KarrasSDE(), 5, [100.0, 1.0], stretch=False), "stretch=True"),
+        (lambda: grid.respaced(VPSDE(), 5), "takes a DiscreteSDE"),
+        (lambda: grid.respaced(DiscreteSDE.ddpm(), 5, "even"), "spacing is"),
+        (lambda: grid.respaced(DiscreteSDE.ddpm(10, 1e-4, 5e-3), 10), "at most steps=9"),
+        (lambda: grid.churn(VPSDE(), partial(grid.uniform, steps=3), S_churn=-1), "S_churn >= 0"),
+        (lambda: grid.restart(VPSDE(), partial(grid.uniform, steps=3), [(1.0, 0.5, 2, 1)]), "low < high"),
+        (lambda: grid.every(VPSDE(), torch.ones(3), 0), "period is"),
+    ],
+)
+def test_what_makes_no_grid_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
