@@ -14,6 +14,7 @@ from score_sde.guidance.operators import (
     Matrix,
     Nonlinear,
     Operator,
+    task_operator,
 )
 from score_sde.guidance.particles import TwistedParticles
 from score_sde.guidance.steps import DDRM, Impute
@@ -47,5 +48,6 @@ __all__ = [
     "jump_back",
     "sdedit",
     "slerp",
+    "task_operator",
     "translate",
 ]

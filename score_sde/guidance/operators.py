@@ -446,3 +446,23 @@ class FourierSubsample(_Isometric):
     def _hartley(self, x: Tensor) -> Tensor:
         f = torch.fft.fftn(x, dim=tuple(range(2, x.ndim)), norm="ortho")
         return f.real - f.imag
+
+
+TASKS: dict[str, Callable[..., LinearOperator]] = {
+    "inpaint": Mask.half,
+    "colorize": Grey,
+    "superres": Downsample,
+    "deblur": Blur.gaussian,
+}
+
+
+def task_operator(task: str, event_shape: Sequence[int], **options: Any) -> LinearOperator:
+    """The operator of a named task on images: by default the upper half, luminance, 2 x 2 means, a blur of one pixel.
+
+    Raises:
+        ValueError: the task is unknown, or does not fit the images.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    defaults: dict[str, dict[str, Any]] = {"deblur": {"std": 1.0}}
+    return TASKS[task](tuple(event_shape), **(defaults.get(task, {}) | options))

@@ -43,6 +43,7 @@ class TwistedParticles:
         data_std: of the clean data, for the twist (see `PiGDM`); any value is asymptotically right.
         step: the base step p(x_s | x_t), linear, noisy and of memory 1.
         threshold: resamples, systematically, where the effective share of particles falls below it, in (0, 1].
+        particles: size of the cloud from which the samples are drawn at the end; as many as samples when left out.
 
     Raises:
         ValueError, TypeError: see `Observed`; the step has no noise or a memory, or the threshold is out of range.
@@ -50,7 +51,7 @@ class TwistedParticles:
 
     def __init__(
         self, grid: Grid, operator: LinearOperator, y: Tensor, noise_std: float, *, data_std: float = 1.0,
-        step: LinearStep | None = None, threshold: float = 0.5,
+        step: LinearStep | None = None, threshold: float = 0.5, particles: int | None = None,
     ) -> None:  # fmt: skip
         self.step = Ancestral() if step is None else step
         if not isinstance(self.step, LinearStep) or self.step.memory != 1 or self.step.role != "predictor":
@@ -61,7 +62,9 @@ class TwistedParticles:
             raise ValueError(f"one observation y has shape {tuple(operator.output_shape)}, got {tuple(y.shape)}")
         if not (noise_std > 0 and data_std > 0):
             raise ValueError(f"noise_std and data_std are positive, got {noise_std=} and {data_std=}")
-        self.grid, self.operator, self.y = grid, operator, y
+        if particles is not None and particles < 1:
+            raise ValueError(f"particles is at least 1, got {particles}")
+        self.grid, self.operator, self.y, self.particles = grid, operator, y, particles
         self.noise_std, self.data_std, self.threshold = float(noise_std), float(data_std), float(threshold)
 
     @torch.no_grad()
@@ -70,13 +73,14 @@ class TwistedParticles:
         x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, progress: bool = False,
         dtype: torch.dtype | None = None,
     ) -> SampleResult:  # fmt: skip
-        """shape[0] particles of equal weight; arguments as `Sampler.sample` has them.
+        """shape[0] draws of the cloud; arguments as `Sampler.sample` has them, `x_init` for the whole cloud.
 
         Raises:
             ValueError: see `begin`, `grid.check`; or the step adds no noise.
         """
         PiGDM(model, self.operator, self.y, self.noise_std, self.data_std)  # refuses what does not fit
-        start = begin(model, shape, seed, noise, x_init, condition, dtype)
+        count = shape[0]
+        start = begin(model, (self.particles or count, *shape[1:]), seed, noise, x_init, condition, dtype)
         times = grids.check(self.grid(model.sde), model.sde)
         rows = self.step.plan(model.sde, times[:-1], times[1:])
         if (times.diff() > 0).any() or any(row.c <= 0 for row in rows):
@@ -89,13 +93,11 @@ class TwistedParticles:
             calls += prediction.calls
             log_weights = log_weights + log_twist - (0.0 if twist is None else twist)
             last = i == len(rows)
-            chosen = self._resampled(log_weights, start.noise(i, 0), always=last)
-            kept = (chosen == torch.arange(len(x), device=x.device)).all()
-            log_weights = torch.where(kept, log_weights, 0)
-            x, clean, push, twist = x[chosen], clean[chosen], push[chosen], log_twist[chosen]
             if last:
-                x = clean + push
+                x = (clean + push)[_systematic(log_weights.softmax(0), start.noise(i, 0), count)]
                 break
+            chosen, log_weights = self._resampled(log_weights, start.noise(i, 0))
+            x, clean, push, twist = x[chosen], clean[chosen], push[chosen], log_twist[chosen]
             row, z = rows[i], start.noise(i, 1)
             move = row.b[0] * push / row.c
             log_weights = log_weights - (move**2 / 2 + move * z).flatten(1).double().sum(1)
@@ -112,11 +114,16 @@ class TwistedParticles:
         guided = pushed(prediction, pull(self.operator.transpose(solved)))
         return prediction, clean, guided.denoised - clean, -(residual * solved).flatten(1).double().sum(1) / 2
 
-    def _resampled(self, log_weights: Tensor, noise: Tensor, always: bool) -> Tensor:
-        """Indices of particles: systematic where too few are effective, each its own elsewhere."""
+    def _resampled(self, log_weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Ancestors and log-weights: drawn and equal where too few particles are effective, else as they are."""
         weights, count = log_weights.softmax(0), len(log_weights)
+        few = 1 / weights.square().sum() < self.threshold * count
         own = torch.arange(count, device=weights.device)
-        uniform = torch.special.ndtr(noise.flatten()[:1].double())
-        chosen = torch.searchsorted(weights.cumsum(0), (own + uniform) / count).clamp_max(count - 1)
-        effective = 1 / weights.square().sum()
-        return chosen if always else torch.where(effective < self.threshold * count, chosen, own)
+        return torch.where(few, _systematic(weights, noise, count), own), torch.where(few, 0, log_weights)
+
+
+def _systematic(weights: Tensor, noise: Tensor, count: int) -> Tensor:
+    """`count` indices drawn with one uniform number (Kitagawa 1996), itself taken from standard normal noise."""
+    uniform = torch.special.ndtr(noise.flatten()[:1].double())
+    places = (torch.arange(count, device=weights.device) + uniform) / count
+    return torch.searchsorted(weights.cumsum(0), places).clamp_max(len(weights) - 1)

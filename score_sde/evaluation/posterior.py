@@ -1,0 +1,271 @@
+r"""Posterior samplers against exact posteriors, and guidance by labels against the density it is said to target.
+
+On a Gaussian mixture p(x | y) of a linear observation y = A x + noise_std e is a mixture again: a method's error is a
+number, the distance of its samples to exact draws, beside the distance between two sets of exact draws. The row `exact`
+samples with the posterior's own score; what it lacks is the solver's, what the others lack beyond it is the method's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from score_sde import grid
+from score_sde.evaluation.comparison import COLUMNS, Samples, compare
+from score_sde.evaluation.metrics import Yardstick
+from score_sde.guidance import (
+    DDRM,
+    DPS,
+    MMPS,
+    ClassifierFree,
+    DiffPIR,
+    Impute,
+    LinearOperator,
+    Matrix,
+    PiGDM,
+    Replacement,
+    TwistedParticles,
+    jump_back,
+    task_operator,
+)
+from score_sde.prediction import Prediction
+from score_sde.sampler import Sampler
+from score_sde.score import ExactScore, ScoreModel
+from score_sde.sde import SDE, Time
+from score_sde.steps import DDIM, Ancestral, ExponentialAdams
+from score_sde.targets import GaussianMixture, Target, ring
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prior, what is observed of a draw of it, and the process that samplers run.
+
+    Attributes:
+        prior: law of the clean x.
+        operator: linear, on the prior's vectors.
+        y: one observation.
+        noise_std: of the observation, positive.
+        sde: the forward process.
+    """
+
+    prior: GaussianMixture
+    operator: LinearOperator
+    y: Tensor
+    noise_std: float
+    sde: SDE
+
+    @property
+    def model(self) -> ExactScore:
+        """The prior's exact score."""
+        return ExactScore(self.prior, self.sde)
+
+    @property
+    def posterior(self) -> GaussianMixture:
+        """p(x | y)."""
+        return self.prior.condition(self.operator, self.y, self.noise_std)
+
+
+Method = Callable[[Problem], ScoreModel]
+Solver = Callable[[Problem, int], Samples]
+
+METHODS: dict[str, Method] = {
+    "exact": lambda p: ExactScore(p.posterior, p.sde),
+    "prior": lambda p: p.model,
+    "replacement": lambda p: Replacement(p.model, p.operator, p.y),
+    "diffpir": lambda p: DiffPIR(p.model, p.operator, p.y, p.noise_std),
+    "dps": lambda p: DPS(p.model, p.operator, p.y, p.noise_std),
+    "dps zeta=0.1": lambda p: DPS(p.model, p.operator, p.y, p.noise_std, zeta=0.1),
+    "pigdm": lambda p: PiGDM(p.model, p.operator, p.y, p.noise_std, p.prior.std),
+    "mmps": lambda p: MMPS(p.model, p.operator, p.y, p.noise_std, min(8, p.operator.output_shape[0])),
+}
+"""Methods that are score models, for any sampler."""
+
+
+def _log_snr(steps: int) -> grid.Grid:
+    return partial(grid.log_snr, steps=steps)
+
+
+def _repaint(problem: Problem, steps: int) -> Sampler:
+    base = _log_snr(max(1, steps // 5))
+    again = partial(jump_back, base=base, length=max(1, steps // 50), repeats=5)
+    return Sampler(Ancestral(), again, corrector=Impute(problem.operator, problem.y, problem.noise_std))
+
+
+def _particles(problem: Problem, steps: int) -> TwistedParticles:
+    p = problem
+    return TwistedParticles(
+        _log_snr(steps), p.operator, p.y, p.noise_std, data_std=p.prior.std, particles=20_000
+    )
+
+
+SOLVERS: dict[str, Solver] = {
+    "ddrm": lambda p, steps: Sampler(DDRM(p.operator, p.y, p.noise_std), _log_snr(steps)),
+    "repaint": _repaint,
+    "tds": _particles,
+}
+"""Methods that are samplers of their own, made for a number of steps."""
+
+SAMPLERS: dict[str, Callable[[int], Samples]] = {
+    "ddim": lambda steps: Sampler(DDIM(), _log_snr(steps)),
+    "adams2": lambda steps: Sampler(ExponentialAdams(2), _log_snr(steps)),
+    "ancestral": lambda steps: Sampler(Ancestral(), _log_snr(steps)),
+}
+"""What the methods are run with: an ODE solver of first and of second order, and the reverse SDE."""
+
+
+def compare_posteriors(
+    problem: Problem, budgets: Sequence[int], *, methods: Mapping[str, Method] | None = None,
+    samplers: Mapping[str, Callable[[int], Samples]] | None = None, solvers: Mapping[str, Solver] | None = None,
+    num_samples: int = 2000, seeds: Sequence[int] = (0,), metrics: Sequence[str] = ("sliced_w2",), seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:  # fmt: skip
+    """Every method with every sampler, and every solver of its own, at every budget, against the exact posterior.
+
+    Args:
+        problem: prior and observation.
+        budgets: steps.
+        methods, samplers, solvers: `METHODS`, `SAMPLERS` and `SOLVERS` when left out.
+        num_samples: a run; for particle filters also the number of particles.
+        seeds: of the samplers.
+        metrics: see `Yardstick`.
+        seed: of the exact draws, the same for all methods.
+        progress: shows a bar where it takes long.
+
+    Returns:
+        A column `method` and those of `compare`; a run that diverges or is refused leaves its reason in `error`.
+    """
+    own = {name: partial(make, problem) for name, make in (SOLVERS if solvers is None else solvers).items()}
+    runs: list[tuple[str, Mapping[str, Callable[[int], Samples]], ScoreModel]] = [
+        (name, SAMPLERS if samplers is None else samplers, make(problem))
+        for name, make in (METHODS if methods is None else methods).items()
+    ] + [(name, {"own": make}, problem.model) for name, make in own.items()]
+    tables = []
+    for name, chosen, model in runs:
+        table = compare(
+            chosen, budgets, model, problem.posterior, generator=torch.Generator().manual_seed(seed),
+            num_samples=num_samples, seeds=seeds, metrics=metrics, progress=progress,
+        )  # fmt: skip
+        tables.append(table.assign(method=name))
+    return pd.concat(tables, ignore_index=True)[["method", *COLUMNS]]
+
+
+def ring_problem(sde: SDE, noise_std: float = 0.5) -> Problem:
+    """A ring of eight Gaussians in the plane of which one oblique coordinate is seen: several modes remain."""
+    return Problem(ring(8, 2.0, 0.4), Matrix([[1.0, 0.3]]), torch.tensor([0.5]), noise_std, sde)
+
+
+def gaussian_problem(sde: SDE, dimensions: int = 2, noise_std: float = 0.3, seed: int = 0) -> Problem:
+    """N(mu, 0.8^2 I), half of whose dimensions are seen through a random matrix: PiGDM and MMPS are exact."""
+    g = torch.Generator().manual_seed(seed)
+    prior = GaussianMixture([1.0], torch.randn(1, dimensions, generator=g), 0.64 * torch.eye(dimensions)[None])
+    operator = Matrix(torch.randn(max(1, dimensions // 2), dimensions, generator=g) / math.sqrt(dimensions))
+    return Problem(prior, operator, _observed(prior, operator, noise_std, seed), noise_std, sde)
+
+
+def image_problem(
+    sde: SDE, task: str = "superres", event_shape: Sequence[int] = (1, 8, 8), noise_std: float = 0.2, seed: int = 0
+) -> Problem:
+    """A mixture of four smooth random fields, flattened, seen through a task's operator (see `task_operator`)."""
+    prior = field_mixture(event_shape, seed=seed)
+    operator = Matrix(task_operator(task, event_shape).matrix())
+    return Problem(prior, operator, _observed(prior, operator, noise_std, seed), noise_std, sde)
+
+
+def field_mixture(event_shape: Sequence[int], components: int = 4, seed: int = 0) -> GaussianMixture:
+    """Gaussian fields of correlation exp(-d^2 / 8) in space and 1/2 between channels, about means of the same law.
+
+    Means have standard deviation 0.25, the fields about them 0.4 and a white part of 0.1: an
+    observation of half of them leaves several components possible.
+    """
+    channels, *places = event_shape
+    where = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in places)).view(-1, len(places))
+    space = (-torch.cdist(where, where).square() / 8).exp()
+    smooth = torch.kron((torch.eye(channels, dtype=torch.float64) + 1) / 2, space)
+    white = torch.eye(len(smooth), dtype=torch.float64)
+    root = torch.linalg.cholesky(smooth + 1e-6 * white)
+    g = torch.Generator().manual_seed(seed)
+    means = 0.25 * torch.randn(components, len(smooth), generator=g, dtype=torch.float64) @ root.T
+    covariance = 0.16 * smooth + 0.01 * white
+    return GaussianMixture(torch.ones(components), means, covariance.expand(components, -1, -1))
+
+
+def _observed(prior: Target, operator: LinearOperator, noise_std: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return operator.observe(prior.sample((1,), generator=generator).double(), noise_std, generator=generator)[0]
+
+
+class LabelledMixture(ScoreModel):
+    """The exact score of a mixture and, under the condition `label` (batch,), of its component of that number."""
+
+    condition_names = frozenset({"label"})
+
+    def __init__(self, target: GaussianMixture, sde: SDE) -> None:
+        self.target, self.sde, self.event_shape = target, sde, tuple(target.event_shape)
+        self.parts = [component(target, k) for k in range(len(target.weights))]
+        self.whole, self.data_std = ExactScore(target, sde), target.std
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        self.check(x.shape, condition)
+        if "label" not in condition:
+            return self.whole(x, t)
+        label = condition["label"].to(x.device)
+        known = ((label >= 0) & (label < len(self.parts))).all()
+        if label.shape != (len(x),) or label.is_floating_point() or not known:
+            raise ValueError(f"label is one of 0 to {len(self.parts) - 1} a sample, integers of shape ({len(x)},)")
+        predictions = [ExactScore(part, self.sde)(x, t) for part in self.parts]
+        raw = torch.stack([p.raw for p in predictions])[label, torch.arange(len(x), device=x.device)]
+        return Prediction(x, raw, predictions[0].alpha, predictions[0].sigma)
+
+
+def component(mixture: GaussianMixture, k: int) -> GaussianMixture:
+    """Component k by itself."""
+    return GaussianMixture([1.0], mixture.means[k : k + 1], mixture.covariances[k : k + 1])
+
+
+def tilted(
+    whole: Target, part: Target, scale: float, count: int, *, generator: torch.Generator, extent: float = 10.0,
+    side: int = 801,
+) -> Tensor:  # fmt: skip
+    """Draws of whole(x)^(1 - scale) part(x)^scale, normalised, in the plane: what guidance is said to target.
+
+    From the cells of a square grid over [-extent, extent]^2, uniform in each.
+    """
+    axis = torch.linspace(-extent, extent, side, dtype=torch.float64)
+    x = torch.cartesian_prod(axis, axis)
+    weights = ((1 - scale) * whole.log_prob(x) + scale * part.log_prob(x)).softmax(0)
+    cell = torch.multinomial(weights, count, replacement=True, generator=generator)
+    jitter = torch.rand(count, 2, generator=generator, dtype=torch.float64) - 0.5
+    return (x[cell] + jitter * (axis[1] - axis[0])).float()
+
+
+def compare_tilted(
+    mixture: GaussianMixture, label: int, scales: Sequence[float], sampler: Samples, sde: SDE, *,
+    num_samples: int = 4000, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """Classifier-free guidance towards one component of a plane mixture, against the tilted density of the same scale.
+
+    Returns:
+        A row a scale: sliced W2 to the tilted density (`value`), its floor and their ratio, and how far the samples'
+        mean lies beyond the tilted one's, away from the mixture's mean (`overshoot`), in units of the data.
+    """
+    model, rows = LabelledMixture(mixture, sde), []
+    labels = torch.full((num_samples,), label)
+    out = mixture.means[label] - mixture.mean
+    out = out / out.norm()
+    for scale in scales:
+        generator = torch.Generator().manual_seed(seed)
+        law = tilted(mixture, component(mixture, label), scale, 4 * num_samples, generator=generator)
+        guided = ClassifierFree(model, scale)
+        x = sampler.sample(guided, (num_samples, 2), seed=seed, condition={"label": labels}).x  # type: ignore[call-arg]
+        yardstick = Yardstick(law, num_samples, generator=generator, metrics=("sliced_w2",))
+        figures = yardstick(x).to_dict("records")[0]
+        beyond = ((x.double().mean(0) - law.double().mean(0)) @ out).item()
+        rows.append({"scale": scale} | figures | {"overshoot": beyond})
+    return pd.DataFrame(rows)

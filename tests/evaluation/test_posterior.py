@@ -1,0 +1,110 @@
+"""The comparison of posterior samplers: exact methods reach the floor, biased ones show it."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from score_sde import grid
+from score_sde.evaluation.posterior import (
+    METHODS,
+    SAMPLERS,
+    LabelledMixture,
+    compare_posteriors,
+    compare_tilted,
+    component,
+    field_mixture,
+    gaussian_problem,
+    image_problem,
+    ring_problem,
+    tilted,
+)
+from score_sde.guidance import TwistedParticles
+from score_sde.sde import VPSDE
+from score_sde.targets import GaussianMixture, ring
+
+SDE = VPSDE()
+
+
+def ratios(problem, methods, steps=100, sampler="adams2", solvers=None, seeds=(0, 1)):
+    table = compare_posteriors(
+        problem, [steps], methods={name: METHODS[name] for name in methods}, samplers={sampler: SAMPLERS[sampler]},
+        solvers=solvers or {}, num_samples=1000, seeds=seeds, progress=False,
+    )  # fmt: skip
+    assert (table["error"] == "").all()
+    return table.groupby("method")["ratio"].mean()
+
+
+@pytest.mark.parametrize("dimensions", [2, 64])
+def test_pigdm_and_mmps_are_exact_on_a_single_gaussian(dimensions):
+    methods = ["exact", "pigdm", "mmps", "replacement", "prior"]
+    ratio = ratios(gaussian_problem(SDE, dimensions), methods, 40, seeds=(0,))
+    assert ratio[["exact", "pigdm", "mmps"]].max() < 2
+    assert ratio["pigdm"] == pytest.approx(ratio["exact"], rel=0.02)
+    assert ratio["mmps"] == pytest.approx(ratio["exact"], rel=0.02)
+    assert ratio["prior"] > 5
+    if dimensions == 64:
+        assert ratio["replacement"] > 3
+
+
+def test_on_a_ring_guidance_is_biased_and_particles_are_not():
+    def particles(problem, steps):
+        p = problem
+        times = partial(grid.log_snr, steps=steps)
+        cloud = {"data_std": p.prior.std, "particles": 10_000}
+        return TwistedParticles(times, p.operator, p.y, p.noise_std, **cloud)
+
+    ratio = ratios(ring_problem(SDE), ["exact", "pigdm", "dps", "replacement", "prior"], 60, solvers={"tds": particles})
+    assert ratio["exact"] < 1.5
+    assert ratio["tds"] < 1.5
+    assert ratio[["dps", "replacement"]].min() > 1.6
+    assert ratio["prior"] > 3
+
+
+@pytest.mark.parametrize("task", ["inpaint", "superres", "deblur"])
+def test_image_problems_are_observed_where_they_say(task):
+    problem = image_problem(SDE, task)
+    assert problem.prior.event_shape == (64,)
+    draws = problem.posterior.sample((500,), generator=torch.Generator().manual_seed(0)).double()
+    residual = (problem.operator(draws) - problem.y).square().mean().sqrt()
+    assert residual < 2 * problem.noise_std
+    assert problem.posterior.std < 0.8 * problem.prior.std
+
+
+def test_fields_have_the_stated_spread():
+    mixture = field_mixture((3, 4, 4))
+    assert mixture.covariances[0].diagonal().mean() == pytest.approx(0.17)
+    assert mixture.covariances[0][0, 16] == pytest.approx(0.08)
+    assert image_problem(SDE, "colorize", (3, 4, 4)).operator.output_shape == (16,)
+
+
+def test_tilted_draws_have_the_moments_of_the_closed_form():
+    # N(0, 1) and N(1, 1/2): p^(1 - w) q^w has precision 1 - w + 2 w and mean 2 w / precision.
+    eye = torch.eye(2)[None]
+    whole, part = GaussianMixture([1.0], [[0.0, 0.0]], eye), GaussianMixture([1.0], [[1.0, 0.0]], eye / 2)
+    for scale in (0.0, 1.0, 3.0):
+        x = tilted(whole, part, scale, 40_000, generator=torch.Generator().manual_seed(0))
+        precision = 1 + scale
+        assert x[:, 0].mean().item() == pytest.approx(2 * scale / precision, abs=4.5 / math.sqrt(40_000 * precision))
+        assert x.var(0).mul(precision).sub(1).abs().max() < 4.5 * math.sqrt(2 / 40_000)
+
+
+def test_guidance_misses_the_tilted_density_except_at_scales_zero_and_one():
+    target = ring(3, 2.0, 0.8)
+    table = compare_tilted(target, 0, [0.0, 1.0, 3.0], SAMPLERS["adams2"](60), SDE, num_samples=3000).set_index("scale")
+    assert table.loc[[0.0, 1.0], "ratio"].max() < 2
+    assert table.loc[3.0, "ratio"] > 2.5
+
+
+def test_labelled_mixture_is_its_parts():
+    target = ring(3, 2.0, 0.6)
+    model, x = LabelledMixture(target, SDE), torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    got = model(x, 0.3, label=torch.tensor([2, 0, 1])).denoised
+    alpha, sigma = float(SDE.alpha(0.3)), float(SDE.sigma(0.3))
+    for row, k in enumerate((2, 0, 1)):
+        torch.testing.assert_close(got[row : row + 1], component(target, k).denoise(x[row : row + 1], alpha, sigma))
+    with pytest.raises(ValueError, match="label is one of 0 to 2"):
+        model(x, 0.3, label=torch.tensor([0, 1, 3]))
