@@ -5,7 +5,8 @@ The probability-flow ODE is stiff in x against t, and mild in the standardised s
     Y = S x / sqrt(S^2 alpha^2 + sigma^2),   sinh(u) = S alpha / sigma,   dY/du = D(x, t) - tanh(u) Y,
 
 S the data's standard deviation. Y has the spread of the data at every noise level and stands still for Gaussian data of
-that spread; u is the signal-to-noise ratio where noise rules and its logarithm near the data; f and g do not occur. Samples that arrive make room for waiting ones, so that companions change nothing and calls stay full.
+that spread; u is the signal-to-noise ratio where noise rules and its logarithm near the data; f and g do not occur.
+Samples that arrive make room for waiting ones, so that companions change nothing and calls stay full.
 Source: Hairer, Norsett & Wanner 1993, sections II.4 and II.5, for the pairs and the step-size rule.
 """
 
@@ -152,7 +153,7 @@ class Exponential(Pair):
         weight = 4 * p3 - p2
         z = z1 + step * ((p1 - 3 * p2 + 4 * p3) * d0 + (4 * p2 - 8 * p3) * d4 + weight * d3)
         d5 = field(z, end, ids)
-        return Attempt(z, d5, step * weight * (d5 - d3), (d0, d4, d5))
+        return Attempt(z, d5, step * weight * (d5 - d3), (d0, d4, d3))
 
     def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
         d0, d1, d2 = stages
@@ -232,6 +233,11 @@ PAIRS: dict[str, Callable[[], Pair]] = {
 
 Norm = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(error, y, end, v) -> the size of a step's error in tolerances, of shape (samples,); at most 1 is accepted."""
+
+
+def power(size: Tensor, exponent: float) -> Tensor:
+    """size^exponent by logarithm and exponential, in place: unlike `pow`, the same bits wherever an element stands."""
+    return size.log_().mul_(exponent).exp_()
 
 
 def rms(y: Tensor) -> Tensor:
@@ -354,7 +360,8 @@ class _Run:
         good = size <= 1  # False for NaN
         if self.dense is not None:
             self._read(attempt, v, good)
-        growth = size.clamp_min_(1e-12).pow_(-1 / self.pair.order).mul_(SAFETY).nan_to_num_(SHRINK).clamp_(SHRINK, GROW)
+        growth = power(size.clamp_min_(1e-12), -1 / self.pair.order).mul_(SAFETY)
+        growth = growth.nan_to_num_(SHRINK).clamp_(SHRINK, GROW)
         self.h = (v - self.u).mul_(torch.where(good, growth, growth.clamp(max=SAFETY)))
         keep = good.view(-1, *[1] * (self.y.ndim - 1))
         self.y = torch.where(keep, attempt.end, self.y)
@@ -412,7 +419,7 @@ class _Run:
         stuck = self.h.abs() < self.shortest
         if stuck.any():
             place = int(stuck.nonzero()[0])
-            raise RuntimeError(f"the step size of sample {int(self.ids[place])} vanished at u={float(self.u[place]):g}: "
+            raise RuntimeError(f"the step size of sample {int(self.ids[place])} vanished at u={self.u[place]:g}: "
                                "the model's output there is not finite or has a jump")  # fmt: skip
 
 
@@ -444,6 +451,24 @@ class PerSample:
         return prediction
 
 
+LANES, CHUNK = 64, 2**14
+
+
+def whole_lanes(function: Callable[[Tensor], Level], u: Tensor) -> Level:
+    """function(u), elementwise, with the same bits for an element wherever it stands in u.
+
+    On a CPU some functions (log1p, sigmoid) differ in the last bit between the vector unit and the loop that does the
+    rest of an array or of a thread's share: u is filled up to whole vectors, in pieces below the size that is shared out.
+    """
+    if u.device.type != "cpu":
+        return function(u)
+    filled = torch.cat([u, u[:1].expand(-len(u) % LANES)])
+    if len(filled) <= CHUNK:
+        return tuple(part[: len(u)] for part in function(filled))
+    pieces = zip(*(function(piece) for piece in filled.split(CHUNK)), strict=True)
+    return tuple(torch.cat(part)[: len(u)] for part in pieces)
+
+
 class StandardField:
     """dY/du = D(x, t) - tanh(u) Y: the probability-flow ODE in the standardised state (see the module's opening).
 
@@ -470,6 +495,9 @@ class StandardField:
         return y * expand(self._scale(as_time(t))[0], y)
 
     def levels(self, u: Tensor) -> Level:
+        return whole_lanes(self._levels, u)
+
+    def _levels(self, u: Tensor) -> Level:
         part = torch.expm1(-2 * u).neg_()  # sinh(u) = part e^u / 2 and tanh(u) = part / (2 - part)
         lmbda = part.log().add_(u).sub_(math.log(2 * self.std))
         t = self.sde.time_at(lmbda).clamp_(self.sde.t_min, self.sde.t_max)
@@ -497,7 +525,7 @@ class DenoisedField(StandardField):
         """lambda."""
         return self.sde.half_log_snr(as_time(t))
 
-    def levels(self, u: Tensor) -> Level:
+    def _levels(self, u: Tensor) -> Level:
         t = self.sde.time_at(u).clamp_(self.sde.t_min, self.sde.t_max)
         return t, self.sde.alpha(t).to(self.dtype)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from score_sde.adaptive import AdaptiveResult, PerSample, rms
+from score_sde.adaptive import AdaptiveResult, PerSample, power, rms
 from score_sde.noise import NoiseSource
 from score_sde.sampler import begin
 from score_sde.score import ScoreModel
@@ -135,7 +135,8 @@ class _Paths:
         self.x = torch.where(keep, self.x + (k1 + k2) / 2, self.x)
         self.before = torch.where(keep, proposal, self.before)
         self.t = torch.where(good, s, here)
-        growth = (self.method.safety * size.clamp_min(1e-3) ** -self.method.exponent).nan_to_num(0.1).clamp_min(0.1)
+        growth = power(size.clamp_min(1e-3), -self.method.exponent).mul_(self.method.safety)
+        growth = growth.nan_to_num_(0.1).clamp_min_(0.1)
         self.h = h * torch.where(good, growth, growth.clamp(max=self.method.safety))
         self._push(~good, h, w)
         self.rejected = self.rejected + ~good

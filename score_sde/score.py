@@ -306,8 +306,8 @@ def _common_range(known: SDE, sde: SDE, outside: str) -> SDE:
     if not (noisier or cleaner):
         return sde
     if outside == "refuse":
-        raise ValueError(f"{sde!r} has noise levels that the model's {known!r} does not know: log(alpha / sigma) lies in "
-                         f"[{low:.6g}, {high:.6g}]; give another t_min or t_max, or outside='restrict'")  # fmt: skip
+        raise ValueError(f"{sde!r} has noise levels that the model's {known!r} does not know: log(alpha / sigma) lies "
+                         f"in [{low:.6g}, {high:.6g}]; give another t_min or t_max, or outside='restrict'")  # fmt: skip
     t_min = float(sde.time_at(high)) if cleaner else sde.t_min
     t_max = float(sde.time_at(low)) if noisier else sde.t_max
     narrow = copy.copy(sde)

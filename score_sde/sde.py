@@ -505,11 +505,11 @@ class DiscreteSDE(SDE):
 
     def alpha(self, t: Time) -> Tensor:
         lmbda = self.half_log_snr(t)
-        return torch.sigmoid(2 * lmbda).sqrt() if self.variance_preserving else torch.ones_like(lmbda)
+        return (1 + (-2 * lmbda).exp()).rsqrt() if self.variance_preserving else torch.ones_like(lmbda)
 
     def sigma(self, t: Time) -> Tensor:
         lmbda = self.half_log_snr(t)
-        return torch.sigmoid(-2 * lmbda).sqrt() if self.variance_preserving else (-lmbda).exp()
+        return (1 + (2 * lmbda).exp()).rsqrt() if self.variance_preserving else (-lmbda).exp()
 
     def time_at(self, half_log_snr: Time) -> Tensor:
         lmbda = as_time(half_log_snr)
