@@ -1,5 +1,6 @@
 """Metrics with their noise floors, a classifier's view of digits, and the comparison of samplers."""
 
+from score_sde.evaluation.certify import Certificate, Certificates, certify, certify_all
 from score_sde.evaluation.comparison import compare
 from score_sde.evaluation.evaluate import Evaluation, evaluate, starts
 from score_sde.evaluation.features import DigitClassifier, digit_report
@@ -22,11 +23,15 @@ from score_sde.evaluation.metrics import (
 )
 
 __all__ = [
+    "Certificate",
+    "Certificates",
     "METRICS",
     "MODE_METRICS",
     "DigitClassifier",
     "Evaluation",
     "Yardstick",
+    "certify",
+    "certify_all",
     "compare",
     "digit_report",
     "energy_distance",

@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
 from score_sde import grid as grids
 from score_sde.noise import SampleNoise
@@ -200,7 +201,9 @@ def moments(
     states = torch.stack(
         list(travel(step, sde, times, state(0), evaluate, lambda i, k: unit[keys[i, k]].expand(len(std), -1), exact))
     )
-    return (states[..., 0], states[..., 1:].norm(dim=-1)) if _is_affine(step, sde, times, mean, std, states, keys, exact) else None
+    if not _is_affine(step, sde, times, mean, std, states, keys, exact):
+        return None
+    return states[..., 0], states[..., 1:].norm(dim=-1)
 
 
 def _is_affine(
@@ -354,12 +357,13 @@ def _polynomial_path(sde: SDE, prediction: str, clock: str, degree: int) -> tupl
     t = times[:-1, None] + (nodes + 1) / 2 * times.diff()[:, None]
     N = _clock(sde, clock, t, times) ** degree
     rate = -((sde.diffusion(t) / sde.sigma(t)) ** 2) / 2  # lambda'
-    level, scale = sde.sigma(t) / sde.alpha(t), {"denoised": sde.sigma, "velocity": torch.ones_like}.get(prediction, sde.alpha)
+    level = sde.sigma(t) / sde.alpha(t)
+    scale = torch.ones_like(times) if prediction == "velocity" else (sde.sigma if prediction == "denoised" else sde.alpha)(times)
     integrand = {"denoised": rate / level, "noise": -rate * level, "score": sde.sigma(t) * rate * level,
                  "velocity": torch.ones_like(t)}[prediction]  # fmt: skip
     steps = (integrand * N * weights).sum(1) * times.diff() / 2
     y = torch.cat([torch.ones(1, dtype=torch.float64), steps]).cumsum(0)
-    return times, y * scale(times)
+    return times, y * scale
 
 
 def _clock(sde: SDE, clock: str, t: Tensor, times: Tensor) -> Tensor:
@@ -443,15 +447,23 @@ def _one_visit(step: Step, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor] | None:
         return step.advance(row, x, (), Gaussian(sde), draw)[0]
 
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    visit(one, lambda k: draws.append(k) or zero)  # type: ignore[func-returns-value]
+    def record(k: int) -> Tensor:
+        draws.append(k)
+        return zero
+
+    visit(one, record)
     keys = {k: i for i, k in enumerate(dict.fromkeys(draws), start=1)}
     unit = torch.eye(len(keys) + 1, dtype=torch.float64)
-    response = torch.cat([visit(u[:1].view(1, 1), lambda k, u=u: u[keys[k]].view(1, 1)) for u in unit]).squeeze(1)
+    response = torch.cat([visit(u[:1, None], partial(_chosen, u, keys)) for u in unit]).squeeze(1)
     z = torch.linspace(-1, 2, len(unit), dtype=torch.float64)
-    mixed = visit(z[:1].view(1, 1), lambda k: z[keys[k]].view(1, 1))
+    mixed = visit(z[:1, None], partial(_chosen, z, keys))
     if not torch.allclose(mixed.squeeze(), response @ z, rtol=1e-9):
         return None
     return response[0], response[1:].square().sum()
+
+
+def _chosen(values: Tensor, keys: Mapping[int, int], k: int) -> Tensor:
+    return values[keys[k]].view(1, 1)
 
 
 def counted_calls(step: Step, sde: SDE, moves: int = 4) -> tuple[float, bool]:
@@ -511,9 +523,9 @@ def discover(base: type[Step] = Step) -> dict[str, Step]:
     for cls in base.__subclasses__():
         if not inspect.isabstract(cls) and not cls.__name__.startswith("_") and cls not in (_hidden()):
             required = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
-            settings = ([] if required else [{}]) + list(cls.presets.values() if "presets" in vars(cls) else [])
-            names = ([] if required else [cls.__name__]) + list(cls.presets if "presets" in vars(cls) else [])
-            found |= {name: cls(**options) for name, options in zip(names, settings, strict=True)}
+            settings: dict[str, Mapping[str, Any]] = {} if required else {cls.__name__: {}}
+            settings |= vars(cls).get("presets", {})
+            found |= {name: cls(**options) for name, options in settings.items()}
         found |= discover(cls)
     return found
 
@@ -544,30 +556,32 @@ class Certificates:
         return {c.name: c.faults for c in self.certificates if c.faults}
 
     def figure(self) -> Figure:
-        """Measured against declared order, and the exact bias of the standard deviation against network calls."""
-        predictors = [c for c in self.certificates if c.role == "predictor"]
-        figure = Figure(figsize=(13, 6 + 0.09 * len(predictors)), layout="constrained")
-        left, ode, sde = figure.subplots(1, 3, width_ratios=[1.1, 1, 1])
+        """Measured beside declared order, and the exact bias of the standard deviation at each number of steps."""
+        predictors = sorted((c for c in self.certificates if c.role == "predictor"),
+                            key=lambda c: (not c.stochastic, -c.declared, c.name))  # fmt: skip
+        figure = Figure(figsize=(11, 1.5 + 0.17 * len(predictors)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
         for y, c in enumerate(predictors):
             wrong = any("order" in fault for fault in c.faults)
-            left.plot([c.declared, c.measured], [y, y], color="0.8", zorder=1)
-            left.scatter(c.declared, y, marker="|", s=80, color="0.3", label="declared" if y == 0 else None)
-            left.scatter(c.measured, y, s=16, color="tab:red" if wrong else "tab:blue", label="measured" if y == 0 else None)
-        left.set(yticks=range(len(predictors)), xlabel="order of convergence")
-        left.set_yticklabels([c.name for c in predictors], fontsize=6)
-        left.legend(fontsize=7)
-        for axes, noisy in ((ode, False), (sde, True)):
-            for c in (c for c in predictors if c.stochastic == noisy):
-                axes.loglog(c.bias["calls"], c.bias["std"].abs(), ".-", lw=0.7, ms=3, label=c.name)
-            axes.set(xlabel="network calls", title="SDE steps" if noisy else "ODE steps",
-                     ylabel="|relative error of the std| on N(1, 0.25)")  # fmt: skip
-            axes.legend(fontsize=4.5, ncols=2)
+            left.plot(c.declared, y, "|", ms=9, color="0.4", label="declared" if y == 0 else None)
+            left.plot(c.measured, y, "o", ms=4, color="tab:red" if wrong else "tab:blue", label="measured" if y == 0 else None)
+            for shade, (steps, error) in enumerate(zip(c.bias["steps"], c.bias["std"].abs(), strict=True)):
+                colour = str(0.8 * (1 - (shade + 1) / len(c.bias)))
+                right.plot(error, y, "o", ms=4, color=colour, label=f"{steps} steps" if y == 0 else None)
+        left.set_yticks(range(len(predictors)), [c.name + (" (noise)" if c.stochastic else "") for c in predictors], fontsize=7)
+        left.set(xlabel="order of convergence: global (ODE), weak (noise)", ylim=(-1, len(predictors)))
+        right.set(xscale="log", xlabel="|relative error of the standard deviation| on N(1, 0.25), exact")
+        for axes in (left, right):
+            axes.grid(axis="both", lw=0.3)
+            axes.legend(fontsize=7)
         return figure
 
 
 def certify_all(
-    sde: SDE | None = None, steps: Mapping[str, Step] | None = None, budgets: Sequence[int] = BUDGETS
-) -> Certificates:
+    sde: SDE | None = None, steps: Mapping[str, Step] | None = None, budgets: Sequence[int] = BUDGETS,
+    progress: bool = False,
+) -> Certificates:  # fmt: skip
     """Certificates of every known step (see `discover`), or of the steps given by name."""
     found = discover() if steps is None else steps
-    return Certificates([certify(step, sde, name, budgets) for name, step in found.items()])
+    bar = tqdm(found.items(), desc="certifying", disable=not progress, leave=False)
+    return Certificates([certify(step, sde, name, budgets) for name, step in bar])

@@ -51,7 +51,7 @@ class LangevinCorrector(_Langevin):
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "Langevin, norms per sample": {"norm": "sample"}, "Langevin, norms per batch": {"norm": "batch"}
+        "Langevin norms per sample": {"norm": "sample"}, "Langevin norms per batch": {"norm": "batch"}
     }  # fmt: skip
 
     def __init__(self, snr: float = 0.16, steps: int = 1, norm: str = "expected") -> None:

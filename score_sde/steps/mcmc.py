@@ -125,7 +125,7 @@ class KineticLangevin(_Chain):
         persistence: e^{-gamma h}, the share of v that outlives a step, in [0, 1).
     """
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"kinetic Langevin, one step": {"steps": 1}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"kinetic Langevin 1": {"steps": 1}}
 
     def __init__(self, ratio: float = 0.05, steps: int = 4, persistence: float = 0.8) -> None:
         super().__init__(ratio, steps)

@@ -75,7 +75,7 @@ class Tabulated(LinearStep):
         if path.suffix == ".json":
             path.write_text(json.dumps(table, indent=1) + "\n")
         elif path.suffix == ".npz":
-            np.savez(path, **{name: np.asarray(column) for name, column in table.items()})
+            np.savez(path, **{name: np.asarray(column) for name, column in table.items()})  # type: ignore[arg-type]
         else:
             raise ValueError(f"a table is a .json or .npz file, got {path.name!r}")
 

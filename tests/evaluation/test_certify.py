@@ -11,8 +11,8 @@ import torch
 from matplotlib.figure import Figure
 
 from score_sde import DDIM, EulerMaruyama, ExponentialAdams, Heun, KarrasSDE, LinearStep, RectifiedFlow, VPSDE, grid
-from score_sde.evaluation import certify as certificates
-from score_sde.evaluation.certify import Certificates, certify, certify_all, discover, moments, uneven
+from score_sde.evaluation import Certificate, Certificates, certify, certify_all
+from score_sde.evaluation.certify import _mixture_paths, bias, discover, measured_order, moments, ode_error, uneven
 from score_sde.steps import AdamsBashforth, LangevinCorrector
 from score_sde.steps.linear import Coefficients
 from score_sde.steps.multistep import lagrange, quadrature
@@ -23,7 +23,7 @@ ONE = torch.tensor([0.5], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
-def known() -> dict[str, certificates.Certificate]:
+def known() -> dict[str, Certificate]:
     """Every step's certificate, made once."""
     return {c.name: c for c in certify_all(SDE, STEPS, budgets=(5, 20)).certificates}
 
@@ -34,7 +34,7 @@ def known() -> dict[str, certificates.Certificate]:
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_keeps_what_its_class_declares(name, known):
     # Order within 0.3, calls a move, no coupling of samples: the published batch norm alone couples, and says so.
-    expected = ["samples of a batch are coupled"] if name == "Langevin, norms per batch" else []
+    expected = ["samples of a batch are coupled"] if name == "Langevin norms per batch" else []
     assert known[name].faults == expected
 
 
@@ -68,8 +68,8 @@ def test_each_family_is_exact_for_the_polynomials_it_interpolates(name, exact, k
 def test_orders_hold_on_other_paths_too():
     for sde in (KarrasSDE(), RectifiedFlow()):
         for step in (ExponentialAdams(3), AdamsBashforth(3, "noise"), AdamsBashforth(2, "velocity"), Heun()):
-            error = partial(certificates.ode_error, step, sde)
-            assert abs(certificates.measured_order(error) - step.order) < 0.3, (sde, step)
+            error = partial(ode_error, step, sde)
+            assert abs(measured_order(error) - step.order) < 0.3, (sde, step)
 
 
 # --- planted errors ---------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_an_exact_step_has_no_bias():
             b = (sde.alpha(s) - stretch * sde.alpha(t)) / (1 - gain * sde.alpha(t))
             return stretch - b * gain, [b], 0 * s
 
-    table = certificates.bias(Exact(), SDE, budgets=(5, 50))
+    table = bias(Exact(), SDE, budgets=(5, 50))
     assert table[["mean", "std"]].abs().to_numpy().max() < 1e-11
     assert table["calls"].tolist() == [5, 50]
 
@@ -213,7 +213,7 @@ def test_an_exact_step_has_no_bias():
 def test_the_bias_is_that_of_facts():
     # DDIM's relative error of the std falls by half with twice the steps; Heun's by four.
     for step, factor in ((DDIM(), 2), (Heun(), 4)):
-        coarse, fine = certificates.bias(step, SDE, budgets=(400, 800))["std"].abs()
+        coarse, fine = bias(step, SDE, budgets=(400, 800))["std"].abs()
         assert coarse / fine == pytest.approx(factor, rel=0.05)
 
 
@@ -229,8 +229,8 @@ def test_a_step_that_is_not_affine_has_no_moments():
 
 def test_the_reference_trajectories_solve_the_ode():
     # One Gaussian in place of the mixture has a closed form; here the two resolutions must agree where they meet.
-    _, times, states = certificates._mixture_paths(SDE, 64)
-    _, finer, others = certificates._mixture_paths(SDE, 128)
+    _, times, states = _mixture_paths(SDE, 64)
+    _, finer, others = _mixture_paths(SDE, 128)
     torch.testing.assert_close(times, finer[::2], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(states, others[::2], rtol=1e-10, atol=1e-10)
 
@@ -252,7 +252,7 @@ def test_one_table_and_one_figure(known):
     figure = found.figure()
     assert isinstance(figure, Figure)
     assert len(figure.axes) == 3
-    assert set(found.faults) == {"Langevin, norms per batch"}
+    assert set(found.faults) == {"Langevin norms per batch"}
 
 
 def test_a_users_own_step_is_found():
