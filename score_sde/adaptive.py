@@ -458,7 +458,7 @@ def whole_lanes(function: Callable[[Tensor], Level], u: Tensor) -> Level:
     """function(u), elementwise, with the same bits for an element wherever it stands in u.
 
     On a CPU some functions (log1p, sigmoid) differ in the last bit between the vector unit and the loop that does the
-    rest of an array or of a thread's share: u is filled up to whole vectors, in pieces below the size that is shared out.
+    rest of an array or of a thread's share: u is filled up to whole vectors, in pieces too small to be shared out.
     """
     if u.device.type != "cpu":
         return function(u)
