@@ -47,7 +47,7 @@ class Impulses(NoiseSource):
 
 
 def affine_run(sampler: Sampler, sde: SDE, mean: float, std: float, draws: int = 60) -> np.ndarray:
-    """A run on data N(mean, std^2) as an affine map: rows are grid times, columns (constant, x_init, draw 1, 2, ...)."""
+    """A run on data N(mean, std^2) as an affine map: rows are grid times, columns (constant, x_init, draw 1, ...)."""
     noise = Impulses()
     x = torch.zeros(draws + 2, 1, dtype=F64)
     x[-1] = 1.0

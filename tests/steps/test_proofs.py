@@ -1,5 +1,5 @@
-"""The six proofs of every step, found by discovery: point mass, exact moments, order, batch independence, and that every
-SDE goes with every predictor and corrector or says why not.
+"""The six proofs of every step, found by discovery: point mass, exact moments, order, batch independence, and that
+every SDE goes with every predictor and corrector or says why not.
 
 A run on Gaussian data is an affine map of its start and its draws. `affine_run` reads this map off the sampler itself,
 one unit impulse a sample; nothing below looks into a step, except to compare the sampler with the step's own table.
@@ -27,12 +27,23 @@ from closed_forms import (
 )
 from conftest import CORRECTORS, LINEAR, PREDICTORS, SDES
 
+import score_sde
 from score_sde.noise import BatchNoise, SampleNoise
 from score_sde.prediction import Prediction
-from score_sde.sampler import Sampler
+from score_sde.sampler import Renoise, Sampler
 from score_sde.score import ExactScore, ScoreModel
-from score_sde.sde import VESDE, VPSDE, RectifiedFlow
-from score_sde.steps import Ancestral, EulerMaruyama, ProbabilityFlowEuler, ReverseDiffusion, Step
+from score_sde.sde import SDE, VESDE, VPSDE, RectifiedFlow
+from score_sde.steps import (
+    Ancestral,
+    EulerMaruyama,
+    LinearStep,
+    ProbabilityFlowEuler,
+    ReverseDiffusion,
+    StagedStep,
+    Step,
+    Tabulated,
+)
+from score_sde.steps.corrected import CorrectedStep
 
 SOLVERS = {name: step for name, step in PREDICTORS.items() if step.calls > 0}
 
@@ -233,11 +244,7 @@ def test_a_correctors_sample_is_bitwise_the_same_in_any_batch(step):
 
 
 def test_batch_norms_couple_the_samples_as_documented():
-    step = (
-        CORRECTORS["LangevinCorrector[norm=batch]"]
-        if "LangevinCorrector[norm=batch]" in CORRECTORS
-        else next(s for s in CORRECTORS.values() if getattr(s, "norm", "") == "batch")
-    )
+    step = next(step for step in CORRECTORS.values() if getattr(step, "norm", "") == "batch")
     assert not same_in_any_batch(Sampler(None, log_snr_between(-3.0, 2.0, 4), step), Bumpy(VPSDE(), (3,)))
 
 
@@ -258,13 +265,11 @@ def test_every_pairing_samples_two_finite_steps_or_is_refused(sde, predictor):
     for name, corrector in correctors.items():
         for first in (True, False):
             sampler = Sampler(predictor, log_snr_between(-3.0, 2.0, 2), corrector, corrector_first=first)
-            try:
-                sampler.check(sde)
-            except ValueError as refusal:
-                assert type(predictor).__name__ in str(refusal)
-                with pytest.raises(ValueError, match=type(predictor).__name__):
-                    sampler.sample(model, (3, 1), seed=0)
+            if type(predictor) is Renoise:  # the sampler's own, for the moves of a grid that go up
+                with pytest.raises(ValueError, match="Renoise has no finite coefficients"):
+                    sampler.check(sde)
                 continue
+            sampler.check(sde)
             run = sampler.sample(model, (3, 1), seed=0)
             assert run.x.isfinite().all(), name
             assert run.nfe == 2 * (predictor.calls + (corrector.calls if corrector else 0)) + 1, name
@@ -277,25 +282,9 @@ def test_the_pairings_of_an_sde_and_a_corrector_alone(sde, corrector):
 
 
 def test_discovery_finds_the_classes_of_the_design():
-    known = " ".join(SDES) + " " + " ".join(PREDICTORS) + " " + " ".join(CORRECTORS)
-    for name in [
-        "VPSDE",
-        "SubVPSDE",
-        "VESDE",
-        "CosineSDE",
-        "KarrasSDE",
-        "RectifiedFlow",
-        "DiscreteSDE",
-        "EulerMaruyama",
-        "ReverseDiffusion",
-        "Ancestral",
-        "DDIM",
-        "ProbabilityFlowEuler",
-        "ExponentialAdams",
-        "Heun",
-        "AnnealedLangevin",
-        "LangevinCorrector",
-    ]:
-        assert name in known
+    found = {type(thing) for things in (SDES, PREDICTORS, CORRECTORS) for thing in things.values()}
+    public = [getattr(score_sde, name) for name in score_sde.__all__]
+    abstract = {SDE, Step, LinearStep, StagedStep, CorrectedStep, Tabulated}
+    assert {c for c in public if isinstance(c, type) and issubclass(c, (SDE, Step))} - abstract <= found
     assert NOISY.keys() >= {"EulerMaruyama", "ReverseDiffusion", "Ancestral"}
     assert NOISELESS.keys() >= {"DDIM", "ProbabilityFlowEuler", "ExponentialAdams", "Heun"}

@@ -1,0 +1,217 @@
+"""Coefficients of the linear steps in the words of the papers, and the polynomials they integrate exactly."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from closed_forms import F64
+from scipy.integrate import quad, solve_ivp
+
+from score_sde.sampler import Renoise
+from score_sde.sde import SDE, VESDE, VPSDE, DiscreteSDE, KarrasSDE
+from score_sde.steps import (
+    DDIM,
+    Ancestral,
+    EulerMaruyama,
+    ExponentialAdams,
+    LinearStep,
+    ProbabilityFlowEuler,
+    ReverseDiffusion,
+)
+from score_sde.steps.linear import Carry
+
+
+def row(step: LinearStep, sde: SDE, t: float, s: float):
+    return step.plan(sde, torch.tensor([t], dtype=F64), torch.tensor([s], dtype=F64))[0]
+
+
+def of_score(step: LinearStep, sde: SDE, t: float, s: float) -> tuple[float, float, float]:
+    """(p, q, c) of x_s = p x + q score + c z: the row with D = (x + sigma^2 score) / alpha put in."""
+    a, (b,), c = row(step, sde, t, s)[1:4]
+    alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))
+    return a + b / alpha, b * sigma**2 / alpha, c
+
+
+DDPM = DiscreteSDE.ddpm()
+BETA = torch.linspace(1e-4, 0.02, 1000, dtype=F64).tolist()
+SIGMA = torch.linspace(math.log(0.01), math.log(50.0), 1000, dtype=F64).exp().tolist()
+SMLD = DiscreteSDE.smld(SIGMA)
+
+
+@pytest.mark.parametrize("i", [1, 500, 999])
+def test_reverse_diffusion_is_songs(i):
+    """VP: x <- (2 - sqrt(1 - beta)) x + beta s + sqrt(beta) z. VE: G^2 = sigma_i^2 - sigma_{i-1}^2."""
+    beta, grown = BETA[i], SIGMA[i] ** 2 - SIGMA[i - 1] ** 2
+    assert of_score(ReverseDiffusion(), DDPM, i, i - 1) == pytest.approx(
+        (2 - math.sqrt(1 - beta), beta, math.sqrt(beta)), rel=1e-9
+    )
+    assert of_score(ReverseDiffusion(), SMLD, i, i - 1) == pytest.approx((1, grown, math.sqrt(grown)), rel=1e-9)
+
+
+@pytest.mark.parametrize("i", [1, 500, 999])
+def test_ancestral_is_ddpms_and_smlds(i):
+    """VP: x <- (x + beta s) / sqrt(1 - beta) + noise, of variance beta or the posterior's. VE: SMLD's."""
+    beta, below, here = BETA[i], SIGMA[i - 1] ** 2, SIGMA[i] ** 2
+    mean = (1 / math.sqrt(1 - beta), beta / math.sqrt(1 - beta))
+    alpha_bar = np.cumprod(1 - np.array(BETA))
+    posterior = math.sqrt(beta * (1 - alpha_bar[i - 1]) / (1 - alpha_bar[i]))
+    assert of_score(Ancestral("forward"), DDPM, i, i - 1) == pytest.approx((*mean, math.sqrt(beta)), rel=1e-8)
+    assert of_score(Ancestral(), DDPM, i, i - 1) == pytest.approx((*mean, posterior), rel=1e-8)
+    smld = (1, here - below, math.sqrt(below * (here - below) / here))
+    assert of_score(Ancestral(), SMLD, i, i - 1) == pytest.approx(smld, rel=1e-9)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_is_the_papers(eta):
+    """sigma = eta sqrt((1 - a') / (1 - a)) sqrt(1 - a / a'); x' = sqrt(a') x0 + sqrt(1 - a' - sigma^2) eps + sigma z"""
+    t, s = 700, 400
+    here, there = (float(DDPM.alpha(v)) ** 2 for v in (t, s))
+    sigma = eta * math.sqrt((1 - there) / (1 - here)) * math.sqrt(1 - here / there)
+    of_eps = math.sqrt(1 - there - sigma**2)
+    a, (b,), c = row(DDIM(eta), DDPM, t, s)[1:4]
+    # x = sqrt(a) x0 + sqrt(1 - a) eps in the row's own terms.
+    assert a * math.sqrt(here) + b == pytest.approx(math.sqrt(there), rel=1e-12)
+    assert a * math.sqrt(1 - here) == pytest.approx(of_eps, rel=1e-12)
+    assert c == pytest.approx(sigma, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), VESDE(), KarrasSDE()], ids=repr)
+def test_euler_steps_are_the_equations(sde):
+    """x + h (f x - g^2 s) + g sqrt(-h) z, and x + h (f x - g^2 s / 2)."""
+    t, s = 0.6, 0.55
+    h, f, g = s - t, float(sde.drift(t)), float(sde.diffusion(t))
+    assert of_score(EulerMaruyama(), sde, t, s) == pytest.approx((1 + h * f, -h * g**2, g * math.sqrt(-h)), rel=1e-10)
+    assert of_score(ProbabilityFlowEuler(), sde, t, s) == pytest.approx((1 + h * f, -h * g**2 / 2, 0), rel=1e-10)
+
+
+def test_one_formula_has_many_names(sde):
+    """DDIM(1) = Ancestral = first-order SDE-DPM-Solver++; DDIM(0) = first-order DPM-Solver++."""
+    t, s = (float(sde.time_at(lmbda)) for lmbda in (-1.0, -0.2))
+    posterior = row(Ancestral(), sde, t, s)
+    for twin in (DDIM(1.0), ExponentialAdams(1, eta=1.0)):
+        other = row(twin, sde, t, s)
+        assert (other.a, *other.b, other.c) == pytest.approx((posterior.a, *posterior.b, posterior.c), rel=1e-11)
+    first, other = row(DDIM(), sde, t, s), row(ExponentialAdams(1), sde, t, s)
+    assert (other.a, *other.b, other.c) == pytest.approx((first.a, *first.b, first.c), rel=1e-11)
+
+
+def test_dpm_solver_2m_is_the_published_formula():
+    """x_s = sigma_s / sigma_t x - alpha_s (e^{-h} - 1) D + second-order correction, for steps h of equal length, where
+    the exact weights are alpha_s (1 - e^{-h} + (h - 1 + e^{-h}) / h) and its counterpart."""
+    sde = VPSDE()
+    r, t, s = sde.time_at(torch.tensor([-1.0, -0.7, -0.4], dtype=F64))
+    a, (b0, b1), c = ExponentialAdams(2).coefficients(sde, torch.stack([t, r])[:, None], s[None])
+    alpha, h = float(sde.alpha(s)), 0.3
+    second = alpha * (h - 1 + math.exp(-h)) / h
+    assert float(a) == pytest.approx(float(sde.sigma(s) / sde.sigma(t)), rel=1e-12)
+    assert float(b0) == pytest.approx(alpha * -math.expm1(-h) + second, rel=1e-11)
+    assert float(b1) == pytest.approx(-second, rel=1e-11)
+    assert float(c) == 0
+
+
+def weights(step: LinearStep, sde: SDE, lambdas: list[float], end: float) -> tuple[list[float], float, float]:
+    """(b, a, c) for nodes at given lambdas, the newest first."""
+    times, s = sde.time_at(torch.tensor(lambdas, dtype=F64)), sde.time_at(torch.tensor(end, dtype=F64))
+    a, b, c = step.coefficients(sde, times[:, None], s[None])
+    return [float(v) for v in b], float(a), float(c)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("gap", [0.02, 0.4, 2.5])
+def test_exponential_adams_integrates_polynomials_exactly(order, eta, gap):
+    """D = lambda^j, j < order, on uneven nodes: sum b_k lambda_k^j = alpha_s k int_0^h e^{-k u} (lambda_s - u)^j du."""
+    sde = VPSDE()
+    start = -1.1
+    nodes, end = [start, start - 0.7 * gap, start - 1.9 * gap, start - 2.4 * gap][:order], start + gap
+    b, a, c = weights(ExponentialAdams(order, eta=eta), sde, nodes, end)
+    t, s = (float(sde.time_at(v)) for v in (start, end))
+    k = 1 + eta**2
+    size = sum(abs(v) for v in b)
+    for j in range(order):
+        integral = quad(lambda u: math.exp(-k * u) * (end - u) ** j, 0, gap, epsabs=1e-13, epsrel=1e-13)[0]  # noqa: B023
+        expected = float(sde.alpha(s)) * k * integral
+        found = sum(w * v**j for w, v in zip(b, nodes, strict=True))
+        assert abs(found - expected) < 1e-12 * max(1, size) * max(abs(v) ** j for v in [*nodes, 1])
+    # Point mass: a sigma_t and c make up sigma_s, and what is left goes to the mean.
+    alpha_t, sigma_t = float(sde.alpha(t)), float(sde.sigma(t))
+    assert a * alpha_t + sum(b) == pytest.approx(float(sde.alpha(s)), rel=1e-12)
+    assert math.hypot(a * sigma_t, c) == pytest.approx(float(sde.sigma(s)), rel=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_no_order_is_claimed_that_is_not_there(order):
+    """One degree higher is not integrated exactly."""
+    sde, nodes, end = VPSDE(), [-1.1, -1.4, -1.9, -2.1][:order], -0.7
+    b, _, _ = weights(ExponentialAdams(order), sde, nodes, end)
+    integral = quad(lambda u: math.exp(-u) * (end - u) ** order, 0, 0.4)[0]
+    expected = float(sde.alpha(sde.time_at(end))) * integral
+    assert abs(sum(w * v**order for w, v in zip(b, nodes, strict=True)) - expected) > 1e-4
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+def test_exponential_adams_solves_the_family_of_reverse_equations(eta):
+    """Mean and variance of dx = [f x - (1 + eta^2) g^2 score / 2] dt + eta g dw with D = 2 - lambda, by scipy."""
+    sde = VPSDE()
+    nodes, end = [-0.5, -1.3], 0.4
+    t, s = (float(sde.time_at(v)) for v in (nodes[0], end))
+
+    def rates(u, y):
+        f, g2, variance = float(sde.drift(u)), float(sde.diffusion(u)) ** 2, float(sde.sigma(u)) ** 2
+        k, alpha, D = (1 + eta**2) / 2, float(sde.alpha(u)), 2 - float(sde.half_log_snr(u))
+        growth = f + k * g2 / variance  # of x, from -k g^2 (alpha D - x) / sigma^2
+        return [growth * y[0] - k * g2 * alpha * D / variance, 2 * growth * y[1] - eta**2 * g2]
+
+    y = solve_ivp(rates, (t, s), [0.8, 0.3], "DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
+    b, a, c = weights(ExponentialAdams(2, eta=eta), sde, nodes, end)
+    assert a * 0.8 + b[0] * 2.5 + b[1] * 3.3 == pytest.approx(y[0], rel=1e-9)
+    assert a**2 * 0.3 + c**2 == pytest.approx(y[1], rel=1e-9)
+
+
+def test_first_moves_use_the_outputs_there_are_and_a_break_starts_anew():
+    sde = VPSDE()
+    t = torch.tensor([1.0, 0.8, 0.6, 0.7, 0.5, 0.4], dtype=F64)
+    s = torch.tensor([0.8, 0.6, 0.5, 0.5, 0.4, 0.3], dtype=F64)
+    rows = ExponentialAdams(3).plan(sde, t, s)
+    assert [len(r.b) for r in rows] == [1, 2, 3, 1, 2, 3]
+    assert [r.t for r in rows] == t.tolist()
+    _, expected, _ = ExponentialAdams(3).coefficients(sde, t[[2, 1, 0]][:, None], s[2:3])
+    assert rows[2].b == pytest.approx([float(v) for v in expected])
+
+
+def test_carrying_and_renoising(sde):
+    t, s = (float(sde.time_at(lmbda)) for lmbda in (0.5, -0.5))
+    scale, std = (float(v) for v in sde.transition_kernel(t, s))
+    for step, noise in ((Carry(), 0.0), (Renoise(), std)):
+        a, b, c = row(step, sde, t, s)[1:4]
+        assert (a, b, c) == (pytest.approx(scale), (), pytest.approx(noise))
+
+
+def test_a_step_without_finite_coefficients_is_refused():
+    sde = VPSDE()
+    with pytest.raises(ValueError, match=r"EulerMaruyama has no finite coefficients at t=0\.5 of VPSDE"):
+        row(EulerMaruyama(), sde, 0.5, 0.6)
+    with pytest.raises(ValueError, match="choose a grid that avoids this time"):
+        row(Renoise(), sde, 0.6, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ExponentialAdams(order=0), "orders 1 to 4, got order=0"),
+        (lambda: ExponentialAdams(order=7), "orders 1 to 4, got order=7"),
+        (lambda: ExponentialAdams(eta=-1.0), "eta >= 0"),
+        (lambda: ExponentialAdams(eta=math.nan), "eta >= 0"),
+        (lambda: ExponentialAdams(eta=math.inf), "eta >= 0"),
+        (lambda: DDIM(eta=1.5), r"eta lies in \[0, 1\]"),
+        (lambda: DDIM(eta=math.nan), r"eta lies in \[0, 1\]"),
+        (lambda: Ancestral("large"), "'posterior' or 'forward'"),
+    ],
+)
+def test_impossible_settings_are_refused(build, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        build()
+    assert "\n" not in str(refusal.value)
