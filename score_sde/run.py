@@ -40,6 +40,7 @@ ROOMS = (
     "score_sde.steps",
     "score_sde.sampler",
     "score_sde.ode",
+    "score_sde.tuning",
     "score_sde.guidance",
     "score_sde.training.objective",
     "score_sde.training.times",

@@ -1,0 +1,185 @@
+"""Tuned solvers: the tables are the solvers they name, exact for a point mass, and a fit never returns a worse one."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from score_sde import VESDE, VPSDE, ExactScore, ExponentialAdams, GaussianMixture, Sampler, grid, targets
+from score_sde.sde import SDE, RectifiedFlow
+from score_sde.tuning import RULES, Pairs, Span, TunedSampler, TunedTable, endpoints, tune, tune_spectrum, untuned
+
+CALLS = 5
+
+
+@pytest.fixture(scope="module")
+def model() -> ExactScore:
+    return ExactScore(targets.make("ring", components=3, radius=2.0), VPSDE())
+
+
+@pytest.fixture(scope="module")
+def tuned(model: ExactScore) -> TunedTable:
+    return tune(model, 3, samples=128, iterations=30, progress=False)
+
+
+def random_table(sde: SDE, calls: int = CALLS) -> TunedTable:
+    """A valid table without any merit."""
+    span, generator = Span.of(sde), torch.Generator().manual_seed(0)
+    z = torch.randn(calls + calls * (calls - 1) // 2, generator=generator, dtype=torch.float64)
+    return TunedTable(*span.split(z, calls))
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), VESDE(), RectifiedFlow()], ids=repr)
+def test_any_table_carries_a_point_mass_exactly(sde: SDE) -> None:
+    """With D = m constant, x_i = alpha_i m + (x_0 - alpha_0 m) sigma_i / sigma_0 at every call, and m at the end."""
+    point = torch.tensor([[1.5, -0.7]], dtype=torch.float64)
+    model = ExactScore(GaussianMixture([1.0], point, torch.zeros(1, 2, 2)), sde)
+    x = model.start(torch.randn(7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    result = TunedSampler(random_table(sde)).sample(model, x.shape, x_init=x, trajectory=True)
+    assert (result.x - point).abs().max() < 1e-12
+    assert result.nfe == CALLS
+    alpha, sigma = sde.alpha(result.times[:-1])[:, None, None], sde.sigma(result.times[:-1])[:, None, None]
+    exact = alpha * point + (x - alpha[0] * point) * sigma / sigma[0]
+    assert ((result.trajectory[:-1] - exact) / sigma[0]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_exponential_tables_are_the_sampler_of_that_name(model: ExactScore, order: int) -> None:
+    times = grid.uniform(model.sde, steps=CALLS - 1)[:-1]
+    levels = model.sde.half_log_snr(torch.cat([times, times.new_tensor([1.2e-3])]))
+    table = TunedTable(levels, RULES[f"exponential Adams {order}"](levels))
+    sampler = Sampler(ExponentialAdams(order), lambda sde: sde.time_at(levels).clamp(max=1.0))
+    x = model.start(torch.randn(20, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    ours, theirs = (s.sample(model, x.shape, x_init=x) for s in (TunedSampler(table), sampler))
+    assert ours.nfe == theirs.nfe == CALLS
+    assert (ours.x - theirs.x).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_velocity_tables_are_adams_on_the_rectified_path(model: ExactScore, order: int) -> None:
+    """By the textbook's equal-step weights, carried out on the velocities themselves."""
+    adams = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12)}
+    table, sde = untuned(model.sde, CALLS)[f"velocity Adams {order} on rectified"], model.sde
+    t0 = torch.sigmoid(-sde.half_log_snr(torch.tensor(sde.t_max, dtype=torch.float64))).item()
+    x = model.start(torch.randn(20, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    y, velocities = x / (sde.alpha(sde.t_max) + sde.sigma(sde.t_max)), []
+    for i in range(CALLS):
+        t = t0 * (1 - i / CALLS)
+        velocities.insert(0, (y - model.target.denoise(y, 1 - t, t)) / t)
+        y = y - t0 / CALLS * sum(w * v for w, v in zip(adams[min(order, i + 1)], velocities, strict=False))
+    assert (TunedSampler(table).sample(model, x.shape, x_init=x).x - y).abs().max() < 1e-9
+
+
+def test_the_gradient_is_that_of_the_loss(model: ExactScore) -> None:
+    """Against central differences, levels (through the inverse of lambda) and weights alike; VE's by the same path."""
+    for exact in (model, ExactScore(model.target, VESDE())):
+        span = Span.of(exact.sde)
+        z = torch.randn(6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) / 3
+        x = exact.start(torch.randn(10, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
+        pairs = Pairs(exact, x, torch.zeros_like(x), unit=1.0, robust=0.5, batch_size=4)
+        _, gradient = pairs.loss_and_gradient(z.numpy(), span, 3)
+        steps = 1e-5 * torch.eye(6, dtype=torch.float64)
+        values = [[pairs.loss(TunedTable(*span.split(z + sign * step, 3))) for sign in (1, -1)] for step in steps]
+        numeric = torch.tensor([(up - down) / 2e-5 for up, down in values], dtype=torch.float64)
+        assert (torch.from_numpy(gradient) - numeric).abs().max() < 1e-5 * (1 + numeric.abs().max())
+
+
+def test_tuning_improves_and_its_record_says_by_how_much(model: ExactScore, tuned: TunedTable) -> None:
+    losses = tuned.record["validation"]
+    assert losses[tuned.record["chosen"]] < 0.5 * losses[tuned.record["best untuned"]]
+    assert losses[tuned.record["best untuned"]] == min(losses[name] for name in untuned(model.sde, 3))
+
+
+@pytest.mark.parametrize("method", ["coefficients", "grid"])
+@pytest.mark.parametrize("iterations", [1, 20])
+def test_never_worse_than_the_best_untuned(model: ExactScore, method: str, iterations: int) -> None:
+    """Also where there is nothing to gain: 16 points to fit on."""
+    table = tune(model, 4, method=method, samples=16, iterations=iterations, progress=False)
+    assert table.record["validation"][table.record["chosen"]] == min(table.record["validation"].values())
+    assert len(table.half_log_snr) == 4
+
+
+def test_the_same_seed_gives_the_same_table(model: ExactScore, tuned: TunedTable) -> None:
+    again = tune(model, 3, samples=128, iterations=30, progress=False)
+    assert torch.equal(again.weights, tuned.weights)
+    assert torch.equal(again.half_log_snr, tuned.half_log_snr)
+
+
+def test_a_table_survives_its_file(model: ExactScore, tuned: TunedTable, tmp_path: Path) -> None:
+    tuned.save(tmp_path / "table.json")
+    loaded = TunedTable.load(tmp_path / "table.json")
+    assert torch.equal(loaded.weights, tuned.weights)
+    assert torch.equal(loaded.half_log_snr, tuned.half_log_snr)
+    assert loaded.record == tuned.record
+    drawn = [TunedSampler(t).sample(model, (9, 2), seed=0).x for t in (tuned, tmp_path / "table.json")]
+    assert torch.equal(*drawn)
+    once = endpoints(model, model.start(torch.randn(9, 2)), loaded.half_log_snr, loaded.weights)
+    assert once.shape == (9, 2)
+
+
+def test_spectrum_tuning_minimises_the_exact_wasserstein_distance() -> None:
+    """The variance recursion is redone here with scalars; the result is far below every untuned solver's."""
+    variances, sde = torch.logspace(-2, 0.5, 12, dtype=torch.float64), VPSDE()
+
+    def distance(table: TunedTable) -> float:
+        t = sde.time_at(table.half_log_snr).tolist()
+        alpha, sigma = [sde.alpha(s).item() for s in t] + [1.0], [sde.sigma(s).item() for s in t] + [0.0]
+        total = 0.0
+        for v in variances.tolist():
+            x, outputs = math.sqrt(alpha[0] ** 2 * v + sigma[0] ** 2), []
+            for i in range(len(t)):
+                outputs.append(alpha[i] * v / (alpha[i] ** 2 * v + sigma[i] ** 2) * x)
+                clean = sum(w * d for w, d in zip(table.weights[i].tolist(), outputs, strict=False))
+                x = alpha[i + 1] * clean + sigma[i + 1] / sigma[i] * (x - alpha[i] * clean)
+            total += (x - math.sqrt(v)) ** 2
+        return math.sqrt(total)
+
+    table = tune_spectrum(variances, 4, sde=sde, progress=False)
+    assert distance(table) < 0.05 * min(distance(other) for other in untuned(sde, 4).values())
+    assert table.record["validation"][table.record["chosen"]] > 0
+
+
+@pytest.mark.parametrize("break_it", ["row sum", "order", "upper", "shape"])
+def test_a_broken_table_is_refused(tuned: TunedTable, tmp_path: Path, break_it: str) -> None:
+    tuned.save(tmp_path / "table.json")
+    table = json.loads((tmp_path / "table.json").read_text())
+    if break_it == "row sum":
+        table["weights"][1][0] += 1e-6
+    elif break_it == "order":
+        table["half_log_snr"].reverse()
+    elif break_it == "upper":
+        table["weights"][0] = [0.5, 0.5]
+    else:
+        table["half_log_snr"].append(9.0)
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="table"):
+        TunedSampler(tmp_path / "table.json")
+
+
+def test_what_cannot_be_done_is_refused(model: ExactScore, tuned: TunedTable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tune one for it"):
+        TunedSampler(tuned).check(RectifiedFlow())
+    with pytest.raises(ValueError, match="steps >= 1"):
+        tune(model, 0)
+    with pytest.raises(ValueError, match="coefficients, grid"):
+        tune(model, 3, method="coefficient")
+    with pytest.raises(ValueError, match="positive"):
+        tune(model, 3, samples=0)
+    with pytest.raises(ValueError, match="positive"):
+        tune_spectrum([1.0, 0.0], 3)
+    (tmp_path / "other.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"scripts/tune\.py"):
+        TunedSampler(tmp_path / "other.json")
+
+
+def test_other_teachers_and_one_call(model: ExactScore) -> None:
+    """With one call every table is D(x, t_max); a teacher may be any sampler."""
+    teacher = Sampler(ExponentialAdams(2), partial(grid.log_snr, steps=30))
+    table = tune(model, 1, samples=8, teacher=teacher, progress=False)
+    x = model.start(torch.randn(5, 2))
+    assert torch.allclose(TunedSampler(table).sample(model, x.shape, x_init=x).x, model(x, model.sde.t_max).denoised)
