@@ -282,7 +282,7 @@ def discrete_log_likelihood(
         raise ValueError(f"draws is a positive number of dequantisations, got {draws}")
     generator = torch.Generator(codes.device).manual_seed(seed)
     terms = []
-    for _ in range(draws):
+    for draw in range(draws):
         if dequantizer is None:
             x, log_q = dequantize(codes, generator, bin_width=bin_width, low=low), 0.0
         else:
@@ -290,7 +290,7 @@ def discrete_log_likelihood(
             with torch.no_grad():
                 u, log_q = dequantizer(eps)
             x = (low + bin_width * (codes + u)).float()
-        terms.append(log_likelihood(model, x, **options).log_prob - log_q)
+        terms.append(log_likelihood(model, x, seed=seed + draw, **options).log_prob - log_q)
     volume = math.prod(codes.shape[1:]) * math.log(bin_width)
     return torch.stack(terms).logsumexp(0) - math.log(draws) + volume
 

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from score_sde.data import Data, key
+from score_sde.energy import EnergyScore
+from score_sde.networks import Conservative
 from score_sde.score import LearnedScore
 from score_sde.training import Checkpoints, write_atomically
 
@@ -43,8 +45,10 @@ ROOMS = (
     "score_sde.tuning",
     "score_sde.guidance",
     "score_sde.training.objective",
+    "score_sde.training.score_matching",
     "score_sde.training.times",
     "score_sde.training.trainer",
+    "score_sde.training.variational",
     "score_sde.training.weighting",
 )
 
@@ -150,7 +154,8 @@ def build_model(config: DictConfig | Mapping[str, Any], trust: Sequence[str] = (
         torch.manual_seed(key(config["seed"], "network"))
         network = instantiate(config["network"], trust)
     sde, parameterization = instantiate(config["sde"], trust), instantiate(config["parameterization"], trust)
-    return LearnedScore(network, sde, parameterization, config["event_shape"])
+    kind = EnergyScore if isinstance(network, Conservative) else LearnedScore
+    return kind(network, sde, parameterization, config["event_shape"])
 
 
 def instantiate(node: Any, trust: Sequence[str] = ()) -> Any:

@@ -2,9 +2,23 @@
 
 from score_sde.training.checkpoint import Checkpoints, write_atomically
 from score_sde.training.ema import EMA, ema_decay
-from score_sde.training.objective import DenoisingScoreMatching
+from score_sde.training.objective import DenoisingScoreMatching, Objective
+from score_sde.training.score_matching import (
+    ExplicitScoreMatching,
+    FiniteDifferenceScoreMatching,
+    ImplicitScoreMatching,
+    SlicedScoreMatching,
+)
 from score_sde.training.times import ImportanceTimes, LadderTimes, LogNormalTimes, Times, TimeSampler, UniformTimes
 from score_sde.training.trainer import DivergenceError, Trainer, TrainingResult
+from score_sde.training.variational import (
+    ContinuousDecoder,
+    DiscretisedDecoder,
+    Ladder,
+    LossAwareTimes,
+    StepVariance,
+    VariationalObjective,
+)
 from score_sde.training.weighting import (
     KarrasWeighting,
     LikelihoodWeighting,
@@ -17,21 +31,32 @@ from score_sde.training.weighting import (
 __all__ = [
     "EMA",
     "Checkpoints",
+    "ContinuousDecoder",
     "DenoisingScoreMatching",
+    "DiscretisedDecoder",
     "DivergenceError",
+    "ExplicitScoreMatching",
+    "FiniteDifferenceScoreMatching",
+    "ImplicitScoreMatching",
     "ImportanceTimes",
     "KarrasWeighting",
+    "Ladder",
     "LadderTimes",
     "LikelihoodWeighting",
     "LogNormalTimes",
+    "LossAwareTimes",
     "MinSNRWeighting",
+    "Objective",
     "SigmaWeighting",
     "SimpleWeighting",
+    "SlicedScoreMatching",
+    "StepVariance",
     "TimeSampler",
     "Times",
     "Trainer",
     "TrainingResult",
     "UniformTimes",
+    "VariationalObjective",
     "Weighting",
     "ema_decay",
     "write_atomically",

@@ -8,6 +8,8 @@ of an event. Vincent 2011; Song et al. 2021, https://arxiv.org/abs/2011.13456, e
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,14 @@ from score_sde.score import LearnedScore
 from score_sde.training.times import Times
 from score_sde.training.weighting import SimpleWeighting, Weighting
 
-__all__ = ["DenoisingScoreMatching"]
+__all__ = ["DenoisingScoreMatching", "Objective"]
+
+
+class Objective(Protocol):
+    """What training minimises the mean of, and a test of a model may report."""
+
+    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Tensor:
+        """The loss of each example of a batch at its time, shape (batch,); all randomness is the generator's."""
 
 
 class DenoisingScoreMatching:

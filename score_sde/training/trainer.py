@@ -29,7 +29,7 @@ from score_sde.training.checkpoint import Checkpoints
 from score_sde.training.ema import EMA
 from score_sde.training.interrupt import interrupts
 from score_sde.training.metrics import MetricsLog, Window
-from score_sde.training.objective import DenoisingScoreMatching
+from score_sde.training.objective import Objective
 from score_sde.training.times import TimeSampler
 
 __all__ = ["DivergenceError", "Trainer", "TrainingResult"]
@@ -139,7 +139,7 @@ class Trainer:
         self,
         model: LearnedScore,
         data: Data,
-        objective: DenoisingScoreMatching,
+        objective: Objective,
         time_sampler: TimeSampler,
         directory: str | Path,
         *,
@@ -208,7 +208,7 @@ class _Run:
         self,
         trainer: Trainer,
         model: LearnedScore,
-        objective: DenoisingScoreMatching,
+        objective: Objective,
         time_sampler: TimeSampler,
         seed: int,
     ) -> None:

@@ -1,0 +1,109 @@
+"""Log-likelihoods of held-out data under a trained model: python scripts/likelihood.py run=<dir> count=200"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import common
+import figures
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from score_sde import plotting
+from score_sde.data import Data
+from score_sde.likelihood import bits_per_dim, discrete_log_likelihood, log_likelihood
+from score_sde.training import write_atomically
+
+
+@common.main("likelihood")
+def main(config: DictConfig) -> None:
+    run = common.open_run(config)
+    if config.count < 2 or config.batch_size < 1:
+        raise ValueError(f"count is at least 2 and batch_size at least 1, got {config.count} and {config.batch_size}")
+    data = run.data()
+    model = run.model(step=config.step).to(common.device_of(config.device))
+    sets = examples(data, config.count, list(config.ood), torch.Generator().manual_seed(config.seed))
+    bins = lattice(data)
+    options = {name: config[name] for name in ("divergence", "probes", "method", "rtol", "atol", "steps", "truncation")}
+    if options["divergence"] is None:
+        exact = len(torch.zeros(data.event_shape).flatten()) <= 16
+        options |= {"divergence": "exact", "probes": 1} if exact else {"divergence": "hutchinson"}
+
+    rows: list[pd.DataFrame] = []
+    for name, x in sets.items():
+        for i, part in enumerate(tqdm(x.split(config.batch_size), desc=name, delay=2)):
+            here, options["seed"] = part.to(model.device), config.seed * 1_000_003 + i
+            row = discrete(model, here, bins, config.draws, options) if bins else real(model, here, data, options)
+            rows.append(pd.DataFrame({"set": name, **{key: value.cpu().numpy() for key, value in row.items()}}))
+    table = pd.concat(rows, ignore_index=True)
+    table.insert(1, "index", table.groupby("set").cumcount())
+    write_atomically(run.path / "likelihood.csv", table.to_csv(index=False))
+    column = "bits_per_dim" if bins else "log_prob"
+    figure, axes = plotting.panels(1, width=6, height=4)
+    spread = [values.to_numpy() for _, values in table.groupby("set", sort=False)[column]]
+    axes[0, 0].hist(spread, bins=40, density=True, histtype="stepfilled", alpha=0.5, label=list(sets))
+    axes[0, 0].set(xlabel=column.replace("_", " "), ylabel="density")
+    axes[0, 0].legend()
+    figures.save(figure, run.figures / "likelihood.png")
+    common.show(summary(table))
+    print(f"\n{run.path}: likelihood.csv, figures/likelihood.png")
+
+
+def lattice(data: Data) -> dict[str, float] | None:
+    """Bin width and lower edge of data that were integers, in the scale of the model; None for real-valued data."""
+    dequantize, levels = getattr(data, "dequantize", None), getattr(data, "levels", None)
+    if dequantize is None or levels is None:
+        return None
+    return {"bin_width": 2 / levels, "low": -1.0} if dequantize else \
+           {"bin_width": 2 / (levels - 1), "low": -1.0 - 1 / (levels - 1)}  # fmt: skip
+
+
+def examples(data: Data, count: int, ood: list[str], generator: torch.Generator) -> dict[str, Tensor]:
+    """Held-out examples and sets out of distribution, integers where the data were."""
+    x, bins = data.reference(count).x, lattice(data)
+    if bins:
+        x = ((x - bins["low"]) / bins["bin_width"]).floor().long()
+    sets = {"held out": x}
+    for name in ood:
+        if name == "shuffled":
+            order = torch.rand(x.flatten(1).shape, generator=generator).argsort(1)
+            sets[name] = x.flatten(1).gather(1, order).view_as(x)
+        elif name == "uniform":
+            u = torch.rand(x.shape, generator=generator)
+            low, high = x.amin(0), x.amax(0)
+            sets[name] = torch.randint(0, data.levels, x.shape, generator=generator) if bins else low + (high - low) * u  # type: ignore[attr-defined]
+        else:
+            raise ValueError(f"ood is a list of 'shuffled' and 'uniform', got {name!r}")
+    return sets
+
+
+def real(model: Any, x: Tensor, data: Data, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Densities of real-valued data, beside the true ones where they are known."""
+    found = log_likelihood(model, x, **options)
+    row = {"log_prob": found.log_prob, "std_error": found.std_error, "truncation": found.truncation}
+    return row if data.target is None else {**row, "true_log_prob": data.target.log_prob(x.cpu().double())}
+
+
+def discrete(
+    model: Any, codes: Tensor, bins: dict[str, float], draws: int, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Bounds on the log-probability of integers, by uniform dequantisation."""
+    nats = discrete_log_likelihood(model, codes, draws=draws, **bins, **options)
+    return {"log_prob": nats, "bits_per_dim": bits_per_dim(nats, codes.shape[1:], 1.0)}
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard error of every column, by set."""
+    columns = [name for name in table.columns if name not in ("set", "index")]
+    groups = table.groupby("set", sort=False)[columns]
+    parts = {}
+    for name in columns:
+        parts[name], parts[f"{name} ±"] = groups.mean()[name], groups.sem()[name]
+    return pd.DataFrame(parts).reset_index()
+
+
+if __name__ == "__main__":
+    main()
