@@ -1,14 +1,17 @@
 """Score-based generative modelling through stochastic differential equations."""
 
+from score_sde.energy import EnergyScore
+from score_sde.likelihood import log_likelihood
 from score_sde.noise import BatchNoise, SampleNoise
 from score_sde.ode import ProbabilityFlowODE
 from score_sde.parameterization import Denoised, Flow, Karras, Noise, Score, Velocity
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ExactScore, LearnedScore, ScoreModel
-from score_sde.sde import SDE, CosineSDE, DiscreteSDE, KarrasSDE, RectifiedFlow, SubVPSDE, VESDE, VPSDE
+from score_sde.sde import SDE, VESDE, VPSDE, CosineSDE, DiscreteSDE, KarrasSDE, RectifiedFlow, SubVPSDE
 from score_sde.steps import (
     DDIM,
+    AdamsBashforth,
     Ancestral,
     AnnealedLangevin,
     EulerMaruyama,
@@ -18,8 +21,12 @@ from score_sde.steps import (
     LinearStep,
     ProbabilityFlowEuler,
     ReverseDiffusion,
+    RungeKutta,
+    SASolver,
     StagedStep,
     Step,
+    Tabulated,
+    UniPC,
 )
 from score_sde.targets import Empirical, GaussianMixture
 
@@ -28,6 +35,7 @@ __all__ = [
     "SDE",
     "VESDE",
     "VPSDE",
+    "AdamsBashforth",
     "Ancestral",
     "AnnealedLangevin",
     "BatchNoise",
@@ -35,6 +43,7 @@ __all__ = [
     "Denoised",
     "DiscreteSDE",
     "Empirical",
+    "EnergyScore",
     "EulerMaruyama",
     "ExactScore",
     "ExponentialAdams",
@@ -52,6 +61,8 @@ __all__ = [
     "ProbabilityFlowODE",
     "RectifiedFlow",
     "ReverseDiffusion",
+    "RungeKutta",
+    "SASolver",
     "SampleNoise",
     "SampleResult",
     "Sampler",
@@ -60,5 +71,8 @@ __all__ = [
     "StagedStep",
     "Step",
     "SubVPSDE",
+    "Tabulated",
+    "UniPC",
     "Velocity",
+    "log_likelihood",
 ]

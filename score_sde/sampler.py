@@ -60,7 +60,7 @@ class CountedModel:
 
     def log_prob(self, x: Tensor, t: float | Tensor) -> Tensor:
         """Log-density of p_t at x, shape (batch,), of a model that has one; for the steps with `needs_density`."""
-        return self.model.log_prob(x, t, **self.condition)  # type: ignore[attr-defined, no-any-return]
+        return self.model.log_prob(x, t, **self.condition)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,8 @@ class Sampler:
         return moves
 
     def _run(self, moves: Sequence[Move], start: Start, progress: bool) -> Iterator[tuple[Tensor, bool]]:
-        x, history = start.x, ()
+        x = start.x
+        history: History = ()
         evaluate: Evaluate = start.model
         for move in tqdm(moves, desc="sampling", disable=not progress, delay=1.0, leave=False):
             draw: Draw = partial(start.noise, move.key)

@@ -9,7 +9,18 @@ import pytest
 import torch
 from scipy import stats
 
-from score_sde import DDIM, DiscreteSDE, ExactScore, GaussianMixture, Heun, KarrasSDE, RectifiedFlow, Sampler, VPSDE, grid
+from score_sde import (
+    DDIM,
+    VPSDE,
+    DiscreteSDE,
+    ExactScore,
+    GaussianMixture,
+    Heun,
+    KarrasSDE,
+    RectifiedFlow,
+    Sampler,
+    grid,
+)
 from score_sde.evaluation.certify import moments
 
 FAMILY = [

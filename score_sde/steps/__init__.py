@@ -25,17 +25,17 @@ from score_sde.steps.step import Step
 from score_sde.steps.tabulated import Tabulated
 
 __all__ = [
+    "DDIM",
+    "IPNDM",
     "AdamsBashforth",
     "Ancestral",
     "AnnealedLangevin",
     "CorrectedStep",
-    "DDIM",
     "DPMSolverSDE",
     "DPMSolverSinglestep",
     "EulerMaruyama",
     "ExponentialAdams",
     "Heun",
-    "IPNDM",
     "KineticLangevin",
     "LangevinCorrector",
     "LinearStep",

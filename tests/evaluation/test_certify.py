@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from score_sde import DDIM, EulerMaruyama, ExponentialAdams, Heun, KarrasSDE, LinearStep, RectifiedFlow, VPSDE, grid
+from score_sde import DDIM, VPSDE, EulerMaruyama, ExponentialAdams, Heun, KarrasSDE, LinearStep, RectifiedFlow, grid
 from score_sde.evaluation import Certificate, Certificates, certify, certify_all
 from score_sde.evaluation.certify import _mixture_paths, bias, discover, measured_order, moments, ode_error, uneven
 from score_sde.steps import AdamsBashforth, LangevinCorrector

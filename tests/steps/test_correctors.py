@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from score_sde import DDIM, ExactScore, GaussianMixture, LearnedScore, Sampler, VPSDE, grid
+from score_sde import DDIM, VPSDE, ExactScore, GaussianMixture, LearnedScore, Sampler, grid
 from score_sde.evaluation.certify import stationary_variance
 from score_sde.parameterization import Denoised
 from score_sde.steps import KineticLangevin, LangevinCorrector, MetropolisLangevin, UnadjustedLangevin

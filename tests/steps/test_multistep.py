@@ -10,10 +10,10 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from score_sde import ExactScore, GaussianMixture, LearnedScore, RectifiedFlow, Sampler, VESDE, VPSDE, grid
+from score_sde import VESDE, VPSDE, ExactScore, GaussianMixture, LearnedScore, RectifiedFlow, Sampler, grid
 from score_sde.noise import BatchNoise
 from score_sde.parameterization import Flow
-from score_sde.steps import AdamsBashforth, ExponentialAdams, IPNDM, LangevinCorrector, SASolver, Tabulated, UniPC
+from score_sde.steps import IPNDM, AdamsBashforth, ExponentialAdams, LangevinCorrector, SASolver, Tabulated, UniPC
 
 SDE = VPSDE()
 TIMES = torch.tensor([0.55, 0.6, 0.68, 0.8], dtype=torch.float64)  # newest first

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from score_sde import ExactScore, GaussianMixture, Sampler, VPSDE, grid
+from score_sde import VPSDE, ExactScore, GaussianMixture, Sampler, grid
 from score_sde.noise import BatchNoise
 from score_sde.steps import DPMSolverSDE, DPMSolverSinglestep, Heun, RungeKutta, RungeKutta2
 
