@@ -215,7 +215,7 @@ def test_an_empty_batch_is_a_batch():
 
 
 def test_up_moves_are_exact_forward_transitions():
-    """Gaussian data: after going down and back up the moments are the transition's, and a multistep history starts anew."""
+    """Gaussian data: going up has the transition's moments, and a multistep history starts anew."""
     sde = VPSDE()
     times = sde.time_at(torch.tensor([-3.0, -2.0, -1.0, -2.5, -1.5, 0.0], dtype=F64))
     sampler = Sampler(ExponentialAdams(2), lambda _: times, final="none")
