@@ -1,13 +1,16 @@
 """Score-based generative modelling through stochastic differential equations."""
 
+from score_sde.adaptive import AdaptiveODE
+from score_sde.adaptive_sde import AdaptiveSDE
 from score_sde.energy import EnergyScore
 from score_sde.likelihood import log_likelihood
 from score_sde.noise import BatchNoise, SampleNoise
 from score_sde.ode import ProbabilityFlowODE
+from score_sde.parallel import ParallelSampler
 from score_sde.parameterization import Denoised, Flow, Karras, Noise, Score, Velocity
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler, SampleResult
-from score_sde.score import ExactScore, LearnedScore, ScoreModel
+from score_sde.score import ExactScore, LearnedScore, ScoreModel, reparameterize
 from score_sde.sde import SDE, VESDE, VPSDE, CosineSDE, DiscreteSDE, KarrasSDE, RectifiedFlow, SubVPSDE
 from score_sde.steps import (
     DDIM,
@@ -36,6 +39,8 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "AdamsBashforth",
+    "AdaptiveODE",
+    "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
     "BatchNoise",
@@ -56,6 +61,7 @@ __all__ = [
     "LearnedScore",
     "LinearStep",
     "Noise",
+    "ParallelSampler",
     "Prediction",
     "ProbabilityFlowEuler",
     "ProbabilityFlowODE",
@@ -75,4 +81,5 @@ __all__ = [
     "UniPC",
     "Velocity",
     "log_likelihood",
+    "reparameterize",
 ]
