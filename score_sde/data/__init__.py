@@ -1,7 +1,7 @@
 """Clean examples: endless streams and finite sets whose batch at step n is a pure function of (seed, n)."""
 
 from score_sde.data.base import Batch, Data, TargetStream
-from score_sde.data.files import digits, image_folder, load_file
+from score_sde.data.files import digits, image_folder, load_file, load_images
 from score_sde.data.keyed import generator, key
 from score_sde.data.measure import measure_sigma_data, measure_sigma_max
 from score_sde.data.tensor import TensorData
@@ -16,6 +16,7 @@ __all__ = [
     "image_folder",
     "key",
     "load_file",
+    "load_images",
     "measure_sigma_data",
     "measure_sigma_max",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from score_sde.data.tensor import TensorData
 
-__all__ = ["digits", "image_folder", "load_file"]
+__all__ = ["digits", "image_folder", "load_file", "load_images"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
@@ -77,6 +78,28 @@ def image_folder(
     folders = [file.relative_to(root).parts[0] for file in paths]
     classes = np.unique(folders, return_inverse=True)[1] if labels else None
     return TensorData(images, classes, dequantize=dequantize, held_out=held_out, seed=seed)
+
+
+def load_images(path: str | Path, event_shape: Sequence[int]) -> np.ndarray:
+    """Float32 examples (n, *event_shape): an image or a folder of them by name, in [-1, 1], or a .npy array as it is.
+
+    Raises ValueError for events that are no square images, or where nothing fits; FileNotFoundError for no file.
+    """
+    path, shape = Path(path), tuple(event_shape)
+    if path.suffix == ".npy":
+        array = np.load(path, allow_pickle=False).astype(np.float32)
+        array = array[None] if array.shape == shape else array
+        if array.shape[1:] != shape or len(array) == 0:
+            raise ValueError(f"{path} holds an array of shape {array.shape}, events of shape (n, {shape}) are needed")
+        return array
+    if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2]:
+        raise ValueError(f"events of shape {shape} are no square images: give a .npy array")
+    if not path.exists():
+        raise FileNotFoundError(f"no image and no folder at {path}")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files or files[0].suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path} holds no images: give {', '.join(sorted(SUFFIXES))} files")
+    return np.stack([_square(file, shape[1], shape[0]) for file in files]).astype(np.float32) * np.float32(2 / 255) - 1
 
 
 def _square(path: Path, size: int, channels: int) -> np.ndarray:

@@ -269,3 +269,19 @@ def compare_tilted(
         beyond = ((x.double().mean(0) - law.double().mean(0)) @ out).item()
         rows.append({"scale": scale} | figures | {"overshoot": beyond})
     return pd.DataFrame(rows)
+
+
+def psnr(x: Tensor, reference: Tensor, width: float = 2.0) -> float:
+    """Peak signal-to-noise ratio 10 log10(width^2 / mean (x - reference)^2) in dB, its mean over images.
+
+    Args:
+        x, reference: (n, *event_shape).
+        width: of the range of values.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if x.shape != reference.shape:
+        raise ValueError(f"images to compare have one shape, got {tuple(x.shape)} and {tuple(reference.shape)}")
+    error = (x.double() - reference.double()).square().flatten(1).mean(1)
+    return (10 * (width**2 / error).log10()).mean().item()

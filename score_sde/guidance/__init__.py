@@ -5,6 +5,7 @@ from score_sde.guidance.conditional import Autoguidance, Classifier, ClassifierF
 from score_sde.guidance.editing import below, interpolate, jump_back, sdedit, slerp, translate
 from score_sde.guidance.observed import DPS, MMPS, DiffPIR, Observed, PiGDM, Replacement
 from score_sde.guidance.operators import (
+    TASKS,
     Blur,
     Downsample,
     FourierSubsample,
@@ -23,6 +24,7 @@ __all__ = [
     "DDRM",
     "DPS",
     "MMPS",
+    "TASKS",
     "Autoguidance",
     "Blur",
     "Classifier",

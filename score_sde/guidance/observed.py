@@ -91,8 +91,10 @@ class Replacement(Observed):
     https://arxiv.org/abs/2212.00490, eq. 13.
     """
 
-    def __init__(self, model: ScoreModel, operator: Operator, y: Tensor | None = None) -> None:
-        super().__init__(model, operator, y)
+    def __init__(self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0) -> None:
+        super().__init__(model, operator, y, noise_std)
+        if noise_std != 0:
+            raise ValueError(f"Replacement takes an observation without noise, got noise_std={noise_std}: use DiffPIR")
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         y = self._take(x, condition)

@@ -1,0 +1,144 @@
+"""Edits images with a trained model: python scripts/edit.py run=<dir> task=inpaint mask=<image> input=<image>"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import common
+import figures
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from score_sde import ProbabilityFlowODE, SampleNoise, ScoreModel, plotting
+from score_sde.data import load_images
+from score_sde.evaluation.posterior import psnr
+from score_sde.guidance import TASKS, ClassifierFree, LinearOperator, Mask, interpolate, sdedit, task_operator
+from score_sde.run import Run, instantiate
+
+EDITS = (*TASKS, "class", "interpolate")
+
+
+@common.main("edit")
+def main(config: DictConfig) -> None:
+    run_task(config)
+
+
+def run_task(config: DictConfig) -> Path:
+    """Carries out the task and returns the folder of its results."""
+    if config.task not in EDITS:
+        raise ValueError(f"unknown task {config.task!r}; known: {', '.join(EDITS)}")
+    if config.count < 1 or config.draws < 1:
+        raise ValueError(f"count and draws are at least 1, got {config.count} and {config.draws}")
+    run = common.open_run(config)
+    model = run.model(ema=config.ema, step=config.step).to(common.device_of(config.device))
+    sampler = instantiate(common.sampler_config(config.sampler), run.trust)
+    sampler.check(model.sde)
+    edit = {"class": relabelled, "interpolate": interpolated}.get(config.task, restored)
+    before, after, figure_rows = edit(config, run, model, sampler)
+    folder = Path(config.output) if config.output else run.path / "edits" / config.task
+    folder.mkdir(parents=True, exist_ok=True)
+    common.save_samples(folder, {"before": before, "after": after})
+    if before.ndim == 4:
+        figures.save(sheet(figure_rows), folder / "sheet.png")
+    print(f"{config.task}: {after.shape[1]} results for each of {len(after)} inputs; in {folder}")
+    return folder
+
+
+def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws of the posterior for degraded images; the sheet shows the input, what is seen of it, and the draws."""
+    operator = operator_of(config, model.event_shape)
+    given = operator.output_shape if config.degraded and not isinstance(operator, Mask) else model.event_shape
+    before = inputs(config, run, given)
+    if config.degraded:
+        y = operator(before) if isinstance(operator, Mask) else before
+    else:
+        y = operator.observe(before, config.noise_std, generator=torch.Generator().manual_seed(config.seed))
+    seen = operator.pseudo_inverse(y)
+    method = instantiate(config.guidance, (*run.trust, "score_sde.guidance"))
+    guided = method(model, operator, y.repeat_interleave(config.draws, 0).to(model.device), config.noise_std)
+    count = len(y) * config.draws
+    noise = SampleNoise((config.seed << 32) + torch.arange(count))
+    result = sampler.sample(guided, (count, *model.event_shape), noise=noise, progress=True)
+    after = result.x.cpu().unflatten(0, (len(y), config.draws))
+    print(f"{type(guided).__name__}: {result.nfe} network calls a draw, {result.seconds:.1f} s")
+    if not config.degraded:
+        shown = {"draws": after.flatten(0, 1), "their mean": after.mean(1), "pseudo-inverse": seen}
+        for name, x in shown.items():
+            print(f"  PSNR of {name}: {psnr(x, before.repeat_interleave(len(x) // len(before), 0)):.2f} dB")
+    first = before if before.shape == seen.shape else seen
+    return before, after, torch.cat([torch.stack([first, seen], 1), after], 1)
+
+
+def relabelled(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs noised up to `time` and sampled from there under the label."""
+    if config.label is None:
+        raise ValueError("task=class needs the label to bring the input to: give label=<number>")
+    known = getattr(getattr(model, "network", None), "num_classes", None)
+    if known is None or not 0 <= config.label < known:
+        classes = "knows no classes: train it with labels" if known is None else f"knows the classes 0 to {known - 1}"
+        raise ValueError(f"label={config.label}, but the run's network {classes}")
+    before = inputs(config, run, model.event_shape)
+    start = before.repeat_interleave(config.draws, 0).to(model.device)
+    condition = {"label": torch.full((len(start),), int(config.label), device=model.device)}
+    guided = ClassifierFree(model, config.scale)
+    result = sdedit(sampler, guided, start, config.time, seed=config.seed, condition=condition)
+    after = result.x.cpu().unflatten(0, (len(before), config.draws))
+    return before, after, torch.cat([before.unsqueeze(1), after], 1)
+
+
+def interpolated(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """From each input to the next through their latent codes, in `draws` + 1 equal parts."""
+    before = inputs(config, run, model.event_shape)
+    if len(before) < 2:
+        raise ValueError("task=interpolate needs two inputs or more")
+    x = before.to(model.device)
+    shares = torch.linspace(0, 1, config.draws + 2)[1:-1].tolist()
+    frames = interpolate(ProbabilityFlowODE(), model, x[:-1], x[1:], shares).transpose(0, 1).cpu()
+    return before, frames, torch.cat([before[:-1].unsqueeze(1), frames, before[1:].unsqueeze(1)], 1)
+
+
+def operator_of(config: DictConfig, event_shape: tuple[int, ...]) -> LinearOperator:
+    """The task's operator; for inpainting through the user's mask, if there is one.
+
+    Raises ValueError for a mask with another task, of another size, or an option that the operator does not have.
+    """
+    if config.mask is None:
+        try:
+            return task_operator(config.task, event_shape, **config.operator)
+        except TypeError as error:
+            options = dict(config.operator)
+            raise ValueError(f"operator={options} does not fit task={config.task}: {error}") from error
+    if config.task != "inpaint":
+        raise ValueError(f"mask= belongs to task=inpaint, not to task={config.task}")
+    return Mask(event_shape, read_mask(Path(config.mask)))
+
+
+def read_mask(path: Path) -> Tensor:
+    """True where an image is lighter than the middle."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return torch.from_numpy(np.asarray(image.convert("L")) > 127)
+
+
+def inputs(config: DictConfig, run: Run, shape: tuple[int, ...]) -> Tensor:
+    """The user's inputs, or held-out examples of the run's own data."""
+    if config.input is None:
+        if config.degraded:
+            raise ValueError("degraded=true says that the input is an observation: give input=<image, folder or .npy>")
+        return run.data().reference(config.count).x
+    return torch.from_numpy(load_images(config.input, shape))[: config.count]
+
+
+def sheet(rows: Tensor) -> Any:
+    """One row an input: (inputs, columns, channels, height, width)."""
+    figure, axes = plotting.panels(1, width=rows.shape[1], height=rows.shape[0])
+    plotting.image_grid(axes[0, 0], rows.flatten(0, 1), columns=rows.shape[1])
+    return figure
+
+
+if __name__ == "__main__":
+    main()

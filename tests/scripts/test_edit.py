@@ -1,0 +1,83 @@
+"""scripts/edit.py on a tiny digits run: its tasks, and wrong inputs in one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from score_sde.run import Run, build_model
+from score_sde.training import DenoisingScoreMatching, Trainer, UniformTimes
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+edit = importlib.import_module("edit")
+FEW = ["count=2", "draws=3", "sampler.grid.steps=4", "noise_std=0.1"]
+
+
+def run_edit(run: Path, *arguments: str) -> Path:
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return edit.run_task(hydra.compose("edit", [f"run={run}", *FEW, *arguments]))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of labelled digits, as training leaves it but for the training."""
+    folder = tmp_path_factory.mktemp("digits")
+    config = OmegaConf.create({
+        "data": {"_target_": "score_sde.data.digits", "labels": True},
+        "network": {"_target_": "score_sde.networks.MLP", "event_shape": [1, 8, 8], "width": 16, "depth": 1,
+                    "num_classes": 10},
+        "sde": {"_target_": "score_sde.sde.VPSDE"},
+        "parameterization": {"_target_": "score_sde.parameterization.Karras"},
+        "event_shape": [1, 8, 8], "seed": 0,
+    })  # fmt: skip
+    opened = Run.create(folder, config)
+    trainer = Trainer(steps=2, batch_size=8, device="cpu", progress=False, checkpoint_every=1, log_every=1)
+    parts = build_model(config), opened.data(), DenoisingScoreMatching(), UniformTimes()
+    trainer.fit(*parts, folder, seed=0)
+    return folder
+
+
+def test_tasks_leave_arrays_and_a_sheet(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :5] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    folder = run_edit(run, "task=inpaint", f"mask={tmp_path / 'mask.png'}")
+    assert folder == run / "edits/inpaint"
+    assert "5 network calls a draw" in capsys.readouterr().out
+    assert np.load(folder / "after.npy").shape == (2, 3, 1, 8, 8)
+    assert (folder / "sheet.png").exists()
+    assert np.load(run_edit(run, "task=class", "label=3") / "after.npy").shape == (2, 3, 1, 8, 8)
+
+
+def test_an_observation_is_taken_as_it_is(run: Path, tmp_path: Path) -> None:
+    small = np.random.default_rng(0).uniform(-1, 1, (2, 1, 4, 4)).astype(np.float32)
+    np.save(tmp_path / "small.npy", small)
+    options = ["guidance=replacement", "degraded=true", f"input={tmp_path / 'small.npy'}", f"output={tmp_path / 'out'}"]
+    run_edit(run, "task=superres", *options, "noise_std=0")
+    after = np.load(tmp_path / "out/after.npy")
+    pooled = after.reshape(2, 3, 1, 4, 2, 4, 2).mean((4, 6))
+    np.testing.assert_allclose(pooled, np.repeat(small[:, None], 3, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["task=paint"], "unknown task 'paint'"),
+        (["task=class", "label=12"], "knows the classes 0 to 9"),
+        (["task=colorize"], "do not fit x of shape (1, 8, 8)"),
+        (["task=superres", "+operator.size=3"], "does not fit task=superres"),
+    ],
+)
+def test_wrong_inputs_are_refused_in_one_line(run: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        run_edit(run, *arguments)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
