@@ -25,8 +25,9 @@ def main(config: DictConfig) -> None:
     summary = summarise(table)
     table.to_csv(folder / "runs.csv", index=False)
     summary.to_csv(folder / "report.csv", index=False)
-    figure, axes = plotting.panels(1, width=6, height=1.2 + 0.35 * len(summary))
-    plotting.means_with_errors(axes[0, 0], summary, label=config.metric)
+    figure, axes = plotting.panels(1, width=7, height=1.2 + 0.35 * len(summary))
+    label = table["meaning"].dropna().iloc[0] if config.metric == "metric" and table["meaning"].any() else config.metric
+    plotting.means_with_errors(axes[0, 0], summary, label=label)
     figures.save(figure, folder / "report.png")
     common.show(summary)
     for row in table[table["status"] != "finished"].to_dict("records"):
@@ -35,7 +36,7 @@ def main(config: DictConfig) -> None:
 
 
 def collect(folder: Path, metric: str) -> pd.DataFrame:
-    """One row a run: its folder, setting (overrides but the seed), seed, metric, status and, where it failed, reason.
+    """One row a run: folder, setting (the overrides in which runs differ, but the seed), seed, metric, status, reason.
 
     Raises ValueError where the folder holds no run.
     """
@@ -43,6 +44,9 @@ def collect(folder: Path, metric: str) -> pd.DataFrame:
     rows = [_row(home, folder, metric) for home in homes]
     if not rows:
         raise ValueError(f"{folder} holds no runs (no result.json below it): give the folder of a sweep")
+    shared = set.intersection(*(set(row["setting"]) for row in rows)) if len(rows) > 1 else set()
+    for row in rows:
+        row["setting"] = ", ".join(pair for pair in row["setting"] if pair not in shared) or "all"
     return pd.DataFrame(rows)
 
 
@@ -51,11 +55,12 @@ def _row(home: Path, folder: Path, metric: str) -> dict[str, Any]:
     result = json.loads(path.read_text()) if path.exists() else {"status": "unfinished", "error": "no result.json yet"}
     pairs = [override for override in result.get("overrides", []) if "=" in override]
     seed = next((pair.split("=")[1] for pair in pairs if pair.startswith("seed=")), result.get("seed", 0))
-    setting = ", ".join(pair for pair in pairs if not pair.startswith("seed=")) or "default"
+    setting = [pair for pair in pairs if not pair.startswith("seed=")]
     if result["status"] == "finished" and metric not in result:
         raise ValueError(f"{path} has no {metric!r}; it has: {', '.join(result)}")
     return {"run": str(home.relative_to(folder)), "setting": setting, "seed": int(seed), "status": result["status"],
-            "value": result.get(metric), "error": result.get("error", "")}  # fmt: skip
+            "value": result.get(metric), "error": result.get("error", ""),
+            "meaning": result.get("metric_meaning")}  # fmt: skip
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:

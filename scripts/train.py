@@ -71,7 +71,8 @@ def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], 
     figures.draw(run, model, data, evaluation, config.seed)
     score = evaluation.mean_ratio(config.evaluation.objective)
     last = run.metrics().iloc[-1]
-    result = {"status": "finished", "metric": score, "step": int(last["step"]), "loss": float(last["loss"])}
+    meaning = f"{config.evaluation.objective} over its noise floor"
+    result = {"status": "finished", "metric": score, "metric_meaning": meaning, "step": int(last["step"]), "loss": float(last["loss"])}
     run.save_result(result | {"overrides": list(HydraConfig.get().overrides.task), "seed": config.seed} | evaluation.flat())
     common.show(evaluation.table)
     print(f"\n{run.path}: figures/, samples/, metrics.jsonl, result.json")
