@@ -86,7 +86,8 @@ exponential = log_snr  # equal ratios of the noise level, under k-diffusion's na
 def poly_exponential(sde: SDE, steps: int, rho: float = 1.0) -> Tensor:
     """lambda = lambda_first + (lambda_last - lambda_first) (1 - (1 - u)^rho), u = 0, 1 / steps, ..., 1.
 
-    rho = 1 is `log_snr`; a larger rho spends more steps near the data. Source: k-diffusion's `get_sigmas_polyexponential`.
+    rho = 1 is `log_snr`; a larger rho spends more steps near the data. Source: k-diffusion's
+    `get_sigmas_polyexponential`.
     """
     if not 0 < rho < math.inf:
         raise ValueError(f"the poly-exponential grid needs a finite rho > 0, got rho={rho}")
@@ -117,10 +118,10 @@ def beta(sde: SDE, steps: int, a: float = 0.6, b: float = 0.6) -> Tensor:
 
 
 def iddpm(sde: SDE, steps: int, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000) -> Tensor:
-    """Equal steps in the index j of iDDPM's levels u_{j-1} = sqrt((u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1) - 1), u_M = 0.
+    """Equal steps in the index of iDDPM's levels u_{j-1}^2 + 1 = (u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1), u_M = 0.
 
-    abar_j = sin^2(pi / 2 j / (M (C_2 + 1))). Between two levels log u is linear in j; the grid ends at the SDE's own levels,
-    also where these lie beyond the table's, 0.0064 to 20,291. Source: Karras et al. 2022, table 1, iDDPM column.
+    abar_j = sin^2(pi / 2 j / (M (C_2 + 1))). Between two levels log u is linear in j; the grid ends at the SDE's own
+    levels, also where these lie beyond the table's, 0.0064 to 20,291. Source: Karras et al. 2022, table 1.
     """
     import numpy as np
 
@@ -139,7 +140,7 @@ ALIGN_YOUR_STEPS = {
     "stable_diffusion_xl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
     "stable_video_diffusion": (700.00, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
 }
-"""Noise levels optimised for 10 steps (Sabour et al. 2024, Align Your Steps, https://arxiv.org/abs/2404.14507, appendix)."""
+"""Noise levels optimised for 10 steps (Sabour et al. 2024, Align Your Steps, https://arxiv.org/abs/2404.14507)."""
 
 
 def tabulated(sde: SDE, steps: int, levels: str | Sequence[float], stretch: bool = True) -> Tensor:
@@ -149,8 +150,8 @@ def tabulated(sde: SDE, steps: int, levels: str | Sequence[float], stretch: bool
         sde: the forward process.
         steps: how many.
         levels: decreasing and positive, or a name in `ALIGN_YOUR_STEPS`.
-        stretch: map log(level) affinely so that the ends are the SDE's own, where sampling starts and stops; False keeps
-            the levels, which then lie in the SDE's range.
+        stretch: map log(level) affinely so that the ends are the SDE's own, where sampling starts and stops; False
+            keeps the levels, which then lie in the SDE's range.
     """
     if isinstance(levels, str):
         if levels not in ALIGN_YOUR_STEPS:
@@ -174,9 +175,9 @@ def tabulated(sde: SDE, steps: int, levels: str | Sequence[float], stretch: bool
 def respaced(sde: SDE, steps: int, spacing: str = "trailing") -> Tensor:
     """A sub-ladder of steps + 1 of the N levels of a `DiscreteSDE`, its indices real numbers, not rounded.
 
-    "leading": N / n i; "trailing": N - 1 - N / n i (both n = steps + 1 levels, the first without the noisiest, the second
-    without the cleanest); "linspace": both ends. With a final Tweedie step every level is one call. "leading" starts below
-    t_max, from noise that is too strong for its level: the published default, kept for comparison.
+    "leading": N / n i; "trailing": N - 1 - N / n i (both n = steps + 1 levels, the first without the noisiest, the
+    second without the cleanest); "linspace": both ends. With a final Tweedie step every level is one call. "leading"
+    starts below t_max, from noise that is too strong for its level: the published default, kept for comparison.
     Source: Lin et al. 2024, https://arxiv.org/abs/2305.08891, table 2 and section 3.3.
 
     Raises:
@@ -204,7 +205,8 @@ def churn(sde: SDE, base: Grid, S_churn: float = 40.0, S_min: float = 0.05, S_ma
 
     gamma = min(S_churn / N, sqrt(2) - 1), N the levels of the base grid; upward moves are the exact forward transition
     (S_noise = 1) and no level exceeds the SDE's noisiest. Use a one-step predictor: an upward move ends every history.
-    Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 2; the defaults are table 5's for ImageNet-64.
+    Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 2; the defaults are table 5's for
+    ImageNet-64.
     """
     if not (S_churn >= 0 and 0 <= S_min <= S_max):
         raise ValueError(f"churn needs S_churn >= 0 and 0 <= S_min <= S_max, got {S_churn=}, {S_min=}, {S_max=}")
@@ -219,8 +221,8 @@ def churn(sde: SDE, base: Grid, S_churn: float = 40.0, S_min: float = 0.05, S_ma
 
 
 def restart(sde: SDE, base: Grid, intervals: Sequence[tuple[float, float, int, int]] = ((0.06, 0.3, 3, 2),)) -> Tensor:
-    """Restart sampling as a grid: from the level nearest `low`, up to `high` by exact noise and down again in `steps` Karras
-    steps, `repeats` times, for each interval (low, high, steps, repeats).
+    """Restart sampling as a grid: from the level nearest `low`, up to `high` by exact noise and down again in `steps`
+    Karras steps, `repeats` times, for each interval (low, high, steps, repeats).
 
     Source: Xu et al. 2023, https://arxiv.org/abs/2306.14878, algorithm 1.
     """
@@ -231,11 +233,13 @@ def restart(sde: SDE, base: Grid, intervals: Sequence[tuple[float, float, int, i
         place = int((levels - low).abs().argmin())
         bottom = levels[place].item()
         if not bottom < high <= levels.max().item() or repeats < 1:
-            raise ValueError(f"a restart interval is (low, high, steps, repeats) with low < high inside the grid's levels and "
-                             f"repeats >= 1, got {(low, high, steps, repeats)}")  # fmt: skip
+            raise ValueError("a restart interval is (low, high, steps, repeats), low < high within the grid's levels "
+                             f"and repeats >= 1; got {(low, high, steps, repeats)}")  # fmt: skip
         down = (high ** (1 / 7) + _fractions(steps) * (bottom ** (1 / 7) - high ** (1 / 7))) ** 7
         inner = sde.time_at(-down[:-1].log())
-        jumps[place] = torch.cat([jumps.get(place, times[:0]), torch.cat([inner, times[place : place + 1]]).repeat(repeats)])
+        jumps[place] = torch.cat(
+            [jumps.get(place, times[:0]), torch.cat([inner, times[place : place + 1]]).repeat(repeats)]
+        )
     return torch.cat([torch.cat([times[i : i + 1], jumps.get(i, times[:0])]) for i in range(len(times))])
 
 

@@ -60,12 +60,17 @@ def test_beta_takes_the_quantiles_of_a_beta_law():
     expected = sde.t_min + stats.beta(0.6, 0.6).ppf(1 - np.arange(11) / 10) * (1 - sde.t_min)
     np.testing.assert_allclose(grid.beta(sde, 10).numpy(), expected, rtol=1e-10)
     skewed = grid.beta(sde, 10, a=0.5, b=1.0).numpy()
-    np.testing.assert_allclose(skewed, sde.t_min + stats.beta(0.5, 1.0).ppf(1 - np.arange(11) / 10) * (1 - sde.t_min), rtol=1e-10)
+    np.testing.assert_allclose(
+        skewed, sde.t_min + stats.beta(0.5, 1.0).ppf(1 - np.arange(11) / 10) * (1 - sde.t_min), rtol=1e-10
+    )
 
 
 def test_iddpm_takes_the_levels_of_edms_recursion():
     M, C_1, C_2 = 1000, 0.001, 0.008
-    abar = lambda j: np.sin(np.pi / 2 * j / (M * (C_2 + 1))) ** 2  # noqa: E731
+
+    def abar(j):
+        return np.sin(np.pi / 2 * j / (M * (C_2 + 1))) ** 2
+
     u = np.zeros(M + 1)
     for j in range(M, 0, -1):
         u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(abar(j - 1) / abar(j), C_1) - 1)
@@ -84,12 +89,18 @@ def test_tabulated_levels_are_met_and_interpolated_log_linearly():
     np.testing.assert_allclose(levels(sde, kept), [100.0, 1.0, 0.1], rtol=1e-10)
     stretched = levels(VPSDE(), grid.tabulated(VPSDE(), 10, "stable_video_diffusion"))
     place = (np.log(listed) - np.log(listed[-1])) / np.log(listed[0] / listed[-1])
-    np.testing.assert_allclose(np.log(stretched / stretched[-1]) / np.log(stretched[0] / stretched[-1]), place, atol=1e-8)
+    np.testing.assert_allclose(
+        np.log(stretched / stretched[-1]) / np.log(stretched[0] / stretched[-1]), place, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize(
     ("spacing", "expected"),
-    [("leading", np.arange(9, -1, -1) * 100.0), ("trailing", 999 - np.arange(10) * 100.0), ("linspace", np.linspace(999, 0, 10))],
+    [
+        ("leading", np.arange(9, -1, -1) * 100.0),
+        ("trailing", 999 - np.arange(10) * 100.0),
+        ("linspace", np.linspace(999, 0, 10)),
+    ],
 )
 def test_respaced_sub_ladders(spacing, expected):
     np.testing.assert_allclose(grid.respaced(DiscreteSDE.ddpm(), 9, spacing).numpy(), expected, rtol=1e-12)

@@ -1,11 +1,12 @@
 r"""Certificates: what a step does, computed rather than claimed.
 
-Nothing here looks inside a step: its own `plan` and `advance` are run, in float64, on models chosen so that the answer is known.
+Nothing here looks inside a step: its own `plan` and `advance` are run, in float64, on models chosen so that the answer
+is known.
 
     order        the ODE's global error on a Gaussian mixture, against a tight Runge-Kutta solution; for an SDE step the
-                 weak error of mean and variance on Gaussian data. The history starts from exact states, so that it is the
-                 formula that is measured and not its first moves.
-    moments      with Gaussian data D is affine in x, so x is, for ever, m + sum_j g_j z_j in the draws z_j. Running the step
+                 weak error of mean and variance on Gaussian data. The history starts from exact states, so that it is
+                 the formula that is measured and not its first moves.
+    moments      with Gaussian data D is affine in x, so x is, for ever, m + sum_j g_j z_j in the draws z_j. Running it
                  on the coefficients (m, g) instead of numbers gives the exact law of its output: no Monte Carlo.
     point mass   the same with D constant; exactness: the same with D, eps, score or velocity a polynomial in a clock.
 """
@@ -32,7 +33,7 @@ from score_sde.noise import SampleNoise
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
 from score_sde.score import ScoreModel
-from score_sde.sde import SDE, Time, VPSDE, as_time
+from score_sde.sde import SDE, VPSDE, Time, as_time
 from score_sde.steps import Step
 from score_sde.steps.multistep import CLOCKS, PREDICTIONS, output_of
 from score_sde.targets import GaussianMixture
@@ -52,12 +53,13 @@ class Certificate:
         name: as listed.
         role: "predictor" or "corrector".
         stochastic: whether it draws noise.
-        declared, measured: order of convergence, global (ODE) or weak (SDE); nan for correctors and where no order shows.
+        declared, measured: order of convergence, global (ODE) or weak (SDE); nan for correctors and where no order
+            shows.
         calls, counted: network calls a move, declared and counted.
         point_mass: largest relative error of mean or standard deviation over a run on data that are one point.
         exact: the polynomials that are integrated exactly, as (prediction, clock, degree), or None.
-        bias: DataFrame with the columns steps, calls, mean, std: signed errors at the end on data N(1, 0.5^2), the mean's in
-            data std, the std's relative; nan for a step that is not affine in x.
+        bias: DataFrame with the columns steps, calls, mean, std: signed errors at the end on data N(1, 0.5^2), the
+            mean's in data std, the std's relative; nan for a step that is not affine in x.
         batch_independent: whether a sample is bitwise the same whatever its companions.
         stationary: for a corrector, its stationary variance on N(0, I) at sigma = 1, relative to 1; exact where it is
             affine, else simulated in 64 dimensions (standard error about 0.002).
@@ -168,7 +170,7 @@ def gaussian_denoiser(mean: float, std: Tensor, constant: int | None) -> Denoise
 def moments(
     step: Step, sde: SDE, times: Tensor, mean: float, std: Tensor, warm: int = 0
 ) -> tuple[Tensor, Tensor] | None:
-    """Mean and standard deviation after each move on data N(mean, std^2), started from the exact law; None if not affine.
+    """Mean and standard deviation after each move on data N(mean, std^2), from the exact law; None if not affine.
 
     Args:
         step: a predictor.
@@ -187,7 +189,8 @@ def moments(
         keys.setdefault((move, k), len(keys) + 2)
         return torch.zeros(len(std), 1, dtype=torch.float64)
 
-    alpha, marginal = sde.alpha(times), (sde.alpha(times) ** 2 * std**2 + sde.sigma(times) ** 2).sqrt()  # (cases, N + 1)
+    alpha = sde.alpha(times)
+    marginal = (alpha**2 * std**2 + sde.sigma(times) ** 2).sqrt()  # (cases, N + 1)
     zero = torch.zeros(len(std), 1, dtype=torch.float64)
     end(travel(step, sde, times, zero, Evaluator(sde, gaussian_denoiser(mean, std, None)), record))
     width = len(keys) + 2
@@ -220,7 +223,9 @@ def _is_affine(
     return bool(torch.allclose(x, states[-1] @ z, rtol=1e-8, atol=1e-8 * states[-1].abs().max().item()))
 
 
-def bias(step: Step, sde: SDE, budgets: Sequence[int] = BUDGETS, grid: Callable[..., Tensor] = grids.log_snr) -> pd.DataFrame:
+def bias(
+    step: Step, sde: SDE, budgets: Sequence[int] = BUDGETS, grid: Callable[..., Tensor] = grids.log_snr
+) -> pd.DataFrame:
     """Errors of mean and std at the end of a grid on data N(1, 0.5^2), exactly: columns steps, calls, mean, std."""
     rows, data = [], torch.tensor([0.5], dtype=torch.float64)
     for steps in budgets:
@@ -236,7 +241,7 @@ def bias(step: Step, sde: SDE, budgets: Sequence[int] = BUDGETS, grid: Callable[
 
 
 def point_mass_residual(step: Step, sde: SDE, steps: int = 20) -> float:
-    """Largest error of mean / alpha and std / sigma over a run on the data point 1; nan for a step that is not affine."""
+    """Largest error of mean / alpha and std / sigma over a run on the data point 1; nan if not affine."""
     times = uneven(sde, steps)
     found = moments(step, sde, times, 1.0, torch.zeros(1, dtype=torch.float64))
     if found is None:
@@ -263,8 +268,8 @@ def _mixture_paths(sde: SDE, steps: int) -> tuple[GaussianMixture, Tensor, Tenso
     """A mixture, the grid, and exact ODE states on it, shape (steps + 1, batch, 2)."""
     from scipy.integrate import solve_ivp
 
-    target = GaussianMixture([0.5, 0.3, 0.2], [[1.0, 0.0], [-1.0, 0.5], [0.0, -1.0]],
-                             torch.tensor([[[0.3, 0.1], [0.1, 0.2]], [[0.2, 0.0], [0.0, 0.4]], [[0.25, -0.1], [-0.1, 0.3]]]))  # fmt: skip
+    covariances = [[[0.3, 0.1], [0.1, 0.2]], [[0.2, 0.0], [0.0, 0.4]], [[0.25, -0.1], [-0.1, 0.3]]]
+    target = GaussianMixture([0.5, 0.3, 0.2], [[1.0, 0.0], [-1.0, 0.5], [0.0, -1.0]], covariances)
     times = uneven(sde, steps)
     lmbda = sde.half_log_snr(times)
     z = torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -282,7 +287,7 @@ def _mixture_paths(sde: SDE, steps: int) -> tuple[GaussianMixture, Tensor, Tenso
 
 
 def ode_error(step: Step, sde: SDE, steps: int) -> float:
-    """Root mean square endpoint error of an ODE step on a Gaussian mixture, in x / alpha, from exact starting values."""
+    """Root mean square endpoint error of an ODE step on a Gaussian mixture, in x / alpha, from exact starts."""
     target, times, states = _mixture_paths(sde, steps)
     evaluate = Evaluator(sde, lambda x, t, alpha, sigma: target.denoise(x, alpha, sigma))
     x = end(travel(step, sde, times, states[0], evaluate, _no_draw, states[:WARM]))
@@ -290,7 +295,7 @@ def ode_error(step: Step, sde: SDE, steps: int) -> float:
 
 
 def weak_error(step: Step, sde: SDE, steps: int) -> float:
-    """Error of mean and variance on Gaussian data of several widths, in x / alpha; nan for a step that is not affine."""
+    """Error of mean and variance on Gaussian data of several widths, in x / alpha; nan if not affine."""
     times, std = uneven(sde, steps), torch.tensor([0.3, 0.6, 1.5], dtype=torch.float64)
     found = moments(step, sde, times, 1.0, std, WARM)
     if found is None:
@@ -316,7 +321,7 @@ def _no_draw(move: int, k: int) -> Tensor:
 def polynomial_exactness(step: Step, sde: SDE, degrees: int = 5) -> tuple[str, str, int] | None:
     """The (prediction, clock, degree) of the highest polynomials in time that an ODE step integrates exactly.
 
-    The prediction is set to u(t)^j, whatever x; the exact solution is then a quadrature. None if not even constants are.
+    The prediction is set to u(t)^j, whatever x; the exact solution is then a quadrature. None if no constants are.
     """
     best: tuple[str, str, int] | None = None
     for prediction in sorted(PREDICTIONS, key=lambda name: name != getattr(step, "prediction", "denoised")):
@@ -358,7 +363,11 @@ def _polynomial_path(sde: SDE, prediction: str, clock: str, degree: int) -> tupl
     N = _clock(sde, clock, t, times) ** degree
     rate = -((sde.diffusion(t) / sde.sigma(t)) ** 2) / 2  # lambda'
     level = sde.sigma(t) / sde.alpha(t)
-    scale = torch.ones_like(times) if prediction == "velocity" else (sde.sigma if prediction == "denoised" else sde.alpha)(times)
+    scale = (
+        torch.ones_like(times)
+        if prediction == "velocity"
+        else (sde.sigma if prediction == "denoised" else sde.alpha)(times)
+    )
     integrand = {"denoised": rate / level, "noise": -rate * level, "score": sde.sigma(t) * rate * level,
                  "velocity": torch.ones_like(t)}[prediction]  # fmt: skip
     steps = (integrand * N * weights).sum(1) * times.diff() / 2
@@ -381,7 +390,7 @@ def _clock(sde: SDE, clock: str, t: Tensor, times: Tensor) -> Tensor:
 
 
 class _Elementwise(ScoreModel):
-    """D = 2 y / (1 + y^2), y = x / alpha, element by element: bounded, not affine, and bitwise the same in any batch."""
+    """D = 2 y / (1 + y^2), y = x / alpha, element by element: bounded, and bitwise the same in any batch."""
 
     def __init__(self, sde: SDE, event_shape: tuple[int, ...]) -> None:
         self.sde, self.event_shape = sde, event_shape
@@ -421,9 +430,14 @@ def stationary_variance(step: Step, sde: SDE) -> float:
     g = torch.Generator().manual_seed(0)
     x = scale * torch.randn(4096, 64, dtype=torch.float64, generator=g)
     (row,) = step.plan(sde, t[None], t[None])
+    shape = x.shape
+
+    def draw(k: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=g)
+
     total, burn, visits = 0.0, 60, 100
     for visit in range(visits):
-        x, _ = step.advance(row, x, (), evaluate, lambda k: torch.randn(x.shape, dtype=torch.float64, generator=g))
+        x, _ = step.advance(row, x, (), evaluate, draw)
         total += x.square().mean().item() * (visit >= burn)
     return total / (visits - burn) / float(scale) ** 2
 
@@ -447,6 +461,7 @@ def _one_visit(step: Step, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor] | None:
         return step.advance(row, x, (), Gaussian(sde), draw)[0]
 
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+
     def record(k: int) -> Tensor:
         draws.append(k)
         return zero
@@ -479,7 +494,9 @@ def counted_calls(step: Step, sde: SDE, moves: int = 4) -> tuple[float, bool]:
     return evaluate.calls / moves, bool(drawn)
 
 
-def certify(step: Step, sde: SDE | None = None, name: str | None = None, budgets: Sequence[int] = BUDGETS) -> Certificate:
+def certify(
+    step: Step, sde: SDE | None = None, name: str | None = None, budgets: Sequence[int] = BUDGETS
+) -> Certificate:
     """Runs every check on one step: the package's, or one of the user's own.
 
     Args:
@@ -548,7 +565,9 @@ class Certificates:
     def table(self) -> pd.DataFrame:
         """One row a step, predictors by declared order first."""
         rows = pd.DataFrame([certificate.row() for certificate in self.certificates])
-        return rows.sort_values(["role", "noise", "order", "step"], ascending=[False, True, True, True], ignore_index=True)
+        return rows.sort_values(
+            ["role", "noise", "order", "step"], ascending=[False, True, True, True], ignore_index=True
+        )
 
     @property
     def faults(self) -> dict[str, list[str]]:
@@ -564,11 +583,15 @@ class Certificates:
         for y, c in enumerate(predictors):
             wrong = any("order" in fault for fault in c.faults)
             left.plot(c.declared, y, "|", ms=9, color="0.4", label="declared" if y == 0 else None)
-            left.plot(c.measured, y, "o", ms=4, color="tab:red" if wrong else "tab:blue", label="measured" if y == 0 else None)
+            left.plot(
+                c.measured, y, "o", ms=4, color="tab:red" if wrong else "tab:blue", label="measured" if y == 0 else None
+            )
             for shade, (steps, error) in enumerate(zip(c.bias["steps"], c.bias["std"].abs(), strict=True)):
                 colour = str(0.8 * (1 - (shade + 1) / len(c.bias)))
                 right.plot(error, y, "o", ms=4, color=colour, label=f"{steps} steps" if y == 0 else None)
-        left.set_yticks(range(len(predictors)), [c.name + (" (noise)" if c.stochastic else "") for c in predictors], fontsize=7)
+        left.set_yticks(
+            range(len(predictors)), [c.name + (" (noise)" if c.stochastic else "") for c in predictors], fontsize=7
+        )
         left.set(xlabel="order of convergence: global (ODE), weak (noise)", ylim=(-1, len(predictors)))
         right.set(xscale="log", xlabel="|relative error of the standard deviation| on N(1, 0.25), exact")
         for axes in (left, right):

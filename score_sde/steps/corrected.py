@@ -3,8 +3,8 @@ r"""Predictor-correctors at one call a move: the output at the predicted x_s bot
     predict   x~_s = a x_t + sum_k b_k D_k + c z,
     correct   x_s  = x~_s + w D(x~_s, s) + sum_k (b'_k - b_k) D_k,       w, b' the weights of the corrector,
 
-and D(x~_s, s) is the next move's D_0, so that correcting and predicting again is one linear step on the stored outputs. The
-last x~ of a run is not corrected.
+and D(x~_s, s) is the next move's D_0, so that correcting and predicting again is one linear step on the stored outputs.
+The last x~ of a run is not corrected.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class UniPC(CorrectedStep):
     """UniPC on the denoised prediction: UniP of order p with UniC of order p, one order more by the correction.
 
     The published systems R(h) a B(h) = phi(h) have as solution the weights of the interpolating polynomial,
-    `ExponentialAdams`'s, where they are solved; the two that are not, a = 1/2 in the two-node predictor of p = 2 and the
-    corrector of p = 1, add B / 2 (D_1 - D_0) / r with B_1 = alpha_s h or B_2 = alpha_s (1 - e^{-h}).
+    `ExponentialAdams`'s, where they are solved; the two that are not, a = 1/2 in the two-node predictor of p = 2 and
+    the corrector of p = 1, add B / 2 (D_1 - D_0) / r with B_1 = alpha_s h or B_2 = alpha_s (1 - e^{-h}).
     Source: Zhao et al. 2023, https://arxiv.org/abs/2302.04867, eq. 3 to 9 and appendix E.
 
     Args:

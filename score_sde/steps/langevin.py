@@ -2,9 +2,9 @@ r"""Langevin steps: correctors that leave p_t (nearly) as it is.
 
     x <- x + eps score(x, t) + sqrt(2 eps) z.
 
-Every rule here for the step size has the form eps = ratio sigma_t^2, with a dimensionless ratio: then the step is linear,
-x <- (1 - ratio) x + ratio alpha D + sqrt(2 ratio) sigma z, and the same in x as in the scaled variable x / alpha.
-The stationary variance on N(0, v I) is v / (1 - eps / (2 v)).
+Every rule here for the step size has the form eps = ratio sigma_t^2, with a dimensionless ratio: then the step is
+linear, x <- (1 - ratio) x + ratio alpha D + sqrt(2 ratio) sigma z, and the same in x as in the scaled variable x /
+alpha. The stationary variance on N(0, v I) is v / (1 - eps / (2 v)).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class LangevinCorrector(_Langevin):
     """The corrector of Song et al.: eps = 2 (snr |z| / |score|)^2, a signal-to-noise ratio held fixed.
 
     On N(0, v I) with measured norms the stationary variance is v (1 + snr^2) in high dimension.
-    Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, algorithms 4 and 5 (without the factor 1 - beta_i, within
-    2 % of 1, that the published code applies on VP's 1,000-step ladder).
+    Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, algorithms 4 and 5 (without the factor 1 - beta_i,
+    within 2 % of 1, that the published code applies on VP's 1,000-step ladder).
 
     Args:
         snr: the ratio r, positive.
@@ -62,9 +62,7 @@ class LangevinCorrector(_Langevin):
         super().__init__(2 * snr**2, steps)
         self.snr, self.norm = float(snr), norm
 
-    def advance(
-        self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
-    ) -> tuple[Tensor, History]:
+    def advance(self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw) -> tuple[Tensor, History]:
         if self.norm == "expected":
             return super().advance(row, x, history, evaluate, draw)
         for k in range(self.repeats):
@@ -81,10 +79,10 @@ class LangevinCorrector(_Langevin):
 class AnnealedLangevin(_Langevin):
     """Annealed Langevin dynamics: at each level, `steps` steps of size epsilon sigma_i^2 / sigma_L^2.
 
-    With no predictor the sampler carries the scaled variable x / alpha unchanged from level to level, NCSN's algorithm for
-    VE and its equal in scaled variables for every other SDE. `grid.log_snr` gives the geometric ladder. NCSN's own step,
-    epsilon = 2e-5 at sigma_L = 0.01, is the default; 20 steps on each of 232 levels are what a multimodal law needs to
-    find its weights (NCSN takes 100 steps on 10 levels; NCSNv2 5 on 232 for images, with epsilon = 6.2e-6).
+    With no predictor the sampler carries the scaled variable x / alpha unchanged from level to level, NCSN's algorithm
+    for VE and its equal in scaled variables for every other SDE. `grid.log_snr` gives the geometric ladder. NCSN's own
+    step, epsilon = 2e-5 at sigma_L = 0.01, is the default; 20 steps on each of 232 levels are what a multimodal law
+    needs to find its weights (NCSN takes 100 steps on 10 levels; NCSNv2 5 on 232 for images, with epsilon = 6.2e-6).
     Source: Song & Ermon 2019, https://arxiv.org/abs/1907.05600, algorithm 1; 2020, https://arxiv.org/abs/2006.09011.
 
     Args:
@@ -96,7 +94,7 @@ class AnnealedLangevin(_Langevin):
     def __init__(self, epsilon: float = 2e-5, sigma_L: float = 0.01, steps: int = 20) -> None:
         ratio = epsilon / sigma_L**2 if sigma_L > 0 else float("nan")
         if not 0 < ratio < 1:
-            raise ValueError(f"annealed Langevin is stable for 0 < epsilon / sigma_L^2 < 1, got {epsilon=}, {sigma_L=}: "
-                             "lower epsilon")  # fmt: skip
+            raise ValueError("annealed Langevin is stable for 0 < epsilon / sigma_L^2 < 1, "
+                             f"got {epsilon=}, {sigma_L=}: lower epsilon")  # fmt: skip
         super().__init__(ratio, steps)
         self.epsilon, self.sigma_L = float(epsilon), float(sigma_L)

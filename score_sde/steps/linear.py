@@ -55,7 +55,8 @@ class LinearStep(Step):
     """A step given by its scalar coefficients; a subclass defines `coefficients`.
 
     Attributes:
-        memory: how many denoiser outputs the step uses once enough moves lie behind it; before, it uses those there are.
+        memory: how many denoiser outputs the step uses once enough moves lie behind it; before, it uses those there
+            are.
         repeats: how often a move is carried out, each time with a new network call (correctors).
     """
 
@@ -73,7 +74,7 @@ class LinearStep(Step):
         """
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(u, w) of the network output u D + w eps that the history holds and `coefficients` weighs; D unless overridden."""
+        """(u, w) of the network output u D + w eps that the history holds and `coefficients` weighs; D by default."""
         return torch.ones_like(t), torch.zeros_like(t)
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[LinearRow]:
@@ -155,8 +156,8 @@ class ProbabilityFlowEuler(LinearStep):
 class ReverseDiffusion(LinearStep):
     """x_s = (2 - r) x + G^2 score + G z, with r = alpha_t / alpha_s: the forward chain's own discretisation, reversed.
 
-    The forward transition from s to t is exact, so that this is Song et al.'s sampler for every ladder: r = sqrt(1 - beta_i)
-    and G^2 = beta_i for DDPM's, r = 1 and G^2 = sigma_i^2 - sigma_{i-1}^2 for SMLD's.
+    The forward transition from s to t is exact, so that this is Song et al.'s sampler for every ladder:
+    r = sqrt(1 - beta_i) and G^2 = beta_i for DDPM's, r = 1 and G^2 = sigma_i^2 - sigma_{i-1}^2 for SMLD's.
     Source: Song et al. 2021, eq. 46 and algorithms 2, 3.
     """
 
@@ -167,7 +168,7 @@ class ReverseDiffusion(LinearStep):
 
 
 class DDIM(LinearStep):
-    """x_s = alpha_s D + sqrt(sigma_s^2 - c^2) eps + c z, with c = eta G sigma_s / sigma_t: any noise from none to ancestral.
+    """x_s = alpha_s D + sqrt(sigma_s^2 - c^2) eps + c z, with c = eta G sigma_s / sigma_t: none to ancestral noise.
 
     eta = 0 is the exponential Euler step of the probability-flow ODE; eta = 1 the posterior p(x_s | x_t, x_0 = D).
     Source: Song, Meng & Ermon 2021, https://arxiv.org/abs/2010.02502, eq. 12 and 16, for every alpha and sigma.

@@ -3,8 +3,8 @@ r"""Markov-chain correctors beyond the snr rule: unadjusted, Metropolis-adjusted
     overdamped:   x' = x + eps score(x) + sqrt(2 eps) z,
     kinetic:      dx = v dt,  dv = score(x) dt - gamma v dt + sqrt(2 gamma) dw,
 
-step sizes in units of the noise level: eps = ratio sigma_t^2, and kinetic steps h = sqrt(2 ratio) sigma_t, so that one of
-them with fresh v is the overdamped step. On N(0, v I) both have the stationary variance v / (1 - eps / (2 v)).
+step sizes in units of the noise level: eps = ratio sigma_t^2, and kinetic steps h = sqrt(2 ratio) sigma_t, so that one
+of them with fresh v is the overdamped step. On N(0, v I) both have the stationary variance v / (1 - eps / (2 v)).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from score_sde.steps.step import Draw, Evaluate, History, Step
 
 
 class UnadjustedLangevin(_Langevin):
-    """Unadjusted Langevin: eps = ratio sigma_t^2, or adapted to the score, eps = 2 ratio / (|score|^2 / d + 1 / sigma_t^2).
+    """Unadjusted Langevin: eps = ratio sigma_t^2, or 2 ratio / (|score|^2 / d + 1 / sigma_t^2), adapted to the score.
 
-    Both agree where the score has the size of the noise's own, |score|^2 = d / sigma_t^2; the adapted step, a sample's own,
-    is at most twice as long where the score is small, and short where it is large, so that no sample is thrown away.
+    Both agree where the score has the size of the noise's own, |score|^2 = d / sigma_t^2; the adapted step, a sample's
+    own, is at most twice as long where the score is small, and short where it is large, so that none is thrown away.
     Source: Roberts & Tweedie 1996, https://doi.org/10.2307/3318418, section 1.4.1.
 
     Args:
@@ -40,9 +40,7 @@ class UnadjustedLangevin(_Langevin):
         super().__init__(_check_ratio(self, ratio), steps)
         self.adapt = bool(adapt)
 
-    def advance(
-        self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
-    ) -> tuple[Tensor, History]:
+    def advance(self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw) -> tuple[Tensor, History]:
         if not self.adapt:
             return super().advance(row, x, history, evaluate, draw)
         for k in range(self.repeats):
@@ -73,10 +71,10 @@ class _Chain(Step):
 
 
 class MetropolisLangevin(_Chain):
-    """Metropolis-adjusted Langevin: the overdamped step, accepted with the probability that leaves p_t exactly as it is.
+    """Metropolis-adjusted Langevin: the overdamped step, accepted so often that p_t stays exactly as it is.
 
-    log accept = log p_t(x') - log p_t(x) + |z|^2 / 2 - |x - x' - eps score(x')|^2 / (4 eps), sample by sample. It needs a
-    density, so a model with `log_prob(x, t)` such as `ExactScore`; others are refused before sampling.
+    log accept = log p_t(x') - log p_t(x) + |z|^2 / 2 - |x - x' - eps score(x')|^2 / (4 eps), sample by sample. It needs
+    a density, so a model with `log_prob(x, t)` such as `ExactScore`; others are refused before sampling.
     Source: Besag 1994; Roberts & Tweedie 1996, section 1.4.2.
 
     Args:
@@ -111,12 +109,12 @@ class MetropolisLangevin(_Chain):
 
 
 class KineticLangevin(_Chain):
-    """Underdamped Langevin by the splitting OBABO: half an exact Ornstein-Uhlenbeck step of v, leapfrog, the other half.
+    """Underdamped Langevin by the splitting OBABO: half an Ornstein-Uhlenbeck step of v, leapfrog, the other half.
 
-    v ~ N(0, I) at each visit (the chain's state is x alone), then `steps` times: v <- e v + sqrt(1 - e^2) z; v <- v + h/2
-    score; x <- x + h v; v <- v + h/2 score(x); v <- e v + sqrt(1 - e^2) z', with e = persistence^{1/2}. Velocities are in
-    the unit in which x moves by h v, h = sqrt(2 ratio) sigma_t. v / (1 - h^2 / (4 v)) is the stationary variance on
-    N(0, v I), whatever the persistence and the number of steps.
+    v ~ N(0, I) at each visit (the chain's state is x alone), then `steps` times: v <- e v + sqrt(1 - e^2) z; v <- v +
+    h/2 score; x <- x + h v; v <- v + h/2 score(x); v <- e v + sqrt(1 - e^2) z', with e = persistence^{1/2}. Velocities
+    are in the unit in which x moves by h v, h = sqrt(2 ratio) sigma_t. v / (1 - h^2 / (4 v)) is the stationary variance
+    on N(0, v I), whatever the persistence and the number of steps.
     Source: Bussi & Parrinello 2007, https://arxiv.org/abs/0803.4083; Leimkuhler & Matthews 2013.
 
     Args:

@@ -38,7 +38,7 @@ def quadrature(like: Tensor, points: int = 32) -> tuple[Tensor, Tensor]:
 
 
 def lagrange(nodes: Tensor, at: Tensor) -> list[Tensor]:
-    """The Lagrange basis polynomials of `nodes` (k, ...), evaluated at points (..., ...) that broadcast with nodes[0]."""
+    """The Lagrange basis polynomials of `nodes` (k, ...), evaluated at points that broadcast with nodes[0]."""
     basis = []
     for j, node in enumerate(nodes):
         others = [(at - other) / (node - other) for i, other in enumerate(nodes) if i != j]
@@ -70,9 +70,9 @@ def _check_prediction(step: object, prediction: str, known: tuple[str, ...]) -> 
 class AdamsBashforth(LinearStep):
     """Adams-Bashforth of orders 1 to 4 with variable steps: x_s = scale_s (x_t / scale_t + sum_k (int L_k dm) N_k).
 
-    What is extrapolated, `prediction`, settles the exact part (module docstring); in which variable, the `clock`: "time"
-    is the SDE's t, "level" is sigma / alpha, "log_snr" is lambda. Each prediction has a natural one. Published cells:
-    noise in level = LMS (k-diffusion) and rho-AB-DEIS; noise in time = t-AB-DEIS; noise in log_snr = multistep
+    What is extrapolated, `prediction`, settles the exact part (module docstring); in which variable, the `clock`:
+    "time" is the SDE's t, "level" is sigma / alpha, "log_snr" is lambda. Each prediction has a natural one. Published
+    cells: noise in level = LMS (k-diffusion) and rho-AB-DEIS; noise in time = t-AB-DEIS; noise in log_snr = multistep
     DPM-Solver; denoised in log_snr = DPM-Solver++; velocity in time on `RectifiedFlow` = Adams for flow matching.
     Source: Zhang & Chen 2023 (DEIS), https://arxiv.org/abs/2204.13902, eq. 13 to 15; Lu et al. 2022, eq. 9.
 
@@ -111,7 +111,8 @@ class AdamsBashforth(LinearStep):
         total = self._total(sde, times[0], s)
         if total is not None:  # a constant N is then integrated exactly whatever the kernel
             kernel = kernel * (total / kernel.sum(0))
-        return self._scale(sde, s) / self._scale(sde, times[0]), [(kernel * L).sum(0) for L in lagrange(nodes, at)], 0 * s
+        b = [(kernel * basis).sum(0) for basis in lagrange(nodes, at)]
+        return self._scale(sde, s) / self._scale(sde, times[0]), b, 0 * s
 
     def _read(self, sde: SDE, t: Tensor) -> Tensor:
         if self.clock == "time":
@@ -157,15 +158,16 @@ class ExponentialAdams(LinearStep):
 
         denoised:  x_s = sigma_s / sigma_t e^{-eta^2 h} x_t + alpha_s k int_0^h e^{-k u} D(lambda_s - u) du
                          + sigma_s sqrt(1 - e^{-2 eta^2 h}) z,
-        noise:     x_s = alpha_s / alpha_t x_t - sigma_s k int_0^h e^u eps(lambda_s - u) du + eta sigma_s sqrt(e^{2 h} - 1) z.
+        noise:     x_s = alpha_s / alpha_t x_t - sigma_s k int_0^h e^u eps(lambda_s - u) du
+                         + eta sigma_s sqrt(e^{2 h} - 1) z.
 
     The integrand's D or eps is replaced by the polynomial through its last `order` values ("exact" weights, the Taylor
-    form of the papers, integrated by Gauss-Legendre quadrature to machine precision), or at order 2 by that polynomial's
-    value at the middle ("midpoint" weights, the published default of 2M). At eta = 0: DDIM (order 1), DPM-Solver(++) 2M,
-    and at order 3 what 3M set out to be: its printed curvature term lacks a factor 2. At eta = 1: SDE-DPM-Solver(++).
-    With eta > 0 and order >= 2 the weak order is 2: the covariance of noise and output that a move misses, h^2 / 2, comes in
-    with the extrapolations after it. k-diffusion's and diffusers' eta is eta^2 here. The noise form is exact for a point
-    mass at eta = 0 only.
+    form of the papers, integrated by Gauss-Legendre quadrature to machine precision), or at order 2 by that
+    polynomial's value at the middle ("midpoint" weights, the published default of 2M). At eta = 0: DDIM (order 1),
+    DPM-Solver(++) 2M, and at order 3 what 3M set out to be: its printed curvature term lacks a factor 2. At eta = 1:
+    SDE-DPM-Solver(++). With eta > 0 and order >= 2 the weak order is 2: the covariance of noise and output that a move
+    misses, h^2 / 2, comes in with the extrapolations after it. k-diffusion's and diffusers' eta is eta^2 here. The
+    noise form is exact for a point mass at eta = 0 only.
     Source: Lu et al. 2022, https://arxiv.org/abs/2211.01095, eq. 9 and 12, appendix B; Xue et al. 2023 (SA-Solver),
     https://arxiv.org/abs/2305.14267, eq. 11, whose tau is eta.
 
@@ -188,9 +190,7 @@ class ExponentialAdams(LinearStep):
         "SDE-DPM-Solver 2M": {"order": 2, "eta": 1.0, "prediction": "noise"},
     }
 
-    def __init__(
-        self, order: int = 2, eta: float = 0.0, prediction: str = "denoised", weights: str = "exact"
-    ) -> None:
+    def __init__(self, order: int = 2, eta: float = 0.0, prediction: str = "denoised", weights: str = "exact") -> None:
         self.memory = _check_order(self, order)
         if not 0 <= eta < float("inf"):
             raise ValueError(f"ExponentialAdams needs a noise strength eta >= 0, got eta={eta}")

@@ -1,8 +1,8 @@
 r"""One-step methods of several stages, as tables of scalars.
 
-Stage j builds x_j = a_j x_t + sum_k b_jk N_k + sum_k c_jk z_k and evaluates the network there, at the stage's time; the last
-stage is the step's result. The outputs N_0, N_1, ... (D, or the noise eps) are this move's own, the oldest first, and so are
-the draws z_k: stages that share an increment of the noise share its draw.
+Stage j builds x_j = a_j x_t + sum_k b_jk N_k + sum_k c_jk z_k and evaluates the network there, at the stage's time; the
+last stage is the step's result. The outputs N_0, N_1, ... (D, or the noise eps) are this move's own, the oldest first,
+and so are the draws z_k: stages that share an increment of the noise share its draw.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Heun(StagedStep):
     """Heun's second-order method in EDM's variables: y = x / alpha against the noise level l = sigma / alpha.
 
     dy/dl = (y - D) / l; an Euler step to l_s, then the mean of both slopes. Eliminating the slopes,
-    y_1 = l_s/l_t y + (1 - l_s/l_t) D_0 and y_s = l_s/l_t y + (l_s - l_t)(1/(2 l_s) - 1/l_t) D_0 + (l_t - l_s)/(2 l_s) D_1.
-    With `grid.karras` and final="denoise" this is EDM's deterministic sampler, call for call.
+    y_1 = l_s/l_t y + (1 - l_s/l_t) D_0 and y_s = l_s/l_t y + (l_s - l_t)(1/(2 l_s) - 1/l_t) D_0 + (l_t - l_s)/(2 l_s)
+    D_1. With `grid.karras` and final="denoise" this is EDM's deterministic sampler, call for call.
     Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 1.
     """
 
@@ -86,14 +86,19 @@ class Heun(StagedStep):
         alpha_s, scale = sde.alpha(s), sde.sigma(s) / sde.sigma(t)
         drop = -torch.expm1(sde.half_log_snr(t) - sde.half_log_snr(s))  # 1 - l_s / l_t
         growth = torch.expm1(sde.half_log_snr(s) - sde.half_log_snr(t))  # l_t / l_s - 1
-        return [Stage(s, scale, [alpha_s * drop]), Stage(s, scale, [alpha_s * (drop - growth / 2), alpha_s * growth / 2])]
+        return [
+            Stage(s, scale, [alpha_s * drop]),
+            Stage(s, scale, [alpha_s * (drop - growth / 2), alpha_s * growth / 2]),
+        ]
 
 
 class RungeKutta(StagedStep):
-    """An explicit Runge-Kutta method in EDM's variables, dy/dl = eps = (y - D) / l with y = x / alpha, l = sigma / alpha.
+    """An explicit Runge-Kutta method in EDM's variables, dy/dl = eps = (y - D) / l with y = x / alpha, l = sigma /
+    alpha.
 
-    Stage j is y_j = y + (l_s - l_t) sum_k matrix[j][k] eps_k at l_t + (l_s - l_t) sum_k matrix[j][k]; the result weighs all
-    slopes by `weights`. The slopes are eliminated: each is a linear form in (y, D_0, ..., D_j), and so are the stages.
+    Stage j is y_j = y + (l_s - l_t) sum_k matrix[j][k] eps_k at l_t + (l_s - l_t) sum_k matrix[j][k]; the result weighs
+    all slopes by `weights`. The slopes are eliminated: each is a linear form in (y, D_0, ..., D_j), and so are the
+    stages.
     Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, eq. 3 and appendix D.2; Kutta 1901 for the default.
 
     Args:
@@ -114,7 +119,7 @@ class RungeKutta(StagedStep):
         self.order, self.calls = int(order), len(self.weights)
         if [len(row) for row in self.matrix] != list(range(1, self.calls)) or abs(sum(self.weights) - 1) > 1e-12:
             raise ValueError("a tableau of n weights with sum 1 has a matrix of n - 1 rows of lengths 1, 2, ..., "
-                             f"got {len(self.weights)} weights and rows of {[len(row) for row in self.matrix]}")  # fmt: skip
+                             f"got {self.calls} weights and rows of {[len(row) for row in self.matrix]}")  # fmt: skip
         if not all(0 < sum(row) <= 1 for row in self.matrix):
             raise ValueError("a stage lies inside the step: each row of the matrix has a sum in (0, 1]")
 
@@ -137,14 +142,17 @@ class RungeKutta(StagedStep):
 class RungeKutta2(RungeKutta):
     """The alpha family of second-order methods: one trial at the fraction alpha of the step.
 
-    y_1 = y + alpha h eps_0,  y_s = y + h ((1 - 1/(2 alpha)) eps_0 + 1/(2 alpha) eps_1), h = l_s - l_t. alpha = 1 is Heun,
-    1/2 the midpoint rule, 2/3 Ralston's. Source: Karras et al. 2022, appendix D.2, algorithm 3.
+    y_1 = y + alpha h eps_0,  y_s = y + h ((1 - 1/(2 alpha)) eps_0 + 1/(2 alpha) eps_1), h = l_s - l_t. alpha = 1 is
+    Heun, 1/2 the midpoint rule, 2/3 Ralston's. Source: Karras et al. 2022, appendix D.2, algorithm 3.
 
     Args:
         alpha: where the trial lies, in (0, 1].
     """
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"Ralston": {"alpha": 2 / 3}, "Heun in RK form": {"alpha": 1.0}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "Ralston": {"alpha": 2 / 3},
+        "Heun in RK form": {"alpha": 1.0},
+    }
 
     def __init__(self, alpha: float = 0.5) -> None:
         if not 0 < alpha <= 1:
@@ -156,8 +164,8 @@ class RungeKutta2(RungeKutta):
 class DPMSolverSinglestep(StagedStep):
     """DPM-Solver(++) 2S and 3S: exponential Runge-Kutta in lambda with intermediate evaluations at lambda_t + r h.
 
-    With h = lambda_s - lambda_t and (scale, other, k) = (sigma, alpha, -h) for D or (alpha, sigma, h) for eps, a stage at the
-    fraction r is u = scale_u / scale_t x - other_u expm1(r k) N_0 (one further term at order 3), and
+    With h = lambda_s - lambda_t and (scale, other, k) = (sigma, alpha, -h) for D or (alpha, sigma, h) for eps, a stage
+    at the fraction r is u = scale_u / scale_t x - other_u expm1(r k) N_0 (one further term at order 3), and
 
         2S (r = 1/2):        x_s = scale_s/scale_t x - other_s expm1(k) ((1 - 1/(2 r)) N_0 + 1/(2 r) N_1),
         3S (r = 1/3, 2/3):   x_s = scale_s/scale_t x - other_s (expm1(k) N_0 + (expm1(k)/k - 1) / r_2 (N_2 - N_0)).
@@ -206,9 +214,9 @@ class DPMSolverSDE(StagedStep):
     """The stochastic two-stage DPM-Solver++: a trial at lambda_t + r h, then the whole step, on one noise path.
 
     With k = 1 + eta^2 and the exact solution for constant D of `ExponentialAdams`, u = x(lambda_t + r h) and
-    x_s = sigma_s/sigma_t e^{-eta^2 h} x + alpha_s (1 - e^{-k h}) ((1 - 1/(2 r)) D_0 + 1/(2 r) D(u)) + noise. The noise of the
-    trial is the first part of the step's: the increments over [t, u] and [u, s] are disjoint draws, added after the
-    first has decayed. Of weak order 2, since the trial's noise has the mean covariance of the path's.
+    x_s = sigma_s/sigma_t e^{-eta^2 h} x + alpha_s (1 - e^{-k h}) ((1 - 1/(2 r)) D_0 + 1/(2 r) D(u)) + noise. The noise
+    of the trial is the first part of the step's: the increments over [t, u] and [u, s] are disjoint draws, added after
+    the first has decayed. Of weak order 2, since the trial's noise has the mean covariance of the path's.
     Source: Lu et al. 2022, https://arxiv.org/abs/2211.01095, eq. 12, as two-stage method of k-diffusion's
     `sample_dpmpp_sde` (whose eta is eta^2 here and whose two noises overlap).
 

@@ -48,7 +48,5 @@ class Step(ABC):
         """One row for each move t[i] -> s[i], for float64 tensors of shape (moves,)."""
 
     @abstractmethod
-    def advance(
-        self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
-    ) -> tuple[Tensor, History]:
+    def advance(self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw) -> tuple[Tensor, History]:
         """Carries out one row on x of shape (batch, *event); returns the new x and history."""

@@ -28,9 +28,9 @@ class Tabulated(LinearStep):
     """A linear step read from a table of scalars, for the table's own grid.
 
     Args:
-        table: a .json or .npz file, or a mapping, with `levels` (N + 1 decreasing noise levels sigma / alpha), `a` (N), `b`
-            (N lists, the newest output's weight first; row i has at most i + 1), and where they are not all 0 and (1, 0), `c`
-            (N) and `output` (N pairs (u, w)).
+        table: a .json or .npz file, or a mapping, with `levels` (N + 1 decreasing noise levels sigma / alpha), `a` (N),
+            `b` (N lists, the newest output's weight first; row i has at most i + 1), and where they are not all 0 and
+            (1, 0), `c` (N) and `output` (N pairs (u, w)).
 
     Raises:
         ValueError: the table's lengths do not fit, its levels do not decrease, or a number is not finite.
@@ -99,8 +99,9 @@ class Tabulated(LinearStep):
         levels = [(-sde.half_log_snr(part)).exp() for part in (t, s)]
         own = (self.levels[:-1], self.levels[1:])
         if len(t) != len(self.a) or not all(torch.allclose(x, y, rtol=1e-6) for x, y in zip(levels, own, strict=True)):
-            raise ValueError(f"this table goes over its own {len(self.a)} moves, noise levels {self.levels[0].item():.6g} to "
-                             f"{self.levels[-1].item():.6g}: use its grid (grid=step.grid) and an SDE that reaches them")  # fmt: skip
+            first, last = self.levels[0].item(), self.levels[-1].item()
+            raise ValueError(f"this table goes over its own {len(self.a)} moves, levels {first:.6g} to {last:.6g}: "
+                             "use its grid (grid=step.grid) and an SDE that reaches them")  # fmt: skip
 
 
 def _read(path: Path) -> dict[str, Any]:

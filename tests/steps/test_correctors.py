@@ -26,7 +26,7 @@ def test_unadjusted_langevin_has_its_known_bias(ratio):
 @pytest.mark.parametrize("persistence", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_kinetic_langevin_has_the_bias_of_the_leapfrog_whatever_its_friction(steps, persistence):
-    # OBABO leaves N(0, v / (1 - h^2 / (4 v))) x N(0, I) invariant, and v is drawn from its factor: h^2 / (4 v) = ratio / 4.
+    # OBABO leaves N(0, v / (1 - h^2 / (4 v))) x N(0, I) invariant, and v from its factor: h^2 / (4 v) = ratio / 4.
     step = KineticLangevin(0.2, steps, persistence)
     assert stationary_variance(step, SDE) == pytest.approx(1 / (1 - 0.2 / 4), rel=1e-10)
 
@@ -36,7 +36,11 @@ def test_one_kinetic_step_is_the_overdamped_step():
     t = torch.tensor([0.4], dtype=torch.float64)
     kinetic, over = KineticLangevin(0.1, 1, 0.0), UnadjustedLangevin(0.1)
     (row,), (other,) = kinetic.plan(SDE, t, t), over.plan(SDE, t, t)
-    model, x, z = ExactScore(ONE, SDE), torch.tensor([[0.7]], dtype=torch.float64), torch.tensor([[0.3]], dtype=torch.float64)
+    model, x, z = (
+        ExactScore(ONE, SDE),
+        torch.tensor([[0.7]], dtype=torch.float64),
+        torch.tensor([[0.3]], dtype=torch.float64),
+    )
     with_fresh_v = kinetic.advance(row, x, (), model, lambda k: z)[0]  # persistence 0: v is draw(1)
     torch.testing.assert_close(with_fresh_v, over.advance(other, x, (), model, lambda k: z)[0], rtol=1e-12, atol=1e-12)
 
@@ -125,7 +129,9 @@ def test_a_corrector_that_never_acts_changes_nothing():
     model, schedule = ExactScore(ONE, SDE), partial(grid.log_snr, steps=6)
     never = Sampler(DDIM(), schedule, LangevinCorrector(), corrector_where=partial(grid.within, low=1e6))
     run = {"seed": 3, "trajectory": True}
-    assert torch.equal(never.sample(model, (3, 1), **run).trajectory, Sampler(DDIM(), schedule).sample(model, (3, 1), **run).trajectory)
+    assert torch.equal(
+        never.sample(model, (3, 1), **run).trajectory, Sampler(DDIM(), schedule).sample(model, (3, 1), **run).trajectory
+    )
 
 
 @pytest.mark.parametrize(

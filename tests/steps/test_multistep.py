@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scipy.integrate import quad
 from score_sde import VESDE, VPSDE, ExactScore, GaussianMixture, LearnedScore, RectifiedFlow, Sampler, grid
 from score_sde.noise import BatchNoise
 from score_sde.parameterization import Flow
+from score_sde.prediction import Prediction
 from score_sde.steps import IPNDM, AdamsBashforth, ExponentialAdams, LangevinCorrector, SASolver, Tabulated, UniPC
 
 SDE = VPSDE()
@@ -128,7 +130,9 @@ def test_adams_weights_are_the_integrals_of_the_lagrange_polynomials(prediction,
     def basis(k, t):
         return np.prod([(u(t) - nodes[j]) / (nodes[k] - nodes[j]) for j in range(3) if j != k])
 
-    expected = [quad(lambda t, k=k: basis(k, t) * density(t), TIMES[0].item(), S.item(), epsrel=1e-11)[0] for k in range(3)]
+    expected = [
+        quad(lambda t, k=k: basis(k, t) * density(t), TIMES[0].item(), S.item(), epsrel=1e-11)[0] for k in range(3)
+    ]
     assert scalars(AdamsBashforth(3, prediction, clock), 3)[1] == pytest.approx(expected, rel=1e-7)
 
 
@@ -184,6 +188,19 @@ def test_unipc_is_the_published_algorithm(order, variant):
     assert result.nfe == steps
 
 
+def integral(values, nodes, start, end, alpha, k):
+    """alpha k int e^{-k (end - u)} P(u) du over [start, end], for the constant or the line P through the nodes."""
+
+    def basis(u, j):
+        return 1.0 if len(nodes) == 1 else (u - nodes[1 - j]) / (nodes[j] - nodes[1 - j])
+
+    def weight(j):
+        kernel = lambda u: alpha * k * np.exp(-k * (end - u)) * basis(u, j)  # noqa: E731
+        return quad(kernel, start, end, epsabs=1e-13, epsrel=1e-12)[0]
+
+    return sum(weight(j) * value for j, value in enumerate(values))
+
+
 def test_sa_solver_predicts_and_corrects_with_one_draw():
     model, times = ExactScore(MIXTURE, SDE), grid.log_snr(SDE, steps=5)
     x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -198,23 +215,12 @@ def test_sa_solver_predicts_and_corrects_with_one_draw():
         z = noise(2 * i - 1, 0)
         base = sigma / before * np.exp(-(0.8**2) * h) * x + sigma * np.sqrt(-np.expm1(-2 * 0.8**2 * h)) * z
 
-        def integral(values, nodes):  # alpha k int e^{-k (lam_s - l)} P(l) dl for the line or constant through the nodes
-            def P(u):
-                if len(nodes) == 1:
-                    return np.array([1.0])
-                w = (u - nodes[0]) / (nodes[1] - nodes[0])
-                return np.array([1 - w, w])
-
-            weights = [quad(lambda u, j=j: alpha * k * np.exp(-k * (lam[i] - u)) * P(u)[j], lam[i - 1], lam[i],
-                            epsabs=1e-13, epsrel=1e-12)[0] for j in range(len(nodes))]  # noqa: B023  # fmt: skip
-            return sum(w * v for w, v in zip(weights, values, strict=True))
-
         past, nodes = outputs[-2:], lam[max(0, i - 2) : i]
-        predicted = base + integral(past, nodes)
+        predicted = base + integral(past, nodes, lam[i - 1], lam[i], alpha, k)
         if i == len(times) - 1:
             break
         outputs.append(model(predicted, times[i].item()).denoised)
-        x = base + integral(outputs[-2:], [lam[i - 1], lam[i]])
+        x = base + integral(outputs[-2:], lam[i - 1 : i + 1], lam[i - 1], lam[i], alpha, k)
     torch.testing.assert_close(result.x, predicted, rtol=1e-9, atol=1e-9)
 
 
@@ -222,11 +228,14 @@ def test_a_correction_does_not_undo_what_a_corrector_did_in_between():
     # The correction is an increment: a shift of x between two moves stays, scaled by the carried factor.
     step, times = UniPC(2), grid.log_snr(SDE, steps=3)
     rows = step.plan(SDE, times[:-1], times[1:])
-    D = lambda x, t: type("P", (), {"mix": lambda self, u, w: torch.full_like(x, t)})()  # noqa: E731
+
+    def output(x, t):
+        return Prediction(x, torch.full_like(x, t), 0.5, 0.5)
+
     x = torch.ones(1, 1, dtype=torch.float64)
-    y, history = step.advance(rows[0], x, (), D, None)
-    plain, _ = step.advance(rows[1], y, history, D, None)
-    shifted, _ = step.advance(rows[1], y + 1, history, D, None)
+    y, history = step.advance(rows[0], x, (), output, None)
+    plain, _ = step.advance(rows[1], y, history, output, None)
+    shifted, _ = step.advance(rows[1], y + 1, history, output, None)
     assert (shifted - plain).item() == pytest.approx(rows[1].a)
 
 
@@ -238,7 +247,7 @@ def test_an_upward_move_ends_the_history():
     moves = Sampler(ExponentialAdams(3), lambda sde: times).plan(SDE, times)
     lengths = [len(move.row.b) for move in moves]
     assert 0 in lengths  # the upward moves use no output
-    for before, after in zip(lengths, lengths[1:], strict=False):
+    for before, after in pairwise(lengths):
         assert after == (1 if before == 0 else min(before + 1, 3)) or after == 0
 
 
@@ -269,7 +278,9 @@ def test_a_table_repeats_its_step_from_a_file(step, suffix, tmp_path):
     model = ExactScore(MIXTURE, SDE)
     run = {"seed": 5, "dtype": torch.float64}
     expected = Sampler(step, lambda sde: times).sample(model, (6, 2), **run).x
-    torch.testing.assert_close(Sampler(table, table.grid).sample(model, (6, 2), **run).x, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        Sampler(table, table.grid).sample(model, (6, 2), **run).x, expected, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_a_table_serves_every_path_with_its_levels():
@@ -293,8 +304,9 @@ def test_a_table_refuses_what_is_not_its_own(tmp_path):
         Sampler(table, table.grid).check(VPSDE(t_min=0.1))
     rows = {"levels": [3.0, 1.0, 0.1], "a": [0.5, 0.5], "b": [[0.5], [0.6, -0.1]]}
     assert Tabulated(rows).memory == 2
-    for wrong, message in (({"a": [1.0]}, "2 finite"), ({"levels": [1.0, 3.0, 0.1]}, "decrease"), ({"b": [[0.5]]}, "2 rows"),
-                           ({"a": [0.5, float("nan")]}, "finite"), ({"scale": 1}, "levels, a, b")):  # fmt: skip
+    wrongs = [({"a": [1.0]}, "2 finite"), ({"levels": [1.0, 3.0, 0.1]}, "decrease"), ({"b": [[0.5]]}, "2 rows"),
+              ({"a": [0.5, float("nan")]}, "finite"), ({"scale": 1}, "levels, a, b")]  # fmt: skip
+    for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
             Tabulated(rows | wrong)
     (tmp_path / "t.json").write_text(json.dumps(rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -33,14 +34,14 @@ def runge_kutta(matrix, weights, x):
     levels = (-SDE.half_log_snr(TIMES)).exp().tolist()
     y = x / SDE.alpha(TIMES[0]).item()
 
-    def slope(y, l):
-        t, alpha, _ = read(-np.log(l))
-        return (y - MODEL(alpha * y, t).denoised) / l
+    def slope(y, level):
+        t, alpha, _ = read(-np.log(level))
+        return (y - MODEL(alpha * y, t).denoised) / level
 
-    for l, end in zip(levels, levels[1:], strict=False):
-        h, slopes = end - l, [slope(y, l)]
+    for level, end in pairwise(levels):
+        h, slopes = end - level, [slope(y, level)]
         for row in matrix:
-            slopes.append(slope(y + h * sum(w * k for w, k in zip(row, slopes, strict=True)), l + h * sum(row)))
+            slopes.append(slope(y + h * sum(w * k for w, k in zip(row, slopes, strict=True)), level + h * sum(row)))
         y = y + h * sum(w * k for w, k in zip(weights, slopes, strict=True))
     return y * SDE.alpha(TIMES[-1]).item()
 
@@ -68,7 +69,7 @@ def noise_of(x, t, alpha, sigma):
 
 def dpm_solver(order, x):
     """Lu et al. 2022a, algorithms 1 and 2: exponents in +h, on the noise."""
-    for start, end in zip(TIMES, TIMES[1:], strict=False):
+    for start, end in pairwise(TIMES):
         lam, h = SDE.half_log_snr(start).item(), (SDE.half_log_snr(end) - SDE.half_log_snr(start)).item()
         (t, a, s), (_, a2, s2) = read(lam), read(lam + h)
         e0 = noise_of(x, t, a, s)
@@ -90,7 +91,7 @@ def dpm_solver(order, x):
 
 def dpm_solver_plus_plus(order, x):
     """Lu et al. 2022b, algorithm 1 and its third order: exponents in -h, on the denoised."""
-    for start, end in zip(TIMES, TIMES[1:], strict=False):
+    for start, end in pairwise(TIMES):
         lam, h = SDE.half_log_snr(start).item(), (SDE.half_log_snr(end) - SDE.half_log_snr(start)).item()
         (t, _, s), (_, a2, s2) = read(lam), read(lam + h)
         D0 = MODEL(x, t).denoised
@@ -119,12 +120,14 @@ def test_single_step_dpm_solver_is_the_published_algorithm(prediction, published
 
 
 def test_without_noise_the_stochastic_two_stage_step_is_2s():
-    torch.testing.assert_close(sample(DPMSolverSDE(eta=0.0)).x, sample(DPMSolverSinglestep(2)).x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        sample(DPMSolverSDE(eta=0.0)).x, sample(DPMSolverSinglestep(2)).x, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("eta", "r"), [(1.0, 0.5), (0.6, 0.3)])
 def test_the_two_noises_of_a_stochastic_step_are_one_path(eta, r):
-    # Of dx = ... with D held fixed, noise at u and at s has covariance (sigma_s / sigma_u) e^{-eta^2 (lam_s - lam_u)} Var_u.
+    # With D held fixed, noise at u and at s has the covariance (sigma_s / sigma_u) e^{-eta^2 (lam_s - lam_u)} Var_u.
     t, s = (torch.tensor([v], dtype=torch.float64) for v in (0.6, 0.4))
     trial, last = DPMSolverSDE(eta, r).stages(SDE, t, s)
     lam, end = SDE.half_log_snr(t), SDE.half_log_snr(s)
