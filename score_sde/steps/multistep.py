@@ -105,7 +105,8 @@ class AdamsBashforth(LinearStep):
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         nodes, end = self._read(sde, times), self._read(sde, s)
-        fractions, weights = quadrature(s)
+        polynomial = (self.prediction, self.clock) in (("velocity", "time"), ("noise", "level"))  # dm = du
+        fractions, weights = quadrature(s, points=4 if polynomial else 32)
         at = nodes[0] + fractions * (end - nodes[0])
         kernel = weights * (end - nodes[0]) * self._density(sde, self._time(sde, at), s)
         total = self._total(sde, times[0], s)
