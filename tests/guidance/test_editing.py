@@ -51,7 +51,7 @@ def carried(step, sde, t, s, x, model=None, z=None):
 
 
 def test_imputed_part_has_the_law_of_the_forward_process():
-    operator, n = Matrix([[2.0, 0.0, 0.0], [0.0, 0.5, 0.0]]), 0.1
+    operator, n = Matrix([[2.0, 0.0, 0.0], [0.0, 0.5, 0.0]]), 0.2
     x0 = torch.tensor([[1.0, -1.0, 3.0]], dtype=torch.float64).expand(40_000, 3)
     y = operator.observe(x0, n, generator=generator())
     x, z = torch.full_like(x0, 7.0), torch.randn(x0.shape, generator=generator(1), dtype=torch.float64)
