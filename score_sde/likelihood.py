@@ -3,9 +3,9 @@ r"""Log-likelihood through the probability-flow ODE, latent codes, and what disc
 With y = x / alpha, s = sigma / alpha, n = E[eps | x] and u = log s the flow is dy/du = s n. It is integrated in
 
     z = y / r,  r^2 = s^2 + c^2,   dz/du = s n / r - z s^2 / r^2,   d log p(z) / du = -(sigma tr(dn/dx) - d s^2 / r^2),
-    w = log((s^2 + k^2) / (s^2 + c^2)) / 2,    c = sqrt(2) sigma_data,  k << c,
+    w = -sqrt(log((s^2 + c^2) / (s^2 + k^2))),    c = sqrt(2) sigma_data,  k << c,
 
-in which state and divergence rest at both ends: w is linear in s^2 for s << k, in 1 / s^2 for s >> c, log s between.
+in which state and divergence rest at both ends: w is linear in s^2 for s << k and, as z is, in 1 / s for s >> c.
 log p_0(x) = log p_T(x_T) + int div + d log(alpha_T r_T / r_0) + truncation (see `log_likelihood`).
 Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, appendix D.2; Chen et al. 2018.
 """
@@ -327,7 +327,7 @@ class _Flow:
         self.ends = (self._variable(self.s_min), self._variable(self.s_max))
 
     def _variable(self, s: float) -> float:
-        return math.log1p((self.k2 - self.c2) / (s * s + self.c2)) / 2
+        return -math.sqrt(-math.log1p((self.k2 - self.c2) / (s * s + self.c2)))
 
     def scale(self, s: float) -> float:
         """r = y / z."""
@@ -335,11 +335,11 @@ class _Flow:
 
     def levels(self, u: Tensor) -> tuple[Tensor, ...]:
         """Time and coefficients at w = u."""
-        ratio = torch.expm1(2 * u)
+        ratio = torch.expm1(-u * u)
         s = ((self.k2 - self.c2) / ratio - self.c2).clamp_min(0).sqrt().clamp(self.s_min, self.s_max)
         t = self.sde.time_at(-s.log()).clamp(self.sde.t_min, self.sde.t_max)
         r2 = s * s + self.c2
-        speed = (s * s + self.k2) * r2 / (s * s * (self.c2 - self.k2))
+        speed = -u * (s * s + self.k2) * r2 / (s * s * (self.c2 - self.k2))
         return t, self.sde.alpha(t) * r2.sqrt(), self.sde.sigma(t), speed, speed * s / r2.sqrt(), speed * s * s / r2
 
     def __call__(self, y: Tensor, level: tuple[Tensor, ...], ids: Tensor) -> Tensor:
