@@ -52,7 +52,7 @@ def test_views_of_a_perfect_network_for_every_sde_and_parameterization(sde, para
 @pytest.mark.parametrize("native", [Score(), Noise(), Velocity(), Karras(0.5)], ids=repr)
 @pytest.mark.parametrize(("sde", "t"), [(KarrasSDE(), 0.002), (VPSDE(), 1e-5), (SubVPSDE(), 1e-3)], ids=repr)
 def test_no_view_loses_float32_digits_at_small_noise(native, sde, t):
-    """The noise recovered from float32 (x, F) is good to single precision, where (x - alpha D) / sigma would lose it."""
+    """The noise recovered from float32 (x, F) is good to single precision; (x - alpha D) / sigma would lose it."""
     x0, eps = pair()
     p = prediction_at(sde, native, t, x0, eps, torch.float32)
     torch.testing.assert_close(p.noise.double(), eps, rtol=0, atol=2e-6)

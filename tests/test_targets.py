@@ -99,7 +99,7 @@ def test_gaussian_score_is_linear():
 
 
 def test_the_mixture_denoiser_is_the_published_formula():
-    """s(x) = sum_k w_k(x) Sigma_k(t)^{-1} (m mu_k - x), w the softmax of the log joint densities, by torch's own normals."""
+    """s(x) = sum_k w_k(x) Sigma_k(t)^{-1} (m mu_k - x), w the softmax of log joints, by torch's normals."""
     law, (alpha, sigma) = mixture(), (0.8, 0.6)
     x = noisy(law, alpha, sigma)
     total = alpha**2 * law.covariances + sigma**2 * torch.eye(2)
