@@ -182,8 +182,9 @@ def test_companions_change_nothing(solver):
     options = {"divergence": "hutchinson", "probes": 2, **solver}
     together = log_likelihood(model, x, seed=list(range(6)), **options)
     alone = log_likelihood(model, x[3:4], seed=[3], **options)
-    assert together.log_prob[3] == alone.log_prob[0]
-    assert (together.latent[3] == alone.latent[0]).all()
+    # To rounding, not to the bit: torch's vectorised functions of a sample's own times may differ in the last place.
+    torch.testing.assert_close(together.log_prob[3], alone.log_prob[0], rtol=0, atol=1e-11)
+    torch.testing.assert_close(together.latent[3], alone.latent[0], rtol=0, atol=1e-11)
 
 
 def test_single_precision_keeps_three_digits():
