@@ -1,5 +1,7 @@
 """Score-based generative modelling through stochastic differential equations."""
 
+from typing import TYPE_CHECKING, Any
+
 from score_sde.adaptive import AdaptiveODE
 from score_sde.adaptive_sde import AdaptiveSDE
 from score_sde.energy import EnergyScore
@@ -32,6 +34,9 @@ from score_sde.steps import (
     UniPC,
 )
 from score_sde.targets import Empirical, GaussianMixture
+
+if TYPE_CHECKING:
+    from score_sde.run import Run
 
 __all__ = [
     "DDIM",
@@ -67,6 +72,7 @@ __all__ = [
     "ProbabilityFlowODE",
     "RectifiedFlow",
     "ReverseDiffusion",
+    "Run",
     "RungeKutta",
     "SASolver",
     "SampleNoise",
@@ -83,3 +89,12 @@ __all__ = [
     "log_likelihood",
     "reparameterize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`Run` is imported when it is first asked for: it brings the training rooms with it."""
+    if name == "Run":
+        from score_sde.run import Run
+
+        return Run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from score_sde.adaptive import PAIRS, PerSample, integrate, mixed_tolerance
@@ -410,6 +409,8 @@ def _integrate(
 
     def flat(w: float, state: np.ndarray) -> np.ndarray:
         return field(w, torch.from_numpy(state).to(start.device).view_as(start)).flatten().cpu().numpy()
+
+    from scipy.integrate import solve_ivp  # half a second to import
 
     solution = solve_ivp(flat, ends, start.flatten().cpu().numpy(), method, t_eval=[ends[1]], rtol=rtol, atol=atol)
     if not solution.success:

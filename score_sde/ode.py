@@ -95,7 +95,9 @@ class ProbabilityFlowODE:
         clock = time.perf_counter()
         parts = [x] if self.error_control == "joint" else list(x.split(1))
         states, calls = [], []
-        with tqdm(total=len(parts), desc=self.method, unit="solve", disable=not progress, delay=1.0, leave=False) as bar:
+        with tqdm(
+            total=len(parts), desc=self.method, unit="solve", disable=not progress, delay=1.0, leave=False
+        ) as bar:
             for part in parts:
                 before = model.calls
                 states.append(self._solve(model, part, times))

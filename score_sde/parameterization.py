@@ -109,7 +109,7 @@ class Flow(Parameterization):
     """
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
-        rate = -sde.diffusion(t) ** 2 / (2 * sde.sigma(t) ** 2)
+        rate = -(sde.diffusion(t) ** 2) / (2 * sde.sigma(t) ** 2)
         c_out = 1 / (sde.alpha(t) * rate)
         return (rate - sde.drift(t)) * c_out, c_out
 

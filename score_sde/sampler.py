@@ -87,7 +87,9 @@ def begin(
     if seed is not None and noise is not None:
         raise ValueError("give either seed= (one generator for the batch) or noise= (a noise source), not both")
     if noise is not None and not isinstance(noise, NoiseSource):
-        raise TypeError(f"noise is a noise source such as SampleNoise(range({shape[0]})), got {noise!r}; see also seed=")
+        raise TypeError(
+            f"noise is a noise source such as SampleNoise(range({shape[0]})), got {noise!r}; see also seed="
+        )
     if x_init is not None and tuple(x_init.shape) != tuple(shape):
         raise ValueError(f"x_init has shape {tuple(x_init.shape)}, but samples of shape {tuple(shape)} are asked for")
     if x_init is not None and not x_init.is_floating_point():
@@ -206,7 +208,11 @@ class Sampler:
         travel = _rows(self.predictor or Carry(), sde, t, s, down) | _rows(Renoise(), sde, t, s, ~down)
         if self.corrector is None:
             return [Move(*travel[i], key=2 * i + 1, arrives=True) for i in range(len(t))]
-        acts = torch.ones_like(times, dtype=torch.bool) if self.corrector_where is None else self.corrector_where(sde, times)
+        acts = (
+            torch.ones_like(times, dtype=torch.bool)
+            if self.corrector_where is None
+            else self.corrector_where(sde, times)
+        )
         correct = _rows(self.corrector, sde, times, times, acts)
         first = self.predictor is None or self.corrector_first
         last = len(t) if self.predictor is None or not self.corrector_first else len(t) - 1

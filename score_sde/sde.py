@@ -158,8 +158,11 @@ class SDE(ABC):
                              "noise must grow with t")  # fmt: skip
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value}" for name, value in vars(self).items()
-                            if isinstance(value, int | float) and not name.startswith("_"))
+        options = ", ".join(
+            f"{name}={value}"
+            for name, value in vars(self).items()
+            if isinstance(value, int | float) and not name.startswith("_")
+        )
         return f"{type(self).__name__}({options})"
 
 
@@ -487,9 +490,7 @@ class DiscreteSDE(SDE):
         if not 0 < sigma_min < sigma_max or num_steps < 2:
             raise ValueError(f"a geometric ladder needs 0 < sigma_min < sigma_max and num_steps >= 2, "
                              f"got {sigma_min=}, {sigma_max=}, {num_steps=}")  # fmt: skip
-        return cls.smld(
-            torch.linspace(math.log(sigma_min), math.log(sigma_max), num_steps, dtype=torch.float64).exp()
-        )
+        return cls.smld(torch.linspace(math.log(sigma_min), math.log(sigma_max), num_steps, dtype=torch.float64).exp())
 
     def _ladder_like(self, t: Tensor) -> Tensor:
         key = (t.device, t.dtype)

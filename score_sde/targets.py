@@ -335,7 +335,9 @@ class UniformBoxes(Target):
     def __init__(self, low: Any, high: Any, weights: Any = None, bandwidth: float = 0.0) -> None:
         low, high = torch.as_tensor(low, dtype=torch.float64), torch.as_tensor(high, dtype=torch.float64)
         if low.ndim != 2 or low.shape != high.shape or not (low < high).all():
-            raise ValueError(f"boxes have corners low < high of shape (K, D), got {tuple(low.shape)}, {tuple(high.shape)}")
+            raise ValueError(
+                f"boxes have corners low < high of shape (K, D), got {tuple(low.shape)}, {tuple(high.shape)}"
+            )
         if not 0 <= bandwidth < math.inf:
             raise ValueError(f"bandwidth is a standard deviation >= 0, got {bandwidth}")
         self.low, self.high, self.bandwidth = low, high, float(bandwidth)
@@ -411,7 +413,9 @@ def ring(
     return _isotropic(means, std, torch.ones(components) if weights is None else weights)
 
 
-def grid(side: int = 5, spacing: float = 2.0, std: float = 0.15, weights: Sequence[float] | None = None) -> GaussianMixture:
+def grid(
+    side: int = 5, spacing: float = 2.0, std: float = 0.15, weights: Sequence[float] | None = None
+) -> GaussianMixture:
     """side x side Gaussians of standard deviation `std` on a square lattice."""
     if side < 1:
         raise ValueError(f"a grid has at least one component a side, got {side}")
@@ -442,7 +446,9 @@ def checkerboard(side: int = 4, width: float = 2.0) -> UniformBoxes:
     return UniformBoxes(low, low + width)
 
 
-def pinwheel(arms: int = 5, radial_std: float = 0.3, rate: float = 0.25, noise: float = 0.1, points: int = 600) -> Empirical:
+def pinwheel(
+    arms: int = 5, radial_std: float = 0.3, rate: float = 0.25, noise: float = 0.1, points: int = 600
+) -> Empirical:
     """Arms whose points turn with exp(radius): the warped Gaussians of Johnson et al. 2016, along quantiles of the radius."""
     normal = torch.special.ndtri(_midpoints(points // arms))
     radius = 1 + radial_std * normal

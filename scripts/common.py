@@ -144,7 +144,7 @@ def open_run(config: DictConfig) -> Run:
 
 
 def device_of(name: str) -> str:
-    """"auto" as "cuda" where there is one, else "cpu"."""
+    """ "auto" as "cuda" where there is one, else "cpu"."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():

@@ -29,9 +29,11 @@ def main(config: DictConfig) -> None:
     for name, build in fixed.items():
         for budget in config.budgets:
             _named(name, lambda build=build, budget=budget: build(budget).check(model.sde))
-    options = dict(reference=reference, num_samples=config.num_samples, seeds=list(config.seeds), metrics=list(config.metrics))
+    options = {"reference": reference, "num_samples": config.num_samples, "seeds": list(config.seeds)}
     tables = [
-        compare(group, budgets, model, generator=generator(config.seed, "compare"), **options)
+        compare(
+            group, budgets, model, generator=generator(config.seed, "compare"), metrics=list(config.metrics), **options
+        )
         for group, budgets in ((fixed, list(config.budgets)), (adaptive, [0]))
         if group
     ]

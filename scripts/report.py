@@ -40,7 +40,9 @@ def collect(folder: Path, metric: str) -> pd.DataFrame:
 
     Raises ValueError where the folder holds no run.
     """
-    homes = sorted({file.parent for name in ("result.json", "config.yaml") for file in folder.rglob(name)}, key=_natural)
+    homes = sorted(
+        {file.parent for name in ("result.json", "config.yaml") for file in folder.rglob(name)}, key=_natural
+    )
     rows = [_row(home, folder, metric) for home in homes]
     if not rows:
         raise ValueError(f"{folder} holds no runs (no result.json below it): give the folder of a sweep")

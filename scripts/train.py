@@ -1,7 +1,7 @@
 """Trains a score model, then samples from it, measures the samples and draws them.
 
-    python scripts/train.py [experiment=digits] [sde=ve] [trainer.steps=2000] ...    see conf/train.yaml
-    python scripts/train.py resume=outputs/toy/2026-01-01_12-00-00                   continues a run
+python scripts/train.py [experiment=digits] [sde=ve] [trainer.steps=2000] ...    see conf/train.yaml
+python scripts/train.py resume=outputs/toy/2026-01-01_12-00-00                   continues a run
 """
 
 from __future__ import annotations
@@ -72,8 +72,16 @@ def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], 
     score = evaluation.mean_ratio(config.evaluation.objective)
     last = run.metrics().iloc[-1]
     meaning = f"{config.evaluation.objective} over its noise floor"
-    result = {"status": "finished", "metric": score, "metric_meaning": meaning, "step": int(last["step"]), "loss": float(last["loss"])}
-    run.save_result(result | {"overrides": list(HydraConfig.get().overrides.task), "seed": config.seed} | evaluation.flat())
+    result = {
+        "status": "finished",
+        "metric": score,
+        "metric_meaning": meaning,
+        "step": int(last["step"]),
+        "loss": float(last["loss"]),
+    }
+    run.save_result(
+        result | {"overrides": list(HydraConfig.get().overrides.task), "seed": config.seed} | evaluation.flat()
+    )
     common.show(evaluation.table)
     print(f"\n{run.path}: figures/, samples/, metrics.jsonl, result.json")
     return score

@@ -100,9 +100,7 @@ def _repaint(problem: Problem, steps: int) -> Sampler:
 
 def _particles(problem: Problem, steps: int) -> TwistedParticles:
     p = problem
-    return TwistedParticles(
-        _log_snr(steps), p.operator, p.y, p.noise_std, data_std=p.prior.std, particles=20_000
-    )
+    return TwistedParticles(_log_snr(steps), p.operator, p.y, p.noise_std, data_std=p.prior.std, particles=20_000)
 
 
 SOLVERS: dict[str, Solver] = {

@@ -82,9 +82,7 @@ def sdedit(
 class Encoder(Protocol):
     """An ODE that runs both ways: `ProbabilityFlowODE`, `AdaptiveODE`."""
 
-    def encode(
-        self, model: ScoreModel, x: Tensor, *, condition: Mapping[str, Any] | None = None
-    ) -> SampleResult: ...
+    def encode(self, model: ScoreModel, x: Tensor, *, condition: Mapping[str, Any] | None = None) -> SampleResult: ...
 
     def sample(
         self, model: ScoreModel, shape: Sequence[int], *, x_init: Tensor | None = None,

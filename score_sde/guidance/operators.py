@@ -232,8 +232,10 @@ class Mask(_Isometric):
             axes = len(corner) // 2
             start, stop = corner[:axes], corner[axes:]
             sizes = tuple(event_shape)[-axes:]
-            if len(corner) % 2 or axes == 0 or not all(
-                0 <= a < b <= n for a, b, n in zip(start, stop, sizes, strict=True)
+            if (
+                len(corner) % 2
+                or axes == 0
+                or not all(0 <= a < b <= n for a, b, n in zip(start, stop, sizes, strict=True))
             ):
                 raise ValueError(f"a box (start..., stop...) lies within {sizes}, start < stop; got {tuple(corner)}")
             hidden: list[Any] = [slice(a, b) for a, b in zip(start, stop, strict=True)]

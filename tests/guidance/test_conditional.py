@@ -165,5 +165,3 @@ def test_refusals(make_it, error, message):
         make_it(Labelled(RING, SDE))
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
-
-

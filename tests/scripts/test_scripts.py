@@ -59,7 +59,9 @@ def test_samples_do_not_depend_on_the_batch_size(run: Path, tmp_path: Path) -> N
     drawn = []
     for size in (2, 5):
         output = tmp_path / str(size)
-        script("sample", f"run={run}", "sampler=ddim", "num_samples=5", f"batch_size={size}", f"output={output}", cwd=run)
+        script(
+            "sample", f"run={run}", "sampler=ddim", "num_samples=5", f"batch_size={size}", f"output={output}", cwd=run
+        )
         drawn.append(np.load(output / "samples.npy"))
     np.testing.assert_allclose(*drawn, atol=1e-5)
 
