@@ -55,6 +55,17 @@ def test_the_other_scripts_read_it(run: Path) -> None:
     assert (run / "compared/sliced_w2.png").exists()
 
 
+def test_an_sde_of_the_user_s_own_file_is_trained_once_it_is_trusted(tmp_path: Path, monkeypatch) -> None:
+    code = ["from score_sde import SDE", "class Straight(SDE):", "    t_min, t_max = 0.01, 0.99",
+            "    def alpha(self, t): return 1 - t", "    def sigma(self, t): return t"]  # fmt: skip
+    (tmp_path / "my_sde.py").write_text("\n".join(code))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    own = ["~sde", "+sde={_target_: my_sde.Straight}", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert "trust its module: 'my_sde'" in script("train", *own, *TINY, cwd=tmp_path, code=1)
+    script("train", *own, "trust=[my_sde]", *TINY, cwd=tmp_path)
+    assert (tmp_path / "run/result.json").exists()
+
+
 def test_samples_do_not_depend_on_the_batch_size(run: Path, tmp_path: Path) -> None:
     drawn = []
     for size in (2, 5):
