@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import common
@@ -92,7 +93,10 @@ def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str]) -> None:
     config.event_shape = list(data.event_shape)
     if data.target is None:
         config.target = None
-    measures = {("sde", "sigma_max"): measure_sigma_max, ("parameterization", "sigma_data"): measure_sigma_data}
+    measures = {
+        ("sde", "sigma_max"): partial(measure_sigma_max, quantile=config.sigma_max_quantile),
+        ("parameterization", "sigma_data"): measure_sigma_data,
+    }
     for (group, name), measure in measures.items():
         if config[group].get(name) == "auto":
             config[group][name] = round(measure(data), 4)

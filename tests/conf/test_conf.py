@@ -119,6 +119,9 @@ def test_auto_scales_are_measured_from_the_data() -> None:
     train.fill_in(config, TargetStream(targets.make("ring")), config.choices)
     assert config.parameterization.sigma_data == pytest.approx((0.2**2 + 8.0) ** 0.5, rel=0.02)
     assert config.sde.sigma_max == pytest.approx(8.0 + 6 * 0.2, abs=0.5)
+    median = compose("sde=ve", "sigma_max_quantile=0.5")
+    train.fill_in(median, TargetStream(targets.make("ring")), median.choices)
+    assert median.sde.sigma_max == pytest.approx(8.0 * 0.5**0.5, abs=0.6)  # two of eight modes, a quarter turn apart
 
 
 def test_every_config_file_names_what_it_builds() -> None:
