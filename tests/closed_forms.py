@@ -99,29 +99,25 @@ def distribution(target: GaussianMixture, alpha: float, sigma: float) -> Callabl
     return lambda x: (target.weights * torch.special.ndtr((x[:, None] - alpha * target.means[:, 0]) / std)).sum(-1)
 
 
-def flow(target: GaussianMixture, sde: SDE, x: Tensor, t: float, s: float) -> Tensor:
-    """The probability-flow ODE from (x, t) to s: on the line it carries quantiles to quantiles."""
-    start = distribution(target, float(sde.alpha(t)), float(sde.sigma(t)))
-    end = distribution(target, float(sde.alpha(s)), float(sde.sigma(s)))
-    share = start(x)
-    low, high = torch.full_like(x, -1e3), torch.full_like(x, 1e3)
+def quantile(target: GaussianMixture, sde: SDE, t: float, share: Tensor) -> Tensor:
+    """Where the distribution function of p_t reaches `share`, by bisection."""
+    below = distribution(target, float(sde.alpha(t)), float(sde.sigma(t)))
+    low, high = torch.full_like(share, -1e3), torch.full_like(share, 1e3)
     for _ in range(100):
         middle = (low + high) / 2
-        below = end(middle) < share
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        short = below(middle) < share
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
     return (low + high) / 2
+
+
+def flow(target: GaussianMixture, sde: SDE, x: Tensor, t: float, s: float) -> Tensor:
+    """The probability-flow ODE from (x, t) to s: on the line it carries quantiles to quantiles."""
+    return quantile(target, sde, s, distribution(target, float(sde.alpha(t)), float(sde.sigma(t)))(x))
 
 
 def quantiles(target: GaussianMixture, sde: SDE, t: float, count: int = 33) -> Tensor:
     """Evenly spread quantiles of p_t, from 4 % to 96 %."""
-    end = distribution(target, float(sde.alpha(t)), float(sde.sigma(t)))
-    share = torch.linspace(0.04, 0.96, count, dtype=F64)
-    low, high = torch.full_like(share, -1e3), torch.full_like(share, 1e3)
-    for _ in range(100):
-        middle = (low + high) / 2
-        below = end(middle) < share
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (low + high) / 2
+    return quantile(target, sde, t, torch.linspace(0.04, 0.96, count, dtype=F64))
 
 
 def log_snr_between(first: float, last: float, steps: int) -> Callable[[SDE], Tensor]:

@@ -104,6 +104,18 @@ def test_a_predictor_alone_makes_every_move(first):
     assert run.trajectory[:, 0, 0].tolist() == [0, 1, 2]
 
 
+class Watched(ScoreModel):
+    """The exact model, which keeps the times it was called at."""
+
+    def __init__(self):
+        self.exact, self.calls = model(), []
+        self.sde, self.event_shape = self.exact.sde, (2,)
+
+    def __call__(self, x, t, **condition):
+        self.calls.append(t)
+        return self.exact(x, t)
+
+
 @pytest.mark.parametrize(
     ("sampler", "nfe"),
     [
@@ -118,17 +130,8 @@ def test_a_predictor_alone_makes_every_move(first):
 )
 def test_calls_are_counted(sampler, nfe):
     """EDM at N = 18 levels: 2 N - 1 = 35."""
-    calls = []
-    exact = model()
-
-    class Watched(ScoreModel):
-        sde, event_shape = exact.sde, (2,)
-
-        def __call__(self, x, t, **condition):
-            calls.append(t)
-            return exact(x, t)
-
-    assert sampler.sample(Watched(), (3, 2), seed=0).nfe == nfe == len(calls)
+    watched = Watched()
+    assert sampler.sample(watched, (3, 2), seed=0).nfe == nfe == len(watched.calls)
 
 
 def test_a_trajectory_has_the_state_at_every_grid_time():
@@ -352,20 +355,11 @@ def test_impossible_requests_are_refused(options, kind, message):
     ],
 )
 def test_impossible_grids_are_refused_before_any_call(make_grid, message):
-    calls = []
-    exact = model()
-
-    class Watched(ScoreModel):
-        sde, event_shape = exact.sde, (2,)
-
-        def __call__(self, x, t, **condition):
-            calls.append(t)
-            return exact(x, t)
-
-    for act in (lambda s: s.check(VPSDE()), lambda s: s.sample(Watched(), (1, 2), seed=0)):
+    watched = Watched()
+    for act in (lambda s: s.check(VPSDE()), lambda s: s.sample(watched, (1, 2), seed=0)):
         with pytest.raises(ValueError, match=message):
             act(Sampler(DDIM(), make_grid))
-    assert not calls
+    assert not watched.calls
 
 
 # --- the package ------------------------------------------------------------------------------------------------------
