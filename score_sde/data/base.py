@@ -1,6 +1,7 @@
 """One small interface for endless streams and finite sets: the batch of step n is a pure function of (seed, n).
 
-A killed run resumes without iterator state, and two runs with one seed see the same examples at the same steps.
+A killed run resumes without iterator state, two runs with one seed see the same examples at the same steps, and several
+processes read one global batch, each its own rows: batch(n, B, rows) -> to(device) -> prepare(batch, draws).
 """
 
 from __future__ import annotations
@@ -13,20 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_sde.data.keyed import generator
+from score_sde.data.keyed import ALL, Draws, generator
 
 __all__ = ["Batch", "Data", "TargetStream"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean examples x, float32 of shape (batch, *event), and their conditions by name, each of shape (batch, ...)."""
+    """Examples x of shape (batch, *event), and their conditions by name, each of shape (batch, ...).
+
+    x is what `Data.batch` reads, integers perhaps, or the float32 examples that `Data.prepare` makes of it.
+    """
 
     x: Tensor
     condition: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.x.to(device), {name: value.to(device) for name, value in self.condition.items()})
+        """The batch on a device; the copy to a CUDA device is from pinned memory and waits for nothing."""
+        on_cuda = torch.device(device).type == "cuda"
+
+        def moved(value: Tensor) -> Tensor:
+            pinned = value.pin_memory() if on_cuda and value.device.type == "cpu" else value
+            return pinned.to(device, non_blocking=on_cuda)
+
+        return Batch(moved(self.x), {name: moved(value) for name, value in self.condition.items()})
 
 
 class Data(ABC):
@@ -45,12 +56,19 @@ class Data(ABC):
     target: Any = None
 
     @abstractmethod
-    def batch(self, step: int, batch_size: int) -> Batch:
-        """The training batch of step 0, 1, 2, ..."""
+    def batch(self, step: int, batch_size: int, rows: slice = ALL) -> Batch:
+        """Rows `rows` of the training batch of step 0, 1, 2, ..., on the CPU, as they are stored."""
+
+    def prepare(self, batch: Batch, draws: Draws) -> Batch:
+        """A batch as the model sees it: float32 in its scale, dequantised and augmented, on the device of the batch.
+
+        All randomness comes from `draws`, on that device, for the rows that the batch holds. By default, as it is.
+        """
+        return batch
 
     @abstractmethod
     def reference(self, count: int) -> Batch:
-        """Up to `count` real examples to compare samples with, the same ones at every call; see the subclass."""
+        """Up to `count` real examples to compare samples with, prepared, the same at every call; see the subclass."""
 
 
 class TargetStream(Data):
@@ -59,8 +77,8 @@ class TargetStream(Data):
     def __init__(self, target: Any, seed: int = 0) -> None:
         self.target, self.seed, self.event_shape = target, seed, tuple(target.event_shape)
 
-    def batch(self, step: int, batch_size: int) -> Batch:
-        return self._draw(batch_size, generator(self.seed, "batch", step))
+    def batch(self, step: int, batch_size: int, rows: slice = ALL) -> Batch:
+        return Batch(self._draw(batch_size, generator(self.seed, "batch", step)).x[rows])
 
     def reference(self, count: int) -> Batch:
         return self._draw(count, generator(self.seed, "reference"))

@@ -6,10 +6,14 @@ No iterator or generator state has to be saved, therefore: what step n draws is 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-__all__ = ["generator", "key"]
+__all__ = ["Draws", "generator", "key"]
+
+ALL = slice(None)
 
 
 def key(seed: int, *words: int | str) -> int:
@@ -21,3 +25,29 @@ def key(seed: int, *words: int | str) -> int:
 def generator(seed: int, *words: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on `device`, seeded with `key(seed, *words)`."""
     return torch.Generator(device).manual_seed(key(seed, *words))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers, one row an example, for the rows of a global batch that one process holds.
+
+    Global draws, then rows: every process draws for all `batch_size` examples and keeps its own `rows`, so that what an
+    example gets is bitwise the same for any number of processes on one kind of device.
+
+    Args:
+        source: a generator in the same state in every process, on the device that the numbers are for.
+        batch_size: of the global batch.
+        rows: those of this process.
+    """
+
+    source: torch.Generator
+    batch_size: int
+    rows: slice = field(default_factory=lambda: ALL)
+
+    def uniform(self, *event_shape: int) -> Tensor:
+        """U[0, 1), float32, of shape (rows, *event_shape)."""
+        return torch.rand((self.batch_size, *event_shape), generator=self.source, device=self.source.device)[self.rows]
+
+    def normal(self, *event_shape: int) -> Tensor:
+        """N(0, 1), float32, of shape (rows, *event_shape)."""
+        return torch.randn((self.batch_size, *event_shape), generator=self.source, device=self.source.device)[self.rows]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from score_sde.data.base import Data
+from score_sde.data.keyed import Draws, generator
 
 __all__ = ["measure_sigma_data", "measure_sigma_max"]
 
@@ -32,7 +33,8 @@ def measure_sigma_data(data: Data, count: int = 10_000) -> float:
 
 
 def _examples(data: Data, count: int) -> Tensor:
-    return data.batch(0, min(count, data.size or count)).x
+    count = min(count, data.size or count)
+    return data.prepare(data.batch(0, count), Draws(generator(0, "measure"), count)).x
 
 
 def _positive(value: float, name: str) -> float:

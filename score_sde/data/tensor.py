@@ -1,4 +1,4 @@
-"""A finite set in memory.
+"""A finite set in memory, or mapped from a file.
 
 Epoch e visits the N examples in the order of a permutation keyed by (seed, e); step n takes the places
 n B .. (n + 1) B - 1 of the endless sequence of epochs, so each example comes exactly once an epoch, also where a batch
@@ -15,19 +15,21 @@ import torch
 from torch import Tensor
 
 from score_sde.data.base import Batch, Data
-from score_sde.data.keyed import generator
+from score_sde.data.keyed import ALL, Draws, generator
 
 __all__ = ["TensorData"]
 
 
 class Rows(NamedTuple):
-    """Examples as they were given, and their labels."""
+    """Examples as they were given, their labels, and the places of those that are meant, in order."""
 
     x: Tensor
     labels: Tensor | None
+    order: Tensor
 
-    def take(self, index: Tensor) -> Rows:
-        return Rows(self.x[index], None if self.labels is None else self.labels[index])
+    def read(self, places: Tensor | slice) -> Batch:
+        index = self.order[places]
+        return Batch(self.x[index], {} if self.labels is None else {"label": self.labels[index]})
 
 
 class TensorData(Data):
@@ -62,26 +64,36 @@ class TensorData(Data):
         self.size: int = len(used)
         labels = None if labels is None else _checked_labels(torch.as_tensor(labels), len(x))
         self.num_classes = None if labels is None else int(labels.max()) + 1
-        everything = Rows(x if self.dequantize is not None else x.float(), labels)
-        self._used = everything.take(used)
-        self._reserved = everything.take(reserved) if len(reserved) else self._used
+        x = x if self.dequantize is not None else x.float()
+        self._used = Rows(x, labels, used)
+        self._reserved = Rows(x, labels, reserved) if len(reserved) else self._used
         self._orders: dict[int, Tensor] = {}
 
-    def batch(self, step: int, batch_size: int) -> Batch:
+    def batch(self, step: int, batch_size: int, rows: slice = ALL) -> Batch:
         first, size = step * batch_size, self.size
         epochs = range(first // size, (first + batch_size - 1) // size + 1)
         sequence = torch.cat([self._order(epoch) for epoch in epochs])
         start = first - epochs[0] * size
-        return self._prepare(self._used, sequence[start : start + batch_size], generator(self.seed, "batch", step))
+        return self._used.read(sequence[start : start + batch_size][rows])
+
+    def prepare(self, batch: Batch, draws: Draws) -> Batch:
+        x = batch.x
+        if self.dequantize:
+            x = (x + draws.uniform(*self.event_shape)) * (2 / self.levels) - 1
+        elif self.dequantize is not None:
+            x = x * (2 / (self.levels - 1)) - 1
+        return Batch(x, batch.condition)
 
     def examples(self) -> Batch:
         """Every training example once, scaled as for training."""
-        return self._prepare(self._used, torch.arange(self.size), generator(self.seed, "examples"))
+        return self._scaled(self._used.read(ALL), generator(self.seed, "examples"))
 
     def reference(self, count: int) -> Batch:
         """The first `count` held-out examples, or all where there are fewer, scaled as for training."""
-        index = torch.arange(min(count, len(self._reserved.x)))
-        return self._prepare(self._reserved, index, generator(self.seed, "reference"))
+        return self._scaled(self._reserved.read(slice(count)), generator(self.seed, "reference"))
+
+    def _scaled(self, batch: Batch, source: torch.Generator) -> Batch:
+        return self.prepare(batch, Draws(source, len(batch.x)))
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
@@ -89,14 +101,6 @@ class TensorData(Data):
             self._orders = {known: order for known, order in self._orders.items() if known == epoch - 1}
             self._orders[epoch] = torch.randperm(self.size, generator=generator(self.seed, "epoch", epoch))
         return self._orders[epoch]
-
-    def _prepare(self, source: Rows, index: Tensor, noise: torch.Generator) -> Batch:
-        x, labels = source.take(index)
-        if self.dequantize:
-            x = (x + torch.rand(x.shape, generator=noise)) * (2 / self.levels) - 1
-        elif self.dequantize is not None:
-            x = x * (2 / (self.levels - 1)) - 1
-        return Batch(x, {} if labels is None else {"label": labels})
 
 
 def _checked_scale(x: Tensor, dequantize: bool | None, levels: int) -> bool | None:

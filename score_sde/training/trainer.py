@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from score_sde.data import Batch, Data, generator, key
+from score_sde.data import Batch, Data, Draws, generator, key
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
 from score_sde.training.ema import EMA
@@ -176,7 +176,7 @@ class Trainer:
             _own_global_generator(run.device),
         ):
             while run.step < self.steps and not received:
-                run.advance(data.batch(run.step, self.batch_size))
+                run.advance(run.prepared(data))
                 bar.update()
                 if run.step % self.log_every == 0 or run.step == self.steps:
                     self._report(run, metrics, bar, checkpoints)
@@ -229,13 +229,18 @@ class _Run:
         self.nonfinite, self.reported = 0, 0
         self.window = Window(self.device)
 
+    def prepared(self, data: Data) -> Batch:
+        """The batch of this step on the device, as the model sees it."""
+        draws = Draws(generator(self.seed, "prepare", self.step, device=self.device), self.trainer.batch_size)
+        return data.prepare(data.batch(self.step, self.trainer.batch_size).to(self.device), draws)
+
     def advance(self, batch: Batch) -> None:
         """One optimiser step."""
         source = generator(self.seed, "step", self.step, device=self.device)
         torch.manual_seed(key(self.seed, "dropout", self.step))
         times = self.time_sampler(self.model.sde, self.trainer.batch_size, source)
         with self.fabric.autocast():
-            losses = self.objective(self.model, batch.to(self.device), times, source)
+            losses = self.objective(self.model, batch, times, source)
         self.optimizer.zero_grad()
         self.fabric.backward(losses.mean())
         norm = nn.utils.clip_grad_norm_(self.parameters, self.trainer.gradient_clip or math.inf)

@@ -9,6 +9,9 @@ from PIL import Image
 
 from score_sde import targets
 from score_sde.data import (
+    Batch,
+    Data,
+    Draws,
     TargetStream,
     TensorData,
     digits,
@@ -23,6 +26,11 @@ from score_sde.data import (
 
 def numbered(count: int, **options) -> TensorData:
     return TensorData(torch.arange(count, dtype=torch.float32)[:, None], **options)
+
+
+def ready(data: Data, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
+    """Rows of the batch of a step as a process of a trainer prepares them."""
+    return data.prepare(data.batch(step, batch_size, rows), Draws(generator(7, "prepare", step), batch_size, rows))
 
 
 def test_keys_differ_in_every_word_and_stay_what_they_are():
@@ -52,12 +60,33 @@ def test_each_epoch_shows_each_example_once_across_batches(count, batch_size):
 )
 def test_batches_depend_on_seed_and_step_alone(make):
     data, again = make(0), make(0)
-    forward = [data.batch(step, 6).x for step in range(8)]
-    backward = [again.batch(step, 6).x for step in reversed(range(8))][::-1]
+    forward = [ready(data, step, 6).x for step in range(8)]
+    backward = [ready(again, step, 6).x for step in reversed(range(8))][::-1]
     assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
-    assert not torch.equal(forward[0], make(1).batch(0, 6).x)
+    assert not torch.equal(forward[0], ready(make(1), 0, 6).x)
     assert not torch.equal(forward[0], forward[1])
     assert forward[0].dtype == torch.float32
+
+
+SPLITS = [[slice(0, 6)], [slice(0, 3), slice(3, 6)], [slice(0, 1), slice(1, 2), slice(2, 6)], [slice(0, 6, 2)]]
+
+
+@pytest.mark.parametrize("slices", SPLITS)
+@pytest.mark.parametrize(
+    "make", [lambda: digits(dequantize=True, labels=True), lambda: TargetStream(targets.make("ring"))]
+)
+def test_processes_that_share_a_batch_read_and_prepare_its_rows_bit_for_bit(make, slices):
+    data = make()
+    for step in (0, 239):  # the second spans two epochs of the 1,438 digits
+        whole = ready(data, step, 6)
+        for rows in slices:
+            part = ready(data, step, 6, rows)
+            assert torch.equal(part.x, whole.x[rows])
+            assert all(torch.equal(part.condition[name], whole.condition[name][rows]) for name in whole.condition)
+
+
+def test_batches_of_integers_are_read_as_they_are_stored():
+    assert digits().batch(0, 4).x.dtype == torch.uint8
 
 
 def test_stream_follows_its_target_and_references_are_fresh():
@@ -98,10 +127,9 @@ def test_integers_are_scaled_to_plus_minus_one():
     assert flat[-1] == 1
     torch.testing.assert_close(flat.diff(), torch.full((255,), 2 / 255))
     noisy = TensorData(x, dequantize=True)
-    cells = (noisy.batch(0, 256).x[:, 0] + 1) * 128
-    order = noisy.batch(0, 256).x[:, 0].argsort()
-    assert torch.equal(cells.floor()[order], torch.arange(256.0))
-    assert not torch.equal(noisy.batch(0, 256).x.sort(0).values, noisy.batch(1, 256).x.sort(0).values)
+    first, second = (ready(noisy, step, 256).x[:, 0].sort().values for step in (0, 1))
+    assert torch.equal(((first + 1) * 128).floor(), torch.arange(256.0))
+    assert not torch.equal(first, second)
 
 
 def test_dequantised_digits_fill_their_cells_uniformly():
