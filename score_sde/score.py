@@ -79,6 +79,13 @@ class ScoreModel(ABC):
         """Standard normal noise turned into a draw of the prior at t_max: prior_std z."""
         return z * self.sde.prior_std
 
+    def log_terminal(self, x: Tensor) -> Tensor:
+        """log-density in nats of x(t_max) at x, shape (batch,) in float64: the Gaussian that sampling starts from."""
+        zero = torch.zeros((1, *x.shape[1:]), dtype=torch.float64, device=x.device)
+        loc = self.start(zero)  # the start is affine in its noise, so two points give its moments
+        law = torch.distributions.Normal(loc, self.start(zero + 1) - loc)
+        return law.log_prob(x.double()).flatten(1).sum(1)
+
     def prepare(self, times: Iterable[float]) -> None:  # noqa: B027
         """Tabulates what depends on time alone; called by a sampler with its whole grid before the first step."""
 
@@ -86,6 +93,17 @@ class ScoreModel(ABC):
 def is_batched(t: Time) -> bool:
     """Whether t needs tensor arithmetic: a time per sample, one on a device, or one that gradients flow through."""
     return isinstance(t, Tensor) and (t.ndim > 0 or t.device.type != "cpu" or t.requires_grad)
+
+
+KEPT = 10_000
+"""Times of which a model keeps the coefficients: more than any grid has, fewer than adaptive solvers would leave."""
+
+
+def _remember(known: dict[float, Any], fresh: dict[float, Any]) -> None:
+    """Adds fresh coefficients in place; the old ones go where there would be more than KEPT."""
+    if len(known) + len(fresh) > KEPT:
+        known.clear()
+    known |= fresh
 
 
 class LearnedScore(nn.Module, ScoreModel):
@@ -131,7 +149,8 @@ class LearnedScore(nn.Module, ScoreModel):
     def prepare(self, times: Iterable[float]) -> None:
         t = torch.as_tensor(list(times), dtype=torch.float64)
         columns = (self.sde.alpha(t), self.sde.sigma(t), *self.parameterization.row(self.sde, t))
-        self._levels |= dict(zip(t.tolist(), zip(*(column.tolist() for column in columns), strict=True), strict=True))
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        _remember(self._levels, dict(zip(t.tolist(), rows, strict=True)))
 
     def _level(self, t: Time) -> tuple[Coefficient, Coefficient, Any]:
         if is_batched(t):
@@ -189,6 +208,10 @@ class ExactScore(ScoreModel):
         alpha, sigma = (part(self.sde.t_max).item() for part in (self.sde.alpha, self.sde.sigma))
         return alpha * self.target.mean.to(z) + math.hypot(alpha * self.target.std, sigma) * z
 
+    def log_terminal(self, x: Tensor) -> Tensor:
+        """log p_{t_max}(x) of the target itself, where the sampling start is a Gaussian with its first two moments."""
+        return self.log_prob(x.double(), self.sde.t_max)
+
     def __repr__(self) -> str:
         return f"ExactScore({self.target!r}, {self.sde!r})"
 
@@ -227,7 +250,8 @@ class ReparameterizedScore(ScoreModel):
                 raise ValueError(f"t={t:g} lies outside [{self.sde.t_min:g}, {self.sde.t_max:g}], the times of "
                                  f"{self.sde!r} whose noise levels the model knows")  # fmt: skip
         columns = self._map(torch.tensor(times, dtype=torch.float64))
-        self._levels |= dict(zip(times, zip(*(column.tolist() for column in columns), strict=True), strict=True))
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        _remember(self._levels, dict(zip(times, rows, strict=True)))
         self.model.prepare(columns[2].tolist())
 
     def start(self, z: Tensor) -> Tensor:

@@ -23,15 +23,16 @@ from score_sde.likelihood import (
 )
 from score_sde.networks import MLP
 from score_sde.parameterization import Noise
-from score_sde.score import ExactScore, LearnedScore
-from score_sde.sde import VESDE, VPSDE, KarrasSDE, RectifiedFlow, SubVPSDE
+from score_sde.prediction import Prediction
+from score_sde.score import ExactScore, LearnedScore, ScoreModel
+from score_sde.sde import VESDE, VPSDE, KarrasSDE, RectifiedFlow, SubVPSDE, as_time, expand
 
 SDES = (VPSDE(), SubVPSDE(), VESDE())
 RING = targets.ring(weights=[1, 2, 3, 4, 1, 2, 3, 4])
 
 
-def ring_points(count=1000):
-    return RING.sample((count,), generator=torch.Generator().manual_seed(0)).double()
+def ring_points(count=1000, seed=0):
+    return RING.sample((count,), generator=torch.Generator().manual_seed(seed)).double()
 
 
 def marginal(target, sde):
@@ -49,22 +50,39 @@ def rough_model(sde=None, seed=0):
 
 
 @pytest.mark.parametrize("sde", SDES, ids=repr)
-@pytest.mark.parametrize("method", ["adams", "RK45", "dopri5"])
-def test_ring_within_1e_4_nats_in_130_calls(sde, method):
-    x = ring_points()
-    result = log_likelihood(ExactScore(RING, sde), x, method=method, terminal=marginal(RING, sde))
-    # scipy's joint step size depends on the batch: 105 to 135 calls over seeds, so the bar of 130 is not RK45's.
-    assert result.nfe <= (140 if method == "RK45" else 130)
-    assert (result.log_prob - RING.log_prob(x)).abs().mean() < (2e-5 if method == "adams" else 1e-4)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ring_by_default_within_1e_4_nats_in_130_calls(sde, seed):
+    x = ring_points(seed=seed)
+    result = log_likelihood(ExactScore(RING, sde), x)
+    error = (result.log_prob - RING.log_prob(x)).abs()
+    assert error.mean() < 4e-5
+    assert error.max() < 2e-3
+    assert result.nfe == math.ceil(result.calls.double().mean()) <= 100  # each sample has its own
     assert (result.std_error == 0).all()
 
 
-@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), VESDE(sigma_max=500.0)], ids=repr)
-def test_the_sampling_start_is_terminal_law_enough(sde):
+@pytest.mark.parametrize("sde", SDES, ids=repr)
+@pytest.mark.parametrize("method", ["adams", "RK45"])
+def test_ring_within_1e_4_nats_by_other_methods(sde, method):
     x = ring_points()
-    result = log_likelihood(ExactScore(RING, sde), x, method="adams")
-    assert result.nfe <= 130
-    assert (result.log_prob - RING.log_prob(x)).abs().mean() < 1e-4
+    tolerance = {"rtol": 5e-6, "atol": 5e-6} if method == "RK45" else {}
+    result = log_likelihood(ExactScore(RING, sde), x, method=method, **tolerance)
+    # scipy's joint step size depends on the batch: 105 to 135 calls over seeds, so the bar of 130 is not RK45's.
+    assert result.nfe <= (140 if method == "RK45" else 130)
+    assert (result.log_prob - RING.log_prob(x)).abs().mean() < (2e-5 if method == "adams" else 1e-4)
+
+
+def test_an_exact_score_ends_at_its_own_marginal_not_at_a_gaussian():
+    """Under VE the ring is no Gaussian even at sigma = 50: the prior alone would cost more than the bar."""
+    sde = VESDE()
+    model, x = ExactScore(RING, sde), ring_points(200)
+    latent = log_likelihood(model, x).latent
+    torch.testing.assert_close(model.log_terminal(latent), marginal(RING, sde).log_prob(latent))
+    gaussian = ScoreModel.log_terminal(model, latent)
+    alpha, sigma = float(sde.alpha(sde.t_max)), float(sde.sigma(sde.t_max))
+    normal = torch.distributions.Normal(alpha * RING.mean, math.hypot(alpha * RING.std, sigma))
+    torch.testing.assert_close(gaussian, normal.log_prob(latent).sum(1))
+    assert (gaussian - model.log_terminal(latent)).abs().mean() > 2e-4
 
 
 @pytest.mark.parametrize("method", ["adams", "RK45", "dopri5"])
@@ -72,39 +90,48 @@ def test_data_whose_mean_is_not_zero_cost_no_more(method):
     """Off centre, z nears its limit as 1 / s: a variable linear in 1 / s^2 errs by 1e-2 here, or takes 200 calls."""
     target = targets.ring(weights=[5, 1, 1, 3, 1, 8, 2, 1])
     x = target.sample((500,), generator=torch.Generator().manual_seed(4)).double()
-    result = log_likelihood(ExactScore(target, VPSDE()), x, method=method, terminal=marginal(target, VPSDE()))
+    result = log_likelihood(ExactScore(target, VPSDE()), x, method=method)
     assert result.nfe <= 130
-    assert (result.log_prob - target.log_prob(x)).abs().mean() < 1e-4
+    assert (result.log_prob - target.log_prob(x)).abs().mean() < (2e-4 if method == "RK45" else 1e-4)
 
 
 @pytest.mark.parametrize("sde", [*SDES, KarrasSDE(), RectifiedFlow()], ids=repr)
 def test_without_truncation_it_is_the_density_of_data_with_noise_s_min(sde):
     x = ring_points(200)
-    options = {"method": "adams", "terminal": marginal(RING, sde)}
-    result = log_likelihood(ExactScore(RING, sde), x, truncation="none", **options)
+    result = log_likelihood(ExactScore(RING, sde), x, truncation="none", method="adams")
     smoothed = RING.marginal(1.0, float(sde.sigma(sde.t_min) / sde.alpha(sde.t_min)))
     assert (result.log_prob - smoothed.log_prob(x)).abs().mean() < 3e-5
     size = RING.log_prob(x) - smoothed.log_prob(x)
     assert (result.truncation - size).abs().mean() < 3e-3 * size.abs().mean() + 1e-9
 
 
+class WhiteImages(ScoreModel):
+    """The exact score of N(0, std^2 I), with a `bend` of its own, in arithmetic which no companion can change."""
+
+    def __init__(self, sde, shape, std=0.5, bend=0.0):
+        self.sde, self.event_shape, self.data_std, self.bend = sde, shape, std, bend
+
+    def __call__(self, x, t, **condition):
+        alpha, sigma = (expand(part(as_time(t).double()), x) for part in (self.sde.alpha, self.sde.sigma))
+        gain = alpha * self.data_std**2 / (alpha**2 * self.data_std**2 + sigma**2)
+        denoised = gain * x + self.bend * x / (1 + 16 * x * x)
+        return Prediction(x, denoised, alpha.flatten().expand(len(x)), sigma.flatten().expand(len(x)))
+
+    def start(self, z):
+        alpha, sigma = float(self.sde.alpha(self.sde.t_max)), float(self.sde.sigma(self.sde.t_max))
+        return math.hypot(alpha * self.data_std, sigma) * z
+
+
 @pytest.mark.parametrize("sde", SDES, ids=repr)
-@pytest.mark.parametrize("method", ["adams", "RK45"])
+@pytest.mark.parametrize("method", ["dopri5", "adams", "RK45"])
 def test_gaussian_images_to_1e_5_bits_per_dim(sde, method):
     shape = (3, 32, 32)
-    gaussian = targets.GaussianMixture([1.0], torch.zeros(1, 1), torch.full((1, 1, 1), 0.25))
-
-    class Images(targets.Empirical):
-        def denoise(self, x, alpha, sigma):
-            return gaussian.denoise(x.reshape(-1, 1), alpha, sigma).view_as(x)
-
-    target = Images(torch.zeros(1, *shape), bandwidth=0.5)
     x = 0.5 * torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    # At its default tolerance RK45 errs by 1.7e-5: one log-determinant counts little among 3,072 state elements.
+    # scipy's norm lets one log-determinant count little among 3,072 state elements: at 1e-5 RK45 errs by 1.7e-5.
     tolerance = {"rtol": 1e-6, "atol": 1e-6} if method == "RK45" else {}
-    result = log_likelihood(ExactScore(target, sde), x, method=method, divergence="hutchinson", **tolerance)
+    result = log_likelihood(WhiteImages(sde, shape), x, method=method, divergence="hutchinson", **tolerance)
     true = bits_per_dim(torch.distributions.Normal(0.0, 0.5).log_prob(x).flatten(1).sum(1), shape, 2 / 256)
-    assert (bits_per_dim(result.log_prob, shape, 2 / 256) - true).abs().max() < 1e-5
+    assert (bits_per_dim(result.log_prob, shape, 2 / 256) - true).abs().max() < 5e-6
     assert result.nfe <= 130
     # log N(0, v) - log N(0, v + s^2): the whole of the truncation, exact for a Gaussian.
     s2 = float(sde.sigma(sde.t_min) / sde.alpha(sde.t_min)) ** 2
@@ -116,7 +143,7 @@ def test_gaussian_images_to_1e_5_bits_per_dim(sde, method):
 def test_a_network_s_density_follows_from_the_jacobian_of_its_codes():
     model = rough_model()
     x = torch.tensor([[0.3, -0.8], [1.2, 0.4]], dtype=torch.float64)
-    options = {"rtol": 1e-8, "atol": 1e-8}
+    options = {"rtol": 1e-7, "atol": 1e-7}
     result = log_likelihood(model, x, truncation="none", **options)
     h = 1e-4
     columns = [(encode(model, x + h * e, **options) - encode(model, x - h * e, **options)) / (2 * h)
@@ -145,8 +172,7 @@ def test_every_call_of_the_network_is_counted_and_gives_drift_and_divergence(opt
 
 def test_hutchinson_is_unbiased_and_its_standard_errors_are_calibrated():
     x, model = ring_points(), ExactScore(RING, VPSDE())
-    options = {"method": "adams", "terminal": marginal(RING, VPSDE())}
-    result = log_likelihood(model, x, divergence="hutchinson", probes=32, **options)
+    result = log_likelihood(model, x, divergence="hutchinson", probes=32)
     error = result.log_prob - RING.log_prob(x)
     assert error.mean().abs() < 3 * error.std() / math.sqrt(len(x))  # false alarms: 0.3 %, seed fixed
     assert 0.93 <= (error.abs() < 2 * result.std_error).double().mean() <= 0.97
@@ -176,13 +202,28 @@ def test_hutch_plus_plus_is_exact_where_its_sketch_spans_the_space_and_steadier_
     assert error("hutch++", 4) < 0.2 * error("hutchinson", 12)
 
 
-@pytest.mark.parametrize("solver", [{"method": "adams", "steps": 40}, {"method": "dopri5", "rtol": 1e-3, "atol": 1e-3}])
-def test_companions_change_nothing(solver):
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3"])
+def test_companions_change_no_bit_on_the_device(method):
+    model = WhiteImages(VPSDE(), (2, 3), bend=0.3)
+    x = torch.randn(23, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seeds = list(range(23))
+    options = {"divergence": "hutchinson", "probes": 2, "method": method, "rtol": 1e-5, "atol": 1e-5}
+    together = log_likelihood(model, x, seed=seeds, **options)
+    assert len(together.calls.unique()) > 1  # samples did take steps of their own
+    for part in (slice(0, 1), slice(1, 8), slice(8, 23)):
+        alone = log_likelihood(model, x[part], seed=seeds[part], **options)
+        for name in ("log_prob", "std_error", "latent", "calls", "truncation"):
+            assert torch.equal(getattr(alone, name), getattr(together, name)[part]), name
+    torch.testing.assert_close(encode(model, x[:3], method=method, rtol=1e-4, atol=1e-4), together.latent[:3],
+                               rtol=0, atol=3e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", [{"method": "adams", "steps": 40}, {"rtol": 1e-3, "atol": 1e-3}])
+def test_companions_change_a_matrix_product_by_rounding_only(solver):
     x, model = ring_points(6), ExactScore(RING, VPSDE())
     options = {"divergence": "hutchinson", "probes": 2, **solver}
     together = log_likelihood(model, x, seed=list(range(6)), **options)
     alone = log_likelihood(model, x[3:4], seed=[3], **options)
-    # To rounding, not to the bit: torch's vectorised functions of a sample's own times may differ in the last place.
     torch.testing.assert_close(together.log_prob[3], alone.log_prob[0], rtol=0, atol=1e-11)
     torch.testing.assert_close(together.latent[3], alone.latent[0], rtol=0, atol=1e-11)
 
@@ -190,7 +231,7 @@ def test_companions_change_nothing(solver):
 def test_single_precision_keeps_three_digits():
     x = ring_points(200)
     for sde in SDES:
-        single = log_likelihood(ExactScore(RING, sde), x.float(), method="adams", terminal=marginal(RING, sde))
+        single = log_likelihood(ExactScore(RING, sde), x.float())
         assert (single.log_prob - RING.log_prob(x)).abs().mean() < 2e-3
         assert single.latent.dtype == torch.float32
 
@@ -278,7 +319,8 @@ def test_a_fitted_dequantiser_tightens_the_bound():
         (torch.zeros(2, 2), {"steps": 50}, ValueError, "go with method='adams'"),
         (torch.zeros(2, 2), {"rtol": 0.0}, ValueError, "tolerances are positive"),
         (torch.zeros(2, 2), {"truncation": "clip"}, ValueError, "one of none, tweedie"),
-        (torch.zeros(2, 2), {"terminal": "data"}, ValueError, "'start', 'prior' or a law"),
+        (torch.zeros(2, 2), {"terminal": "data"}, ValueError, "'model', 'prior' or a law"),
+        (torch.zeros(2, 2), {"divergence": "hutchinson", "probes": 0}, ValueError, "probes=0"),
         (torch.zeros(2, 2), {"sigma_data": -1.0}, ValueError, "sigma_data is the positive"),
         (torch.zeros(2, 2), {"condition": {"lable": 1}}, TypeError, "unknown condition"),
     ],

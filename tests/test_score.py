@@ -12,7 +12,7 @@ from torch import nn
 from score_sde import grid
 from score_sde.parameterization import Karras, Noise
 from score_sde.sampler import Sampler
-from score_sde.score import ExactScore, LearnedScore
+from score_sde.score import KEPT, ExactScore, LearnedScore
 from score_sde.sde import SDE, VPSDE, DiscreteSDE, KarrasSDE
 from score_sde.steps import DDIM
 from score_sde.targets import Empirical, GaussianMixture, make
@@ -75,6 +75,15 @@ def test_prepared_levels_change_nothing():
     ready.prepare([0.25, 0.5])
     for t in (0.25, 0.5, 0.75):
         assert torch.equal(ready(x, t).score, fresh(x, t).score)
+
+
+def test_the_coefficients_of_times_that_do_not_return_are_forgotten():
+    model = learned(VPSDE())
+    reference = model(x_of(), 0.4).denoised
+    for times in torch.linspace(0.1, 0.9, 3 * KEPT, dtype=F64).split(KEPT // 2):
+        model.prepare(times.tolist())
+    assert len(model._levels) <= KEPT
+    assert torch.equal(model(x_of(), 0.4).denoised, reference)
 
 
 def test_conditions_go_by_name():
