@@ -1,4 +1,7 @@
-"""Draws samples from a trained model: python scripts/sample.py run=<dir> sampler=heun num_samples=1000"""
+"""Draws samples from a trained model: python scripts/sample.py run=<dir> sampler=heun num_samples=1000
+
+On several GPUs, to the same samples: torchrun --nproc-per-node 2 scripts/sample.py run=<dir> num_samples=50000
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,8 @@ import figures
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from tqdm import tqdm
 
-from score_sde import SampleNoise, plotting
+from score_sde import distributed, plotting
 from score_sde.run import instantiate
 
 
@@ -27,15 +29,13 @@ def main(config: DictConfig) -> None:
     model.check((config.num_samples, *model.event_shape), names)
 
     name = HydraConfig.get().runtime.choices.sampler
-    seeds = (config.seed << 32) + torch.arange(config.num_samples)
-    parts, nfe, seconds = [], 0, 0.0
-    for part in tqdm(seeds.split(config.batch_size), desc=name, delay=2):
-        condition = {key: torch.full((len(part),), value, device=model.device) for key, value in names.items()}
-        result = sampler.sample(model, (len(part), *model.event_shape), noise=SampleNoise(part), condition=condition,
-                                progress=len(seeds) == len(part))  # fmt: skip
-        parts.append(result.x.cpu())
-        nfe, seconds = max(nfe, result.nfe), seconds + result.seconds
-    samples = torch.cat(parts)
+    condition = {key: torch.full((config.num_samples,), value) for key, value in names.items()}
+    samples, nfe, seconds = distributed.sample(
+        sampler, model, config.num_samples, seed=config.seed, batch_size=config.batch_size, condition=condition,
+        progress=name,
+    )  # fmt: skip
+    if not distributed.is_main():
+        return
     folder = Path(config.output) if config.output else run.samples / name
     folder.mkdir(parents=True, exist_ok=True)
     common.save_samples(folder, {"samples": samples})

@@ -1,0 +1,169 @@
+"""Several processes that work as one, started by `torchrun` or by SLURM; without them everything here is trivial.
+
+    torchrun --nproc-per-node 8 scripts/train.py ...        srun --ntasks-per-node 8 python scripts/train.py ...
+
+The rule of the package: what is random is drawn for the whole batch from a keyed generator and each process takes its
+rows, or is keyed by sample; no result depends, beyond rounding, on how many processes made it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from score_sde.noise import SampleNoise
+from score_sde.score import ScoreModel
+
+__all__ = ["agree", "any_of", "count", "device", "gather", "is_main", "mean", "rank", "sample", "share", "start"]
+
+T = TypeVar("T")
+
+
+def start() -> None:
+    """Joins the processes that the launcher's environment names; does nothing where it names one, or has been done.
+
+    A SLURM step counts only if `srun` started it: a script in the allocation's own shell stays a single process.
+    """
+    if not dist.is_available() or dist.is_initialized():
+        return
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
+        _read_slurm()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _read_slurm() -> None:
+    """SLURM's variables under the names that torch.distributed reads."""
+    from lightning_fabric.plugins.environments import SLURMEnvironment  # half a second, for those who need it
+
+    slurm = SLURMEnvironment(auto_requeue=False)
+    os.environ |= {
+        "RANK": str(slurm.global_rank()),
+        "LOCAL_RANK": str(slurm.local_rank()),
+        "WORLD_SIZE": str(slurm.world_size()),
+        "MASTER_ADDR": slurm.main_address,
+        "MASTER_PORT": str(slurm.main_port),
+    }
+
+
+def count() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if _several() else 1
+
+
+def rank() -> int:
+    """The number of this process, 0 to count() - 1."""
+    return dist.get_rank() if _several() else 0
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return rank() == 0
+
+
+def device(name: str) -> torch.device:
+    """This process's device for "auto" (CUDA where there is one), "cpu" or "cuda"; a GPU each where there are several.
+
+    Raises ValueError for "cuda" where there is none.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")
+    local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # SLURM may show each process one GPU
+    chosen = torch.device("cuda", local if _several() else torch.cuda.current_device())
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def share(total: int) -> slice:
+    """This process's contiguous rows of `total`, as even as can be."""
+    return slice(total * rank() // count(), total * (rank() + 1) // count())
+
+
+def agree(value: T) -> T:
+    """The main process's value, on every process."""
+    held = [value]
+    if _several():
+        dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+    return held[0]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it holds on any process."""
+    if not _several():
+        return flag
+    held = torch.tensor(int(flag))
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    return bool(held)
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of a tensor over the processes, in place."""
+    if _several():
+        dist.all_reduce(x)
+        x /= count()
+    return x
+
+
+def gather(x: Tensor) -> Tensor:
+    """The tensors (n, ...) of all processes one after the other, in the order of ranks; n may differ."""
+    if not _several():
+        return x
+    lengths = [torch.zeros((), dtype=torch.long, device=x.device) for _ in range(count())]
+    dist.all_gather(lengths, torch.tensor(len(x), device=x.device))
+    longest = max(int(n) for n in lengths)
+    padded = x.new_zeros((longest, *x.shape[1:]))
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
+
+
+def sample(
+    sampler: Any, model: ScoreModel, total: int, *, seed: int = 0, batch_size: int = 1000,
+    condition: Mapping[str, Tensor] | None = None, progress: str | None = None,
+) -> tuple[Tensor, int, float]:  # fmt: skip
+    """`total` samples drawn by all processes together, on every process the same: sample i is keyed by (seed, i).
+
+    Whole batches of `batch_size` go to the processes in turn, so that the samples are bitwise the same however many
+    there are, with solvers whose step size is common to a batch too.
+
+    Args:
+        sampler: an object with the `sample` method of `Sampler`.
+        condition: tensors (total, ...) by name.
+        progress: the label of a progress bar, shown by the main process alone.
+
+    Returns:
+        Samples on the CPU (total, *event), the greatest number of network calls of a batch, and the wall-clock seconds
+        of the busiest process.
+    """
+    batches = torch.arange(total).split(batch_size)
+    parts, nfe, seconds = [torch.empty(0, *model.event_shape)], 0, 0.0
+    for indices in _mine(batches, progress):
+        named = {name: value[indices.to(value.device)].to(model.device) for name, value in (condition or {}).items()}
+        noise, shape = SampleNoise((seed << 32) + indices), (len(indices), *model.event_shape)
+        bar = progress is not None and is_main() and len(batches) == 1
+        result = sampler.sample(model, shape, noise=noise, condition=named, progress=bar)
+        parts.append(result.x.cpu())
+        nfe, seconds = max(nfe, result.nfe), seconds + result.seconds
+    work = gather(torch.tensor([[nfe, seconds]], dtype=torch.float64)).amax(0)
+    order = torch.cat([torch.cat(batches[r :: count()] or [batches[0][:0]]) for r in range(count())])
+    return gather(torch.cat(parts))[order.argsort()], int(work[0]), float(work[1])
+
+
+def _mine(batches: Sequence[Tensor], progress: str | None) -> Iterator[Tensor]:
+    """This process's batches, with a bar where there are several."""
+    mine = batches[rank() :: count()]
+    bar = progress is not None and is_main() and len(mine) > 1
+    return iter(tqdm(mine, desc=progress, disable=not bar, delay=2))
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
