@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -22,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from score_sde import distributed
 from score_sde.run import Run, instantiate
 from score_sde.training import DivergenceError
 
@@ -40,33 +42,43 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
         def job(config: DictConfig) -> Any:
+            distributed.start()  # a job that a launcher has sent to SLURM begins here
             output = Path(HydraConfig.get().runtime.output_dir)
             try:
                 return task(config)
             except REFUSALS as error:
-                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                if HydraConfig.get().mode == RunMode.MULTIRUN and distributed.is_main():
                     overrides = list(HydraConfig.get().overrides.task)
                     Run(output).save_result({"status": "failed", "error": one_line(error), "overrides": overrides})
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
                     raise
-                if output != Path.cwd() and not any(output.iterdir()):
+                if distributed.is_main() and output != Path.cwd() and not any(output.iterdir()):
                     output.rmdir()
                 if full_error:
                     raise
-                sys.exit(f"error: {one_line(error)}")
+                sys.exit(refusal(error))
 
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"
             logging.getLogger("matplotlib").setLevel(logging.WARNING)
+            distributed.start()
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
             except REFUSALS as error:
                 if full_error:
                     raise
-                sys.exit(f"error: {one_line(error)}")
+                sys.exit(refusal(error))
 
         return run
 
     return decorate
+
+
+def refusal(error: BaseException) -> str:
+    """The line on stderr for a wrong input; of several processes the main one comes first, and `torchrun` ends them."""
+    if not distributed.is_main():
+        time.sleep(5)
+    return f"error: {one_line(error)}"
 
 
 def one_line(error: BaseException) -> str:
@@ -144,12 +156,8 @@ def open_run(config: DictConfig) -> Run:
 
 
 def device_of(name: str) -> str:
-    """ "auto" as "cuda" where there is one, else "cpu"."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no CUDA device: use device=auto or device=cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """ "auto" as this process's CUDA device where there is one, else "cpu"."""
+    return str(distributed.device(name))
 
 
 def replaced(folder: Path) -> Path:
@@ -160,13 +168,19 @@ def replaced(folder: Path) -> Path:
 
 
 def _run_directory(resume: str | None, experiment: str | None) -> str:
-    """The run's folder; a run to resume that does not exist is not made."""
+    """The run's folder, the same in every process; a run to resume that does not exist is not made."""
     if resume:
         return resume if Path(resume).is_dir() else "."
-    return f"outputs/{experiment or 'train'}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    return f"outputs/{experiment or 'train'}/{_started()}"
+
+
+def _started() -> str:
+    """The date and time of the main process."""
+    return distributed.agree(f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
 
 
 OmegaConf.register_new_resolver("run_directory", _run_directory, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("started", _started, use_cache=True, replace=True)
 
 
 def save_samples(folder: Path, samples: Mapping[str, Any]) -> None:
