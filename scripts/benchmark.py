@@ -1,0 +1,36 @@
+"""Measures what samplers cost beside their network calls: python scripts/benchmark.py
+
+Prints tables of ratios and writes them, with the machine they were measured on, to <output>/benchmark.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import common
+from omegaconf import DictConfig
+
+from score_sde.evaluation.benchmark import Sizes, benchmark, machine
+from score_sde.training import write_atomically
+
+
+@common.main("benchmark")
+def main(config: DictConfig) -> None:
+    device = common.device_of(config.device)
+    sizes = Sizes.quick() if config.quick else Sizes(rounds=config.rounds)
+    record = {"machine": machine(device)}
+    print(", ".join(f"{key}: {value}" for key, value in record["machine"].items()))
+    for part in config.parts:
+        table = benchmark([part], device, sizes, progress=True)[part]
+        record[part] = table.to_dict("records")
+        print(f"\n{part}")
+        common.show(table)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "benchmark.json", json.dumps(record, indent=1) + "\n")
+    print(f"\n{folder}: benchmark.json")
+
+
+if __name__ == "__main__":
+    main()
