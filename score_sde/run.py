@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, key
 from score_sde.energy import EnergyScore
-from score_sde.networks import Conservative
+from score_sde.networks import Conservative, Encoder
 from score_sde.score import LearnedScore
 from score_sde.training import Checkpoints, write_atomically
 
@@ -47,6 +48,7 @@ ROOMS = (
     "score_sde.parallel",
     "score_sde.tuning",
     "score_sde.guidance",
+    "score_sde.training.classification",
     "score_sde.training.objective",
     "score_sde.training.score_matching",
     "score_sde.training.times",
@@ -157,7 +159,8 @@ def build_model(config: DictConfig | Mapping[str, Any], trust: Sequence[str] = (
         torch.manual_seed(key(config["seed"], "network"))
         network = instantiate(config["network"], trust)
     sde, parameterization = instantiate(config["sde"], trust), instantiate(config["parameterization"], trust)
-    kind = EnergyScore if isinstance(network, Conservative) else LearnedScore
+    kinds = {Conservative: EnergyScore, Encoder: NoisyClassifier}
+    kind = next((kind for of, kind in kinds.items() if isinstance(network, of)), LearnedScore)
     return kind(network, sde, parameterization, config["event_shape"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -42,6 +43,18 @@ def sheet(x: Tensor, count: int = 64) -> Figure:
 def losses(run: Run) -> Figure:
     figure, axes = plotting.panels(1, width=6, height=4)
     plotting.loss_curves(axes[0, 0], run.metrics())
+    return figure
+
+
+def accuracy(table: pd.DataFrame) -> Figure:
+    """A noisy classifier's accuracy and cross-entropy at each noise level."""
+    figure, axes = plotting.panels(1, width=6, height=4)
+    ax, right = axes[0, 0], axes[0, 0].twinx()
+    (first,) = ax.plot(table["level"], table["accuracy"], "o-", color="C0", label="accuracy")
+    (second,) = right.plot(table["level"], table["cross_entropy"], "s--", color="C1", label="cross-entropy")
+    ax.set(xscale="log", ylim=(0, 1.02), xlabel="noise level sigma / alpha", ylabel="accuracy on held-out examples")
+    right.set(ylim=(0, None), ylabel="cross-entropy in nats")
+    ax.legend(handles=[first, second], loc="center left")
     return figure
 
 

@@ -17,8 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from score_sde import LearnedScore, Sampler
-from score_sde.data import Data, measure_sigma_data, measure_sigma_max
+from score_sde.classifier import NoisyClassifier
+from score_sde.data import Data, generator, measure_sigma_data, measure_sigma_max
 from score_sde.evaluation import Evaluation, evaluate, known_metrics
+from score_sde.evaluation.classification import accuracy_by_noise
 from score_sde.run import Run, build_model, instantiate
 
 
@@ -63,6 +65,8 @@ def main(config: DictConfig) -> float:
 
 def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], config: DictConfig) -> float:
     """Samples, metrics, figures and result.json; returns the number that a sweep minimises."""
+    if isinstance(model, NoisyClassifier):
+        return finish_classifier(run, model, data, config)
     labelled = config.evaluation.classifier_data
     evaluation: Evaluation = evaluate(
         model, data, samplers, num_samples=config.num_samples, seed=config.seed, metrics=config.evaluation.metrics,
@@ -85,6 +89,25 @@ def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], 
     )
     common.show(evaluation.table)
     print(f"\n{run.path}: figures/, samples/, metrics.jsonl, result.json")
+    return score
+
+
+def finish_classifier(run: Run, model: NoisyClassifier, data: Data, config: DictConfig) -> float:
+    """Accuracy on held-out examples at each noise level, its figure and result.json; returns the mean cross-entropy."""
+    held_out = data.reference(config.num_samples)
+    table = accuracy_by_noise(
+        model, held_out.x, held_out.condition["label"], generator=generator(config.seed, "report")
+    )
+    figures.save(figures.accuracy(table), run.figures / "accuracy.png")
+    figures.save(figures.losses(run), run.figures / "losses.png")
+    score = float(table["cross_entropy"].mean())
+    meaning = "cross-entropy of held-out labels in nats, mean over noise levels"
+    overrides = list(HydraConfig.get().overrides.task)
+    result = {"status": "finished", "metric": score, "metric_meaning": meaning, "overrides": overrides,
+              "seed": config.seed, "accuracy_by_noise": table.to_dict("records")}  # fmt: skip
+    run.save_result(result)
+    common.show(table)
+    print(f"\n{run.path}: figures/, metrics.jsonl, result.json")
     return score
 
 

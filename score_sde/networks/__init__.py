@@ -1,8 +1,9 @@
 """Networks F(x, c_noise, label) -> (the shape of x): plain modules that know nothing of SDEs. Each starts at F = 0."""
 
+from score_sde.networks.encoder import Encoder
 from score_sde.networks.energy import Conservative
 from score_sde.networks.mlp import MLP
 from score_sde.networks.ncsn import NCSN
 from score_sde.networks.unet import UNet
 
-__all__ = ["MLP", "NCSN", "Conservative", "UNet"]
+__all__ = ["MLP", "NCSN", "Conservative", "Encoder", "UNet"]

@@ -1,6 +1,7 @@
 """From a network and data to a trained score model: objective, time sampling, averaging, checkpoints, the trainer."""
 
 from score_sde.training.checkpoint import Checkpoints, write_atomically
+from score_sde.training.classification import NoisyCrossEntropy
 from score_sde.training.ema import EMA, ema_decay
 from score_sde.training.objective import DenoisingScoreMatching, Objective
 from score_sde.training.score_matching import (
@@ -46,6 +47,7 @@ __all__ = [
     "LogNormalTimes",
     "LossAwareTimes",
     "MinSNRWeighting",
+    "NoisyCrossEntropy",
     "Objective",
     "SigmaWeighting",
     "SimpleWeighting",
