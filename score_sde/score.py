@@ -111,7 +111,8 @@ class LearnedScore(nn.Module, ScoreModel):
 
     Args:
         network: module (x, c_noise, **condition) -> F, with x and F of shape (batch, *event_shape) and c_noise of
-            shape (batch,). The named parameters of its `forward` beyond these two are the conditions it accepts.
+            shape (batch,). The named parameters of its `forward` beyond these two are the conditions it accepts, but
+            for `label` where it has an attribute `num_classes` that is None.
         sde: the forward process it is trained on.
         parameterization: what F means.
         event_shape: shape of one sample.
@@ -130,6 +131,8 @@ class LearnedScore(nn.Module, ScoreModel):
         parameters = list(inspect.signature(getattr(network, "_orig_mod", network).forward).parameters.values())
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         self.condition_names = frozenset(p.name for p in parameters[2:] if p.kind in named)
+        if getattr(network, "num_classes", 0) is None:
+            self.condition_names -= {"label"}
         self._levels: dict[float, tuple[float, ...]] = {}
 
     @property

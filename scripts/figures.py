@@ -33,10 +33,10 @@ def draw(run: Run, model: ScoreModel, data: Data, evaluation: Evaluation, seed: 
     return [*paths, animate(model, run.figures / "noise_to_data.gif", seed)]
 
 
-def sheet(x: Tensor, count: int = 64) -> Figure:
-    """The first `count` images as one mosaic."""
+def sheet(x: Tensor, count: int = 64, columns: int = 8) -> Figure:
+    """The first images as one mosaic: `count` of them, to whole rows of `columns`."""
     figure, axes = plotting.panels(1, width=5, height=5)
-    plotting.image_grid(axes[0, 0], x[:count])
+    plotting.image_grid(axes[0, 0], x[: -(-count // columns) * columns], columns=min(columns, len(x)))
     return figure
 
 

@@ -1,6 +1,8 @@
-"""Draws samples from a trained model: python scripts/sample.py run=<dir> sampler=heun num_samples=1000
+"""Draws samples from a trained model.
 
-On several GPUs, to the same samples: torchrun --nproc-per-node 2 scripts/sample.py run=<dir> num_samples=50000
+python scripts/sample.py run=<dir> sampler=heun num_samples=1000
+python scripts/sample.py run=<dir> label=3 guidance.scale=2                   labels, by classifier-free guidance
+torchrun --nproc-per-node 2 scripts/sample.py run=<dir> num_samples=50000     on several GPUs, to the same samples
 """
 
 from __future__ import annotations
@@ -9,11 +11,16 @@ from pathlib import Path
 
 import common
 import figures
+import guiding
+import pandas as pd
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from torch import Tensor
 
-from score_sde import distributed, plotting
+from score_sde import Run, distributed, plotting
+from score_sde.data import TensorData
+from score_sde.evaluation import DigitClassifier
 from score_sde.run import instantiate
 
 
@@ -25,18 +32,20 @@ def main(config: DictConfig) -> None:
     model = run.model(ema=config.ema, step=config.step).to(common.device_of(config.device))
     sampler = instantiate(common.sampler_config(config.sampler), run.trust)
     sampler.check(model.sde)
-    names = {} if config.label is None else {"label": config.label}
-    model.check((config.num_samples, *model.event_shape), names)
+    labels = guiding.labels_of(config.label)
+    guided = guiding.guided(config, run, model)
+    condition = {"label": guiding.turns(labels, config.num_samples)} if labels else {}
+    guided.check((config.num_samples, *model.event_shape), condition)
 
     name = HydraConfig.get().runtime.choices.sampler
-    condition = {key: torch.full((config.num_samples,), value) for key, value in names.items()}
     samples, nfe, seconds = distributed.sample(
-        sampler, model, config.num_samples, seed=config.seed, batch_size=config.batch_size, condition=condition,
+        sampler, guided, config.num_samples, seed=config.seed, batch_size=config.batch_size, condition=condition,
         progress=name,
     )  # fmt: skip
     if not distributed.is_main():
         return
-    folder = Path(config.output) if config.output else run.samples / name
+    suffix = f"-label-{'-'.join(map(str, labels))}" if labels else ""
+    folder = Path(config.output) if config.output else run.samples / f"{name}{suffix}"
     folder.mkdir(parents=True, exist_ok=True)
     common.save_samples(folder, {"samples": samples})
     if samples[0].shape == (2,):
@@ -44,8 +53,25 @@ def main(config: DictConfig) -> None:
         plotting.samples(axes[0, 0], samples)
         figures.save(figure, folder / "samples.png")
     elif samples.ndim == 4:
-        figures.save(figures.sheet(samples), folder / "samples.png")
+        columns = max(1, 8 // len(labels)) * len(labels) if labels else 8
+        figures.save(figures.sheet(samples, columns=columns), folder / "samples.png")
     print(f"{len(samples)} samples of {name}: {nfe} network calls each, {seconds:.2f} s; in {folder}")
+    if config.agreement:
+        agreement(run, samples, condition).to_csv(folder / "agreement.csv", index=False)
+
+
+def agreement(run: Run, samples: Tensor, condition: dict[str, Tensor]) -> pd.DataFrame:
+    """Prints and returns, for each label, the share of samples in which a classifier of the run's data sees it."""
+    data = run.data()
+    if not condition or not isinstance(data, TensorData) or data.num_classes is None:
+        raise ValueError("agreement=true compares samples with their labels: give label=, and a run of labelled data")
+    train, held_out = data.examples(), data.reference(10_000)
+    classifier = DigitClassifier(train.x, train.condition["label"])
+    own = classifier.accuracy(held_out.x, held_out.condition["label"])
+    seen = torch.tensor(classifier.classes)[classifier.probabilities(samples).argmax(1)]
+    table = pd.DataFrame({"label": condition["label"], "agrees": seen == condition["label"]})
+    print(f"a classifier agrees on {table['agrees'].mean():.1%} of the samples; on held-out data, {own:.1%}")
+    return table.groupby("label", as_index=False).mean()
 
 
 if __name__ == "__main__":

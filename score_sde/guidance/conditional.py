@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from score_sde.classifier import NoisyClassifier
 from score_sde.guidance.base import Guided, denoised, extrapolated, pushed
 from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel
@@ -83,7 +84,8 @@ class ClassifierFree(_Extrapolated):
             (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724).
         rescale: share by which each sample's standard deviation of D is brought back to the conditional model's (Lin et
             al. 2024, https://arxiv.org/abs/2305.08891, eq. 15 and 16).
-        negative: the condition to move away from; none, the unconditional model, when left out.
+        negative: the condition to move away from, tensors or one number for all samples; none, the unconditional model,
+            when left out.
 
     Raises:
         ValueError: an option is out of its range, or a call gives no condition.
@@ -106,7 +108,11 @@ class ClassifierFree(_Extrapolated):
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(x.shape, condition)
-        return self._between(lambda: self.model(x, t, **condition), lambda: self.model(x, t, **self.negative), t)
+        return self._between(lambda: self.model(x, t, **condition), lambda: self.model(x, t, **self._away(x)), t)
+
+    def _away(self, x: Tensor) -> dict[str, Any]:
+        return {name: torch.full((len(x),), value, device=x.device) if isinstance(value, int | float) else value
+                for name, value in self.negative.items()}  # fmt: skip
 
 
 class Autoguidance(_Extrapolated):
@@ -129,11 +135,7 @@ class Autoguidance(_Extrapolated):
         rescale: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(model, scale, interval, rescale)
-        ends = torch.tensor([model.sde.t_min, model.sde.t_max], dtype=torch.float64)
-        kernels = [torch.stack([sde.alpha(ends), sde.sigma(ends)]) for sde in (model.sde, bad_model.sde)]
-        if tuple(bad_model.event_shape) != self.event_shape or not torch.allclose(kernels[0], kernels[1]):
-            raise ValueError(f"Autoguidance takes two models of one process and event shape, got {model.sde!r} on "
-                             f"{self.event_shape} and {bad_model.sde!r} on {tuple(bad_model.event_shape)}")  # fmt: skip
+        _alike(self, model, bad_model)
         self.bad_model = bad_model
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
@@ -150,15 +152,24 @@ class Classifier(Guided):
 
     Args:
         model: usually unconditional.
-        log_prob: (x, t, **condition) -> log p(label | x_t) in nats, shape (batch,), each sample by itself. The named
-            parameters beyond x and t are the conditions that the guided model accepts beside the model's own.
+        log_prob: (x, t, **condition) -> log p(label | x_t) in nats, shape (batch,), each sample by itself; or a
+            `NoisyClassifier`. The named parameters beyond x and t are the conditions that the guided model accepts
+            beside the model's own.
         scale: the power of p(label | x_t).
+
+    Raises:
+        ValueError: the scale is not finite, or model and classifier differ in event shape or process.
     """
 
-    def __init__(self, model: ScoreModel, log_prob: Callable[..., Tensor], scale: float = 1.0) -> None:
+    def __init__(
+        self, model: ScoreModel, log_prob: Callable[..., Tensor] | NoisyClassifier, scale: float = 1.0
+    ) -> None:
         super().__init__(model)
         if not abs(scale) < float("inf"):
             raise ValueError(f"Classifier's scale is a finite number, got {scale}")
+        if isinstance(log_prob, NoisyClassifier):
+            _alike(self, model, log_prob)
+            log_prob = log_prob.log_prob
         signature = inspect.signature(getattr(log_prob, "forward", log_prob))
         self.log_prob, self.scale = log_prob, float(scale)
         self._named = frozenset(list(signature.parameters)[2:])
@@ -196,3 +207,12 @@ class DynamicThreshold(Guided):
         size = torch.quantile(clean.flatten(1).abs(), self.quantile, dim=1).clamp_min(self.limit)
         size = size.view(-1, *[1] * (clean.ndim - 1))
         return denoised(prediction, torch.minimum(torch.maximum(clean, -size), size) * (self.limit / size))
+
+
+def _alike(guided: Guided, model: ScoreModel, other: ScoreModel) -> None:
+    """Refuses two models of different processes or event shapes."""
+    ends = torch.tensor([model.sde.t_min, model.sde.t_max], dtype=torch.float64)
+    kernels = [torch.stack([sde.alpha(ends), sde.sigma(ends)]) for sde in (model.sde, other.sde)]
+    if tuple(other.event_shape) != guided.event_shape or not torch.allclose(kernels[0], kernels[1]):
+        raise ValueError(f"{type(guided).__name__} takes two models of one process and event shape, got {model.sde!r} "
+                         f"on {guided.event_shape} and {other.sde!r} on {tuple(other.event_shape)}")  # fmt: skip

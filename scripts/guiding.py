@@ -1,0 +1,73 @@
+"""Guidance towards labels as the scripts configure it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from score_sde import LearnedScore, ScoreModel
+from score_sde.guidance import Classifier, ClassifierFree, DynamicThreshold, Observed
+from score_sde.run import Run, instantiate
+
+
+def labels_of(label: Any) -> list[int]:
+    """One label or several as a list; nothing for null."""
+    chosen = [] if label is None else list(label) if OmegaConf.is_list(label) else [label]
+    for value in chosen:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"label={value!r} is no class: give a whole number, or several as label=[0,1,2]")
+    return chosen
+
+
+def turns(labels: list[int], count: int) -> Tensor:
+    """`count` labels, the given ones taking turns."""
+    return torch.tensor(labels)[torch.arange(count) % len(labels)]
+
+
+def check_labels(labels: list[int], model: LearnedScore) -> None:
+    """Refuses labels that the network of a model, or a classifier, does not know."""
+    known = getattr(model.network, "num_classes", None)
+    for label in labels:
+        if known is None:
+            raise ValueError(f"label={label}, but the run's network knows no classes: train it with labels, "
+                             "e.g. experiment=digits_conditional, or give guidance=classifier")  # fmt: skip
+        if not 0 <= label < known:
+            raise ValueError(f"label={label}, but the run's network knows the classes 0 to {known - 1}")
+
+
+def guided(config: DictConfig, run: Run, model: LearnedScore) -> ScoreModel:
+    """The model under `guidance` towards `label`, with its `threshold`; the model itself where neither is asked for.
+
+    Raises ValueError for an unknown label, a guidance without its label or run, and one that restores observations.
+    """
+    labels = labels_of(config.label)
+    node = OmegaConf.to_container(config.guidance, resolve=False)
+    assert isinstance(node, dict)
+    others = [_other(node, run, model)] if "run" in node else []
+    if isinstance(node.get("negative"), int):
+        node["negative"] = {"label": node["negative"]}
+    build = instantiate(node, run.trust)
+    if issubclass(build.func, Observed):
+        raise ValueError(f"{build.func.__name__} restores observations: use scripts/edit.py for it; labels take "
+                         "guidance=classifier_free, classifier or autoguidance")  # fmt: skip
+    by_label = issubclass(build.func, Classifier | ClassifierFree)
+    if by_label and not labels:
+        if others or node["scale"] != 1 or node["negative"]:
+            raise ValueError(f"{build.func.__name__} guides towards a label: give label=<number>")
+        result: ScoreModel = model
+    else:
+        check_labels(labels, others[0] if issubclass(build.func, Classifier) else model)
+        check_labels(list((node.get("negative") or {}).values()), model)
+        result = build(model, *others)
+    return result if config.threshold is None else DynamicThreshold(result, config.threshold)
+
+
+def _other(node: dict[str, Any], run: Run, model: LearnedScore) -> LearnedScore:
+    """The model of the run that a guidance names, which it takes beside the sampled one."""
+    path, step = node.pop("run"), node.pop("step", None)
+    if path == "???":
+        raise ValueError("this guidance needs a second model: give guidance.run=<directory>")
+    return Run.open(path, run.trust).model(step=step).to(model.device)

@@ -1,0 +1,127 @@
+"""Labels and guidance of scripts/sample.py on tiny runs of digits, and wrong inputs in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from score_sde.classifier import NoisyClassifier
+from score_sde.guidance import Autoguidance, Classifier, ClassifierFree, DynamicThreshold
+from score_sde.run import Run, build_model
+from score_sde.training import DenoisingScoreMatching, NoisyCrossEntropy, Trainer, UniformTimes
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+import guiding  # noqa: E402
+
+NETWORKS = {
+    "labelled": {"_target_": "score_sde.networks.MLP", "event_shape": [1, 8, 8], "width": 16, "depth": 1,
+                 "num_classes": 10},
+    "plain": {"_target_": "score_sde.networks.MLP", "event_shape": [1, 8, 8], "width": 16, "depth": 1},
+    "classifier": {"_target_": "score_sde.networks.Encoder", "event_shape": [1, 8, 8], "num_classes": 10, "width": 8},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A labelled and an unlabelled score model and a classifier, each trained for two steps, and one on another SDE."""
+    return {
+        name: trained(tmp_path_factory.mktemp(name), network, "score_sde.sde.VPSDE")
+        for name, network in NETWORKS.items()
+    } | {"elsewhere": trained(tmp_path_factory.mktemp("ve"), NETWORKS["classifier"], "score_sde.sde.VESDE")}
+
+
+def trained(folder: Path, network: dict, sde: str) -> str:
+    config = OmegaConf.create({
+        "data": {"_target_": "score_sde.data.digits", "labels": "num_classes" in network}, "network": network,
+        "sde": {"_target_": sde}, "parameterization": {"_target_": "score_sde.parameterization.Karras"},
+        "event_shape": [1, 8, 8], "seed": 0,
+    })  # fmt: skip
+    run, model = Run.create(folder, config), build_model(config)
+    objective = NoisyCrossEntropy() if isinstance(model, NoisyClassifier) else DenoisingScoreMatching()
+    trainer = Trainer(steps=2, batch_size=8, device="cpu", progress=False, checkpoint_every=1, log_every=1)
+    trainer.fit(model, run.data(), objective, UniformTimes(), folder, seed=0)
+    return str(folder)
+
+
+def guided(runs: dict[str, str], name: str, *arguments: str):
+    arguments = tuple(a.format(**runs) for a in arguments)
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = hydra.compose("sample", [f"run={runs[name]}", *arguments])
+    run = Run.open(runs[name])
+    return guiding.guided(config, run, run.model())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "kind", "settings"),
+    [
+        ("labelled", ["label=3", "guidance.scale=2"], ClassifierFree, {"scale": 2.0}),
+        ("labelled", ["label=3", "guidance.interval=[0.2,2]", "guidance.rescale=0.5", "guidance.negative=5"],
+         ClassifierFree, {"interval": (0.2, 2.0), "rescale": 0.5, "negative": {"label": 5}}),
+        ("plain", ["label=3", "guidance=classifier", "guidance.run={classifier}", "guidance.scale=4"], Classifier,
+         {"scale": 4.0}),
+        ("labelled", ["guidance=autoguidance", "guidance.run={labelled}", "guidance.step=1"], Autoguidance, {}),
+        ("labelled", ["label=[0,3]", "threshold=0.9"], DynamicThreshold, {"quantile": 0.9}),
+    ],
+)  # fmt: skip
+def test_options_reach_the_guidance(runs, name, arguments, kind, settings):
+    model = guided(runs, name, *arguments)
+    assert type(model) is kind
+    assert {key: getattr(model, key) for key in settings} == settings
+    condition = {"label": torch.tensor([3, 3])} if "label" in model.condition_names else {}
+    assert model(torch.zeros(2, 1, 8, 8), 0.5, **condition).denoised.isfinite().all()
+
+
+def test_a_label_given_once_is_the_condition_of_every_sample(runs):
+    model = guided(runs, "labelled", "label=3", "guidance.negative=5", "guidance.scale=3")
+    base, x = model.model, torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    toward, away = (base(x, 0.4, label=torch.full((3,), k)).denoised for k in (3, 5))
+    torch.testing.assert_close(model(x, 0.4, label=torch.full((3,), 3)).denoised, 3 * toward - 2 * away)
+
+
+WRONG = {
+    "unknown label": ("labelled", ["label=12"], "label=12, but the run's network knows the classes 0 to 9"),
+    "unknown negative label": ("labelled", ["label=1", "guidance.negative=10"], "knows the classes 0 to 9"),
+    "unknown label of a classifier": (
+        "plain", ["label=-1", "guidance=classifier", "guidance.run={classifier}"], "label=-1, but"),
+    "no classes": ("plain", ["label=3"], "knows no classes"),
+    "a word": ("labelled", ["label=three"], "label='three' is no class"),
+    "guidance towards nothing": ("labelled", ["guidance.scale=2"], "give label=<number>"),
+    "no classifier": ("plain", ["label=3", "guidance=classifier"], "give guidance.run=<directory>"),
+    "not a classifier": ("plain", ["label=3", "guidance=classifier", "guidance.run={plain}"], "knows no classes"),
+    "a classifier of another process": (
+        "plain", ["label=3", "guidance=classifier", "guidance.run={elsewhere}"], "one process and event shape"),
+    "a posterior sampler": ("plain", ["label=3", "guidance=mmps"], "use scripts/edit.py"),
+    "bad interval": ("labelled", ["label=3", "guidance.interval=[2,1]"], "0 <= low < high"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_inputs_are_refused_in_one_line(runs, case):
+    name, arguments, message = WRONG[case]
+    with pytest.raises((ValueError, TypeError)) as refusal:
+        guided(runs, name, *arguments)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts/sample.py"), *arguments, "num_samples=4", "sampler.grid.steps=2"]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+def test_as_a_user_types_it(runs, tmp_path):
+    done = script(f"run={runs['labelled']}", "label=[3,4]", "guidance.scale=2", "batch_size=3", cwd=tmp_path)
+    assert "6 network calls each" in done.stdout, done.stderr
+    assert np.load(Path(runs["labelled"]) / "samples/exponential_adams-label-3-4/samples.npy").shape == (4, 1, 8, 8)
+    done = script(f"run={runs['classifier']}", cwd=tmp_path)
+    assert done.stderr.startswith("error: this is a classifier p(label | x_t)")
+    assert done.stderr.count("\n") == 1
