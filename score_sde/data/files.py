@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
-from score_sde.data.tensor import TensorData
+from score_sde.data.augment import Augment
+from score_sde.data.cache import stamps
+from score_sde.data.decode import SUFFIXES, Decoder, Images, Size, decoded
+from score_sde.data.tensor import Examples, TensorData
 
 __all__ = ["digits", "image_folder", "load_file", "load_images"]
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
 def digits(*, labels: bool = False, dequantize: bool = False, held_out: float = 0.2, seed: int = 0) -> TensorData:
@@ -32,58 +35,109 @@ def load_file(
     *,
     x: str = "x",
     labels: str | None = None,
+    channels_last: bool = False,
     dequantize: bool | None = None,
     levels: int = 256,
     held_out: float = 0.0,
+    flip: bool = False,
+    augment: Augment | None = None,
     seed: int = 0,
 ) -> TensorData:
     """Examples (N, *event) from a .npy file, or from the array `x` (and `labels`) of a .npz file.
 
-    Raises ValueError for other files, missing arrays, and what `TensorData` refuses; FileNotFoundError for no file.
+    A .npy file is mapped, an .npz file read as a whole. `channels_last` takes images (N, height, width, channels).
+    Raises ValueError for other or damaged files, missing arrays, and what `TensorData` refuses; FileNotFoundError for
+    no file.
     """
     path = Path(path)
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"{path} is no .npy or .npz file: save the array with numpy.save or numpy.savez")
-    loaded = np.load(path, allow_pickle=False)
-    arrays = {x: loaded} if path.suffix == ".npy" else dict(loaded)
+    arrays = {x: _mapped(path)} if path.suffix == ".npy" else _unzipped(path)
     missing = [name for name in (x, labels) if name is not None and name not in arrays]
     if missing:
         raise ValueError(f"{path} has no array {', '.join(missing)}, only {', '.join(arrays)}: set x= and labels=")
-    classes = arrays[labels] if labels else None
-    return TensorData(arrays[x], classes, dequantize=dequantize, levels=levels, held_out=held_out, seed=seed)
+    given = np.moveaxis(arrays[x], -1, 1) if channels_last else arrays[x]
+    return TensorData(given, arrays[labels] if labels else None, dequantize=dequantize, levels=levels,
+                      held_out=held_out, flip=flip, augment=augment, seed=seed)  # fmt: skip
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="c", allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no array of numbers, or is damaged: save it again ({error})") from error
+
+
+def _unzipped(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: save it again ({error})") from error
 
 
 def image_folder(
     path: str | Path,
-    size: int,
+    size: Size = None,
     *,
     channels: int = 3,
+    fit: str = "crop",
     labels: bool = False,
     dequantize: bool = False,
+    test: str | Path | None = None,
     held_out: float = 0.0,
+    flip: bool = False,
+    augment: Augment | None = None,
     seed: int = 0,
 ) -> TensorData:
-    """Every image under a folder, cropped to its central square and resized to (channels, size, size), in [-1, 1].
+    """Every image under a folder as (channels, height, width) in [-1, 1], by the rules of `score_sde.data.decode`.
 
-    With `labels` the class of an image is its first folder below `path`, numbered in alphabetical order.
-    Raises ValueError where there are no images, or channels is neither 1 nor 3.
+    The first call decodes them into the cache. With `labels` the class of an image is its first folder below `path`,
+    numbered in alphabetical order.
+
+    Args:
+        path: the folder; images may lie at any depth.
+        size: an edge for squares, [height, width], or None for the images' own, which must then be one for all.
+        channels: 1 for grey, 3 for colour.
+        fit: "crop" the central part of the target's aspect ratio, "stretch" the whole image, or "exact".
+        test: a folder of held-out images, with folders of the same names; or
+        held_out: the fraction of the images set aside.
+        flip: mirror half of the training images at random.
+        augment: see `Augment`.
+
+    Raises ValueError where there are no images, for the first one that cannot be read, and for sizes that are mixed.
     """
-    root = Path(path)
-    paths = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise ValueError(f"{root} holds no images: give a folder with {', '.join(sorted(SUFFIXES))} files")
-    if channels not in (1, 3):
-        raise ValueError(f"channels={channels}: 1 for grey, 3 for colour")
-    images = np.stack([_square(file, size, channels) for file in paths])
+    decoder = Decoder.of(size, channels, fit)
+    train, classes = _folder(Path(path), labels)
+    examples = decoded("folder", train, decoder)
+    held = decoded("folder", _folder(Path(test), labels, classes)[0], _like(examples, channels, fit)) if test else None
+    return TensorData(examples.x, examples.labels, test=held, dequantize=dequantize, held_out=held_out, flip=flip,
+                      augment=augment, seed=seed, fingerprint=examples.fingerprint)  # fmt: skip
+
+
+def _folder(root: Path, labels: bool, classes: Sequence[str] | None = None) -> tuple[Images, list[str]]:
+    """The images of a folder, and the names of its classes, which for a test set are those of the training set."""
+    paths = _image_files(root)
     folders = [file.relative_to(root).parts[0] for file in paths]
-    classes = np.unique(folders, return_inverse=True)[1] if labels else None
-    return TensorData(images, classes, dequantize=dequantize, held_out=held_out, seed=seed)
+    names = list(classes) if classes is not None else sorted(set(folders)) if labels else []
+    if labels and (unknown := set(folders) - set(names)):
+        raise ValueError(f"{root} has the folder {min(unknown)}, which the training images have not: rename it")
+    number = {name: i for i, name in enumerate(names)}
+    given = np.array([number[folder] for folder in folders]) if labels else None
+    pairs = [(file, str(file)) for file in paths]
+    return Images(str(root), len(paths), lambda: pairs, given, stamps(paths)), names
+
+
+def _like(examples: Examples, channels: int, fit: str) -> Decoder:
+    """The rules for a test set: the training set's size."""
+    return Decoder.of(examples.x.shape[-2:], channels, fit)
 
 
 def load_images(path: str | Path, event_shape: Sequence[int]) -> np.ndarray:
     """Float32 examples (n, *event_shape): an image or a folder of them by name, in [-1, 1], or a .npy array as it is.
 
-    Raises ValueError for events that are no square images, or where nothing fits; FileNotFoundError for no file.
+    Images are cropped and resized by the rules of `score_sde.data.decode`.
+    Raises ValueError for events that are no images, or where nothing fits; FileNotFoundError for no file.
     """
     path, shape = Path(path), tuple(event_shape)
     if path.suffix == ".npy":
@@ -92,23 +146,20 @@ def load_images(path: str | Path, event_shape: Sequence[int]) -> np.ndarray:
         if array.shape[1:] != shape or len(array) == 0:
             raise ValueError(f"{path} holds an array of shape {array.shape}, events of shape (n, {shape}) are needed")
         return array
-    if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2]:
-        raise ValueError(f"events of shape {shape} are no square images: give a .npy array")
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"events of shape {shape} are no images: give a .npy array")
     if not path.exists():
         raise FileNotFoundError(f"no image and no folder at {path}")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    if not files or files[0].suffix.lower() not in SUFFIXES:
+    files = [path] if path.is_file() else _image_files(path)
+    if files[0].suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path} holds no images: give {', '.join(sorted(SUFFIXES))} files")
-    return np.stack([_square(file, shape[1], shape[0]) for file in files]).astype(np.float32) * np.float32(2 / 255) - 1
+    decoder = Decoder(shape[1], shape[2], shape[0])
+    return np.stack([decoder(file, str(file))[0] for file in files]).astype(np.float32) * np.float32(2 / 255) - 1
 
 
-def _square(path: Path, size: int, channels: int) -> np.ndarray:
-    """The central square of an image as uint8 (channels, size, size)."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        side = min(image.size)
-        left, top = ((length - side) // 2 for length in image.size)
-        square = image.convert("L" if channels == 1 else "RGB").crop((left, top, left + side, top + side))
-    resized = square.resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(resized, dtype=np.uint8).reshape(size, size, channels).transpose(2, 0, 1)
+def _image_files(root: Path) -> list[Path]:
+    paths = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not paths:
+        reason = "holds no images" if root.is_dir() else "does not exist"
+        raise ValueError(f"{root} {reason}: give a folder with {', '.join(sorted(SUFFIXES))} files")
+    return paths

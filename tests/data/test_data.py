@@ -186,7 +186,7 @@ def test_files_give_their_arrays(tmp_path):
 
 def test_a_pickled_array_is_not_loaded(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"x": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(ValueError, match="holds no array of numbers"):
         load_file(tmp_path / "a.npy")
 
 

@@ -1,0 +1,98 @@
+"""Decoded once, mapped ever after: folders of arrays keyed by the hash of what they were made of.
+
+An entry appears whole, by one rename, or not at all; a lock lets one process decode while the others wait for it.
+They lie under $SCORE_SDE_CACHE, or ~/.cache/score_sde, and may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["cached", "content", "digest", "mapped", "root", "stamps"]
+
+
+def root() -> Path:
+    """Where entries lie: $SCORE_SDE_CACHE, else ~/.cache/score_sde."""
+    return Path(os.environ.get("SCORE_SDE_CACHE") or Path.home() / ".cache" / "score_sde")
+
+
+def digest(made_of: Any) -> str:
+    """The BLAKE2 hash of anything that JSON can write, 32 hexadecimal digits."""
+    return hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def cached(kind: str, made_of: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+    """The folder <root>/<kind>/<digest of made_of>, filled by `write(folder)` where there is none yet.
+
+    `made_of` names all that the content depends on; it is kept beside it as made_of.json.
+    Raises ValueError where the cache cannot be written; what `write` raises leaves no entry.
+    """
+    entry = root() / kind / digest(made_of)
+    if entry.is_dir():
+        return entry
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(f"{entry}.lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"the cache {root()} cannot be written ({error.strerror}): set SCORE_SDE_CACHE") from error
+    with lock, _locked(lock.fileno()):
+        if not entry.is_dir():
+            _fill(entry, made_of, write)
+    return entry
+
+
+def _fill(entry: Path, made_of: Mapping[str, Any], write: Callable[[Path], None]) -> None:
+    for left_behind in entry.parent.glob(f"{entry.name}.partial-*"):  # by a process that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
+    partial = entry.with_name(f"{entry.name}.partial-{secrets.token_hex(4)}")
+    partial.mkdir()
+    try:
+        write(partial)
+        (partial / "made_of.json").write_text(json.dumps(made_of, indent=2, sort_keys=True) + "\n")
+        partial.rename(entry)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked(descriptor: int) -> Iterator[None]:
+    """Holds an exclusive lock on an open file; the system releases that of a process that dies."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows: two processes decode twice, and the first rename stays
+        yield
+        return
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+
+
+def stamps(files: Sequence[Path]) -> list[list[Any]]:
+    """[path, size, time of change] of each file, what keys entries made of many files."""
+    return [[str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+
+
+def content(files: Sequence[Path]) -> list[list[str]]:
+    """[name, hash of the content] of each file, what keys entries made of a few files."""
+    return [[file.name, _hash(file)] for file in files]
+
+
+def _hash(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def mapped(path: Path) -> Tensor:
+    """A .npy file as a tensor that reads it on demand; writes to it stay private."""
+    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))

@@ -1,0 +1,211 @@
+"""Any image file as uint8 (channels, height, width), by rules that are stated and kept beside the result.
+
+In this order: the orientation that a camera noted is applied; 16 bits become 8 by their high byte; transparency is
+composited on white; colours become grey by ITU-R 601 luma, or grey three equal channels; the central part of the
+target's aspect ratio is cropped (or the image stretched); Lanczos resampling. Of an animation the first frame is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from score_sde.data.cache import cached, mapped
+from score_sde.data.tensor import Examples
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["SUFFIXES", "Decoder", "Images", "Size", "decoded"]
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+Size = int | Sequence[int] | None
+Source = Path | bytes
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The rules; called with a file or its bytes, and its name for error messages.
+
+    Args:
+        height, width: of the result; None stands for those of the first image, which all others must have.
+        channels: 1 for grey, 3 for colour.
+        fit: "crop" the central part of the target's aspect ratio, "stretch" the whole image, or refuse all but "exact".
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    height: int | None
+    width: int | None
+    channels: int = 3
+    fit: str = "crop"
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels={self.channels}: 1 for grey, 3 for colour")
+        if self.fit not in ("crop", "stretch", "exact"):
+            raise ValueError(
+                f"fit={self.fit!r} must be 'crop' (the central part), 'stretch' (the whole image) or 'exact'"
+            )
+        if any(length is not None and length < 1 for length in (self.height, self.width)):
+            raise ValueError(f"size={self.height}x{self.width} must be positive: an edge, or [height, width]")
+
+    @classmethod
+    def of(cls, size: Size, channels: int = 3, fit: str = "crop") -> Decoder:
+        """From a size: an edge for squares, [height, width], or None for the images' own, one for all."""
+        if size is None or isinstance(size, int):
+            return cls(size, size, channels, fit)
+        if len(size) != 2:
+            raise ValueError(f"size={list(size)} must be an edge, [height, width], or null for the images' own")
+        return cls(size[0], size[1], channels, fit)
+
+    def settled(self, first: Source, name: str) -> Decoder:
+        """With the size of the first image where none is given."""
+        if self.height is not None:
+            return self
+        width, height = _opened(first, name).size
+        return replace(self, height=height, width=width, fit="exact")
+
+    def stated(self) -> dict[str, Any]:
+        """What keys a cache entry: the settings, and a version that any change of the rules raises."""
+        return {**asdict(self), "rules": 1}
+
+    def __call__(self, source: Source, name: str) -> tuple[np.ndarray[Any, Any], list[str]]:
+        """uint8 (channels, height, width), and the conversions that were made.
+
+        Raises ValueError for what is no image, holds 32-bit values, or, without a size, has another than the first.
+        """
+        notes: list[str] = []
+        image = _flattened(_eight_bit(_opened(source, name), name, notes), notes)
+        mode = "L" if self.channels == 1 else "RGB"
+        if (image.mode in ("1", "L")) != (mode == "L"):
+            notes.append("colour to grey" if mode == "L" else "grey to colour")
+        image = self._fitted(image.convert(mode), name)
+        pixels = np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, self.channels)
+        return pixels.transpose(2, 0, 1), notes
+
+    def _fitted(self, image: Image.Image, name: str) -> Image.Image:
+        from PIL import Image
+
+        width, height = image.size
+        if (self.width, self.height) == (width, height):
+            return image
+        if self.fit == "exact" or self.width is None or self.height is None:
+            raise ValueError(f"{name} is {height}x{width}, not {self.height}x{self.width} as the first image: "
+                             "set size, and fit=crop or stretch, to resize all of them")  # fmt: skip
+        box = (0, 0, width, height)
+        if self.fit == "crop":
+            # The largest part of the target's aspect ratio, in whole pixels, as near the centre as they allow.
+            part_width = min(width, max(1, round(height * self.width / self.height)))
+            part_height = min(height, max(1, round(width * self.height / self.width)))
+            left, top = (width - part_width) // 2, (height - part_height) // 2
+            box = (left, top, left + part_width, top + part_height)
+        return image.crop(box).resize((self.width, self.height), Image.Resampling.LANCZOS)
+
+
+def _opened(source: Source, name: str) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read as an image: remove or replace it ({error})") from error
+
+
+def _eight_bit(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError(f"{name} holds 32-bit floats, which have no fixed scale: convert it to 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"{name} holds 32-bit integers up to {values.max()}: convert it to 8 or 16 bits")
+    notes.append("16 bits to 8, by the high byte")
+    return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
+
+
+def _flattened(image: Image.Image, notes: list[str]) -> Image.Image:
+    from PIL import Image
+
+    if "transparency" not in image.info and "A" not in image.getbands() and "a" not in image.getbands():
+        return image
+    notes.append("transparency on white")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Images:
+    """A set of undecoded images.
+
+    Args:
+        title: what error messages and the progress bar call it.
+        count: how many.
+        read: gives (source, name) of each, in order.
+        labels: their classes, or None.
+        made_of: what keys the cache entry beside the rules, e.g. paths, sizes and times of the files.
+    """
+
+    title: str
+    count: int
+    read: Callable[[], Iterable[tuple[Source, str]]]
+    labels: np.ndarray[Any, Any] | None
+    made_of: Any
+
+
+def decoded(kind: str, images: Images, decoder: Decoder) -> Examples:
+    """The images as uint8 (count, channels, height, width), mapped from the cache; decoded where they are not in it.
+
+    Raises ValueError for a set without images, and for the first image that the decoder refuses.
+    """
+    if images.count == 0:
+        raise ValueError(f"{images.title} holds no images")
+    settled = decoder.settled(*next(iter(images.read())))
+    made_of = {"images": images.made_of, "decoder": settled.stated()}
+    entry = cached(kind, made_of, lambda folder: _decode(images, settled, folder))
+    labels = None if images.labels is None else torch.from_numpy(images.labels.astype(np.int64))
+    return Examples(mapped(entry / "images.npy"), labels, entry.name)
+
+
+def _decode(images: Images, decoder: Decoder, folder: Path) -> None:
+    """Decodes on all cores into images.npy, and counts the conversions that were made in conversions.json."""
+    shape = (images.count, decoder.channels, decoder.height or 0, decoder.width or 0)
+    array = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
+    notes = Counter[str]()
+    with ThreadPoolExecutor() as pool, tqdm(total=images.count, desc=images.title, unit="image", delay=2) as bar:
+        for i, (pixels, noted) in enumerate(_in_order(pool, lambda pair: decoder(*pair), images.read())):
+            array[i] = pixels
+            notes.update(noted)
+            bar.update()
+    array.flush()
+    (folder / "conversions.json").write_text(json.dumps(notes) + "\n")
+    for note, times in notes.items():
+        log.warning("%s: %d of %d images: %s", images.title, times, images.count, note)
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
+    """`pool.map` over an iterable of any length, of which a bounded part is held at once."""
+    remaining = iter(items)
+    while block := list(islice(remaining, 1024)):
+        yield from pool.map(work, block)

