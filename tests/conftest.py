@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,15 @@ from score_sde.sde import SDE
 from score_sde.steps import LinearStep, Step
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded data and reference statistics go to a folder of the session's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCORE_SDE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 for _module in pkgutil.iter_modules(score_sde.steps.__path__, "score_sde.steps."):
     importlib.import_module(_module.name)
