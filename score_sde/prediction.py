@@ -41,6 +41,8 @@ class Prediction:
         alpha, sigma: the kernel's scale and standard deviation at t, floats or tensors of shape (batch,).
         c_skip, c_out: the affine map D = c_skip x + c_out F, floats or tensors of shape (batch,).
         calls: network calls that it took; guidance that asks twice says 2.
+        variance_weight: w of the variance large^w small^(1 - w) of a reverse step, of x's shape, where a network learns
+            it (Nichol & Dhariwal 2021, eq. 15; see `training.variational`), else None.
     """
 
     x: Tensor
@@ -50,6 +52,7 @@ class Prediction:
     c_skip: Coefficient = 0.0
     c_out: Coefficient = 1.0
     calls: int = 1
+    variance_weight: Tensor | None = None
 
     @property
     def denoised(self) -> Tensor:

@@ -113,6 +113,8 @@ class LearnedScore(nn.Module, ScoreModel):
         network: module (x, c_noise, **condition) -> F, with x and F of shape (batch, *event_shape) and c_noise of
             shape (batch,). The named parameters of its `forward` beyond these two are the conditions it accepts, but
             for `label` where it has an attribute `num_classes` that is None.
+            One whose attribute `learned_variance` is true gives twice as many channels: F, and v of the variance weight
+            w = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
         sde: the forward process it is trained on.
         parameterization: what F means.
         event_shape: shape of one sample.
@@ -133,6 +135,7 @@ class LearnedScore(nn.Module, ScoreModel):
         self.condition_names = frozenset(p.name for p in parameters[2:] if p.kind in named)
         if getattr(network, "num_classes", 0) is None:
             self.condition_names -= {"label"}
+        self._learns_variance = bool(getattr(network, "learned_variance", False))
         self._levels: dict[float, tuple[float, ...]] = {}
 
     @property
@@ -142,12 +145,13 @@ class LearnedScore(nn.Module, ScoreModel):
     def forward(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(x.shape, condition)
         alpha, sigma, row = self._level(t)
-        return Prediction(x, self._network(x, row, condition), alpha, sigma, row.c_skip, row.c_out)
+        raw, weight = self._network(x, row, condition)
+        return Prediction(x, raw, alpha, sigma, row.c_skip, row.c_out, variance_weight=weight)
 
     def raw(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
         """The network's output F(c_in x, c_noise), what the training objective compares with its target."""
         self.check(x.shape, condition)
-        return self._network(x, self._level(t)[2], condition)
+        return self._network(x, self._level(t)[2], condition)[0]
 
     def prepare(self, times: Iterable[float]) -> None:
         t = torch.as_tensor(list(times), dtype=torch.float64)
@@ -165,11 +169,17 @@ class LearnedScore(nn.Module, ScoreModel):
         alpha, sigma, *row = self._levels[t]
         return alpha, sigma, Row(*row)  # type: ignore[arg-type]
 
-    def _network(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> Tensor:
+    def _network(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """F, and the weight w of a learnt variance."""
         if isinstance(row.c_in, Tensor):
-            c_noise = row.c_noise.to(x).expand(x.shape[0])
-            return self.network(expand(row.c_in, x) * x, c_noise, **condition)
-        return self.network(row.c_in * x, x.new_full((x.shape[0],), row.c_noise), **condition)
+            scaled, c_noise = expand(row.c_in, x) * x, row.c_noise.to(x).expand(x.shape[0])
+        else:
+            scaled, c_noise = row.c_in * x, x.new_full((x.shape[0],), row.c_noise)
+        output = self.network(scaled, c_noise, **condition)
+        if not self._learns_variance:
+            return output, None
+        output, v = output.chunk(2, dim=1)
+        return output, (v + 1) / 2
 
 
 class ExactScore(ScoreModel):

@@ -57,7 +57,7 @@ def test_cross_entropy_is_least_at_the_posterior():
     label = torch.multinomial(MIXTURE.weights, 50_000, replacement=True, generator=g)
     noise = torch.randn(50_000, 2, generator=g, dtype=torch.float64)
     x = MIXTURE.means[label] + noise * MIXTURE.covariances.diagonal(dim1=1, dim2=2)[label].sqrt()
-    losses = NoisyCrossEntropy()(model, Batch(x, {"label": label}), UniformTimes()(SDE, 50_000, g), g)
+    losses = NoisyCrossEntropy()(model, Batch(x, {"label": label}), UniformTimes()(SDE, 50_000, g), g).loss
     assert losses.shape == (50_000,)
     (gradient,) = torch.autograd.grad(losses.mean(), model.network.bias)
     assert gradient.abs().max() < 4.5 * 0.5 / 50_000**0.5  # softmax minus one-hot has a standard deviation below 1/2
@@ -87,7 +87,7 @@ def test_encoder_starts_undecided_and_learns_two_shapes():
     for _ in range(30):
         optimizer.zero_grad()
         batch = Batch(x, {"label": label})
-        NoisyCrossEntropy()(model, batch, UniformTimes()(model.sde, 64, g), g).mean().backward()
+        NoisyCrossEntropy()(model, batch, UniformTimes()(model.sde, 64, g), g).loss.mean().backward()
         optimizer.step()
     assert (model.log_prob(x, 0.05, label) > -0.3).all()
 

@@ -75,7 +75,8 @@ def variational_bound(
     Args:
         model: of a DiscreteSDE, or of any SDE with `times`.
         times: (K,) increasing; the ladder of a DiscreteSDE unless given.
-        variance: "small", "large" (DDPM's two choices) or a callable (x_t, index) -> w, e.g. `StepVariance`.
+        variance: "small", "large" (DDPM's two choices), "learned" (the network's own, on its training ladder) or a callable
+            (x_t, index) -> w, e.g. `StepVariance`.
         decoder: `ContinuousDecoder()` unless given; `DiscretisedDecoder(...)` for data on a lattice.
 
     Raises:
@@ -90,10 +91,8 @@ def variational_bound(
     for i, t in enumerate(ladder.times.tolist()):
         index = torch.full((len(x),), i, device=x.device)
         for _ in range(draws):
-            x_t = model.sde.perturb(x, t, _noise(x, generator))
-            denoised = model(x_t, t, **condition).denoised
-            term = ladder.term(x.double(), denoised.double(), x_t.double(), index, variance, decoder)
-            terms[i] += term / draws
+            said = model(model.sde.perturb(x, t, _noise(x, generator)), t, **condition)
+            terms[i] += ladder.term(x.double(), said, index, variance, decoder) / draws
     return Bound(ladder.prior(x), terms[0], terms[1:], ladder.times, len(ladder) * draws)
 
 

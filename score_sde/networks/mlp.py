@@ -21,6 +21,8 @@ __all__ = ["MLP"]
 class MLP(nn.Module):
     """Residual MLP: x (batch, *event_shape), c_noise (batch,), label (batch,) or None -> (batch, *event_shape).
 
+    With `learned_variance` the output has twice the channels (the first event dimension); the second half is the variance
+    of a reverse step (see `LearnedScore`).
     Raises ValueError where a size is not positive, or x has another event shape than the constructor's.
     """
 
@@ -31,15 +33,17 @@ class MLP(nn.Module):
         depth: int = 4,
         frequencies: int = 32,
         num_classes: int | None = None,
+        learned_variance: bool = False,
     ) -> None:
         super().__init__()
-        self.event_shape, self.num_classes = tuple(event_shape), num_classes
+        self.event_shape, self.num_classes, self.learned_variance = tuple(event_shape), num_classes, learned_variance
         features = math.prod(self.event_shape)
         positive(width=width, depth=depth, features=features)
         self.embedding = Embedding(width, frequencies, num_classes)
         self.first = nn.Linear(features, width)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
-        self.last = nn.Sequential(nn.LayerNorm(width), zeroed(nn.Linear(width, features)))
+        out = 2 * features if learned_variance else features
+        self.last = nn.Sequential(nn.LayerNorm(width), zeroed(nn.Linear(width, out)))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         check_shape(x, self.event_shape)
@@ -47,7 +51,7 @@ class MLP(nn.Module):
         h = self.first(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedded)
-        return self.last(h).unflatten(1, self.event_shape)
+        return self.last(h).unflatten(1, (-1, *self.event_shape[1:]))
 
 
 class ResidualBlock(nn.Module):

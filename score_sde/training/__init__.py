@@ -3,14 +3,22 @@
 from score_sde.training.checkpoint import Checkpoints, write_atomically
 from score_sde.training.classification import NoisyCrossEntropy
 from score_sde.training.ema import EMA, ema_decay
-from score_sde.training.objective import DenoisingScoreMatching, Objective
+from score_sde.training.objective import DenoisingScoreMatching, Losses, Objective
 from score_sde.training.score_matching import (
     ExplicitScoreMatching,
     FiniteDifferenceScoreMatching,
     ImplicitScoreMatching,
     SlicedScoreMatching,
 )
-from score_sde.training.times import ImportanceTimes, LadderTimes, LogNormalTimes, Times, TimeSampler, UniformTimes
+from score_sde.training.times import (
+    ImportanceTimes,
+    LadderTimes,
+    LogNormalTimes,
+    OneLevelTimes,
+    Times,
+    TimeSampler,
+    UniformTimes,
+)
 from score_sde.training.trainer import DivergenceError, Trainer, TrainingResult
 from score_sde.training.variational import (
     ContinuousDecoder,
@@ -46,9 +54,11 @@ __all__ = [
     "LikelihoodWeighting",
     "LogNormalTimes",
     "LossAwareTimes",
+    "Losses",
     "MinSNRWeighting",
     "NoisyCrossEntropy",
     "Objective",
+    "OneLevelTimes",
     "SigmaWeighting",
     "SimpleWeighting",
     "SlicedScoreMatching",

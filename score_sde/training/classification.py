@@ -8,11 +8,11 @@ Its minimum is p(label | x_t), the posterior of the label given the noisy x. Dha
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from score_sde.data import Batch
 from score_sde.score import LearnedScore
+from score_sde.training.objective import Losses
 from score_sde.training.times import Times
 
 __all__ = ["NoisyCrossEntropy"]
@@ -24,10 +24,11 @@ class NoisyCrossEntropy:
     Raises ValueError for examples without a `label`.
     """
 
-    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Tensor:
+    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
         if "label" not in batch.condition:
             raise ValueError("a classifier is trained on labelled data: set data.labels=true, or give data with labels")
         x0 = batch.x
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         logits = model.raw(model.sde.perturb(x0, times.t, noise), times.t)
-        return times.weight.float() * cross_entropy(logits.float(), batch.condition["label"], reduction="none")
+        nats = cross_entropy(logits.float(), batch.condition["label"], reduction="none")
+        return Losses(times.weight.float() * nats)

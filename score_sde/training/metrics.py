@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,33 @@ class Window:
     """Means since the last reading. Adding waits for nothing; only `read` fetches numbers from the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(12, dtype=torch.float64, device=device)
+        self._device, self._names = device, ["loss"]
+        self._sums = self._zeros()
         self._started = time.perf_counter()
 
-    def add(self, losses: Tensor, u: Tensor, grad_norm: Tensor, good: Tensor) -> None:
-        """Losses (batch,) at the noise quantiles u (batch,); a step that is not `good` only counts as non-finite."""
+    def _zeros(self) -> Tensor:
+        return torch.zeros(7 + 5 * len(self._names), dtype=torch.float64, device=self._device)
+
+    def add(
+        self,
+        losses: Tensor,
+        u: Tensor,
+        grad_norm: Tensor,
+        good: Tensor,
+        diagnostics: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Losses (batch,) at the noise quantiles u (batch,); a step that is not `good` only counts as non-finite.
+
+        `diagnostics` are further numbers of each example by name, the same names in every step.
+        """
+        values = {"loss": losses, **(diagnostics or {})}
+        if list(values) != self._names:
+            self._names = list(values)
+            self._sums = self._zeros()
+        rows = torch.stack([value.double() for value in values.values()])
         quartile = ((4 * u).long()[:, None] == torch.arange(4, device=u.device)).double()
-        total = torch.stack([losses.mean(), grad_norm]).double()
-        sums = torch.cat([total, torch.ones_like(total[:1]), losses.double() @ quartile, quartile.sum(0)])
+        once = torch.stack([grad_norm.double(), torch.ones_like(rows[0, 0])])
+        sums = torch.cat([once, quartile.sum(0), rows.mean(1), (rows @ quartile).flatten()])
         self._sums[0] += ~good
         self._sums[1:] += torch.where(good, sums, 0.0)
 
@@ -38,13 +57,16 @@ class Window:
 
         A mean over nothing is NaN.
         """
-        nonfinite, loss, grad_norm, steps, *quartiles = self._sums.tolist()
+        nonfinite, grad_norm, steps, *rest = self._sums.tolist()
+        counts, totals, quartiles = rest[:4], rest[4 : 4 + len(self._names)], rest[4 + len(self._names) :]
         seconds = time.perf_counter() - self._started
         self._sums.zero_()
         self._started += seconds
-        means = {f"loss_q{i + 1}": _ratio(quartiles[i], quartiles[4 + i]) for i in range(4)}
+        means = {}
+        for row, name in enumerate(self._names):
+            means[name] = _ratio(totals[row], steps)
+            means |= {f"{name}_q{i + 1}": _ratio(quartiles[4 * row + i], counts[i]) for i in range(4)}
         return {
-            "loss": _ratio(loss, steps),
             **means,
             "grad_norm": _ratio(grad_norm, steps),
             "nonfinite": int(nonfinite),

@@ -3,29 +3,64 @@
     L = E_{x_0, t, eps} w(t) lambda(t) c_out(t)^2 mean_d (F(c_in x_t, c_noise) - F*)_d^2,    x_t = alpha x_0 + sigma eps
 
 lambda is the weighting (see `weighting`), w the importance weight of t (see `times`), the mean runs over the dimensions
-of an event. Vincent 2011; Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. 7.
+of an event. Of E|eps - n|^2 / d, n the predicted noise, E|eps - n*|^2 / d is irreducible and the excess, the Fisher
+divergence E|n - n*|^2 / d, is what a network can lower. Vincent 2011; Song et al. 2021, arXiv:2011.13456, eq. 7.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from score_sde.data import Batch
-from score_sde.score import LearnedScore
+from score_sde.score import ClosedForm, ExactScore, LearnedScore
+from score_sde.sde import expand
 from score_sde.training.times import Times
 from score_sde.training.weighting import SimpleWeighting, Weighting
 
-__all__ = ["DenoisingScoreMatching", "Objective"]
+__all__ = ["DenoisingScoreMatching", "Losses", "Objective", "excess"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What an objective says of a batch.
+
+    Attributes:
+        loss: of each example, shape (batch,); training minimises the mean.
+        diagnostics: by name, without gradients, each of shape (batch,); training logs the means, also by noise level.
+    """
+
+    loss: Tensor
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):
     """What training minimises the mean of, and a test of a model may report."""
 
-    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Tensor:
-        """The loss of each example of a batch at its time, shape (batch,); all randomness is the generator's."""
+    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
+        """The losses of the examples of a batch at their times; all randomness is the generator's."""
+
+
+@torch.no_grad()
+def excess(
+    target: ClosedForm | None, model: LearnedScore, x_t: Tensor, t: Tensor, eps: Tensor, noise: Tensor
+) -> dict[str, Tensor]:
+    """{"fisher": |n - n*|^2 / d, "irreducible": |eps - n*|^2 / d} of each example, n* the exact E[eps | x_t].
+
+    Args:
+        target: the closed-form law of the data; without one there is nothing to say.
+        x_t, t, eps, noise: noisy points (batch, *event), their times and noise, and the predicted noise n.
+    """
+    if target is None:
+        return {}
+    with torch.autocast(x_t.device.type, enabled=False):
+        truth = ExactScore(target, model.sde)(x_t, t).noise.float()
+    pairs = {"fisher": noise.float() - truth, "irreducible": eps.float() - truth}
+    return {name: error.square().flatten(1).mean(1) for name, error in pairs.items()}
 
 
 class DenoisingScoreMatching:
@@ -33,22 +68,32 @@ class DenoisingScoreMatching:
 
     `label_dropout` is the probability with which an example's `label` is replaced by -1, the null class, so that one
     network learns the conditional and the unconditional score (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
-    Raises ValueError where it is outside [0, 1].
+    With `target`, the closed-form law of the (unlabelled) data, the diagnostics are those of `excess`.
+    Raises ValueError where `label_dropout` is outside [0, 1].
     """
 
-    def __init__(self, weighting: Weighting | None = None, label_dropout: float = 0.0) -> None:
+    def __init__(
+        self, weighting: Weighting | None = None, label_dropout: float = 0.0, target: ClosedForm | None = None
+    ) -> None:
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout={label_dropout} is a probability: 0 <= label_dropout <= 1")
-        self.weighting, self.label_dropout = weighting or SimpleWeighting(), label_dropout
+        self.weighting, self.label_dropout, self.target = weighting or SimpleWeighting(), label_dropout, target
 
-    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Tensor:
-        """Losses (batch,), float32; noise and label dropout come from the generator, on the device of the batch."""
+    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
+        """Losses in float32; noise and label dropout come from the generator, on the device of the batch."""
         sde, t, x0 = model.sde, times.t, batch.x
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         target = model.parameterization.target(sde, t, x0, noise)
-        output = model.raw(sde.perturb(x0, t, noise), t, **self._condition(batch, generator))
-        weight = times.weight * self.weighting(sde, t) * model.parameterization.row(sde, t).c_out ** 2
-        return weight.float() * (output.float() - target).square().flatten(1).mean(1)
+        x_t = sde.perturb(x0, t, noise)
+        output, c_out = (
+            model.raw(x_t, t, **self._condition(batch, generator)).float(),
+            model.parameterization.row(sde, t).c_out,
+        )
+        weight = times.weight * self.weighting(sde, t) * c_out**2
+        loss = weight.float() * (output - target).square().flatten(1).mean(1)
+        # The predicted noise errs by -alpha c_out / sigma times the output's error.
+        error = expand(sde.half_log_snr(t).exp() * c_out, output) * (output.detach() - target)
+        return Losses(loss, excess(self.target, model, x_t, t, noise, noise - error))
 
     def _condition(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         condition = dict(batch.condition)

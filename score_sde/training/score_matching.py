@@ -21,6 +21,7 @@ from score_sde.data import Batch
 from score_sde.score import ClosedForm, ExactScore, LearnedScore
 from score_sde.sde import expand
 from score_sde.trace import ExactTrace, Hutchinson, Trace
+from score_sde.training.objective import Losses, excess
 from score_sde.training.times import Times
 from score_sde.training.weighting import SimpleWeighting, Weighting
 
@@ -40,23 +41,27 @@ class ScoreMatching(ABC):
 
     Args:
         weighting: lambda, the weight of the denoiser's error, as for `DenoisingScoreMatching`.
+        target: the closed-form law of the data, for the diagnostics of `objective.excess`.
     """
 
-    def __init__(self, weighting: Weighting | None = None) -> None:
-        self.weighting = weighting or SimpleWeighting()
+    def __init__(self, weighting: Weighting | None = None, target: ClosedForm | None = None) -> None:
+        self.weighting, self.target = weighting or SimpleWeighting(), target
 
-    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Tensor:
-        """Losses (batch,), float32; noise and probes come from the generator, on the device of the batch."""
+    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
+        """Losses in float32; noise and probes come from the generator, on the device of the batch."""
         sde, t, x0 = model.sde, times.t, batch.x
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         x = sde.perturb(x0, t, noise)
         weight = times.weight * self.weighting(sde, t) * (-2 * sde.half_log_snr(t)).exp()
-        bracket = self.bracket(lambda v: model(v, t, **batch.condition).noise, model, x, t, generator)
-        return (weight * bracket / x0[0].numel()).float()
+        bracket, said = self.bracket(lambda v: model(v, t, **batch.condition).noise, model, x, t, generator)
+        loss = (weight * bracket / x0[0].numel()).float()
+        return Losses(loss, excess(self.target, model, x, t, noise, said.detach()))
 
     @abstractmethod
-    def bracket(self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-        """|n|^2 - 2 sigma tr(dn/dx), or an estimate of it, at x (batch, *event) for the field n; shape (batch,)."""
+    def bracket(
+        self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """|n|^2 - 2 sigma tr(dn/dx), or an estimate of it, shape (batch,), and n at x (batch, *event) for the field n."""
 
 
 class ImplicitScoreMatching(ScoreMatching):
@@ -69,19 +74,23 @@ class ImplicitScoreMatching(ScoreMatching):
         ValueError: probes is not positive.
     """
 
-    def __init__(self, weighting: Weighting | None = None, probes: int | None = None) -> None:
-        super().__init__(weighting)
+    def __init__(
+        self, weighting: Weighting | None = None, probes: int | None = None, target: ClosedForm | None = None
+    ) -> None:
+        super().__init__(weighting, target)
         if probes is not None:
             _positive("probes", probes)
         self.probes = probes
 
-    def bracket(self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+    def bracket(
+        self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         probes = None if self.probes is None else _rademacher(self.probes, x, generator)
         trace: Trace = ExactTrace(x.flatten(1)) if probes is None else Hutchinson(probes)
         noise, pull = torch.func.vjp(field, x)  # type: ignore[misc]
         ids = torch.arange(len(x), device=x.device)
         divergence = trace(lambda v: pull(v.unflatten(1, x.shape[1:]))[0].flatten(1), ids).mean(1)
-        return self.square(noise.flatten(1), probes) - 2 * model.sde.sigma(t) * divergence
+        return self.square(noise.flatten(1), probes) - 2 * model.sde.sigma(t) * divergence, noise
 
     def square(self, noise: Tensor, probes: Tensor | None) -> Tensor:
         """|n|^2 of n (batch, d)."""
@@ -95,8 +104,8 @@ class SlicedScoreMatching(ImplicitScoreMatching):
     Source: Song et al. 2019, eq. 7 and 8.
     """
 
-    def __init__(self, weighting: Weighting | None = None, probes: int = 1) -> None:
-        super().__init__(weighting, probes)
+    def __init__(self, weighting: Weighting | None = None, probes: int = 1, target: ClosedForm | None = None) -> None:
+        super().__init__(weighting, probes, target)
 
     def square(self, noise: Tensor, probes: Tensor | None) -> Tensor:
         assert probes is not None
@@ -116,33 +125,40 @@ class FiniteDifferenceScoreMatching(ScoreMatching):
         ValueError: step is not positive.
     """
 
-    def __init__(self, weighting: Weighting | None = None, step: float = 0.1) -> None:
-        super().__init__(weighting)
+    def __init__(self, weighting: Weighting | None = None, step: float = 0.1, target: ClosedForm | None = None) -> None:
+        super().__init__(weighting, target)
         _positive("step", step)
         self.step = step
 
-    def bracket(self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+    def bracket(
+        self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         v = _rademacher(1, x, generator)[0].view_as(x)
         shift = expand(self.step * model.sde.sigma(t), x) * v
         right, left = field(x + shift), field(x - shift)
-        square = ((right + left) / 2).square().flatten(1).sum(1)
-        return square - ((right - left) * v).flatten(1).sum(1) / self.step
+        mean = (right + left) / 2
+        return mean.square().flatten(1).sum(1) - ((right - left) * v).flatten(1).sum(1) / self.step, mean
 
 
 class ExplicitScoreMatching(ScoreMatching):
     """|n - n*|^2 against the known score of a closed-form law of the data: the yardstick of the others.
 
-    Args:
-        target: the law (see `score_sde.targets`).
+    Raises:
+        ValueError: there is no target, whose score it matches.
     """
 
-    def __init__(self, target: ClosedForm, weighting: Weighting | None = None) -> None:
-        super().__init__(weighting)
-        self.target = target
+    def __init__(self, weighting: Weighting | None = None, target: ClosedForm | None = None) -> None:
+        super().__init__(weighting, target)
+        if target is None:
+            raise ValueError("explicit score matching needs target, the closed-form law of the data: "
+                             "take objective=simple or objective=implicit for data without one")  # fmt: skip
 
-    def bracket(self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-        exact = ExactScore(self.target, model.sde)(x, t).noise
-        return (field(x) - exact).square().flatten(1).sum(1)
+    def bracket(
+        self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        assert self.target is not None
+        noise = field(x)
+        return (noise - ExactScore(self.target, model.sde)(x, t).noise).square().flatten(1).sum(1), noise
 
 
 def _rademacher(probes: int, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from score_sde.sde import SDE
 
-__all__ = ["ImportanceTimes", "LadderTimes", "LogNormalTimes", "TimeSampler", "Times", "UniformTimes"]
+__all__ = ["ImportanceTimes", "LadderTimes", "LogNormalTimes", "OneLevelTimes", "TimeSampler", "Times", "UniformTimes"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,16 @@ class TimeSampler(ABC):
     def check(self, sde: SDE) -> None:  # noqa: B027
         """Refuses, with ValueError, an SDE that this law of times does not suit."""
 
+    def update(self, times: Times, losses: Tensor) -> None:  # noqa: B027
+        """Shows the losses (batch,) of the last draw to a law that learns from them."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a law has learnt, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Takes up what `state_dict` gave."""
+
     def __call__(self, sde: SDE, count: int, generator: torch.Generator) -> Times:
         """`count` times on the generator's device."""
         u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
@@ -59,6 +70,30 @@ class UniformTimes(TimeSampler):
 
     def quantile(self, sde: SDE, u: Tensor) -> Tensor:
         return sde.t_min + (sde.t_max - sde.t_min) * u
+
+
+class OneLevelTimes(TimeSampler):
+    """Always the time at which sigma / alpha = level: score matching at one noise level, not annealed over all.
+
+    Raises ValueError where the level is not positive; `check` where the SDE does not have it.
+    """
+
+    def __init__(self, level: float) -> None:
+        super().__init__()
+        if level <= 0:
+            raise ValueError(f"level={level} must be positive: the noise sigma / alpha in units of the data")
+        self.level = level
+
+    def quantile(self, sde: SDE, u: Tensor) -> Tensor:
+        t = float(sde.time_at(-math.log(self.level)))
+        return torch.full_like(u, min(max(t, sde.t_min), sde.t_max))
+
+    def check(self, sde: SDE) -> None:
+        low, high = (math.exp(-float(sde.half_log_snr(t))) for t in (sde.t_min, sde.t_max))
+        if not low <= self.level <= high:
+            raise ValueError(
+                f"level={self.level} is none of the SDE's, which has sigma / alpha from {low:.3g} to {high:.3g}"
+            )
 
 
 class LogNormalTimes(TimeSampler):

@@ -240,7 +240,8 @@ class _Run:
         torch.manual_seed(key(self.seed, "dropout", self.step))
         times = self.time_sampler(self.model.sde, self.trainer.batch_size, source)
         with self.fabric.autocast():
-            losses = self.objective(self.model, batch, times, source)
+            found = self.objective(self.model, batch, times, source)
+        losses = found.loss
         self.optimizer.zero_grad()
         self.fabric.backward(losses.mean())
         norm = nn.utils.clip_grad_norm_(self.parameters, self.trainer.gradient_clip or math.inf)
@@ -251,7 +252,8 @@ class _Run:
             group["lr"] = self.trainer.rate(self.step)
         self.optimizer.step()
         self.ema.update(self.trainer.batch_size, self.step * self.trainer.batch_size)
-        self.window.add(losses.detach(), times.u, norm, good)
+        self.time_sampler.update(times, losses.detach())
+        self.window.add(losses.detach(), times.u, norm, good, found.diagnostics)
         self.step += 1
 
     def report(self) -> dict[str, Any]:
@@ -269,6 +271,7 @@ class _Run:
             "batch_size": self.trainer.batch_size,
             "nonfinite": self.nonfinite + self.window.nonfinite,
             "optimizer": self.optimizer.state_dict(),
+            "times": self.time_sampler.state_dict(),
         }
         checkpoints.save(self.step, self.model.state_dict(), self.ema.module.state_dict(), state)
 
@@ -282,6 +285,7 @@ class _Run:
         self.model.load_state_dict(checkpoints.weights(ema=False))
         self.ema.module.load_state_dict(checkpoints.weights(ema=True))
         self.optimizer.load_state_dict(state["optimizer"])
+        self.time_sampler.load_state_dict(state.get("times", {}))
         self.step = self.reported = state["step"]
         self.nonfinite = state["nonfinite"]
 

@@ -11,16 +11,17 @@ Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 5 to 13; Nichol & 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from score_sde.data import Batch
-from score_sde.score import LearnedScore, ScoreModel
+from score_sde.prediction import Prediction
+from score_sde.score import ClosedForm, LearnedScore, ScoreModel
 from score_sde.sde import SDE, expand
+from score_sde.training.objective import Losses, excess
 from score_sde.training.times import Times, TimeSampler
 
 __all__ = [
@@ -33,8 +34,9 @@ __all__ = [
     "VariationalObjective",
 ]
 
+VARIANCES = ("small", "large", "learned")
 Variance = str | Callable[[Tensor, Tensor], Tensor]
-"""`small`, `large`, or (x_t, index) -> w of shape (batch,) or (batch, *event)."""
+"""`small`, `large`, `learned` (the network's own), or (x_t, index) -> w of shape (batch,) or (batch, *event)."""
 
 
 class Decoder(Protocol):
@@ -112,20 +114,30 @@ class Ladder:
         mean = float(self.alpha[-1]) / self.sde.prior_std
         return ((mean * x.double()).square() + ratio - 1 - math.log(ratio)).flatten(1).sum(1) / 2
 
-    def log_variance(self, variance: Variance, x_t: Tensor, index: Tensor) -> Tensor:
-        """log v for each sample, of a shape that multiplies x_t."""
-        small, large = (expand(part.to(x_t.device)[index], x_t) for part in (self.log_small, self.log_large))
-        if isinstance(variance, str):
-            return {"small": small, "large": large}[variance]
-        w = variance(x_t, index)
-        w = expand(w, x_t) if w.ndim == 1 else w
+    def log_variance(self, variance: Variance, said: Prediction, index: Tensor) -> Tensor:
+        """log v for each sample, of a shape that multiplies x_t; raises ValueError where the network has learnt none."""
+        small, large = (expand(part.to(said.x.device)[index], said.x) for part in (self.log_small, self.log_large))
+        if variance in ("small", "large"):
+            return small if variance == "small" else large
+        w = said.variance_weight if variance == "learned" else variance(said.x, index)  # type: ignore[operator]
+        if w is None:
+            raise ValueError("variance='learned' needs a network with a variance head (learned_variance=true): "
+                             "or take 'small' or 'large'")  # fmt: skip
+        w = expand(w, said.x) if w.ndim == 1 else w
         return w * large + (1 - w) * small
 
     def term(
-        self, x: Tensor, denoised: Tensor, x_t: Tensor, index: Tensor, variance: Variance, decoder: Decoder
-    ) -> Tensor:
-        """Term `index` of each sample's bound, shape (batch,); 0 is the decoder's."""
-        log_v = self.log_variance(variance, x_t, index)
+        self, x: Tensor, said: Prediction, index: Tensor, variance: Variance, decoder: Decoder, *, only_variance: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Term `index` of each sample's bound, shape (batch,); 0 is the decoder's.
+
+        Args:
+            x: clean data.
+            said: the model's prediction at x_t of level `index` (batch,).
+            only_variance: gradients flow through the variance alone, not through the mean.
+        """
+        log_v, denoised = self.log_variance(variance, said, index), said.denoised.to(x.dtype)
+        denoised = denoised.detach() if only_variance else denoised
         small, of_data = (expand(part.to(x.device)[index], x) for part in (self.log_small, self.of_data))
         ratio = small - log_v
         kl = (of_data.square() * (x - denoised).square() * (-log_v).exp() + torch.expm1(ratio) - ratio) / 2
@@ -134,24 +146,22 @@ class Ladder:
 
 def check_variance(variance: Variance) -> None:
     """Refuses, with ValueError, a variance that is neither known by name nor callable."""
-    if variance not in ("small", "large") and not callable(variance):
-        raise ValueError(f"variance is 'small', 'large' or a callable (x_t, index) -> w, got {variance!r}")
+    if variance not in VARIANCES and not callable(variance):
+        raise ValueError(f"variance is 'small', 'large', 'learned' or a callable (x_t, index) -> w, got {variance!r}")
 
 
-class StepVariance(nn.Module):
-    """A learned weight w for each step: w = 0 is `small`, w = 1 is `large`.
+class StepVariance:
+    """A weight w for each step, set to its optimum by `fit`: w = 0 is `small`, w = 1 is `large`.
 
-    Trained by `VariationalObjective` where the trainer sees it (as a module in the network), or set to the optimum,
-    v = small + b^2 E|x - D|^2 / d, by `fit`. Source: Nichol & Dhariwal 2021, eq. 15; Bao et al. 2022 (Analytic-DPM),
+    The optimum is v = small + b^2 E|x - D|^2 / d. Source: Bao et al. 2022 (Analytic-DPM),
     https://arxiv.org/abs/2201.06503, theorem 1.
     """
 
     def __init__(self, num_steps: int) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.full((num_steps,), 0.5))
+        self.w = torch.full((num_steps,), 0.5, dtype=torch.float64)
 
-    def forward(self, x_t: Tensor, index: Tensor) -> Tensor:
-        return self.w[index]
+    def __call__(self, x_t: Tensor, index: Tensor) -> Tensor:
+        return self.w.to(index.device)[index]
 
     @torch.no_grad()
     def fit(self, model: ScoreModel, x: Tensor, ladder: Ladder, seed: int = 0) -> StepVariance:
@@ -171,7 +181,7 @@ class StepVariance(nn.Module):
 class LossAwareTimes(TimeSampler):
     """Ladder indices drawn with p_t proportional to sqrt(E[L_t^2]) over the last losses, weighted by 1 / (K p_t).
 
-    Uniform until each step has `history` losses. Its state, the losses it was shown, is not part of a checkpoint.
+    Uniform until each step has `history` losses. What it was shown is its state, part of a checkpoint.
     Source: Nichol & Dhariwal 2021, eq. 18.
     """
 
@@ -179,87 +189,99 @@ class LossAwareTimes(TimeSampler):
         super().__init__(stratified)
         if num_steps < 1 or history < 1:
             raise ValueError(f"num_steps and history are positive, got {num_steps=} and {history=}")
-        self.losses: list[deque[float]] = [deque(maxlen=history) for _ in range(num_steps)]
-        self.history = history
+        self.losses = torch.zeros((num_steps, history), dtype=torch.float64)
+        self.counts = torch.zeros(num_steps, dtype=torch.int64)
 
     @property
     def probabilities(self) -> Tensor:
         """p_t, float64 of shape (num_steps,)."""
-        if any(len(past) < self.history for past in self.losses):
-            return torch.full((len(self.losses),), 1 / len(self.losses), dtype=torch.float64)
-        p = torch.tensor([list(past) for past in self.losses], dtype=torch.float64).square().mean(1).sqrt()
-        return 0.999 * p / p.sum() + 0.001 / len(p)
+        steps, history = self.losses.shape
+        p = self.losses.square().mean(1).sqrt()
+        learnt = (self.counts.min() >= history) & (p.sum() > 0)
+        return torch.where(learnt, 0.999 * p / p.sum() + 0.001 / steps, 1 / steps)
 
     def check(self, sde: SDE) -> None:
         if getattr(sde, "num_steps", None) != len(self.losses):
             raise ValueError(f"these LossAwareTimes need a DiscreteSDE of {len(self.losses)} steps, got {sde}")
 
     def quantile(self, sde: SDE, u: Tensor) -> Tensor:
-        edges = self.probabilities.cumsum(0)[:-1].to(u.device)
-        return torch.searchsorted(edges, u, right=True).double()
+        self._move(u.device)
+        return torch.searchsorted(self.probabilities.cumsum(0)[:-1], u, right=True).double()
 
     def weight(self, sde: SDE, t: Tensor) -> Tensor:
-        return 1 / (len(self.losses) * self.probabilities.to(t.device)[t.long()])
+        self._move(t.device)
+        return 1 / (len(self.losses) * self.probabilities[t.long()])
 
-    def update(self, t: Tensor, losses: Tensor) -> None:
-        """Shows the losses (batch,), unweighted, at indices t."""
-        for i, loss in zip(t.long().tolist(), losses.detach().tolist(), strict=True):
-            self.losses[i].append(loss)
+    def update(self, times: Times, losses: Tensor) -> None:
+        """Puts each loss, without its importance weight, in the place of the oldest of its step; one not finite is 0."""
+        index, order = times.t.long().sort(stable=True)
+        loss = torch.nan_to_num(losses.detach().double() / times.weight, 0.0, 0.0, 0.0)[order]
+        self._move(index.device)
+        many = index.bincount(minlength=len(self.counts))
+        rank = torch.arange(len(index), device=index.device) - (many.cumsum(0) - many)[index]
+        history = self.losses.shape[1]
+        latest = rank >= many[index] - history  # of more than `history` at once only the last ones find a place
+        place = index * history + (self.counts[index] + rank) % history
+        flat, padded = self.losses.flatten(), torch.where(latest, place, self.losses.numel())
+        self.losses = torch.cat([flat, flat[:1]]).index_put((padded,), loss)[:-1].view_as(self.losses)
+        self.counts = self.counts + many
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"losses": self.losses, "counts": self.counts}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.losses, self.counts = state["losses"], state["counts"]
+
+    def _move(self, device: torch.device) -> None:
+        self.losses, self.counts = self.losses.to(device), self.counts.to(device)
 
 
 class VariationalObjective:
     """L = simple L_simple + vlb L_vlb on a DiscreteSDE, in nats a dimension (without the constant prior term).
 
     L_simple = mean_d |eps - eps_hat|^2, L_vlb = K times the term of the drawn step. (0, 1) is L_vlb, (1, 0) L_simple,
-    (1, 0.001) L_hybrid, in which the bound trains the variance alone: there D is detached.
+    (1, 0.001) L_hybrid, in which the bound trains the variance alone: there the mean is detached. Both parts are
+    diagnostics, `simple` and `vlb`, beside those of `objective.excess`.
     Source: Nichol & Dhariwal 2021, eq. 16 and 17.
 
     Args:
         simple, vlb: the weights.
-        variance: "small", "large", "learned" (the module `variance` of the network, e.g. a `StepVariance`).
+        variance: "small", "large" or "learned" (a network with a variance head, `learned_variance=True`).
         decoder: p(x | x_0); continuous unless given.
-        times: a `LossAwareTimes` to show the losses to.
+        target: the closed-form law of the data where it is known.
 
     Raises:
-        ValueError: an option is unknown, both weights are zero, or the model's SDE is no ladder.
+        ValueError: an option is unknown, both weights are zero, the model's SDE is no ladder, or its network has no
+            variance head.
     """
 
     def __init__(
         self, simple: float = 1.0, vlb: float = 0.001, variance: str = "learned", decoder: Decoder | None = None,
-        times: LossAwareTimes | None = None,
+        target: ClosedForm | None = None,
     ) -> None:  # fmt: skip
-        if variance not in ("small", "large", "learned"):
-            raise ValueError(f"variance is 'small', 'large' or 'learned', got {variance!r}")
+        if variance not in VARIANCES:
+            raise ValueError(f"variance is one of {', '.join(VARIANCES)}, got {variance!r}")
         if min(simple, vlb) < 0 or simple + vlb == 0:
             raise ValueError(f"weights are 0 or more and not both 0, got {simple=} and {vlb=}")
-        self.simple, self.vlb, self.variance, self.times = simple, vlb, variance, times
+        self.simple, self.vlb, self.variance, self.target = simple, vlb, variance, target
         self.decoder = decoder or ContinuousDecoder()
         self._ladders: dict[SDE, Ladder] = {}
 
-    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Tensor:
-        """Losses (batch,), float32."""
+    def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
+        """Losses in float32."""
         sde, x, index = model.sde, batch.x, times.t.long()
         if sde not in self._ladders:
             self._ladders[sde] = Ladder(sde)
+            if (times.t != times.t.round()).any():
+                raise ValueError("the bound is over the steps of a ladder, the times drawn are none: "
+                                 "take time_sampler=ladder (LadderTimes) or loss_aware (LossAwareTimes)")  # fmt: skip
         ladder = self._ladders[sde]
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        x_t = sde.perturb(x, times.t, noise)
-        prediction = model(x_t, times.t, **batch.condition)
-        losses = self.simple * (prediction.noise - noise).float().square().flatten(1).mean(1)
-        if self.vlb:
-            denoised = prediction.denoised.float()
-            variance: Any = self.variance if self.variance != "learned" else _own_variance(model)
-            term = ladder.term(x, denoised.detach() if self.simple else denoised, x_t, index, variance, self.decoder)
-            term = term * (len(ladder) / x[0].numel())
-            if self.times is not None:
-                self.times.update(index, term)
-            losses = losses + self.vlb * term
-        return times.weight.float() * losses
-
-
-def _own_variance(model: LearnedScore) -> nn.Module:
-    found = getattr(model.network, "variance", None)
-    if not isinstance(found, nn.Module):
-        raise ValueError("variance='learned' needs a module `variance` in the network, e.g. network.variance = "
-                         "StepVariance(num_steps); or take 'small' or 'large'")  # fmt: skip
-    return found
+        eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        said = model(sde.perturb(x, times.t, eps), times.t, **batch.condition)
+        noise = said.noise.float()
+        simple = (noise - eps).square().flatten(1).mean(1)
+        vlb = ladder.term(x, said, index, self.variance, self.decoder, only_variance=self.simple > 0)
+        vlb = vlb.float() * (len(ladder) / x[0].numel())
+        parts = {"simple": simple.detach(), "vlb": vlb.detach()}
+        parts |= excess(self.target, model, said.x, times.t, eps, noise.detach())
+        return Losses(times.weight.float() * (self.simple * simple + self.vlb * vlb), parts)

@@ -85,8 +85,10 @@ def test_every_target_draws_and_denoises(name: str) -> None:
 def test_every_option_trains_for_two_steps(group: str, tmp_path: Path) -> None:
     for name in names(group):
         overrides = [f"{group}={name}", "trainer.steps=2", "trainer.batch_size=8", "trainer.progress=false"]
-        if group == "time_sampler" and name == "ladder":
+        if group == "time_sampler" and name in ("ladder", "loss_aware"):
             overrides.append("sde=ddpm")
+        if group == "objective" and name in ("hybrid", "vlb"):
+            overrides += ["sde=ddpm", "time_sampler=ladder", "network.learned_variance=true"]
         if group == "network" and name != "mlp":
             overrides.append("data=digits")
         if name in ("encoder", "cross_entropy"):  # a classifier

@@ -14,7 +14,7 @@ from score_sde.networks import MLP
 from score_sde.parameterization import Noise
 from score_sde.score import ExactScore, LearnedScore
 from score_sde.sde import VESDE, VPSDE, DiscreteSDE, SubVPSDE
-from score_sde.training.times import LadderTimes
+from score_sde.training.times import LadderTimes, Times
 from score_sde.training.variational import (
     ContinuousDecoder,
     DiscretisedDecoder,
@@ -111,9 +111,8 @@ def test_learned_variance_beats_both_fixed_ones(steps):
     for step in (0, steps // 2):
         for change in (-0.2, 0.2):
             other = StepVariance(steps)
-            other.load_state_dict(learned.state_dict())
-            with torch.no_grad():
-                other.w[step] += change
+            other.w = learned.w.clone()
+            other.w[step] += change
             assert variational_bound(model, x, times=times, variance=other).mean > best
 
 
@@ -146,39 +145,38 @@ def test_discretised_decoder_is_a_law_on_its_lattice():
     torch.testing.assert_close(wide, density - math.log(2 / 16), atol=1e-3, rtol=0)
 
 
-def small_model(num_steps=20):
+def small_model(num_steps=20, learned_variance=True):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        network = MLP((2,), width=16, depth=1, frequencies=4)
-        network.variance = StepVariance(num_steps)
+        network = MLP((2,), width=16, depth=1, frequencies=4, learned_variance=learned_variance)
         torch.nn.init.normal_(network.last[1].weight, std=0.3)
     return LearnedScore(network, DiscreteSDE.ddpm(num_steps, beta_T=0.019), Noise(), (2,))
 
 
 def loss(model, objective, times, seed=0):
     x = data(len(times.t), 3).float()
-    return objective(model, Batch(x), times, torch.Generator().manual_seed(seed))
+    return objective(model, Batch(x), times, torch.Generator().manual_seed(seed)).loss
 
 
-def test_vlb_objective_estimates_the_bound_without_its_prior():
+@pytest.mark.parametrize("variance", ["large", "learned"])
+def test_vlb_objective_estimates_the_bound_without_its_prior(variance):
     model = small_model()
-    objective = VariationalObjective(0.0, 1.0, "large")
+    objective = VariationalObjective(0.0, 1.0, variance)
     times = LadderTimes()(model.sde, 40_000, torch.Generator().manual_seed(1))
     losses = loss(model, objective, times)
     x = data(40_000, 3)[:4000].float()
-    bound = variational_bound(model, x, variance="large")
+    bound = variational_bound(model, x, variance=variance)
     expected = (bound.total - bound.prior).mean().item() / 2
     assert abs(losses.mean().item() - expected) < 4 * (losses.std().item() / 200 + bound.std_error / 2)
 
 
 def test_hybrid_trains_the_mean_by_l_simple_and_the_variance_by_the_bound():
     def gradients(*weights):
+        """Of the output layer: the two rows of the mean, and the two of the variance."""
         model = small_model()
         times = LadderTimes()(model.sde, 64, torch.Generator().manual_seed(1))
         loss(model, VariationalObjective(*weights), times).mean().backward()
-        zero = torch.zeros(())
-        parameters = (model.network.last[1].weight, model.network.variance.w)
-        return [zero if p.grad is None else p.grad.clone() for p in parameters]
+        return model.network.last[1].weight.grad.split(2)
 
     mean_hybrid, variance_hybrid = gradients(1.0, 0.001)
     mean_simple, variance_simple = gradients(1.0, 0.0)
@@ -189,20 +187,67 @@ def test_hybrid_trains_the_mean_by_l_simple_and_the_variance_by_the_bound():
     assert mean_vlb.abs().max() > 0
 
 
+def test_a_variance_head_starts_half_way_and_follows_its_output():
+    model = small_model()
+    x, t = data(3).float(), 5.0
+    row = model.parameterization.row(model.sde, t)
+    raw = model.network(row.c_in.float() * x, row.c_noise.float().expand(3))
+    said = model(x, t)
+    torch.testing.assert_close(said.raw, raw[:, :2])
+    torch.testing.assert_close(said.variance_weight, (raw[:, 2:] + 1) / 2)
+    ladder, index = Ladder(model.sde), torch.tensor([5, 5, 5])
+    w = said.variance_weight.double()
+    expected = w * ladder.log_large[5] + (1 - w) * ladder.log_small[5]
+    torch.testing.assert_close(ladder.log_variance("learned", said, index).double(), expected)
+    fresh = LearnedScore(MLP((2,), width=8, depth=1, learned_variance=True), model.sde, Noise(), (2,))
+    assert (fresh(x, t).variance_weight == 0.5).all()
+
+
+def test_diagnostics_are_the_parts_and_the_excess():
+    model = small_model()
+    times = LadderTimes()(model.sde, 500, torch.Generator().manual_seed(1))
+    x = data(500, 3).float()
+    found = VariationalObjective(0.7, 0.2, target=GAUSSIAN)(model, Batch(x), times, torch.Generator().manual_seed(0))
+    parts = found.diagnostics
+    torch.testing.assert_close(found.loss.detach(), 0.7 * parts["simple"] + 0.2 * parts["vlb"])
+    assert set(parts) == {"simple", "vlb", "fisher", "irreducible"}
+    # |eps - n|^2 = |eps - n*|^2 + |n* - n|^2 + a cross term that vanishes in expectation.
+    gap = parts["simple"] - parts["fisher"] - parts["irreducible"]
+    assert abs(gap.mean()) < 4 * gap.std() / math.sqrt(500)
+
+
 def test_loss_aware_times_are_unbiased_and_less_noisy():
     model = small_model()
     times = LossAwareTimes(20)
     times.check(model.sde)
-    objective = VariationalObjective(0.0, 1.0, "large", times=times)
+    objective = VariationalObjective(0.0, 1.0, "large")
     torch.testing.assert_close(times.probabilities, torch.full((20,), 0.05).double())
     for seed in range(4):
-        loss(model, objective, LadderTimes()(model.sde, 400, torch.Generator().manual_seed(seed)), seed)
+        draw = times(model.sde, 400, torch.Generator().manual_seed(seed))
+        times.update(draw, loss(model, objective, draw, seed))
     aware = times(model.sde, 20_000, torch.Generator().manual_seed(1))
     uniform = LadderTimes()(model.sde, 20_000, torch.Generator().manual_seed(1))
-    plain = VariationalObjective(0.0, 1.0, "large")
-    found, expected = loss(model, plain, aware), loss(model, plain, uniform)
+    found, expected = loss(model, objective, aware), loss(model, objective, uniform)
     assert found.std() < 0.9 * expected.std()
     assert abs(found.mean() - expected.mean()) < 4 * (found.std() + expected.std()) / math.sqrt(20_000)
+
+
+def test_loss_aware_times_keep_the_last_losses_of_each_step():
+    times, kept = LossAwareTimes(3, history=4), [[], [], []]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        t = torch.randint(3, (7,), generator=generator)
+        losses, weight = torch.rand(7, generator=generator).double(), 1 + torch.rand(7, generator=generator).double()
+        times.update(Times(t.double(), t / 3, weight), losses)
+        for i, value in zip(t.tolist(), (losses / weight).tolist(), strict=True):
+            kept[i].append(value)
+    expected = torch.tensor([sorted(past[-4:]) for past in kept], dtype=torch.float64)
+    torch.testing.assert_close(times.losses.sort(1).values, expected)
+    p = expected.square().mean(1).sqrt()
+    torch.testing.assert_close(times.probabilities, 0.999 * p / p.sum() + 0.001 / 3)
+    twin = LossAwareTimes(3, history=4)
+    twin.load_state_dict(times.state_dict())
+    assert torch.equal(twin.probabilities, times.probabilities)
 
 
 def test_wrong_requests_are_refused_in_one_line():
@@ -211,15 +256,14 @@ def test_wrong_requests_are_refused_in_one_line():
         variational_bound(model, data(2))
     with pytest.raises(ValueError, match="increasing"):
         variational_bound(model, data(2), times=torch.tensor([0.5, 0.1]))
-    with pytest.raises(ValueError, match="variance is 'small', 'large'"):
+    with pytest.raises(ValueError, match="variance is 'small', 'large', 'learned'"):
         variational_bound(model, data(2), times=spaced(VPSDE(), 3), variance="middle")
     with pytest.raises(TypeError, match="uint8 data"):
         continuous_bound(model, torch.zeros(2, 2, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"\(batch, 2\)"):
         continuous_bound(model, torch.zeros(2, 3))
-    bare = small_model()
-    del bare.network.variance
-    with pytest.raises(ValueError, match="needs a module `variance`"):
+    bare = small_model(learned_variance=False)
+    with pytest.raises(ValueError, match="needs a network with a variance head"):
         loss(bare, VariationalObjective(), LadderTimes()(bare.sde, 4, torch.Generator()))
     with pytest.raises(ValueError, match="20 steps, the ladder 3"):
         StepVariance(20).fit(model, data(2), Ladder(VPSDE(), spaced(VPSDE(), 3)))

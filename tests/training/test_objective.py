@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from score_sde import sde as sdes
-from score_sde.data import Batch, generator
+from score_sde.data import Batch, TargetStream, generator
+from score_sde.networks import MLP
 from score_sde.parameterization import Denoised, Flow, Karras, Noise, Score, Velocity
 from score_sde.score import LearnedScore
+from score_sde.targets import GaussianMixture, make
 from score_sde.training import (
     DenoisingScoreMatching,
     ImportanceTimes,
@@ -19,11 +22,15 @@ from score_sde.training import (
     LadderTimes,
     LikelihoodWeighting,
     LogNormalTimes,
+    LossAwareTimes,
     MinSNRWeighting,
+    OneLevelTimes,
     SigmaWeighting,
     SimpleWeighting,
     Times,
+    Trainer,
     UniformTimes,
+    VariationalObjective,
 )
 
 S0 = 0.7
@@ -68,7 +75,7 @@ def evaluate(sde, parameterization, weighting, t, scale=1.0, features=20_000):
     x0 = S0 * torch.randn(len(t), features, generator=generator(0, "x"), dtype=torch.float64)
     model = LearnedScore(Shrinkage(sde, parameterization, t, scale), sde, parameterization, (features,))
     times = Times(t, torch.zeros_like(t), torch.ones_like(t))
-    return DenoisingScoreMatching(weighting)(model, Batch(x0), times, generator(0, "noise")), model
+    return DenoisingScoreMatching(weighting)(model, Batch(x0), times, generator(0, "noise")).loss, model
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS, ids=repr)
@@ -186,6 +193,62 @@ def test_importance_times_are_unbiased_and_flatten_the_likelihood_weighting(sde)
     torch.testing.assert_close(ratio.mean(), expected)
 
 
+def test_one_level_is_that_level(sde):
+    level = math.exp(-0.5 * float(sde.half_log_snr(sde.t_min) + sde.half_log_snr(sde.t_max)))
+    sampler = OneLevelTimes(level)
+    sampler.check(sde)
+    t = sampler(sde, 5, generator(0, "times")).t
+    torch.testing.assert_close(-sde.half_log_snr(t), torch.full((5,), math.log(level), dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"level=1000000.0 is none of the SDE's"):
+        OneLevelTimes(1e6).check(sde)
+
+
+@pytest.mark.parametrize("parameterization", [Score(), Velocity(), Karras(0.5)], ids=repr)
+def test_the_excess_of_a_wrong_shrinkage_is_its_fisher_divergence(sde, parameterization):
+    """D = 1.3 D*: n - n* = -0.3 alpha / sigma D*, whose mean square is 0.09 alpha^4 S0^4 / (sigma^2 total)."""
+    t = times_inside(sde, 8).repeat(2000)
+    target = GaussianMixture([1.0], torch.zeros(1, 1), torch.full((1, 1, 1), S0**2))
+    model = LearnedScore(Shrinkage(sde, parameterization, t, 1.3), sde, parameterization, (1,))
+    x0 = S0 * torch.randn(len(t), 1, generator=generator(0, "x"), dtype=torch.float64)
+    times = Times(t, torch.zeros_like(t), torch.full_like(t, 7.0))  # unweighted, whatever the importance weight
+    found = DenoisingScoreMatching(target=target)(model, Batch(x0), times, generator(0, "noise")).diagnostics
+    fisher, irreducible = (found[name].view(2000, 8).mean(0) for name in ("fisher", "irreducible"))
+    t = t[:8]
+    total = sde.alpha(t) ** 2 * S0**2 + sde.sigma(t) ** 2
+    expected = 0.09 * sde.alpha(t) ** 4 * S0**4 / (sde.sigma(t) ** 2 * total)
+    torch.testing.assert_close(fisher.double(), expected, rtol=0.18, atol=1e-12)  # a mean of 2,000 squares: 5 x 3.2 %
+    torch.testing.assert_close(irreducible.double(), sde.alpha(t) ** 2 * S0**2 / total, rtol=0.18, atol=0)
+    assert DenoisingScoreMatching()(model, Batch(x0), times, generator(0, "noise")).diagnostics == {}
+
+
+def test_training_logs_the_excess_by_noise_level_and_resumes_loss_aware_times_exactly(tmp_path):
+    target = make("ring")
+    sde = sdes.DiscreteSDE.cosine(4)
+
+    def train(folder, steps, resume=False):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            network = MLP((2,), width=8, depth=1, frequencies=4, learned_variance=True)
+        trainer = Trainer(steps=steps, batch_size=16, schedule="constant", log_every=4, device="cpu", progress=False)
+        model, times = LearnedScore(network, sde, Noise(), (2,)), LossAwareTimes(4, history=3)
+        objective = VariationalObjective(0.0, 1.0, target=target)
+        return trainer.fit(model, TargetStream(target), objective, times, folder, resume=resume), times
+
+    whole, times = train(tmp_path / "whole", 12)
+    assert times.probabilities.std() > 0.01  # it has learnt
+    train(tmp_path / "halves", 6)
+    resumed, again = train(tmp_path / "halves", 12, resume=True)
+    assert torch.equal(again.probabilities, times.probabilities)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    names = ("loss", "simple", "vlb", "fisher", "irreducible")
+    assert all(row[f"{name}{q}"] is not None for row in rows for name in names for q in ("", "_q1", "_q4"))
+    for name in names:  # the batch's mean is that of its quartiles
+        mean = sum(rows[0][f"{name}_q{i}"] for i in range(1, 5)) / 4
+        assert mean == pytest.approx(rows[0][name], rel=0.2)
+
+
 def test_label_dropout_replaces_that_share_by_the_null_class():
     seen = []
 
@@ -215,6 +278,7 @@ def test_label_dropout_replaces_that_share_by_the_null_class():
         (lambda: DenoisingScoreMatching(label_dropout=1.5), "label_dropout=1.5"),
         (lambda: KarrasWeighting(0.0), "sigma_data=0.0"),
         (lambda: MinSNRWeighting(-1.0), "gamma=-1.0"),
+        (lambda: OneLevelTimes(0.0), "level=0.0"),
     ],
 )
 def test_impossible_settings_are_refused(build, message):

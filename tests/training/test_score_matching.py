@@ -59,7 +59,7 @@ def gradient(model, objective, count=400_000, t=0.3, seed=0):
     for _ in range(count // 4000):
         x = MIXTURE.sample((4000,), generator=generator)
         times = Times(torch.full((4000,), t).double(), torch.full((4000,), 0.5), torch.full((4000,), 0.7).double())
-        loss = objective(model, Batch(x), times, generator).mean()
+        loss = objective(model, Batch(x), times, generator).loss.mean()
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
     rows = torch.stack(rows).double()
     return rows.mean(0), rows.std(0) / math.sqrt(len(rows))
@@ -69,7 +69,7 @@ def gradient(model, objective, count=400_000, t=0.3, seed=0):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_is_that_of_explicit_score_matching(name, sde):
     model = LearnedScore(Small(), sde, Noise(), (2,))
-    truth, truth_error = gradient(model, ExplicitScoreMatching(MIXTURE, LikelihoodWeighting()), 120_000, seed=1)
+    truth, truth_error = gradient(model, ExplicitScoreMatching(LikelihoodWeighting(), MIXTURE), 120_000, seed=1)
     found, error = gradient(model, OBJECTIVES[name], 120_000)
     # Eight parameters, fifteen cases: a false alarm of one in a thousand at 4.3 standard errors.
     assert ((found - truth).abs() < 4.3 * (error**2 + truth_error**2).sqrt() + 2e-3 * truth.abs().max()).all()
@@ -85,9 +85,9 @@ def test_implicit_and_explicit_losses_differ_by_the_fisher_information():
     x = target.sample((40_000,), generator=torch.Generator().manual_seed(0))
 
     def run(objective):
-        return objective(model, Batch(x), times, torch.Generator().manual_seed(1))
+        return objective(model, Batch(x), times, torch.Generator().manual_seed(1)).loss
 
-    excess = run(ExplicitScoreMatching(target)) - run(ImplicitScoreMatching())
+    excess = run(ExplicitScoreMatching(target=target)) - run(ImplicitScoreMatching())
     alpha, sigma = sde.alpha(t).item(), sde.sigma(t).item()
     expected = sigma**2 / (alpha**2 * 0.25 + sigma**2)
     assert abs(excess.mean().item() - expected) < 4 * excess.std().item() / 200
@@ -106,7 +106,8 @@ def test_estimates_have_the_spread_of_their_formulas():
               "one": (SlicedScoreMatching(), 2 * n1 * n2 - cross),
               "eight": (SlicedScoreMatching(probes=8), (2 * n1 * n2 - cross) / math.sqrt(8))}  # fmt: skip
     for objective, expected in spread.values():
-        found = objective.bracket(lambda v: model(v, t).noise, model, x, t, torch.Generator().manual_seed(2))
+        found, said = objective.bracket(lambda v: model(v, t).noise, model, x, t, torch.Generator().manual_seed(2))
+        torch.testing.assert_close(said[0], torch.stack([n1, n2]))
         assert abs(found.std().item() - abs(float(expected))) < 0.05 * abs(float(expected)) + 1e-6
         assert abs(found.mean() - (n1**2 + n2**2 - trace)) < 4 * found.std() / math.sqrt(4000) + 1e-6
 
@@ -118,7 +119,7 @@ def test_finite_differences_err_by_the_square_of_the_step():
 
     def mean(objective):
         generator = torch.Generator().manual_seed(1)
-        return objective.bracket(lambda v: model(v, t).noise, model, x, t, generator).mean().item()
+        return objective.bracket(lambda v: model(v, t).noise, model, x, t, generator)[0].mean().item()
 
     limit = mean(ImplicitScoreMatching(probes=1))
     wide, narrow = (abs(mean(FiniteDifferenceScoreMatching(step=step)) - limit) for step in (0.2, 0.1))
@@ -153,7 +154,7 @@ def test_an_energy_trains_by_every_objective():
     times = UniformTimes()(model.sde, 8, torch.Generator().manual_seed(0))
     batch = Batch(MIXTURE.sample((8,), generator=torch.Generator().manual_seed(0)))
     for objective in OBJECTIVES.values():
-        losses = objective(model, batch, times, torch.Generator().manual_seed(1))
+        losses = objective(model, batch, times, torch.Generator().manual_seed(1)).loss
         grads = torch.autograd.grad(losses.mean(), model.network.network.last[1].weight)
         assert torch.isfinite(losses).all()
         assert grads[0].abs().max() > 0
