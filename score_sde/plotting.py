@@ -21,7 +21,7 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PathCollection
-from matplotlib.colors import ListedColormap, PowerNorm
+from matplotlib.colors import ListedColormap, LogNorm, PowerNorm
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -30,6 +30,7 @@ from matplotlib.quiver import Quiver
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
+from score_sde.evaluation.diagnostics import Diagnosis, field_error
 from score_sde.score import ExactScore, ScoreModel
 from score_sde.sde import SDE
 from score_sde.targets import Target
@@ -50,6 +51,7 @@ NATS = 12.0
 
 ARROWS: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "pivot": "middle", "width": 0.005,
                           "headwidth": 3.5, "headlength": 4, "headaxislength": 3.5}  # fmt: skip
+NOISE_LEVEL = "noise level  $\\sigma / \\alpha$"
 METRIC_NAMES = {
     "sliced_w2": "sliced $W_2$",
     "w2": "$W_2$",
@@ -347,6 +349,73 @@ def score_field_comparison(
     axes[0, 0].set_ylabel("learned")
     axes[1, 0].set_ylabel("exact")
     return figure
+
+
+def score_error_field(model: ScoreModel, exact: ExactScore, times: Sequence[float], *, resolution: int = 80) -> Figure:
+    """Where a score is wrong: |n - n*| / sqrt(d) over the plane, a panel for each time, in one logarithmic scale.
+
+    n = -sigma score is the predicted noise, so 1 is the size of the noise itself. Contours are the exact marginal's, one
+    and three nats below its maximum; far outside them no training example ever lay.
+    """
+    target: Any = exact.target
+    figure, axes = panels(len(times))
+    for ax, t in zip(axes[0], times, strict=True):
+        law = _marginal(exact, t, None)
+        limits = limits_of(law)
+        points = _lattice(*_cell_centres(limits, resolution))
+        error = field_error(model, target, points.to(model.device), t).float().cpu()
+        _plane(ax, limits)
+        image = ax.imshow(error.reshape(resolution, resolution).numpy(), extent=limits, origin="lower", cmap=DENSITY,
+                          norm=LogNorm(1e-3, 1, clip=True), interpolation="nearest")  # fmt: skip
+        contours(ax, law, limits=limits)
+        ax.set_title(_level(model.sde, t))
+    figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8, label="error of the noise")
+    return figure
+
+
+def diagnosis(found: Diagnosis) -> Figure:
+    """Loss against its irreducible part, calibration and consistency of a score model, by noise level."""
+    figure, grid = panels(2, 2, width=4.6, height=3.4)
+    (loss, slope), (spread, law) = grid
+    table = found.table
+    _by_noise(loss, table, {"loss": "loss", "irreducible": "irreducible part", "fisher": "excess: Fisher divergence"})
+    loss.set(title="Is the score right?", ylabel="squared error of the noise")
+    ends = (table["slope"] + 2 * sign * table["slope_error"] for sign in (-1, 1))
+    slope.fill_between(table["noise"], *ends, color=LINES[0], alpha=0.2, linewidth=0, label="two standard errors")
+    slope.plot(table["noise"], table["slope"], color=LINES[0], marker="o", markersize=3, label="slope of $x_0$ on $D$")
+    slope.axhline(1, color=INK, linewidth=1, linestyle="--", label="posterior mean")
+    _log_axis(slope, "x")
+    _curves(slope, NOISE_LEVEL, "slope")
+    slope.set(ylim=(0.8, 1.2), title="Is the denoiser calibrated?")
+    _by_noise(spread, table, {"mse": "squared error of $D$", "predicted_mse": "what its Jacobian says"})
+    spread.set(title="Does it know its own error?", ylabel="posterior variance")
+    _by_noise(law, table, {"residual": "Fokker-Planck residual", "asymmetry": "asymmetry of the Jacobian"})
+    law.set(title="Is it the score of any law?", ylabel="0 for every true score")
+    return figure
+
+
+def _by_noise(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> None:
+    for (name, label), colour, style in zip(names.items(), LINES, ("-", "--", "-."), strict=False):
+        ax.plot(
+            table["noise"], table[name].clip(lower=1e-12), style, color=colour, label=label, marker="o", markersize=3
+        )
+    _log_axis(ax, "x")
+    _log_axis(ax, "y")
+    _curves(ax, NOISE_LEVEL, "")
+
+
+def likelihood_histogram(ax: Axes, values: Mapping[str, Tensor], label: str) -> None:
+    """Histograms of per-sample likelihoods by set, in common bins, each mean as a dashed line.
+
+    Bins span all but the outermost half per cent; a value beyond falls into the last bin on its side.
+    """
+    everything = torch.cat([v.double() for v in values.values()]).cpu()
+    low, high = everything.quantile(torch.tensor([0.005, 0.995], dtype=torch.float64)).tolist()
+    bins = np.linspace(low, high + 1e-9, 41).tolist()
+    for (name, v), colour in zip(values.items(), LINES, strict=False):
+        ax.hist(v.double().cpu().clamp(low, high).numpy(), bins, density=True, color=colour, alpha=0.5, label=name)
+        ax.axvline(v.double().mean().item(), color=colour, linestyle="--", linewidth=1.2)
+    _curves(ax, label, "density")
 
 
 def trajectory_comparison(

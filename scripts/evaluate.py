@@ -31,7 +31,11 @@ def main(config: DictConfig) -> None:
     figures.draw(run, model, data, evaluation, config.seed)
     write_atomically(run.path / "evaluation.csv", evaluation.table.to_csv(index=False))
     common.show(evaluation.table)
-    print(f"\n{run.path}: evaluation.csv, figures/")
+    if data.target is not None:
+        table = figures.diagnose(run, model, data, config.seed).table
+        write_atomically(run.path / "diagnostics.csv", table.to_csv(index=False))
+        common.show(table[::3])
+    print(f"\n{run.path}: evaluation.csv, {'diagnostics.csv, ' if data.target is not None else ''}figures/")
 
 
 if __name__ == "__main__":

@@ -10,19 +10,19 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from score_sde import ExactScore, ProbabilityFlowODE, Sampler, ScoreModel, grid, plotting
+from score_sde import ExactScore, ProbabilityFlowODE, Sampler, ScoreModel, evaluation, grid, plotting
 from score_sde.data import Data
-from score_sde.evaluation import Evaluation, starts
+from score_sde.evaluation import Diagnosis, Evaluation, starts
 from score_sde.run import Run
 from score_sde.steps import EulerMaruyama
 
 
-def draw(run: Run, model: ScoreModel, data: Data, evaluation: Evaluation, seed: int) -> list[Path]:
+def draw(run: Run, model: ScoreModel, data: Data, found: Evaluation, seed: int) -> list[Path]:
     """Writes every figure that fits the data: densities, score fields, trajectories, sample sheets, losses, a GIF."""
-    figures = {f"samples_{name}": sheet(x) for name, x in evaluation.samples.items()} if _is_image(data) else {}
+    figures = {f"samples_{name}": sheet(x) for name, x in found.samples.items()} if _is_image(data) else {}
     if tuple(data.event_shape) == (2,):
         law = data.target if data.target is not None else data.reference(20_000).x
-        figures["densities"] = plotting.density_comparison(law, evaluation.samples)
+        figures["densities"] = plotting.density_comparison(law, found.samples)
     if tuple(data.event_shape) == (2,) and data.target is not None:
         exact = ExactScore(data.target, model.sde)
         figures["score_field"] = plotting.score_field_comparison(model, exact, field_times(exact))
@@ -41,9 +41,25 @@ def sheet(x: Tensor, count: int = 64, columns: int = 8) -> Figure:
 
 
 def losses(run: Run) -> Figure:
-    figure, axes = plotting.panels(1, width=6, height=4)
-    plotting.loss_curves(axes[0, 0], run.metrics())
+    """The loss, and beside it where the target is known the excess over its irreducible part, by noise quartile."""
+    metrics = run.metrics()
+    excess = [name for name in metrics if str(name).startswith("fisher")]
+    figure, axes = plotting.panels(2 if excess else 1, width=6, height=4)
+    plotting.loss_curves(axes[0, 0], metrics)
+    if excess:
+        plotting.loss_curves(axes[0, 1], metrics, columns=excess)
+        axes[0, 1].set_ylabel("excess over the irreducible loss")
     return figure
+
+
+def diagnose(run: Run, model: ScoreModel, data: Data, seed: int) -> Diagnosis:
+    """The diagnostics of a model whose data have a closed form, with their figures."""
+    exact = ExactScore(data.target, model.sde)
+    found = evaluation.diagnose(model, data.target, seed=seed)
+    save(plotting.diagnosis(found), run.figures / "diagnosis.png")
+    if tuple(data.event_shape) == (2,):
+        save(plotting.score_error_field(model, exact, field_times(exact)), run.figures / "score_error.png")
+    return found
 
 
 def accuracy(table: pd.DataFrame) -> Figure:

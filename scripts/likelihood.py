@@ -43,10 +43,8 @@ def main(config: DictConfig) -> None:
     write_atomically(run.path / "likelihood.csv", table.to_csv(index=False))
     column = "bits_per_dim" if bins else "log_prob"
     figure, axes = plotting.panels(1, width=6, height=4)
-    spread = [values.to_numpy() for _, values in table.groupby("set", sort=False)[column]]
-    axes[0, 0].hist(spread, bins=40, density=True, histtype="stepfilled", alpha=0.5, label=list(sets))
-    axes[0, 0].set(xlabel=column.replace("_", " "), ylabel="density")
-    axes[0, 0].legend()
+    values = {name: torch.tensor(v.to_numpy()) for name, v in table.groupby("set", sort=False)[column]}
+    plotting.likelihood_histogram(axes[0, 0], values, column.replace("_", " "))
     figures.save(figure, run.figures / "likelihood.png")
     common.show(summary(table))
     print(f"\n{run.path}: likelihood.csv, figures/likelihood.png")

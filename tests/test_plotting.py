@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from score_sde import plotting
+from score_sde.evaluation import diagnose
 from score_sde.score import ExactScore
 from score_sde.sde import VESDE, VPSDE
 from score_sde.targets import GaussianMixture
@@ -228,6 +229,40 @@ def test_score_field_comparison_shares_arrows_and_states_the_error() -> None:
         lengths = [np.hypot(field.U, field.V) / cell for field in (learned, exact)]
         r_learned, r_exact = (length / (1 - length) for length in lengths)  # |s| / unit
         assert r_learned == pytest.approx(1.25 * r_exact, rel=1e-3)
+
+
+def test_score_error_field_shows_the_error_at_every_pixel_in_one_scale() -> None:
+    doubled = ExactScore(GaussianMixture([1.0], [[0.5, -0.5]], [[[1.96, 0.0], [0.0, 1.0]]]), VPSDE())
+    figure = plotting.score_error_field(doubled, MODEL, [0.3, 0.1], resolution=20)
+    panels = [ax for ax in figure.axes if ax.get_title()]
+    for ax, t in zip(panels, (0.3, 0.1), strict=True):
+        image = ax.get_images()[0]
+        left, right, bottom, top = image.get_extent()
+        x = torch.tensor([[left + (right - left) * 5.5 / 20, bottom + (top - bottom) * 14.5 / 20]])
+        expected = (doubled(x, t).noise - MODEL(x, t).noise).square().mean().sqrt()
+        assert np.asarray(image.get_array())[14, 5] == pytest.approx(float(expected), rel=1e-4)
+        assert image.get_clim() == (1e-3, 1)
+
+
+def test_diagnosis_draws_every_number_by_noise_level() -> None:
+    found = diagnose(MODEL, GAUSSIAN, levels=4, count=80)
+    loss, slope, _, law = plotting.diagnosis(found).axes
+    noise = found.table["noise"].to_numpy()
+    assert {line.get_label() for line in loss.lines} == {"loss", "irreducible part", "excess: Fisher divergence"}
+    np.testing.assert_allclose(loss.lines[1].get_xydata(), np.stack([noise, found.table["irreducible"]], 1))
+    np.testing.assert_allclose(slope.lines[0].get_ydata(), found.table["slope"])
+    assert law.get_yscale() == "log"
+
+
+def test_likelihood_histograms_are_densities_in_common_bins(ax: Axes) -> None:
+    values = {"in": torch.linspace(0, 1, 500), "out": torch.cat([torch.linspace(2, 3, 499), torch.tensor([1e9])])}
+    plotting.likelihood_histogram(ax, values, "bits per dim")
+    boxes = [patch.get_bbox() for patch in ax.patches]
+    assert len(boxes) == 80
+    assert sum(box.width * box.height for box in boxes) == pytest.approx(2)
+    assert boxes[0].x0 == pytest.approx(boxes[40].x0)
+    assert max(box.x1 for box in boxes) < 3.1  # one outlier does not set the scale
+    assert ax.lines[0].get_xdata()[0] == pytest.approx(0.5)
 
 
 def test_animation_plays_evenly_chosen_states_and_holds_the_last(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -25,9 +26,13 @@ from score_sde.trace import ExactTrace
 
 __all__ = [
     "Calibration",
+    "Consistency",
+    "Diagnosis",
     "ScoreError",
     "asymmetry",
     "calibration",
+    "consistency",
+    "diagnose",
     "field_error",
     "fokker_planck_residual",
     "score_error",
@@ -140,6 +145,7 @@ class Calibration:
     Attributes:
         times, half_log_snr: the levels, least noisy first.
         slope: of the regression of x_0 on D over all dimensions, 1 for a posterior mean; below 1 D overreaches.
+        slope_error: its standard error, large where D hardly varies.
         bias: E(x_0 - D), in root mean square over dimensions.
         mse: E|x_0 - D|^2 / d.
         predicted_mse: E sigma^2 / alpha tr(dD/dx) / d, the posterior variance that the model's own Jacobian states.
@@ -148,6 +154,7 @@ class Calibration:
     times: Tensor
     half_log_snr: Tensor
     slope: Tensor
+    slope_error: Tensor
     bias: Tensor
     mse: Tensor
     predicted_mse: Tensor
@@ -172,9 +179,76 @@ def calibration(
         variance = trace(products, ids).mean() / x0[0].numel()
         variance = variance * model.sde.sigma(t) ** 2 / model.sde.alpha(t)
         error, centred = (x0 - denoised).double(), (denoised - denoised.mean(0)).double()
-        slope = 1 + (error * centred).sum() / centred.square().sum().clamp_min(1e-300)
-        rows.append([slope, error.mean(0).square().mean().sqrt(), error.square().mean(), variance])
+        spread = centred.square().sum().clamp_min(1e-300)
+        slope = 1 + (error * centred).sum() / spread
+        slope_error = (error * centred).flatten(1).sum(1).square().sum().sqrt() / spread
+        rows.append([slope, slope_error, error.mean(0).square().mean().sqrt(), error.square().mean(), variance])
     return Calibration(times, model.sde.half_log_snr(times), *torch.tensor(rows, dtype=torch.float64).T)
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """What a score must be that is the score of some law, by noise level; each float64 of shape (levels,).
+
+    Attributes:
+        times, half_log_snr: the levels, least noisy first.
+        residual: of the Fokker-Planck equation, in root mean square over points and dimensions; 1 is the noise's size.
+        asymmetry: of the denoiser's Jacobian, mean over points; 0 for a conservative field, 1 for a rotation.
+    """
+
+    times: Tensor
+    half_log_snr: Tensor
+    residual: Tensor
+    asymmetry: Tensor
+
+
+def consistency(
+    model: ScoreModel, x0: Tensor, *, levels: int = 16, seed: int = 0, condition: Condition = None
+) -> Consistency:
+    """`fokker_planck_residual` and `asymmetry` on clean data x0 (n, *event) noised to each level; needs no exact score."""
+    times = _levels(model.sde, levels)
+    generator, rows = torch.Generator(x0.device).manual_seed(seed), []
+    for t in times.tolist():
+        x = model.sde.perturb(x0, t, torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device))
+        residual = _mean_square(fokker_planck_residual(model, x, t, condition)).mean().sqrt()
+        rows.append([residual, asymmetry(model, x, t, condition).double().mean()])
+    return Consistency(times, model.sde.half_log_snr(times), *torch.tensor(rows, dtype=torch.float64).T)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All diagnostics of a model of closed-form data at the same noise levels."""
+
+    error: ScoreError
+    calibration: Calibration
+    consistency: Consistency
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row a level: time, noise sigma / alpha, and every number by its name."""
+        columns = {"time": self.error.times, "noise": (-self.error.half_log_snr).exp()}
+        for part in (self.error, self.calibration, self.consistency):
+            columns |= {name: v for name, v in vars(part).items() if name not in ("times", "half_log_snr")}
+        return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+
+
+def diagnose(
+    model: ScoreModel,
+    target: Target,
+    *,
+    levels: int = 16,
+    count: int = 2000,
+    seed: int = 0,
+    condition: Condition = None,
+) -> Diagnosis:
+    """Score error, calibration and consistency of a model against its target, the latter two on a quarter of `count`.
+
+    Their derivatives cost a product a dimension: for data of few dimensions.
+    """
+    x0 = target.sample((max(2, count // 4),), generator=torch.Generator().manual_seed(seed + 1)).to(model.device)
+    shared: dict[str, Any] = {"levels": levels, "seed": seed, "condition": condition}
+    error = score_error(model, target, count=count, **shared)
+    return Diagnosis(error, calibration(model, x0, **shared), consistency(model, x0, **shared))
 
 
 def _levels(sde: SDE, count: int) -> Tensor:

@@ -12,6 +12,7 @@ from score_sde import targets
 from score_sde.evaluation.diagnostics import (
     asymmetry,
     calibration,
+    diagnose,
     field_error,
     fokker_planck_residual,
     score_error,
@@ -129,6 +130,23 @@ def test_a_posterior_mean_is_calibrated_and_a_scaled_one_is_not():
     torch.testing.assert_close(loud.slope, good.slope / 1.25)
     shifted = calibration(ExactScore(RING, VPSDE()), x0 + 1.0, levels=6)
     assert shifted.bias[-1] > 0.5
+
+
+def test_a_diagnosis_finds_nothing_wrong_with_an_exact_model_and_the_turn_of_another():
+    exact = ExactScore(GAUSSIAN, VPSDE())
+    turned = Scaled(exact, angle=0.3)
+    good, bad = (diagnose(model, GAUSSIAN, levels=4, count=400) for model in (exact, turned))
+    assert good.error.fisher.max() < 1e-9
+    assert good.consistency.residual.max() < 1e-4  # in single precision
+    assert good.consistency.asymmetry.max() < 1e-6
+    torch.testing.assert_close(bad.consistency.asymmetry, torch.full((4,), math.sin(0.3), dtype=torch.float64))
+    assert bad.consistency.residual.max() > 0.01
+    # A turn by an angle a shrinks the regression of x_0 on D to cos a.
+    slope = (bad.calibration.slope - math.cos(0.3)) / bad.calibration.slope_error
+    assert slope.abs().max() < 4
+    table = bad.table
+    assert len(table) == 4
+    assert {"noise", "fisher", "irreducible", "slope_error", "predicted_mse", "residual", "asymmetry"} <= set(table)
 
 
 def test_wrong_options_are_refused():
