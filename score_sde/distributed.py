@@ -20,7 +20,7 @@ from tqdm import tqdm
 from score_sde.noise import SampleNoise
 from score_sde.score import ScoreModel
 
-__all__ = ["agree", "any_of", "count", "device", "gather", "is_main", "mean", "rank", "sample", "share", "start"]
+__all__ = ["agree", "count", "device", "gather", "greatest", "is_main", "mean", "rank", "sample", "share", "start"]
 
 T = TypeVar("T")
 
@@ -95,13 +95,13 @@ def agree(value: T) -> T:
     return held[0]
 
 
-def any_of(flag: bool) -> bool:
-    """Whether it holds on any process."""
+def greatest(value: int) -> int:
+    """The greatest of the processes' values."""
     if not _several():
-        return flag
-    held = torch.tensor(int(flag))
+        return value
+    held = torch.tensor(int(value))
     dist.all_reduce(held, dist.ReduceOp.MAX)
-    return bool(held)
+    return int(held)
 
 
 def mean(x: Tensor) -> Tensor:

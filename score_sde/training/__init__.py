@@ -2,8 +2,10 @@
 
 from score_sde.training.checkpoint import Checkpoints, write_atomically
 from score_sde.training.classification import NoisyCrossEntropy
-from score_sde.training.ema import EMA, ema_decay
+from score_sde.training.draws import draw
+from score_sde.training.ema import EMA, HalfLife, PowerFunction, ema_decay
 from score_sde.training.objective import DenoisingScoreMatching, Losses, Objective
+from score_sde.training.posthoc import reconstruct
 from score_sde.training.score_matching import (
     ExplicitScoreMatching,
     FiniteDifferenceScoreMatching,
@@ -46,6 +48,7 @@ __all__ = [
     "DivergenceError",
     "ExplicitScoreMatching",
     "FiniteDifferenceScoreMatching",
+    "HalfLife",
     "ImplicitScoreMatching",
     "ImportanceTimes",
     "KarrasWeighting",
@@ -59,6 +62,7 @@ __all__ = [
     "NoisyCrossEntropy",
     "Objective",
     "OneLevelTimes",
+    "PowerFunction",
     "SigmaWeighting",
     "SimpleWeighting",
     "SlicedScoreMatching",
@@ -70,6 +74,8 @@ __all__ = [
     "UniformTimes",
     "VariationalObjective",
     "Weighting",
+    "draw",
     "ema_decay",
+    "reconstruct",
     "write_atomically",
 ]

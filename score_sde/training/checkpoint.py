@@ -1,6 +1,6 @@
 """Checkpoints that a kill at any instant cannot spoil.
 
-    checkpoints/step-000001000/   weights.safetensors  ema.safetensors  state.pt
+    checkpoints/step-000001000/   weights.safetensors  ema.safetensors  [ema-<name>.safetensors]  state.pt
 
 A checkpoint is written under a hidden name, flushed to the disk and renamed: a folder called step-* is complete.
 Weights are safetensors, the state of training is read with `weights_only=True`; neither can execute code.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ __all__ = ["Checkpoints", "write_atomically"]
 
 
 class Checkpoints:
-    """The checkpoints in a folder, of which the last `keep` stay. One process writes at a time."""
+    """The checkpoints in a folder, of which the last `keep` stay, or all for None. One process writes at a time."""
 
-    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+    def __init__(self, folder: str | Path, keep: int | None = 2) -> None:
         self.folder, self.keep = Path(folder), keep
 
     def steps(self) -> list[int]:
@@ -44,28 +44,47 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.folder} {has}, none of step {step or 'any'}: train on, or choose another")
         return self.folder / f"step-{steps[-1] if step is None else step:09d}"
 
-    def weights(self, step: int | None = None, *, ema: bool = True) -> dict[str, Tensor]:
-        return load_file(self.path(step) / ("ema.safetensors" if ema else "weights.safetensors"))
+    def weights(self, step: int | None = None, *, ema: bool | str = True) -> dict[str, Tensor]:
+        """Averaged weights, raw ones (`ema=False`), or those of the average called `ema`.
+
+        Raises FileNotFoundError for a step or an average that is not there.
+        """
+        folder, name = self.path(step), ema if isinstance(ema, str) else "ema" if ema else "weights"
+        if not (folder / f"{name}.safetensors").exists():
+            held = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors")))
+            raise FileNotFoundError(f"{folder} has no {name}.safetensors: choose one of {held}")
+        return load_file(folder / f"{name}.safetensors")
 
     def state(self, step: int | None = None) -> dict[str, Any]:
         return torch.load(self.path(step) / "state.pt", map_location="cpu", weights_only=True)
 
     def save(
-        self, step: int, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor], state: Mapping[str, Any]
+        self, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes a checkpoint, unless that step has one, and removes old ones and what a kill left half-written."""
+        """Writes weights, a file each, and a state, unless that step has a checkpoint.
+
+        Old ones are removed, and what a kill left half-written.
+        """
         if step not in self.steps():
             partial = self.folder / f".partial-{step}"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            save_file(_plain(weights), partial / "weights.safetensors")
-            save_file(_plain(ema), partial / "ema.safetensors")
-            torch.save(dict(state), partial / "state.pt")
+            for name, tensors in weights.items():
+                save_file(_plain(tensors), partial / f"{name}.safetensors")
+            if state is not None:
+                torch.save(dict(state), partial / "state.pt")
             for path in (*partial.iterdir(), partial):
                 _flush(path)
             partial.rename(self.folder / f"step-{step:09d}")
             _flush(self.folder)
-        for old in self.steps()[: -self.keep]:
+        self._remove(self.steps()[: -self.keep] if self.keep else [])
+
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps."""
+        self._remove([later for later in self.steps() if later > step])
+
+    def _remove(self, steps: Sequence[int]) -> None:
+        for old in steps:
             self.path(old).rename(self.folder / f".partial-{old}")
         for leftover in self.folder.glob(".partial-*"):
             shutil.rmtree(leftover)

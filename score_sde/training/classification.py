@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from score_sde.data import Batch
 from score_sde.score import LearnedScore
+from score_sde.training.draws import draw
 from score_sde.training.objective import Losses
 from score_sde.training.times import Times
 
@@ -28,7 +29,7 @@ class NoisyCrossEntropy:
         if "label" not in batch.condition:
             raise ValueError("a classifier is trained on labelled data: set data.labels=true, or give data with labels")
         x0 = batch.x
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        noise = draw(torch.randn, x0.shape, generator, device=x0.device, dtype=x0.dtype)
         logits = model.raw(model.sde.perturb(x0, times.t, noise), times.t)
         nats = cross_entropy(logits.float(), batch.condition["label"], reduction="none")
         return Losses(times.weight.float() * nats)

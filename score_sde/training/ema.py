@@ -1,22 +1,30 @@
-"""An exponential moving average of a model's weights, its half-life given in images:
+r"""Exponential moving averages of weights, theta_ema <- beta theta_ema + (1 - beta) theta after each batch of B images.
 
-    theta_ema <- beta theta_ema + (1 - beta) theta,    beta = 0.5^(B / min(half_life, ramp n))
+With a half-life in images, beta = 0.5^(B / min(half_life, ramp n)) once n images have been seen (Karras et al. 2022,
+https://arxiv.org/abs/2206.00364, code `training_loop.py`). With a power function of relative width std, over n images
 
-for batches of B images after n images seen, so that early on it averages the last few percent of the run.
-Karras et al. 2022, https://arxiv.org/abs/2206.00364, code (`training_loop.py`).
+    theta_ema(n) = (gamma + 1) / n^(gamma + 1) int_0^n tau^gamma theta(tau) dtau,    beta = (1 - B / (n + B))^(gamma + 1),
+    std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)),
+
+which forgets its start however long the run (Karras et al. 2024, https://arxiv.org/abs/2312.02696, eq. 122-127).
+Averages of any width follow afterwards from stored ones: see `posthoc`.
 """
 
 from __future__ import annotations
 
-import copy
-from typing import Generic, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["EMA", "ema_decay"]
+__all__ = ["EMA", "Decay", "HalfLife", "PowerFunction", "ema_decay", "power_exponent"]
 
-Model = TypeVar("Model", bound=nn.Module)
+
+class Decay(Protocol):
+    """beta for a batch of `batch_size` that comes after `images` images."""
+
+    def __call__(self, batch_size: int, images: int) -> float: ...
 
 
 def ema_decay(batch_size: int, images: int, half_life: float = 500_000, ramp: float = 0.05) -> float:
@@ -25,20 +33,48 @@ def ema_decay(batch_size: int, images: int, half_life: float = 500_000, ramp: fl
     return 0.5 ** (batch_size / horizon) if horizon > 0 else 0.0
 
 
-class EMA(Generic[Model]):
-    """Keeps `module`, an averaged copy of a model, ready for evaluation and without gradients; buffers are copied."""
+class HalfLife:
+    """A half-life in images, at most the share `ramp` of the images seen."""
 
-    def __init__(self, model: Model, half_life: float = 500_000, ramp: float = 0.05) -> None:
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, half_life: float = 500_000, ramp: float = 0.05) -> None:
         self.half_life, self.ramp = half_life, ramp
-        self._averages: list[Tensor] = list(self.module.parameters())
-        self._parameters: list[Tensor] = list(model.parameters())
-        self._buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
+
+    def __call__(self, batch_size: int, images: int) -> float:
+        return ema_decay(batch_size, images, self.half_life, self.ramp)
+
+
+def power_exponent(std: float) -> float:
+    """gamma of the profile tau^gamma whose standard deviation is `std` times the run's length.
+
+    Raises ValueError outside 0 < std < 12^(-1/2), where gamma is positive.
+    """
+    if not 0 < std < 12**-0.5:
+        raise ValueError(f"the relative width of a power-function average lies in (0, 0.288), got {std}")
+    low, high = 0.0, 1 / std  # the width falls in gamma, and is below 1 / (gamma + 2)
+    for _ in range(100):
+        gamma = (low + high) / 2
+        wide = (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) > std**2
+        low, high = (gamma, high) if wide else (low, gamma)
+    return gamma
+
+
+class PowerFunction:
+    """A power function of relative width `std`; ValueError outside (0, 0.288)."""
+
+    def __init__(self, std: float) -> None:
+        self.std, self.exponent = std, power_exponent(std)
+
+    def __call__(self, batch_size: int, images: int) -> float:
+        return (1 - batch_size / (images + batch_size)) ** (self.exponent + 1)
+
+
+class EMA:
+    """The average `tensors` of a list of weights, updated in place and without gradients."""
+
+    def __init__(self, weights: Sequence[Tensor], decay: Decay) -> None:
+        self.tensors, self.decay = [weight.detach().clone() for weight in weights], decay
 
     @torch.no_grad()
-    def update(self, batch_size: int, images: int) -> None:
-        """Takes in the model's weights after a step on `batch_size` images, `images` having come before."""
-        beta = ema_decay(batch_size, images, self.half_life, self.ramp)
-        torch._foreach_lerp_(self._averages, self._parameters, 1 - beta)
-        for average, current in self._buffers:
-            average.copy_(current)
+    def update(self, weights: Sequence[Tensor], batch_size: int, images: int) -> None:
+        """Takes in the weights after a step on `batch_size` images, `images` having come before."""
+        torch._foreach_lerp_(self.tensors, list(weights), 1 - self.decay(batch_size, images))

@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from score_sde import distributed
 from score_sde.training.checkpoint import write_atomically
 
 __all__ = ["MetricsLog", "Window"]
@@ -35,10 +36,12 @@ class Window:
         u: Tensor,
         grad_norm: Tensor,
         good: Tensor,
+        nonfinite: Tensor,
         diagnostics: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Losses (batch,) at the noise quantiles u (batch,); a step that is not `good` only counts as non-finite.
+        """This process's losses (batch,) at the noise quantiles u (batch,).
 
+        A step that is not `good` enters no mean; one that is `nonfinite` is counted as such.
         `diagnostics` are further numbers of each example by name, the same names in every step.
         """
         values = {"loss": losses, **(diagnostics or {})}
@@ -49,15 +52,15 @@ class Window:
         quartile = ((4 * u).long()[:, None] == torch.arange(4, device=u.device)).double()
         once = torch.stack([grad_norm.double(), torch.ones_like(rows[0, 0])])
         sums = torch.cat([once, quartile.sum(0), rows.mean(1), (rows @ quartile).flatten()])
-        self._sums[0] += ~good
+        self._sums[0] += nonfinite
         self._sums[1:] += torch.where(good, sums, 0.0)
 
     def read(self, examples: int) -> dict[str, Any]:
-        """Means by name, the number of non-finite steps, and the rate at which `examples` went by; then starts anew.
+        """Means over all processes, non-finite steps, and the rate at which `examples` went by; then starts anew.
 
         A mean over nothing is NaN.
         """
-        nonfinite, grad_norm, steps, *rest = self._sums.tolist()
+        nonfinite, grad_norm, steps, *rest = distributed.mean(self._sums).tolist()
         counts, totals, quartiles = rest[:4], rest[4 : 4 + len(self._names)], rest[4 + len(self._names) :]
         seconds = time.perf_counter() - self._started
         self._sums.zero_()
@@ -87,12 +90,19 @@ class Window:
 
 
 class MetricsLog:
-    """metrics.jsonl, one object a line, and where asked for TensorBoard's event files in the folder `tensorboard`.
+    """Rows of numbers, in `rows` and, where there is a directory, in its metrics.jsonl, one object a line.
+
+    Where asked for they go to TensorBoard's event files in the folder `tensorboard` too.
 
     Lines beyond `step`, and one that a kill cut short, are removed on opening: a resumed run has each step once.
     """
 
-    def __init__(self, directory: Path, step: int, tensorboard: bool = False) -> None:
+    def __init__(self, directory: Path | None, step: int, tensorboard: bool = False) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._file: TextIO | None = None
+        self._board: Any = None
+        if directory is None:
+            return
         path = directory / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
@@ -102,8 +112,10 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self.rows.append(row)
+        if self._file is not None:
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, row["step"])
@@ -112,7 +124,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from score_sde.data import Batch
 from score_sde.score import ClosedForm, ExactScore, LearnedScore
 from score_sde.sde import expand
+from score_sde.training.draws import draw
 from score_sde.training.times import Times
 from score_sde.training.weighting import SimpleWeighting, Weighting
 
@@ -39,7 +40,10 @@ class Losses:
 
 
 class Objective(Protocol):
-    """What training minimises the mean of, and a test of a model may report."""
+    """What training minimises the mean of, and a test of a model may report.
+
+    One that draws by `draws.draw` gives the same losses however a batch is split over processes.
+    """
 
     def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
         """The losses of the examples of a batch at their times; all randomness is the generator's."""
@@ -82,7 +86,7 @@ class DenoisingScoreMatching:
     def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
         """Losses in float32; noise and label dropout come from the generator, on the device of the batch."""
         sde, t, x0 = model.sde, times.t, batch.x
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        noise = draw(torch.randn, x0.shape, generator, device=x0.device, dtype=x0.dtype)
         target = model.parameterization.target(sde, t, x0, noise)
         x_t = sde.perturb(x0, t, noise)
         output, c_out = (
@@ -99,6 +103,6 @@ class DenoisingScoreMatching:
         condition = dict(batch.condition)
         if self.label_dropout and "label" in condition:
             label = condition["label"]
-            dropped = torch.rand(len(label), generator=generator, device=label.device) < self.label_dropout
+            dropped = draw(torch.rand, label.shape, generator, device=label.device) < self.label_dropout
             condition["label"] = torch.where(dropped, -1, label)
         return condition

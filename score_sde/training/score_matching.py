@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from score_sde.data import Batch
 from score_sde.score import ClosedForm, ExactScore, LearnedScore
 from score_sde.sde import expand
 from score_sde.trace import ExactTrace, Hutchinson, Trace
+from score_sde.training.draws import draw
 from score_sde.training.objective import Losses, excess
 from score_sde.training.times import Times
 from score_sde.training.weighting import SimpleWeighting, Weighting
@@ -50,7 +52,7 @@ class ScoreMatching(ABC):
     def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
         """Losses in float32; noise and probes come from the generator, on the device of the batch."""
         sde, t, x0 = model.sde, times.t, batch.x
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        noise = draw(torch.randn, x0.shape, generator, device=x0.device, dtype=x0.dtype)
         x = sde.perturb(x0, t, noise)
         weight = times.weight * self.weighting(sde, t) * (-2 * sde.half_log_snr(t)).exp()
         bracket, said = self.bracket(lambda v: model(v, t, **batch.condition).noise, model, x, t, generator)
@@ -164,7 +166,8 @@ class ExplicitScoreMatching(ScoreMatching):
 def _rademacher(probes: int, x: Tensor, generator: torch.Generator) -> Tensor:
     """Signs (probes, batch, d), each +1 or -1."""
     shape = (probes, len(x), x[0].numel())
-    return torch.randint(0, 2, shape, generator=generator, device=x.device).to(x.dtype).mul_(2).sub_(1)
+    bits = draw(partial(torch.randint, 0, 2), shape, generator, dim=1, device=x.device)
+    return bits.to(x.dtype).mul_(2).sub_(1)
 
 
 def _positive(name: str, value: float) -> None:

@@ -3,41 +3,41 @@
     theta <- AdamW(theta, clip(grad mean_i L_i)),   rate(n) = learning_rate min(1, (n + 1) / warmup) [cosine decay]
 
 What step n draws (data, times, noise, dropout) is keyed by (seed, n) alone: a run resumed from a checkpoint continues
-to the weights of an uninterrupted one, bit for bit on one CPU type and thread count. Device and precision are
-Lightning Fabric's. Between two lines of metrics.jsonl nothing waits for the device.
+to the weights of an uninterrupted one, bit for bit on one CPU type and thread count. Any number of processes, started
+by `torchrun` or SLURM, gives the weights of one, to rounding (see `distributed` and `draws`). Between two lines of
+metrics.jsonl nothing waits for the device.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from score_sde.data import Batch, Data, Draws, generator, key
+from score_sde import distributed
+from score_sde.data import Data
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
-from score_sde.training.ema import EMA
 from score_sde.training.interrupt import interrupts
-from score_sde.training.metrics import MetricsLog, Window
+from score_sde.training.metrics import MetricsLog
 from score_sde.training.objective import Objective
+from score_sde.training.optimizers import OPTIMIZERS
+from score_sde.training.state import PRECISIONS, TrainingState, decays
+from score_sde.training.strategy import STRATEGIES
 from score_sde.training.times import TimeSampler
 
 __all__ = ["DivergenceError", "Trainer", "TrainingResult"]
 
-log = logging.getLogger(__name__)
-
 SampleHook = Callable[[int, LearnedScore, LearnedScore], None]
-PRECISIONS = ("32-true", "bf16-mixed")
+EvaluateHook = Callable[[int, LearnedScore, LearnedScore], Mapping[str, float]]
 
 
 class DivergenceError(RuntimeError):
@@ -46,11 +46,12 @@ class DivergenceError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The averaged model, the step reached, and the signal that ended the run early, else None."""
+    """The averaged model, the step reached, the signal that ended the run early, else None, and the rows logged."""
 
     model: LearnedScore
     step: int
     interrupted: signal.Signals | None
+    metrics: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(kw_only=True)
@@ -63,12 +64,22 @@ class Trainer:
         warmup: steps over which the rate rises linearly.
         schedule: "constant", or "cosine" down to 0 at the last step.
         gradient_clip: greatest norm of the gradient, or None.
+        optimizer: "adamw", or "muon" for the hidden matrices (see `optimizers`).
+        accumulate: cut each batch into so many parts, one after the other; the gradient is that of the whole batch.
         ema_half_life, ema_ramp: half-life of the averaged weights in images, at most that share of the images seen.
-        log_every, checkpoint_every, sample_every: in steps; sample_every = 0 never samples.
+            Several half-lives are tracked at once, the first is the model's.
+        power_emas: relative widths of power-function averages to track, e.g. (0.05, 0.1); see `posthoc`.
+        snapshot_every: steps between stored power-function averages; 0 stores none.
+        log_every, checkpoint_every, sample_every, evaluate_every: in steps; sample_every = 0 never samples,
+            evaluate_every = 0 never evaluates.
         keep_checkpoints: how many of the last checkpoints stay.
         max_nonfinite: how many steps of a run may have a non-finite loss or gradient; they are skipped and counted.
-        device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        precision: "32-true", or "bf16-mixed" (weights stay in float32).
+        device: "auto" (CUDA where there is one, of several the process's own), "cpu" or "cuda".
+        precision: "32-true", "bf16-mixed", or on CUDA "16-mixed" with a loss scale; weights stay in float32.
+        strategy: on several processes, "ddp" (whole weights on each) or "fsdp" (shards).
+        compile: run the network through `torch.compile`.
+        channels_last: convolution weights in that memory format, which tensor cores like.
+        peak_flops: FLOP/s of one device, for the utilisation in the log; taken from a table for known GPUs.
         tensorboard: also write TensorBoard's event files.
         progress: show a progress bar.
 
@@ -84,36 +95,65 @@ class Trainer:
     warmup: int = 100
     schedule: str = "cosine"
     gradient_clip: float | None = 1.0
-    ema_half_life: float = 500_000
+    optimizer: str = "adamw"
+    accumulate: int = 1
+    ema_half_life: float | Sequence[float] = 500_000
     ema_ramp: float = 0.05
+    power_emas: Sequence[float] = ()
+    snapshot_every: int = 0
     log_every: int = 50
     checkpoint_every: int = 1000
     sample_every: int = 0
+    evaluate_every: int = 0
     keep_checkpoints: int = 2
     max_nonfinite: int = 10
     device: str = "auto"
     precision: str = "32-true"
+    strategy: str = "ddp"
+    compile: bool = False
+    channels_last: bool = False
+    peak_flops: float | None = None
     tensorboard: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             _require(name, getattr(self, name), isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
                      "a positive integer")  # fmt: skip
-        for name in ("warmup", "sample_every", "max_nonfinite", "weight_decay"):
+        for name in ("warmup", "sample_every", "evaluate_every", "snapshot_every", "max_nonfinite", "weight_decay"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        for name in ("learning_rate", "ema_half_life", "ema_ramp"):
+        for name in ("learning_rate", "ema_ramp"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        _require("gradient_clip", self.gradient_clip, self.gradient_clip is None or self.gradient_clip > 0,
-                 "positive, or null for no clipping")  # fmt: skip
+        _require("ema_half_life", self.ema_half_life, bool(self.half_lives) and min(self.half_lives) > 0, "positive")
+        for name in ("gradient_clip", "peak_flops"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value > 0, "positive, or null for none")
         for name, allowed in (("schedule", ("constant", "cosine")), ("device", ("auto", "cpu", "cuda")),
-                              ("precision", PRECISIONS)):  # fmt: skip
+                              ("precision", tuple(PRECISIONS)), ("optimizer", OPTIMIZERS),
+                              ("strategy", STRATEGIES)):  # fmt: skip
             _require(name, getattr(self, name), getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        _require("evaluate_every", self.evaluate_every, self.evaluate_every % self.log_every == 0,
+                 f"a multiple of log_every={self.log_every}, whose rows it joins")  # fmt: skip
+        if self.snapshot_every and not self.power_emas:
+            raise ValueError(
+                f"snapshot_every={self.snapshot_every} stores power_emas, and there are none: give e.g. [0.05, 0.1]"
+            )
+        decays(self)  # refuses widths that no power function has
         self.betas = (float(self.betas[0]), float(self.betas[1]))  # plain numbers, whatever list a config gives
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")
+        if self.precision == "16-mixed" and (self.device == "cpu" or not torch.cuda.is_available()):
+            raise ValueError("precision='16-mixed' needs a CUDA device: use 'bf16-mixed' or '32-true' on a CPU")
+        if self.strategy == "fsdp" and self.optimizer == "muon":
+            raise ValueError("optimizer='muon' needs whole matrices, strategy='fsdp' cuts them: use 'ddp' or 'adamw'")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("tensorboard=True, but tensorboard is not installed: pip install 'score_sde[tracking]'")
+
+    @property
+    def half_lives(self) -> list[float]:
+        """`ema_half_life` as a list."""
+        given = self.ema_half_life
+        return list(given) if isinstance(given, Sequence) else [given]
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, ..., steps - 1."""
@@ -122,7 +162,13 @@ class Trainer:
         return self.learning_rate * rise * decay
 
     def check(self, model: LearnedScore, data: Data, time_sampler: TimeSampler) -> None:
-        """Refuses, with ValueError, a model, data and times that do not fit together."""
+        """Refuses, with ValueError, a model, data, times and processes that do not fit together."""
+        parts = distributed.count() * self.accumulate
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of {parts}, {distributed.count()} processes times "
+                f"accumulate={self.accumulate}: the batch is that of all together"
+            )
         time_sampler.check(model.sde)
         if tuple(data.event_shape) != model.event_shape:
             raise ValueError(
@@ -141,160 +187,87 @@ class Trainer:
         data: Data,
         objective: Objective,
         time_sampler: TimeSampler,
-        directory: str | Path,
+        directory: str | Path | None = None,
         *,
         seed: int = 0,
         resume: bool = False,
         on_sample: SampleHook | None = None,
+        on_evaluate: EvaluateHook | None = None,
     ) -> TrainingResult:
-        """Trains `model` in place, leaving metrics.jsonl and checkpoints in `directory`.
+        """Trains `model` in place, leaving metrics.jsonl and checkpoints in `directory`, or nothing where it is None.
 
-        Every `sample_every` steps `on_sample(step, model, averaged_model)` is called, both models in evaluation mode.
-        SIGTERM and Ctrl-C end the run after the step at hand, with a checkpoint; a second one ends it at once. With
-        `resume` the run continues from the latest checkpoint, or starts where none was written yet.
+        Every `sample_every` steps `on_sample(step, model, averaged_model)` is called, both models in evaluation mode;
+        every `evaluate_every` steps `on_evaluate(step, model, averaged_model)`, whose numbers join the row of metrics.
+        Of several processes all train and call the hooks, and the main one writes. SIGTERM and Ctrl-C end the run after
+        the step at hand, with a checkpoint; a second one ends it at once. With `resume` the run continues from the
+        latest checkpoint, on any number of processes, or starts where none was written yet.
 
         Raises:
             ValueError: model, data and times do not fit; the directory has checkpoints and `resume` is False; the
                 checkpoint is of another seed or batch size.
             DivergenceError: more than `max_nonfinite` non-finite steps. No checkpoint is written of that state.
         """
+        distributed.start()
         self.check(model, data, time_sampler)
-        directory = Path(directory)
-        checkpoints = Checkpoints(directory / "checkpoints", self.keep_checkpoints)
-        run = _Run(self, model, objective, time_sampler, seed)
-        last = checkpoints.latest()
-        if resume and last is not None:
-            run.restore(checkpoints)
-        elif last is not None:
+        folder = None if directory is None else Path(directory)
+        checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", self.keep_checkpoints)
+        snapshots = None if folder is None else Checkpoints(folder / "snapshots", keep=None)
+        state = TrainingState(self, model, objective, time_sampler, seed)
+        last = None if checkpoints is None else distributed.agree(checkpoints.latest())
+        if last is not None and not resume:
             raise ValueError(f"{directory} has checkpoints up to step {last}: resume it, or choose a new directory")
-        directory.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=self.steps, initial=run.step, disable=not self.progress, unit="step", dynamic_ncols=True)
+        if checkpoints is not None and last is not None:
+            state.restore(checkpoints, last)
+        if folder is not None and snapshots is not None and distributed.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            snapshots.remove_after(state.step)
+        quiet = not self.progress or not distributed.is_main()
+        bar = tqdm(total=self.steps, initial=state.step, disable=quiet, unit="step", dynamic_ncols=True)
         with (
-            MetricsLog(directory, run.step, self.tensorboard) as metrics,
+            MetricsLog(folder if distributed.is_main() else None, state.step, self.tensorboard) as metrics,
             bar,
             interrupts() as received,
-            _own_global_generator(run.device),
+            _own_global_generator(state.device),
+            state.feed(data) as batches,
         ):
-            while run.step < self.steps and not received:
-                run.advance(run.prepared(data))
+            while state.step < self.steps and not distributed.greatest(received[0] if received else 0):
+                state.advance(batches())
                 bar.update()
-                if run.step % self.log_every == 0 or run.step == self.steps:
-                    self._report(run, metrics, bar, checkpoints)
-                with run.window.paused():
-                    if run.step % self.checkpoint_every == 0:
-                        run.save(checkpoints)
-                    if on_sample is not None and self.sample_every and run.step % self.sample_every == 0:
-                        run.show(on_sample)
-            run.save(checkpoints)
-        return TrainingResult(run.ema.module, run.step, received[0] if run.step < self.steps else None)
+                evaluates = on_evaluate is not None and self.evaluate_every and state.step % self.evaluate_every == 0
+                if state.step % self.log_every == 0 or state.step == self.steps:
+                    self._report(state, metrics, bar, checkpoints, on_evaluate if evaluates else None)
+                with state.window.paused():
+                    if checkpoints is not None and state.step % self.checkpoint_every == 0:
+                        state.save(checkpoints)
+                    if snapshots is not None and self.snapshot_every and state.step % self.snapshot_every == 0:
+                        state.snapshot(snapshots)
+                    if on_sample is not None and self.sample_every and state.step % self.sample_every == 0:
+                        state.show(on_sample)
+            stopped = distributed.greatest(received[0] if received else 0) if state.step < self.steps else 0
+            if checkpoints is not None:
+                state.save(checkpoints)
+            if snapshots is not None and self.snapshot_every and state.step == self.steps:
+                state.snapshot(snapshots)
+        number = signal.Signals(stopped) if stopped else None
+        return TrainingResult(state.shown()[1], state.step, number, metrics.rows)
 
-    def _report(self, run: _Run, metrics: MetricsLog, bar: Any, checkpoints: Checkpoints) -> None:
-        row = run.report()
+    def _report(
+        self, state: TrainingState, metrics: MetricsLog, bar: Any, checkpoints: Checkpoints | None,
+        on_evaluate: EvaluateHook | None,
+    ) -> None:  # fmt: skip
+        row = state.report()
+        if on_evaluate is not None:
+            with state.window.paused():
+                row |= state.show(on_evaluate)
         metrics.write(row)
         bar.set_postfix_str(f"loss {row['loss']:.4g}, {row['examples_per_second']:.0f} examples/s")
         if row["nonfinite"] > self.max_nonfinite:
-            last = checkpoints.latest()
+            last = None if checkpoints is None else checkpoints.latest()
             raise DivergenceError(
-                f"{row['nonfinite']} non-finite losses by step {run.step}, max_nonfinite={self.max_nonfinite} are "
+                f"{row['nonfinite']} non-finite losses by step {state.step}, max_nonfinite={self.max_nonfinite} are "
                 "allowed: lower learning_rate or check the data; the last good checkpoint is "
-                f"{'none' if last is None else checkpoints.path(last)}"
+                f"{'none' if checkpoints is None or last is None else checkpoints.path(last)}"
             )
-
-
-class _Run:
-    """What changes while a run goes on: model, averaged model, optimiser, step, and counts since the last report."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        model: LearnedScore,
-        objective: Objective,
-        time_sampler: TimeSampler,
-        seed: int,
-    ) -> None:
-        from lightning_fabric import Fabric  # half a second, which importing score_sde shall not cost
-
-        accelerator = ("cuda" if torch.cuda.is_available() else "cpu") if trainer.device == "auto" else trainer.device
-        self.fabric = Fabric(accelerator=accelerator, devices=1, precision=trainer.precision)  # type: ignore[arg-type]
-        self.device = self.fabric.device
-        self.trainer, self.objective, self.time_sampler = trainer, objective, time_sampler
-        self.seed, self.step = seed, 0
-        self.model = model.train()
-        self.fabric.to_device(model)
-        self.parameters = list(model.parameters())
-        self.ema = EMA(model, trainer.ema_half_life, trainer.ema_ramp)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, betas=trainer.betas, weight_decay=trainer.weight_decay, fused=True
-        )
-        self.nonfinite, self.reported = 0, 0
-        self.window = Window(self.device)
-
-    def prepared(self, data: Data) -> Batch:
-        """The batch of this step on the device, as the model sees it."""
-        draws = Draws(generator(self.seed, "prepare", self.step, device=self.device), self.trainer.batch_size)
-        return data.prepare(data.batch(self.step, self.trainer.batch_size).to(self.device), draws)
-
-    def advance(self, batch: Batch) -> None:
-        """One optimiser step."""
-        source = generator(self.seed, "step", self.step, device=self.device)
-        torch.manual_seed(key(self.seed, "dropout", self.step))
-        times = self.time_sampler(self.model.sde, self.trainer.batch_size, source)
-        with self.fabric.autocast():
-            found = self.objective(self.model, batch, times, source)
-        losses = found.loss
-        self.optimizer.zero_grad()
-        self.fabric.backward(losses.mean())
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.trainer.gradient_clip or math.inf)
-        good = torch.isfinite(losses.detach().mean()) & torch.isfinite(norm)
-        # The fused step skips itself where `found_inf` is 1, so that nothing has to wait for the device.
-        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.trainer.rate(self.step)
-        self.optimizer.step()
-        self.ema.update(self.trainer.batch_size, self.step * self.trainer.batch_size)
-        self.time_sampler.update(times, losses.detach())
-        self.window.add(losses.detach(), times.u, norm, good, found.diagnostics)
-        self.step += 1
-
-    def report(self) -> dict[str, Any]:
-        """The line of metrics.jsonl for the steps since the last one."""
-        row = self.window.read((self.step - self.reported) * self.trainer.batch_size)
-        if row["nonfinite"]:
-            log.warning("%d non-finite losses up to step %d: steps skipped", row["nonfinite"], self.step)
-        self.nonfinite, self.reported = self.nonfinite + row["nonfinite"], self.step
-        return {"step": self.step, **row, "nonfinite": self.nonfinite, "lr": self.trainer.rate(self.step - 1)}
-
-    def save(self, checkpoints: Checkpoints) -> None:
-        state = {
-            "step": self.step,
-            "seed": self.seed,
-            "batch_size": self.trainer.batch_size,
-            "nonfinite": self.nonfinite + self.window.nonfinite,
-            "optimizer": self.optimizer.state_dict(),
-            "times": self.time_sampler.state_dict(),
-        }
-        checkpoints.save(self.step, self.model.state_dict(), self.ema.module.state_dict(), state)
-
-    def restore(self, checkpoints: Checkpoints) -> None:
-        state = checkpoints.state()
-        for name, given in (("seed", self.seed), ("batch_size", self.trainer.batch_size)):
-            if state[name] != given:
-                raise ValueError(
-                    f"{name}={given}, but the run was started with {state[name]}: resume it with that value"
-                )
-        self.model.load_state_dict(checkpoints.weights(ema=False))
-        self.ema.module.load_state_dict(checkpoints.weights(ema=True))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.time_sampler.load_state_dict(state.get("times", {}))
-        self.step = self.reported = state["step"]
-        self.nonfinite = state["nonfinite"]
-
-    def show(self, on_sample: SampleHook) -> None:
-        """Calls the hook with both models in evaluation mode."""
-        self.model.eval()
-        with torch.no_grad():
-            on_sample(self.step, self.model, self.ema.module)
-        self.model.train()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from score_sde.data import Batch
 from score_sde.prediction import Prediction
 from score_sde.score import ClosedForm, LearnedScore, ScoreModel
 from score_sde.sde import SDE, expand
+from score_sde.training.draws import draw
 from score_sde.training.objective import Losses, excess
 from score_sde.training.times import Times, TimeSampler
 
@@ -276,7 +277,7 @@ class VariationalObjective:
                 raise ValueError("the bound is over the steps of a ladder, the times drawn are none: "
                                  "take time_sampler=ladder (LadderTimes) or loss_aware (LossAwareTimes)")  # fmt: skip
         ladder = self._ladders[sde]
-        eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        eps = draw(torch.randn, x.shape, generator, device=x.device, dtype=x.dtype)
         said = model(sde.perturb(x, times.t, eps), times.t, **batch.condition)
         noise = said.noise.float()
         simple = (noise - eps).square().flatten(1).mean(1)

@@ -30,7 +30,7 @@ def untrained(path: Path, data: dict, shape: list[int]) -> Run:
         "network": {"_target_": "score_sde.networks.mlp.MLP", "event_shape": shape, "width": 8, "depth": 1},
     })  # fmt: skip
     weights = build_model(run.config).state_dict()
-    run.checkpoints.save(0, weights, weights, {"step": 0})
+    run.checkpoints.save(0, {"weights": weights, "ema": weights}, {"step": 0})
     return run
 
 

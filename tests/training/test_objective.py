@@ -287,15 +287,15 @@ def test_impossible_settings_are_refused(build, message):
 
 
 def test_ema_decay_of_edm():
-    from score_sde.training import EMA, ema_decay
+    from score_sde.training import EMA, HalfLife, ema_decay
 
     assert ema_decay(512, 10**9, half_life=500_000) == pytest.approx(0.99929047, abs=5e-9)
     assert ema_decay(512, 1_000_000, half_life=500_000, ramp=0.05) == pytest.approx(0.5 ** (512 / 50_000))
     assert ema_decay(512, 0) == 0.0
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 2.0)
-    ema = EMA(model, half_life=100, ramp=1.0)
+    ema = EMA(list(model.parameters()), HalfLife(100, ramp=1.0))
     nn.init.constant_(model.weight, 4.0)
-    ema.update(batch_size=50, images=100)
-    assert ema.module.weight.item() == pytest.approx(4 - 2 * math.sqrt(0.5))
-    assert not ema.module.weight.requires_grad
+    ema.update(list(model.parameters()), batch_size=50, images=100)
+    assert ema.tensors[0].item() == pytest.approx(4 - 2 * math.sqrt(0.5))
+    assert not ema.tensors[0].requires_grad

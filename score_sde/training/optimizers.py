@@ -1,0 +1,82 @@
+"""AdamW for every weight, or Muon for the hidden matrices and AdamW for the rest.
+
+Muon takes a step along the orthogonal factor of the momentum of a matrix, scaled so that its root mean square is 0.2
+times the learning rate, as AdamW's is: both share one rate. A convolution (out, in, *kernel) is the matrix (out, in *
+kernel). Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, https://arxiv.org/abs/2502.16982.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["OPTIMIZERS", "Optimizer", "hidden_matrices"]
+
+OPTIMIZERS = ("adamw", "muon")
+
+
+def hidden_matrices(network: nn.Module, channels: int) -> list[bool]:
+    """Which parameters Muon takes: those of two or more dimensions, but for embeddings and what faces the data.
+
+    A weight faces the data if it has no more than `channels` inputs or outputs.
+    """
+    tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    return [p.ndim > 1 and min(p.shape[:2]) > channels and id(p) not in tables for p in network.parameters()]
+
+
+class Optimizer:
+    """Takes steps on the gradients of `weights`.
+
+    Args:
+        name: "adamw" or "muon".
+        hidden: which weights Muon takes.
+
+    Raises:
+        ValueError: Muon, where no weight is a hidden matrix.
+    """
+
+    def __init__(
+        self, name: str, weights: Sequence[nn.Parameter], hidden: Sequence[bool],
+        betas: tuple[float, float], weight_decay: float,
+    ) -> None:  # fmt: skip
+        muon = [weight for weight, matrix in zip(weights, hidden, strict=True) if matrix and name == "muon"]
+        if name == "muon" and not muon:
+            raise ValueError("optimizer='muon' is for networks with hidden matrices, this one has none: use 'adamw'")
+        chosen = {id(weight) for weight in muon}
+        rest = [weight for weight in weights if id(weight) not in chosen]
+        self.adamw = torch.optim.AdamW(rest, betas=betas, weight_decay=weight_decay, fused=True)
+        self.matrices = [(weight, nn.Parameter(_matrix(weight.detach()))) for weight in muon]
+        self.muon = _muon([matrix for _, matrix in self.matrices], weight_decay) if muon else None
+
+    @property
+    def parts(self) -> dict[str, torch.optim.Optimizer]:
+        """By the name under which a checkpoint keeps them."""
+        return {"optimizer": self.adamw} | ({} if self.muon is None else {"muon": self.muon})
+
+    def step(self, rate: float, good: Tensor) -> None:
+        """A step at a learning rate, or none where the scalar `good` is False."""
+        for part in self.parts.values():
+            for group in part.param_groups:
+                group["lr"] = rate
+        # The fused step skips itself where `found_inf` is 1, so that nothing has to wait for the device.
+        self.adamw.found_inf = (~good).float()  # type: ignore[attr-defined]
+        self.adamw.step()
+        if self.muon is not None and bool(good):  # Muon cannot skip itself: it waits
+            for weight, matrix in self.matrices:
+                matrix.grad = None if weight.grad is None else _matrix(weight.grad)
+            self.muon.step()
+
+
+def _muon(matrices: Sequence[nn.Parameter], weight_decay: float) -> torch.optim.Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer='muon' needs torch 2.9 or newer, this is {torch.__version__}: use 'adamw'")
+    options: dict[str, Any] = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return torch.optim.Muon(matrices, **options)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(out, everything else), sharing memory in either memory format: the order of columns is nothing to Muon."""
+    return (weight if weight.is_contiguous() else weight.movedim(1, -1)).flatten(1)

@@ -1,0 +1,68 @@
+r"""Averaged weights of any width, after training, from a few stored averages.
+
+Snapshot i is the average of the trajectory theta(tau) under p_i(tau) = (g_i + 1) / n_i^(g_i + 1) tau^g_i on [0, n_i]. The
+combination sum_i x_i p_i nearest in L2 to a wanted profile p solves A x = b,
+
+    A_ij = <p_i, p_j>,  b_i = <p_i, p>,    <p_a, p_b> = (a + 1)(b + 1) / (a + b + 1) (n_a / n_b)^b / n_b  for n_a <= n_b,
+
+and sum_i x_i theta_i stands for the average under p. Karras et al. 2024, https://arxiv.org/abs/2312.02696, appendix C.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from score_sde.training.checkpoint import Checkpoints
+from score_sde.training.ema import power_exponent
+
+__all__ = ["combination", "reconstruct"]
+
+
+def combination(steps: Tensor, stds: Tensor, step: float, std: float) -> Tensor:
+    """The weights x of snapshots taken at `steps` with relative widths `stds`, for width `std` at `step`; float64."""
+    known = torch.stack([steps.double(), torch.tensor([power_exponent(float(s)) for s in stds])], 1)
+    wanted = torch.tensor([[float(step), power_exponent(std)]], dtype=torch.float64)
+    gram, right = _product(known, known), _product(known, wanted)
+    return torch.linalg.lstsq(gram, right, driver="gelsd").solution.squeeze(1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """<p_a, p_b> of profiles given as rows (n, gamma)."""
+    (n, g), (m, h) = a.double().T.unsqueeze(2), b.double().T.unsqueeze(1)
+    ratio = torch.where(n < m, (n / m) ** h, (m / n) ** g)
+    return (g + 1) * (h + 1) / (g + h + 1) * ratio / torch.maximum(n, m)
+
+
+def reconstruct(run: str | Path, std: float, step: int | None = None) -> dict[str, Tensor]:
+    """Averaged weights of relative width `std` at a step (the last snapshot's by default) of a run directory.
+
+    Widths near those that were tracked, and between them, come out best; `std` is in units of the length of the run.
+
+    Raises:
+        FileNotFoundError: the run stored no snapshots up to that step.
+        ValueError: `std` outside (0, 0.288).
+    """
+    folder = Checkpoints(Path(run) / "snapshots", keep=None)
+    last = folder.path(step)
+    taken = [folder.path(known) for known in folder.steps()]
+    files = [file for path in taken for file in path.glob("ema-*.safetensors") if path.name <= last.name]
+    steps, stds = torch.tensor([_profile(file) for file in files], dtype=torch.float64).T
+    shares = combination(steps, stds, float(steps.max()), std).tolist()
+    total: dict[str, Tensor] = {}
+    for file, share in zip(files, shares, strict=True):
+        for name, tensor in load_file(file).items():
+            if tensor.is_floating_point():
+                total[name] = total.get(name, torch.zeros_like(tensor, dtype=torch.float64)) + share * tensor.double()
+            else:
+                total[name] = tensor
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
+
+
+def _profile(file: Path) -> tuple[float, float]:
+    """The step and the width in a snapshot's name."""
+    return float(file.parent.name.removeprefix("step-")), float(re.findall(r"ema-(.+)\.safetensors", file.name)[0])

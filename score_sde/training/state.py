@@ -1,0 +1,297 @@
+"""What changes while a run goes on, and one optimiser step of it.
+
+With rows R of a global batch of B examples on each process, cut into micro-batches, the gradient is that of
+
+    1/B sum_{i <= B} L_i,     L_i the loss of example i at its time and noise, which follow from (seed, step, i).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from score_sde import distributed
+from score_sde.data import Batch, Data, Draws, generator, key
+from score_sde.score import LearnedScore
+from score_sde.training.checkpoint import Checkpoints
+from score_sde.training.draws import rows_of
+from score_sde.training.ema import EMA, Decay, HalfLife, PowerFunction
+from score_sde.training.metrics import Window
+from score_sde.training.objective import Losses, Objective
+from score_sde.training.optimizers import Optimizer, hidden_matrices
+from score_sde.training.strategy import seen_through, strategy
+from score_sde.training.throughput import flops_per_example, peak_flops
+from score_sde.training.times import Times, TimeSampler
+
+if TYPE_CHECKING:
+    from score_sde.training.trainer import Trainer
+
+__all__ = ["PRECISIONS", "LossScale", "TrainingState", "decays"]
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class LossScale:
+    """Dynamic loss scaling: halved at a step whose gradient overflows, doubled after `interval` good ones in a row.
+
+    Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2. Lives on the device: nothing waits.
+    """
+
+    def __init__(self, device: torch.device, start: float = 2.0**16, interval: int = 2000) -> None:
+        self.interval = interval
+        self.scale = torch.tensor(start, device=device)
+        self.good_steps = torch.zeros((), device=device)
+
+    def update(self, good: Tensor) -> None:
+        self.good_steps = torch.where(good, self.good_steps + 1, 0.0)
+        grows = self.good_steps == self.interval
+        self.scale = torch.where(good, torch.where(grows, 2 * self.scale, self.scale), (self.scale / 2).clamp(min=1.0))
+        self.good_steps = torch.where(grows, 0.0, self.good_steps)
+
+
+def decays(trainer: Trainer) -> dict[str, Decay]:
+    """The averages of a run by the names of their files; the first is the one that samples are drawn from."""
+    first, *others = trainer.half_lives
+    kept: dict[str, Decay] = {"ema": HalfLife(first, trainer.ema_ramp)}
+    kept |= {f"ema-{other:g}": HalfLife(other, trainer.ema_ramp) for other in others}
+    return kept | {f"ema-{std:g}": PowerFunction(std) for std in trainer.power_emas}
+
+
+def joined(parts: Sequence[Losses]) -> Losses:
+    """The losses of a process's micro-batches as one."""
+    diagnostics = {name: torch.cat([part.diagnostics[name] for part in parts]) for name in parts[0].diagnostics}
+    return Losses(torch.cat([part.loss for part in parts]), diagnostics)
+
+
+class TrainingState:
+    """Weights, averages, optimiser, step, and counts since the last report."""
+
+    def __init__(
+        self, trainer: Trainer, model: LearnedScore, objective: Objective, time_sampler: TimeSampler, seed: int
+    ) -> None:
+        self.device = distributed.device(trainer.device)
+        self.trainer, self.objective, self.time_sampler = trainer, objective, time_sampler
+        self.seed, self.step, self.model = seed, 0, model.train()
+        if trainer.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        hidden = hidden_matrices(model, model.event_shape[0])
+        self.place = strategy(trainer.strategy, model, self.device)
+        network = torch.compile(self.place.network) if trainer.compile else self.place.network
+        self.view = model if network is model.network else seen_through(model, network)  # type: ignore[arg-type]
+        self.optimizer = Optimizer(trainer.optimizer, self.place.held, hidden, trainer.betas, trainer.weight_decay)
+        self.averages = {name: EMA(self.place.held, decay) for name, decay in decays(trainer).items()}
+        self.loss_scale = LossScale(self.device) if trainer.precision == "16-mixed" else None
+        self.window = Window(self.device)
+        self.nonfinite, self.reported, self.flops = 0, 0, 0
+        self.peak = trainer.peak_flops or peak_flops(self.device, trainer.precision)
+        self._averaged: LearnedScore | None = None
+
+    def micro_batches(self) -> list[slice]:
+        """This process's rows of the global batch, cut into `accumulate` parts."""
+        mine, parts = distributed.share(self.trainer.batch_size), self.trainer.accumulate
+        size = (mine.stop - mine.start) // parts
+        return [slice(mine.start + i * size, mine.start + (i + 1) * size) for i in range(parts)]
+
+    @contextmanager
+    def feed(self, data: Data) -> Iterator[Callable[[], list[Batch]]]:
+        """A function that gives this step's micro-batches on the device, as the model sees them.
+
+        For a CUDA device the next step's are read and copied meanwhile, by a thread of its own.
+        """
+        rows, batch_size = self.micro_batches(), self.trainer.batch_size
+        whole = rows == [slice(0, batch_size)]
+
+        def read(step: int) -> list[Batch]:
+            parts = [data.batch(step, batch_size)] if whole else [data.batch(step, batch_size, part) for part in rows]
+            return [part.to(self.device) for part in parts]
+
+        def prepared(parts: Sequence[Batch]) -> list[Batch]:
+            keyed = [generator(self.seed, "prepare", self.step, device=self.device) for _ in parts]
+            draws = [Draws(source, batch_size, part) for source, part in zip(keyed, rows, strict=True)]
+            return [data.prepare(part, drawn) for part, drawn in zip(parts, draws, strict=True)]
+
+        if self.device.type != "cuda":
+            yield lambda: prepared(read(self.step))
+            return
+        with ThreadPoolExecutor(1) as thread:
+            ahead: dict[int, Future[list[Batch]]] = {}
+
+            def prefetched() -> list[Batch]:
+                parts = (ahead.pop(self.step, None) or thread.submit(read, self.step)).result()
+                ahead[self.step + 1] = thread.submit(read, self.step + 1)
+                return prepared(parts)
+
+            yield prefetched
+
+    def advance(self, batches: Sequence[Batch]) -> None:
+        """One optimiser step on the micro-batches of this process."""
+        size = self.trainer.batch_size
+        if self.peak and not self.flops:
+            self.flops = flops_per_example(self.model, batches[0].to(self.model.device))
+        source = generator(self.seed, "step", self.step, device=self.device)
+        torch.manual_seed(key(self.seed, "dropout", self.step, *([distributed.rank()] if distributed.rank() else [])))
+        times = self.time_sampler(self.model.sde, size, source)
+        for parameter in self.place.parameters:
+            parameter.grad = None
+        rows = self.micro_batches()
+        found = [
+            self._differentiated(batch, part, times, source, last=part is rows[-1])
+            for batch, part in zip(batches, rows, strict=True)
+        ]
+        self._update(joined(found), times.u[distributed.share(size)])
+        if type(self.time_sampler).update is not TimeSampler.update:  # gathering waits for the device
+            self.time_sampler.update(times, distributed.gather(joined(found).loss))
+        for average in self.averages.values():
+            average.update(self.place.held, size, self.step * size)
+        self.step += 1
+
+    def _differentiated(self, batch: Batch, rows: slice, times: Times, source: torch.Generator, last: bool) -> Losses:
+        """The losses of a micro-batch, whose gradient has been added."""
+        size, dtype = self.trainer.batch_size, PRECISIONS[self.trainer.precision]
+        drawn = Times(times.t[rows], times.u[rows], times.weight[rows])
+        with self.place.collecting(last):
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                found = self.objective(self.view, batch, drawn, rows_of(source, size, rows))
+            mean = found.loss.mean() / self.trainer.accumulate
+            (mean if self.loss_scale is None else mean * self.loss_scale.scale).backward()
+        return Losses(found.loss.detach(), found.diagnostics)
+
+    def _update(self, found: Losses, u: Tensor) -> None:
+        """Clips the gradient and steps, unless the loss or the gradient is not finite on some process."""
+        gradients = self.place.gradients()
+        if self.loss_scale is not None:
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)
+        norm = self.place.clip(self.trainer.gradient_clip or math.inf)
+        finite_loss = torch.isfinite(distributed.mean(found.loss.mean()))
+        good = finite_loss & torch.isfinite(norm)
+        self.optimizer.step(self.trainer.rate(self.step), good)
+        counted = ~good
+        if self.loss_scale is not None:  # an overflow is how the scale finds its place, and no fault
+            counted = counted & ~(finite_loss & (self.loss_scale.scale > 1))
+            self.loss_scale.update(good)
+        self.window.add(found.loss, u, norm, good, counted, found.diagnostics)
+
+    def report(self) -> dict[str, Any]:
+        """The line of metrics.jsonl for the steps since the last one."""
+        row = self.window.read((self.step - self.reported) * self.trainer.batch_size)
+        if row["nonfinite"]:
+            log.warning("%d non-finite losses up to step %d: steps skipped", row["nonfinite"], self.step)
+        self.nonfinite, self.reported = self.nonfinite + row["nonfinite"], self.step
+        more: dict[str, Any] = {"nonfinite": self.nonfinite, "lr": self.trainer.rate(self.step - 1)}
+        if self.peak:
+            rate = row["examples_per_second"] * self.flops / distributed.count()
+            more |= {"tflops": rate / 1e12, "mfu": rate / self.peak}
+        if self.device.type == "cuda":
+            more["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        if self.loss_scale is not None:
+            more["loss_scale"] = float(self.loss_scale.scale)
+        return {"step": self.step, **row, **more}
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Writes a checkpoint of whole tensors, which any number of processes can resume. All processes call it."""
+        state = {
+            "step": self.step,
+            "seed": self.seed,
+            "batch_size": self.trainer.batch_size,
+            "nonfinite": self.nonfinite + self.window.nonfinite,
+            "times": self.time_sampler.state_dict(),
+            **{name: self._converted(part.state_dict(), self._whole) for name, part in self.optimizer.parts.items()},
+        }
+        if self.loss_scale is not None:
+            state |= {"loss_scale": float(self.loss_scale.scale), "good_steps": float(self.loss_scale.good_steps)}
+        weights = {"weights": self._state_dict(self.place.held)}
+        weights |= {name: self._state_dict(average.tensors) for name, average in self.averages.items()}
+        if distributed.is_main():
+            checkpoints.save(self.step, weights, state)
+
+    def snapshot(self, snapshots: Checkpoints) -> None:
+        """Stores the power-function averages, from which `posthoc` reconstructs others. All processes call it."""
+        known = {name: average for name, average in self.averages.items() if isinstance(average.decay, PowerFunction)}
+        weights = {name: self._state_dict(average.tensors) for name, average in known.items()}
+        if distributed.is_main():
+            snapshots.save(self.step, weights)
+
+    def restore(self, checkpoints: Checkpoints, step: int) -> None:
+        """Takes up a checkpoint; ValueError where it is of another seed, batch size, optimiser or set of averages."""
+        state = checkpoints.state(step)
+        for name, given in (("seed", self.seed), ("batch_size", self.trainer.batch_size)):
+            if state[name] != given:
+                raise ValueError(
+                    f"{name}={given}, but the run was started with {state[name]}: resume it with that value"
+                )
+        if ("muon" in state) != (self.optimizer.muon is not None):
+            was = "muon" if "muon" in state else "adamw"
+            raise ValueError(f"optimizer={self.trainer.optimizer}, but the run was started with {was}: resume it so")
+        for name, average in self.averages.items():
+            self._load(average.tensors, checkpoints.weights(step, ema=name))
+        self._load(self.place.held, checkpoints.weights(step, ema=False))  # last, for it fills the model itself
+        for name, part in self.optimizer.parts.items():
+            part.load_state_dict(self._converted(state[name], self.place.part))
+        if self.loss_scale is not None:
+            self.loss_scale.scale.fill_(state["loss_scale"])
+            self.loss_scale.good_steps.fill_(state["good_steps"])
+        self.time_sampler.load_state_dict(state.get("times", {}))
+        self.step = self.reported = state["step"]
+        self.nonfinite = state["nonfinite"]
+
+    def shown(self) -> tuple[LearnedScore, LearnedScore]:
+        """The model and its first average with whole weights, in evaluation mode. All processes call it."""
+        if self._averaged is None:
+            self._averaged = copy.deepcopy(self.model).requires_grad_(False)
+        average = next(iter(self.averages.values()))
+        for model, held in ((self.model, self.place.held), (self._averaged, average.tensors)):
+            for i, (weight, tensor) in enumerate(zip(model.parameters(), held, strict=True)):
+                if weight is not tensor:
+                    weight.data = self.place.full(i, tensor.detach()).to(self.device)
+        for shown, current in zip(self._averaged.buffers(), self.model.buffers(), strict=True):
+            shown.copy_(current)
+        return self.model.to(self.device).eval(), self._averaged.to(self.device).eval()
+
+    def show(self, hook: Callable[[int, LearnedScore, LearnedScore], T]) -> T:
+        """Calls a hook with both models in evaluation mode."""
+        with torch.no_grad():
+            answer = hook(self.step, *self.shown())
+        self.model.train()
+        return answer
+
+    def _converted(self, state: dict[str, Any], convert: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
+        """An optimiser's state with its tensors, but for scalars, made whole or cut; beside Muon nothing is sharded."""
+
+        def converted(i: int, value: Any) -> Any:
+            return value if not isinstance(value, Tensor) or value.ndim == 0 else convert(i, value)
+
+        if self.optimizer.muon is not None:
+            return state
+        moments = {i: {name: converted(i, v) for name, v in held.items()} for i, held in state["state"].items()}
+        return state | {"state": moments}
+
+    def _whole(self, i: int, part: Tensor) -> Tensor:
+        """The whole of a tensor like parameter i on the main process, which alone has a use for it."""
+        whole = self.place.full(i, part.detach())
+        return whole if distributed.is_main() else whole.new_empty(0)
+
+    def _state_dict(self, held: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Whole tensors by the names of the model's state, in the place of its parameters those of `held`."""
+        known = {id(parameter): i for i, parameter in enumerate(self.model.parameters())}
+        state = self.model.state_dict(keep_vars=True)
+        whole = [self._whole(i, tensor) for i, tensor in enumerate(held)]
+        return {name: whole[known[id(value)]] if id(value) in known else value for name, value in state.items()}
+
+    @torch.no_grad()
+    def _load(self, held: Sequence[Tensor], weights: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(weights)  # checks names and shapes, and fills buffers
+        for i, (tensor, value) in enumerate(zip(held, list(self.model.parameters()), strict=True)):
+            if tensor is not value:
+                tensor.copy_(self.place.part(i, value.detach()))

@@ -1,0 +1,152 @@
+"""How weights lie on processes: whole on one, whole on each (DDP), or in shards (FSDP).
+
+A process holds `held[i]` of parameter i: all of it, or its shard. Optimisers and averages that work element by element
+see held tensors alone; `full` and `part` convert, so that checkpoints hold whole tensors and any number of processes
+can take them up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import warnings
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from score_sde import distributed
+from score_sde.score import LearnedScore
+
+__all__ = ["STRATEGIES", "Replicated", "Sharded", "Single", "seen_through", "strategy"]
+
+STRATEGIES = ("ddp", "fsdp")
+
+
+class Single:
+    """One process.
+
+    Attributes:
+        network: what the objective calls.
+        parameters: those that gradients arrive at.
+        held: what this process keeps and updates of each.
+    """
+
+    def __init__(self, model: LearnedScore, device: torch.device) -> None:
+        self.device, self.network = device, model.to(device).network
+        self.parameters = list(model.parameters())
+        self.held = self.parameters
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the held tensors, which are theirs from now on."""
+        return [weight.grad for weight in self.held if weight.grad is not None]
+
+    def clip(self, limit: float) -> Tensor:
+        """Scales the whole gradient to a norm of at most `limit`; returns the norm it had, the same on every process."""
+        return nn.utils.clip_grad_norm_(self.held, limit)
+
+    def collecting(self, last: bool) -> AbstractContextManager[None]:
+        """Around the loss and gradient of a micro-batch: only at the last one gradients are averaged over processes."""
+        return contextlib.nullcontext()
+
+    def full(self, i: int, part: Tensor) -> Tensor:
+        """The whole of a tensor like parameter i, of which this process holds `part`; asked for by all together."""
+        return part
+
+    def part(self, i: int, full: Tensor) -> Tensor:
+        """What this process holds of a tensor like parameter i."""
+        return full
+
+
+class Replicated(Single):
+    """Whole weights on each process; gradients are averaged while they are computed."""
+
+    def __init__(self, model: LearnedScore, device: torch.device) -> None:
+        super().__init__(model, device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of `broadcast_buffers`, whose successor is not in 2.4
+            self.network = _Transparent(
+                self.network, [device] if device.type == "cuda" else None,
+                broadcast_buffers=False, gradient_as_bucket_view=True,
+            )  # fmt: skip
+
+    def collecting(self, last: bool) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if last else self.network.no_sync()  # type: ignore[operator]
+
+
+class _Transparent(DistributedDataParallel):
+    """Shows the attributes of the network within."""
+
+    def __getattr__(self, name: str) -> object:  # type: ignore[override]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+class Sharded(Single):
+    """Weights, gradients, moments and averages in shards; each entry of a ModuleList is gathered when it computes.
+
+    An objective that differentiates the network's derivative (implicit or sliced score matching) needs `ddp`.
+    """
+
+    def __init__(self, model: LearnedScore, device: torch.device) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard  # a second, for those who need it
+
+        mesh = init_device_mesh(device.type, (distributed.count(),))
+        self.device, self.network = device, copy.deepcopy(model.network).to(device)
+        blocks = [block for parent in self.network.modules() if isinstance(parent, nn.ModuleList) for block in parent]
+        for block in (*reversed(blocks), self.network):
+            if any(True for _ in block.parameters()):
+                fully_shard(block, mesh=mesh)
+        self.parameters = list(self.network.parameters())
+        self.held = [nn.Parameter(p.detach().to_local(), p.requires_grad) for p in self.parameters]  # type: ignore[attr-defined]
+
+    def gradients(self) -> list[Tensor]:
+        for weight, parameter in zip(self.held, self.parameters, strict=True):
+            weight.grad = None if parameter.grad is None else parameter.grad.to_local()  # type: ignore[attr-defined]
+        return super().gradients()
+
+    def clip(self, limit: float) -> Tensor:
+        square = nn.utils.clip_grad_norm_(self.held, math.inf).square()
+        dist.all_reduce(square)
+        norm = square.sqrt()
+        torch._foreach_mul_(super().gradients(), (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def collecting(self, last: bool) -> AbstractContextManager[None]:
+        self.network.set_requires_gradient_sync(last)  # type: ignore[operator]
+        return contextlib.nullcontext()
+
+    def full(self, i: int, part: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        like = self.parameters[i]
+        mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+        return DTensor.from_local(
+            part.detach(), mesh, placements, shape=like.shape, stride=like.stride()
+        ).full_tensor().cpu()  # fmt: skip
+
+    def part(self, i: int, full: Tensor) -> Tensor:
+        from torch.distributed.tensor import distribute_tensor
+
+        like = self.parameters[i]
+        mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+        return distribute_tensor(full.to(self.device), mesh, placements).to_local()
+
+
+def strategy(name: str, model: LearnedScore, device: torch.device) -> Single:
+    """The strategy of a run, which one process alone does not need."""
+    kind = {"ddp": Replicated, "fsdp": Sharded}[name] if distributed.count() > 1 else Single
+    return kind(model, device)
+
+
+def seen_through(model: LearnedScore, network: nn.Module) -> LearnedScore:
+    """`model` with another module in the place of its network, as an objective sees it; the model itself is not changed."""
+    view = copy.copy(model)
+    view.__dict__["_modules"] = {**model._modules, "network": network}
+    return view

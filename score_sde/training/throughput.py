@@ -1,0 +1,51 @@
+"""How well a device is used: the floating-point operations of a training step over what the device could have done.
+
+Model-FLOPs utilisation = examples per second * FLOPs of forward and backward for one example / peak FLOPs of all devices
+(Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B). Matrix products, convolutions and attention count.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from score_sde.data import Batch
+from score_sde.score import LearnedScore
+
+__all__ = ["PEAKS", "flops_per_example", "peak_flops"]
+
+# Dense TFLOP/s without sparsity by NVIDIA's data sheets: 16-bit tensor cores, and float32 without TF32.
+PEAKS = {
+    "B200": (2250, 75),
+    "H200": (989, 67),
+    "GH200": (989, 67),
+    "H100 PCIe": (756, 51),
+    "H100": (989, 67),
+    "A100": (312, 19.5),
+    "L40S": (362, 91.6),
+    "L4": (121, 30.3),
+    "A10": (125, 31.2),
+    "RTX 4090": (165, 82.6),
+    "V100": (125, 15.7),
+    "T4": (65, 8.1),
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of a device at a trainer's precision, None where the table does not know it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = next((peaks for part, peaks in PEAKS.items() if part in name), None)
+    return None if known is None else 1e12 * known[precision == "32-true"]
+
+
+def flops_per_example(model: LearnedScore, batch: Batch) -> int:
+    """FLOPs of the network's forward and backward pass on the first example of a prepared batch.
+
+    What gradient checkpointing computes again is included. Gradients that the parameters hold are left alone.
+    """
+    condition = {name: value[:1] for name, value in batch.condition.items() if name in model.condition_names}
+    x, counter = batch.x[:1], FlopCounterMode(display=False)
+    with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.enable_grad(), counter:
+        output = model.network(x, x.new_zeros(1), **condition)
+        torch.autograd.grad(output.float().sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    return counter.get_total_flops()
