@@ -1,58 +1,126 @@
-"""What tells a network at which noise level, and for which class, it is asked.
+"""What tells a network at which noise level, for which class and under which augmentation it is asked.
 
-    e(c, y) = SiLU(W_2 SiLU(W_1 [cos(w_k c), sin(w_k c)]) + E_y),    w_k geometric from 1/2 to 64
+    e(c, y, a) = SiLU(W_2 SiLU(W_1 [cos(w_k c), sin(w_k c)]) + E_y + A a)
 
-c = c_noise = ln(sigma / alpha) / 4 runs over roughly [-2.5, 1.5]: the slowest wave (period 12.6) spans that range,
-the fastest (period 0.1) tells noise levels apart that differ by a tenth. Row `num_classes` of E is the null class.
+The frequencies w_k of the noise level c:
+
+    waves       geometric from 1/2 to 64; c = ln(sigma / alpha) / 4 runs over roughly [-2.5, 1.5]: the slowest wave
+                (period 12.6) spans that range, the fastest (period 0.1) tells levels apart that differ by a tenth
+    positional  10000^(-k / (n - 1)), k < n (Vaswani et al. 2017), DDPM's, for c in steps of 0..999
+    fourier     2 pi 16 N(0, 1), drawn once (Tancik et al. 2020), NCSN++'s, for c = ln sigma
 """
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Embedding", "check_shape", "image_shape", "positive", "zeroed"]
+__all__ = ["Embedding", "check_shape", "context_of", "grid_shape", "image_shape", "positive", "rows", "zeroed"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class Embedding(nn.Module):
-    """Embeds the noise level c_noise (batch,) and, with `num_classes`, a label (batch,) into (batch, width).
+def _frequencies(kind: str, number: int) -> Tensor:
+    if kind == "waves":
+        return torch.logspace(-1, 6, number, base=2.0)
+    if kind == "positional":
+        return torch.exp(torch.arange(number) * (-math.log(10_000) / max(number - 1, 1)))
+    if kind == "fourier":
+        return torch.randn(number) * (2 * math.pi * 16)
+    raise ValueError(f"embedding is 'waves', 'positional' or 'fourier', got {kind!r}")
 
-    Labels are integers 0..num_classes-1; a negative label, or none at all, is the null class (Ho & Salimans 2022,
-    https://arxiv.org/abs/2207.12598). Raises ValueError for labels a network without classes cannot use.
+
+class Embedding(nn.Module):
+    """Embeds the noise level c_noise (batch,), a label (batch,) and augmentation labels into (batch, width).
+
+    Labels are integers 0..num_classes-1; a negative label, or none at all, is the null class, row `num_classes` of E
+    (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598). Augmentation labels are (batch, augment_width), zero where
+    nothing was done to a sample and where none are given (Karras et al. 2022, arXiv:2206.00364, appendix F.2).
+
+    Args:
+        width: of the result.
+        frequencies: how many; the first linear layer sees twice as many features.
+        num_classes: of the labels, None for none.
+        kind: which frequencies: "waves", "positional" or "fourier".
+        augment_width: of the augmentation labels, None for none.
+
+    Raises:
+        ValueError: a size is not positive, a kind unknown, or a call names a condition the embedding does not have.
     """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, frequencies: int = 32, num_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        frequencies: int = 32,
+        num_classes: int | None = None,
+        kind: str = "waves",
+        augment_width: int | None = None,
+    ) -> None:
         super().__init__()
-        positive(width=width, frequencies=frequencies, num_classes=1 if num_classes is None else num_classes)
-        self.num_classes = num_classes
-        self.register_buffer("frequencies", torch.logspace(-1, 6, frequencies, base=2.0), persistent=False)
+        given = {"num_classes": num_classes, "augment_width": augment_width}
+        positive(width=width, frequencies=frequencies, **{k: v for k, v in given.items() if v is not None})
+        self.num_classes, self.kind = num_classes, kind
+        # Random frequencies belong to the weights, the others follow from their number.
+        self.register_buffer("frequencies", _frequencies(kind, frequencies), persistent=kind == "fourier")
         self.noise = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, width)
+        self.augment = None if augment_width is None else nn.Linear(augment_width, width, bias=False)
 
-    def forward(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, c_noise: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         phase = c_noise.to(self.frequencies.dtype)[:, None] * self.frequencies
         embedded = self.noise(torch.cat([phase.cos(), phase.sin()], dim=1))
-        if self.label is not None:
-            embedded = embedded + self.label(self._row(label, c_noise))
-        elif label is not None:
-            raise ValueError("a label was given to a network without classes: set num_classes, or drop the label")
+        row = rows(label, c_noise, self.num_classes)
+        if self.label is not None and row is not None:
+            embedded = embedded + self.label(row)
+        if augment is not None:
+            embedded = embedded + check_augment(self.augment, augment)(augment)
         return nn.functional.silu(embedded)
 
-    def _row(self, label: Tensor | None, c_noise: Tensor) -> Tensor:
-        """The row of the table for each label, the last one for the null class."""
-        null = torch.full_like(c_noise, self.num_classes or 0, dtype=torch.long)
-        if label is None:
-            return null
-        if label.shape != c_noise.shape or label.is_floating_point():
-            given = f"{label.dtype} of shape {tuple(label.shape)}"
-            raise ValueError(f"label must be integers of shape {tuple(c_noise.shape)}, one a sample; got {given}")
-        return torch.where(label < 0, null, label)
+
+def rows(label: Tensor | None, c_noise: Tensor, num_classes: int | None) -> Tensor | None:
+    """The table's row for each label, `num_classes` for the null class; None for a network without classes."""
+    if num_classes is None:
+        if label is not None:
+            raise ValueError("a label was given to a network without classes: set num_classes, or drop the label")
+        return None
+    null = torch.full_like(c_noise, num_classes, dtype=torch.long)
+    if label is None:
+        return null
+    if label.shape != c_noise.shape or label.is_floating_point():
+        given = f"{label.dtype} of shape {tuple(label.shape)}"
+        raise ValueError(f"label must be integers of shape {tuple(c_noise.shape)}, one a sample; got {given}")
+    return torch.where(label < 0, null, label)
+
+
+def check_augment(layer: M | None, augment: Tensor) -> M:
+    """The layer that takes augmentation labels; ValueError where the network has none."""
+    if layer is None:
+        raise ValueError(f"augmentation labels of shape {tuple(augment.shape)} were given to a network without: "
+                         "set augment_width, or drop them")  # fmt: skip
+    return layer
+
+
+def context_of(context: Tensor | None, null: Tensor | None, batch: int) -> Tensor | None:
+    """The tokens (batch, tokens, width) to attend to; `null` (1, width) for a sample without, None where unknown.
+
+    A sample has no context where none is given at all or its entries are NaN, as a label of -1 is no label.
+    Raises ValueError for a context that the network does not know, or one of another shape.
+    """
+    if null is None:
+        if context is not None:
+            raise ValueError("a context was given to a network without: set context_width, or drop the context")
+        return None
+    if context is None:
+        return null.expand(batch, *null.shape)
+    if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != null.shape[1]:
+        expected = f"({batch}, tokens, {null.shape[1]})"
+        raise ValueError(f"context must be tokens of shape {expected}; got {tuple(context.shape)}")
+    return torch.where(context.isnan().any(2, keepdim=True).any(1, keepdim=True), null.to(context), context)
 
 
 def zeroed(module: M) -> M:
@@ -75,15 +143,24 @@ def check_shape(x: Tensor, event_shape: tuple[int, ...]) -> None:
         raise ValueError(f"x has event shape {tuple(x.shape[1:])}, the network was built with {event_shape=}")
 
 
+def grid_shape(event_shape: tuple[int, ...], multiple: int | tuple[int, ...]) -> tuple[int, ...]:
+    """(channels, *sides) of a signal, image or video whose sides are multiples of `multiple`; ValueError otherwise."""
+    shape = tuple(event_shape)
+    if len(shape) not in (2, 3, 4):
+        raise ValueError(f"event_shape={shape} is no signal (channels, length), image (channels, height, width) or "
+                         "video (channels, frames, height, width): use networks.MLP for vectors")  # fmt: skip
+    sides = shape[1:]
+    multiples = (multiple,) * len(sides) if isinstance(multiple, int) else tuple(multiple)
+    positive(**{f"event_shape[{i}]": size for i, size in enumerate(shape)})
+    if any(side % m for side, m in zip(sides, multiples, strict=True)):
+        size, wanted = "x".join(map(str, sides)), "x".join(map(str, dict.fromkeys(multiples)))
+        raise ValueError(f"a {size} grid: its sides must be multiples of {wanted} here; crop or pad it")
+    return shape
+
+
 def image_shape(event_shape: tuple[int, ...], multiple: int) -> tuple[int, int, int]:
     """(channels, height, width) of an image whose sides are multiples of `multiple`; ValueError for anything else."""
-    shape = tuple(event_shape)
+    shape = grid_shape(event_shape, multiple)
     if len(shape) != 3:
-        raise ValueError(
-            f"event_shape={shape} is no image: give (channels, height, width), or use networks.MLP for vectors"
-        )
-    channels, height, width = shape
-    if height % multiple or width % multiple:
-        raise ValueError(f"a {height}x{width} image: both sides must be multiples of {multiple} here; crop or pad it")
-    positive(channels=channels, height=height, width=width)
-    return channels, height, width
+        raise ValueError(f"event_shape={shape} is no image (channels, height, width): use networks.UNet or MLP")
+    return shape

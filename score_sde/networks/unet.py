@@ -1,31 +1,67 @@
-"""A small U-Net F(x, c_noise, label) for images of 8x8 to 32x32.
+"""One U-Net F(x, c_noise, label, context, augment) for signals, images and video; its options give the published ones.
 
 Level i works at size / 2^i with width * multipliers[i] channels: `blocks` residual blocks on the way down, one more
-on the way up, where each also reads what its counterpart left on the way down. One block (attention follows if chosen):
+on the way up, where each also reads what its counterpart left on the way down; two between. `networks.blocks` has the
+formulas of its parts, `networks.magnitude` those of the magnitude-preserving ones. The output starts at 0.
 
-    h + V SiLU((1 + s(e)) GroupNorm(U SiLU(GroupNorm(h))) + b(e)),    V and the output layer start at 0
-
-Ho et al. 2020 (https://arxiv.org/abs/2006.11239, appendix B), with the scale-shift norm of Dhariwal & Nichol 2021.
+Presets: `ddpm` (Ho et al. 2020, arXiv:2006.11239), `ddpmpp` and `ncsnpp` (Song et al. 2021, arXiv:2011.13456),
+`adm` (Dhariwal & Nichol 2021, arXiv:2105.05233), `edm2` (Karras et al. 2024, arXiv:2312.02696).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
-from score_sde.networks.embedding import Embedding, check_shape, image_shape, positive, zeroed
+from score_sde.networks.blocks import Block, Head, PyramidIn, PyramidOut, Resample, Style, glorot
+from score_sde.networks.embedding import Embedding, check_shape, context_of, grid_shape, positive
+from score_sde.networks.magnitude import MPBlock, MPConcatenate, MPEmbedding, MPInput, MPOutput
 
-__all__ = ["UNet"]
+__all__ = ["EDM2_WIDTHS", "UNet"]
+
+EDM2_WIDTHS = {"xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}
+PYRAMIDS = (None, "skip", "residual")
 
 
 class UNet(nn.Module):
-    """U-Net: x (batch, channels, height, width), c_noise (batch,), label (batch,) or None -> the shape of x.
+    """U-Net: x (batch, channels, *sides), c_noise (batch,) and conditions by name -> the shape of x.
 
-    `attention` lists the image heights at which the blocks attend. Raises ValueError where the image cannot be halved
-    often enough or an attention size does not occur.
+    Conditions: label (batch,), -1 for none; context (batch, tokens, context_width), NaN for none; augment (batch,
+    augment_width), 0 for none.
+
+    Args:
+        event_shape: (channels, length), (channels, height, width) or (channels, frames, height, width).
+        width, multipliers, blocks: channels of the first level, factors of the levels, blocks of a level.
+        attention: heights of the grid (lengths of a signal) at which blocks attend.
+        dropout: within each block.
+        frequencies: of the noise level's embedding.
+        num_classes: of labels.
+        embedding: its frequencies, "waves", "positional" (DDPM) or "fourier" (NCSN++); see `networks.embedding`.
+        modulation: how a block hears of the noise level, "scale_shift" (ADM) or "shift" (DDPM).
+        resample: "conv", "strided" (DDPM: halving by a convolution's stride) or "residual" (within a block: NCSN++).
+        filter: the filter of resampling, [1, 1] or NCSN++'s [1, 3, 3, 1].
+        project_skip: whether blocks that resample have a 1-wide convolution on the way past (NCSN++).
+        rescale: sums of a branch and its way past over sqrt 2 (NCSN++).
+        progressive_input, progressive_output: None, "skip" or "residual": pyramids of input and output (NCSN++).
+        head_channels: channels of an attention head, None for one head.
+        attend_once: on the way up a level attends once, behind its last block (NCSN++), not behind each.
+        middle_attention: attention between the two middle blocks, whatever `attention` says, else as `attention` says.
+        norm_groups: groups of a normalisation, None for about 8 channels a group.
+        epsilon: of a normalisation.
+        glorot: DDPM's first weights instead of torch's.
+        magnitude_preserving: the parts of EDM2; the options of the others' norms, modulation and pyramids do not apply.
+        context_width: of tokens that the blocks with attention also attend to.
+        augment_width: of augmentation labels, 9 for Karras et al.'s.
+        learned_variance: the output has twice the channels; the second half becomes the variance of a reverse step,
+            w = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
+        checkpointing: in training, keep only each block's input and compute the block again in the backward pass.
+
+    Raises:
+        ValueError: the grid cannot be halved often enough, an attention size does not occur, options exclude each other.
     """
 
     def __init__(
@@ -38,105 +74,222 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         frequencies: int = 32,
         num_classes: int | None = None,
+        *,
+        embedding: str = "waves",
+        modulation: str = "scale_shift",
+        resample: str = "conv",
+        filter: Sequence[int] = (1, 1),
+        project_skip: bool = False,
+        rescale: bool = False,
+        progressive_input: str | None = None,
+        progressive_output: str | None = None,
+        head_channels: int | None = 32,
+        attend_once: bool = False,
+        middle_attention: bool = False,
+        norm_groups: int | None = None,
+        epsilon: float = 1e-5,
+        glorot: bool = False,
+        magnitude_preserving: bool = False,
+        context_width: int | None = None,
+        augment_width: int | None = None,
+        learned_variance: bool = False,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        positive(width=width, blocks=blocks, levels=len(multipliers))
-        channels, height, _ = image_shape(tuple(event_shape), multiple=2 ** (len(multipliers) - 1))
-        sizes = [height >> level for level in range(len(multipliers))]
+        positive(width=width, blocks=blocks, levels=len(multipliers), head_channels=head_channels or 1,
+                 norm_groups=norm_groups or 1, context_width=context_width or 1)  # fmt: skip
+        channels, *sides = grid_shape(tuple(event_shape), multiple=2 ** (len(multipliers) - 1))
+        side = sides[0] if len(sides) == 1 else sides[-2]
+        sizes = [side >> level for level in range(len(multipliers))]
         if not set(attention) <= set(sizes):
             raise ValueError(f"attention={list(attention)} must name image heights of this U-Net: {sizes}")
+        _check_pyramids(progressive_input, progressive_output, magnitude_preserving, resample)
+        if tuple(filter) != (1, 1) and resample == "strided":
+            raise ValueError("resample='strided' has no filter: give filter=[1, 1], or resample='residual'")
         self.event_shape, self.num_classes = tuple(event_shape), num_classes
-        self.embedding = Embedding(4 * width, frequencies, num_classes)
+        self.learned_variance, self.checkpointing = learned_variance, checkpointing
+        outward = 2 * channels if learned_variance else channels
+        style = Style(
+            len(sides), 4 * width, dropout, modulation, resample, tuple(filter), project_skip, rescale, head_channels,
+            norm_groups, epsilon, context_width,
+        )  # fmt: skip
 
-        def block(inward: int, outward: int, size: int) -> Block:
-            return Block(inward, outward, 4 * width, attend=size in attention, dropout=dropout)
+        def block(
+            here: int, there: int, attends: bool = False, scale: float | None = None, up: bool = False
+        ) -> nn.Module:
+            if magnitude_preserving:
+                return MPBlock(here, there, style, attends, scale, decoder=up)
+            return Block(here, there, style, attends, scale)
 
-        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        def resampling(channels: int, scale: float) -> nn.Module:
+            if resample == "residual":
+                return block(channels, channels, scale=scale, up=scale > 1)
+            return Resample(channels, style, scale)
+
+        self.embedding: nn.Module
+        self.first: nn.Module
+        self.join: nn.Module
+        if magnitude_preserving:
+            self.embedding = MPEmbedding(4 * width, frequencies, num_classes, augment_width)
+            self.first, self.join = MPInput(style.dims, channels, width), MPConcatenate()
+        else:
+            self.embedding = Embedding(4 * width, frequencies, num_classes, embedding, augment_width)
+            self.first, self.join = style.conv(channels, width), Concatenate()
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        h, skips = width, [width]
+        # Pyramids, by the index of the layer of `down` or `up` behind which they stand.
+        self.inward, self.outward = nn.ModuleDict(), nn.ModuleDict()
+        h, pyramid, skips = width, channels, [width]
         for level, size in enumerate(sizes):
+            there = width * multipliers[level]
             if level > 0:
-                self.down.append(Resample(h, 0.5))
+                self.down.append(resampling(h, 0.5))
                 skips.append(h)
+                if progressive_input:
+                    self.inward[str(len(self.down) - 1)] = PyramidIn(progressive_input, pyramid, h, style)
+                    pyramid = h if progressive_input == "residual" else channels
             for _ in range(blocks):
-                self.down.append(block(h, width * multipliers[level], size))
-                h = width * multipliers[level]
+                self.down.append(block(h, there, size in attention))
+                h = there
                 skips.append(h)
-        self.middle = nn.ModuleList([block(h, h, sizes[-1]), block(h, h, sizes[-1])])
+        lowest = sizes[-1] in attention
+        self.middle = nn.ModuleList(
+            block(h, h, attends, up=True) for attends in ((True, False) if middle_attention else (lowest, lowest))
+        )
+        before: int | None = None
         for level, size in reversed(list(enumerate(sizes))):
-            for _ in range(blocks + 1):
-                self.up.append(block(h + skips.pop(), width * multipliers[level], size))
-                h = width * multipliers[level]
+            there = width * multipliers[level]
+            for i in range(blocks + 1):
+                attends = size in attention and (i == blocks or not attend_once)
+                self.up.append(block(h + skips.pop(), there, attends, up=True))
+                h = there
+            if progressive_output:
+                self.outward[str(len(self.up) - 1)] = PyramidOut(progressive_output, h, outward, before, style)
+                before = h if progressive_output == "residual" else outward
             if level > 0:
-                self.up.append(Resample(h, 2.0))
-        self.last = nn.Sequential(group_norm(h), nn.SiLU(), zeroed(nn.Conv2d(h, channels, 3, padding=1)))
+                self.up.append(resampling(h, 2.0))
+        self.last: nn.Module | None
+        if magnitude_preserving:
+            self.last = MPOutput(style.dims, h, outward)
+        else:
+            self.last = None if progressive_output == "skip" else Head(h, outward, style)
+        self.null_context = None if context_width is None else nn.Parameter(torch.randn(1, context_width))
+        if glorot:
+            _glorot(self)
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        label: Tensor | None = None,
+        context: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
         check_shape(x, self.event_shape)
-        embedded = self.embedding(c_noise, label)
-        h = self.first(x)
+        embedded = self.embedding(c_noise, label, augment)
+        context = context_of(context, self.null_context, len(x))
+        run = self._recomputed if self.checkpointing and self.training and torch.is_grad_enabled() else _called
+        h, pyramid = self.first(x), x
         skips = [h]
-        for layer in self.down:
-            h = layer(h, embedded)
+        for i, layer in enumerate(self.down):
+            h = run(layer, h, embedded, context)
+            if str(i) in self.inward:
+                pyramid, h = self.inward[str(i)](pyramid, h)
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, embedded)
-        for layer in self.up:
-            h = layer(h if isinstance(layer, Resample) else torch.cat([h, skips.pop()], dim=1), embedded)
-        return self.last(h)
+            h = run(layer, h, embedded, context)
+        output: Tensor | None = None
+        for i, layer in enumerate(self.up):
+            h = run(layer, h if layer.scale else self.join(h, skips.pop()), embedded, context)
+            if str(i) in self.outward:
+                output, h = self.outward[str(i)](output, h)
+        return output if self.last is None else self.last(h)  # type: ignore[return-value]
+
+    @staticmethod
+    def _recomputed(layer: nn.Module, *inputs: Any) -> Tensor:
+        return checkpoint(layer, *inputs, use_reentrant=False)
+
+    @classmethod
+    def ddpm(cls, event_shape: Sequence[int], **changes: Any) -> UNet:
+        """DDPM's network for CIFAR-10, 35.7 M parameters (Ho et al. 2020, appendix B)."""
+        return _preset(cls, event_shape, _DDPM | {"resample": "strided"}, changes)
+
+    @classmethod
+    def ddpmpp(cls, event_shape: Sequence[int], **changes: Any) -> UNet:
+        """DDPM++ for CIFAR-10, 61.8 M parameters; blocks=8 is "deep" (Song et al. 2021, appendix H.2).
+
+        EDM's variant, 55.7 M, has multipliers=(2, 2, 2) (Karras et al. 2022, table 7).
+        """
+        return _preset(cls, event_shape, _DDPM | _PLUS, changes)
+
+    @classmethod
+    def ncsnpp(cls, event_shape: Sequence[int], **changes: Any) -> UNet:
+        """NCSN++ for CIFAR-10, 62.8 M parameters; blocks=8 is "deep" (Song et al. 2021, appendix H.2).
+
+        EDM's variant, 56.5 M, has multipliers=(2, 2, 2) (Karras et al. 2022, table 7).
+        """
+        fourier = {"embedding": "fourier", "filter": (1, 3, 3, 1), "progressive_input": "residual"}
+        return _preset(cls, event_shape, _DDPM | _PLUS | fourier, changes, features=1.0)
+
+    @classmethod
+    def adm(cls, event_shape: Sequence[int], **changes: Any) -> UNet:
+        """ADM for ImageNet 64x64, 296 M parameters with its 1,000 classes (Dhariwal & Nichol 2021, table 12)."""
+        return _preset(cls, event_shape, _ADM, changes)
+
+    @classmethod
+    def edm2(cls, event_shape: Sequence[int], size: str = "s", **changes: Any) -> UNet:
+        """EDM2 of size xs to xxl, 125 M to 1.5 G parameters with 1,000 classes (Karras et al. 2024, table 2)."""
+        if size not in EDM2_WIDTHS:
+            raise ValueError(f"size={size!r} must be one of {', '.join(EDM2_WIDTHS)}")
+        return _preset(cls, event_shape, _EDM2 | {"width": EDM2_WIDTHS[size]}, changes, features=1.0)
 
 
-class Block(nn.Module):
-    """A residual block, with self-attention behind it where `attend`."""
-
-    def __init__(self, inward: int, outward: int, embedding: int, attend: bool, dropout: float) -> None:
-        super().__init__()
-        self.begin = nn.Sequential(group_norm(inward), nn.SiLU(), nn.Conv2d(inward, outward, 3, padding=1))
-        self.norm = nn.GroupNorm(groups(outward), outward, affine=False)
-        self.modulation = nn.Linear(embedding, 2 * outward)
-        self.end = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Conv2d(outward, outward, 3, padding=1)))
-        self.skip = nn.Identity() if inward == outward else nn.Conv2d(inward, outward, 1)
-        self.attention = Attention(outward) if attend else nn.Identity()
-
-    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
-        scale, shift = self.modulation(embedded)[:, :, None, None].chunk(2, dim=1)
-        h = self.norm(self.begin(x)) * (1 + scale) + shift
-        return self.attention(self.skip(x) + self.end(h))
-
-
-class Attention(nn.Module):
-    """x + P softmax(Q K^T / sqrt(d)) V over the pixels, in heads of up to 32 channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.heads = groups(channels, size=32)
-        self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.project = zeroed(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x)).flatten(2)  # (batch, 3 * heads * d, pixels)
-        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)
-        attended = scaled_dot_product_attention(q, k, v)  # (batch, heads, pixels, d)
-        return x + self.project(attended.transpose(-1, -2).reshape(x.shape))
+_DDPM: dict[str, Any] = {
+    "width": 128, "multipliers": (1, 2, 2, 2), "blocks": 2, "attention": (16,), "dropout": 0.1,
+    "embedding": "positional", "modulation": "shift", "head_channels": None, "middle_attention": True,
+    "norm_groups": 32, "epsilon": 1e-6, "glorot": True,
+}  # fmt: skip
+_PLUS: dict[str, Any] = {
+    "blocks": 4, "resample": "residual", "project_skip": True, "rescale": True, "attend_once": True
+}  # fmt: skip
+_ADM: dict[str, Any] = {
+    "width": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "attention": (32, 16, 8), "dropout": 0.1,
+    "embedding": "positional", "resample": "residual", "head_channels": 64, "middle_attention": True,
+    "norm_groups": 32,
+}  # fmt: skip
+_EDM2: dict[str, Any] = {
+    "multipliers": (1, 2, 3, 4), "blocks": 3, "attention": (16, 8), "resample": "residual", "head_channels": 64,
+    "middle_attention": True, "magnitude_preserving": True,
+}  # fmt: skip
 
 
-class Resample(nn.Module):
-    """Halves (area average) or doubles (nearest) the image, then a 3x3 convolution."""
-
-    def __init__(self, channels: int, scale: float) -> None:
-        super().__init__()
-        self.scale, self.mode = scale, "area" if scale < 1 else "nearest"
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
-        return self.conv(interpolate(x, scale_factor=self.scale, mode=self.mode))
+def _preset(
+    cls: type[UNet], event_shape: Sequence[int], preset: dict[str, Any], changes: dict[str, Any], features: float = 0.5
+) -> UNet:
+    """The preset with changes; the embedding has `features` frequencies a channel of the first level."""
+    options = preset | changes
+    options.setdefault("frequencies", max(int(features * options["width"]), 1))
+    return cls(event_shape, **options)
 
 
-def groups(channels: int, size: int = 8) -> int:
-    """How many groups of about `size` channels divide them evenly."""
-    return next(count for count in range(max(channels // size, 1), 0, -1) if channels % count == 0)
+class Concatenate(nn.Module):
+    """[a, b] along the channels."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, b], dim=1)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups(channels), channels)
+def _called(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    return layer(*inputs)
+
+
+_glorot = glorot
+
+
+def _check_pyramids(inward: str | None, outward: str | None, magnitude_preserving: bool, resample: str) -> None:
+    for name, kind in (("progressive_input", inward), ("progressive_output", outward)):
+        if kind not in PYRAMIDS:
+            raise ValueError(f"{name}={kind!r} must be null, 'skip' or 'residual'")
+        if kind and magnitude_preserving:
+            raise ValueError(f"{name}={kind!r} does not preserve magnitudes: set it to null")
+    if magnitude_preserving and resample != "residual":
+        raise ValueError(f"resample={resample!r} does not preserve magnitudes: set resample='residual'")

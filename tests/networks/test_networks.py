@@ -9,15 +9,30 @@ import torch
 from torch import nn
 
 from score_sde.networks import MLP, NCSN, UNet
+from score_sde.networks.blocks import Attention, Style
 from score_sde.networks.embedding import Embedding
 from score_sde.networks.ncsn import InstanceNormPlus
-from score_sde.networks.unet import Attention
 
+SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.0}
+PYRAMIDS = {"progressive_input": "skip", "progressive_output": "residual"}
 NETWORKS = {
     "mlp": lambda **options: MLP((3,), width=16, depth=2, **options),
     "mlp image": lambda **options: MLP((1, 4, 4), width=16, depth=2, **options),
     "unet": lambda **options: UNet((1, 8, 8), width=8, blocks=1, attention=(4, 8), **options),
     "unet oblong": lambda **options: UNet((3, 12, 8), width=8, multipliers=(1, 2, 2), blocks=1, **options),
+    "unet signal": lambda **options: UNet((2, 16), width=8, blocks=1, attention=(8,), **options),
+    "unet video": lambda **options: UNet((1, 2, 4, 6), width=8, blocks=1, attention=(2,), **options),
+    "ddpm": lambda **options: UNet.ddpm((1, 8, 8), **SMALL, **options),
+    "ddpm++": lambda **options: UNet.ddpmpp((1, 8, 8), **SMALL, **options),
+    "ncsn++": lambda **options: UNet.ncsnpp((1, 8, 8), **SMALL, **options),
+    "ncsn++ output": lambda **options: UNet.ncsnpp((1, 8, 8), progressive_output="skip", **SMALL, **options),
+    "ncsn++ pyramids": lambda **options: UNet.ncsnpp((1, 8, 8), **SMALL, **PYRAMIDS, **options),
+    "adm": lambda **options: UNet.adm((1, 8, 8), **SMALL, **options),
+    "edm2": lambda **options: UNet.edm2((1, 8, 8), **SMALL, **options),
+    "edm2 signal": lambda **options: UNet.edm2((1, 8), **SMALL, **options),
+    "edm2 video": lambda **options: UNet.edm2((1, 2, 8, 4), **SMALL, **options),
+    "ncsn++ signal": lambda **options: UNet.ncsnpp((1, 8), **SMALL, **options),
+    "ncsn++ video": lambda **options: UNet.ncsnpp((1, 2, 8, 4), **SMALL, **options),
     "ncsn": lambda **options: NCSN((1, 8, 8), width=8, **options),
     "ncsn colour": lambda **options: NCSN((3, 16, 12), width=8, **options),
 }
@@ -36,7 +51,9 @@ def randomised(network: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            # Gains of magnitude-preserving layers are scalars, which a small draw would leave nearly silent.
+            scale = 0.2 if parameter.ndim else 1.0
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return network.double().eval()
 
 
@@ -144,7 +161,7 @@ def test_instance_norm_plus_against_the_formula():
 
 def test_attention_against_multihead_attention():
     torch.manual_seed(0)
-    attention = Attention(64).double()
+    attention = Attention(64, Style(dims=2, embedding=8)).double()
     nn.init.normal_(attention.project.weight)
     x = torch.randn(2, 64, 3, 5, dtype=torch.float64)
     q, k, v = (part.flatten(2).transpose(1, 2) for part in attention.qkv(attention.norm(x)).chunk(3, dim=1))
