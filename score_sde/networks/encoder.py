@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from score_sde.networks.blocks import Block, Resample, Style
 from score_sde.networks.embedding import Embedding, check_shape, image_shape, positive, zeroed
-from score_sde.networks.unet import Block, Resample, group_norm
 
 __all__ = ["Encoder"]
 
@@ -43,17 +43,18 @@ class Encoder(nn.Module):
         if not set(attention) <= set(sizes):
             raise ValueError(f"attention={list(attention)} must name image heights of this network: {sizes}")
         self.event_shape, self.num_classes = tuple(event_shape), num_classes
+        style = Style(dims=2, embedding=4 * width, dropout=dropout)
         self.embedding = Embedding(4 * width, frequencies)
-        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.first = style.conv(channels, width)
         self.down, h = nn.ModuleList(), width
         for level, size in enumerate(sizes):
             if level > 0:
-                self.down.append(Resample(h, 0.5))
+                self.down.append(Resample(h, style, 0.5))
             for _ in range(blocks):
                 outward = width * multipliers[level]
-                self.down.append(Block(h, outward, 4 * width, attend=size in attention, dropout=dropout))
+                self.down.append(Block(h, outward, style, size in attention))
                 h = outward
-        self.norm, self.last = group_norm(h), zeroed(nn.Linear(h, num_classes))
+        self.norm, self.last = style.norm(h), zeroed(nn.Linear(h, num_classes))
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         check_shape(x, self.event_shape)
