@@ -9,6 +9,7 @@ from typing import Any
 import common
 import figures
 import pandas as pd
+import restoring
 from omegaconf import DictConfig
 
 from score_sde import ExactScore, ProbabilityFlowODE, ScoreModel, plotting
@@ -19,6 +20,9 @@ from score_sde.run import instantiate
 
 @common.main("compare")
 def main(config: DictConfig) -> None:
+    if config.task:
+        restoring.run_task(config)
+        return
     if not config.budgets or min(config.budgets) < 1 or config.num_samples < 1:
         raise ValueError(f"budgets are numbers of network calls >= 1 and num_samples is >= 1, got "
                          f"{list(config.budgets)} and {config.num_samples}")  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from score_sde import ProbabilityFlowODE, SampleNoise, ScoreModel, plotting
 from score_sde.data import load_images
-from score_sde.evaluation.posterior import psnr
+from score_sde.evaluation.restoration import psnr
 from score_sde.guidance import TASKS, ClassifierFree, LinearOperator, Mask, interpolate, sdedit, task_operator
 from score_sde.run import Run, instantiate
 

@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from score_sde import grid
+from score_sde.evaluation import affine
 from score_sde.evaluation.comparison import COLUMNS, Samples, compare
 from score_sde.evaluation.metrics import Yardstick
 from score_sde.guidance import (
@@ -72,8 +73,28 @@ class Problem:
         return self.prior.condition(self.operator, self.y, self.noise_std)
 
 
-Method = Callable[[Problem], ScoreModel]
-Solver = Callable[[Problem, int], Samples]
+class Case(Protocol):
+    """What a method needs to know: a `Problem`, or an observation of real images."""
+
+    @property
+    def model(self) -> ScoreModel: ...
+
+    @property
+    def operator(self) -> LinearOperator: ...
+
+    @property
+    def y(self) -> Tensor: ...
+
+    @property
+    def noise_std(self) -> float: ...
+
+
+Method = Callable[[Any], ScoreModel]
+"""From a `Case` to a guided model; those named in `KNOWING` need a `Problem`."""
+Solver = Callable[[Any, int], Samples]
+
+KNOWING = ("exact", "prior")
+"""Yardsticks rather than methods: the posterior's own score, and the prior's, which does not look at y."""
 
 METHODS: dict[str, Method] = {
     "exact": lambda p: ExactScore(p.posterior, p.sde),
@@ -82,7 +103,7 @@ METHODS: dict[str, Method] = {
     "diffpir": lambda p: DiffPIR(p.model, p.operator, p.y, p.noise_std),
     "dps": lambda p: DPS(p.model, p.operator, p.y, p.noise_std),
     "dps zeta=0.1": lambda p: DPS(p.model, p.operator, p.y, p.noise_std, zeta=0.1),
-    "pigdm": lambda p: PiGDM(p.model, p.operator, p.y, p.noise_std, p.prior.std),
+    "pigdm": lambda p: PiGDM(p.model, p.operator, p.y, p.noise_std, p.model.data_std),
     "mmps": lambda p: MMPS(p.model, p.operator, p.y, p.noise_std, min(8, p.operator.output_shape[0])),
 }
 """Methods that are score models, for any sampler."""
@@ -92,15 +113,15 @@ def _log_snr(steps: int) -> grid.Grid:
     return partial(grid.log_snr, steps=steps)
 
 
-def _repaint(problem: Problem, steps: int) -> Sampler:
+def _repaint(problem: Case, steps: int) -> Sampler:
     base = _log_snr(max(1, steps // 5))
     again = partial(jump_back, base=base, length=max(1, steps // 50), repeats=5)
     return Sampler(Ancestral(), again, corrector=Impute(problem.operator, problem.y, problem.noise_std))
 
 
-def _particles(problem: Problem, steps: int) -> TwistedParticles:
+def _particles(problem: Case, steps: int) -> TwistedParticles:
     p = problem
-    return TwistedParticles(_log_snr(steps), p.operator, p.y, p.noise_std, data_std=p.prior.std, particles=20_000)
+    return TwistedParticles(_log_snr(steps), p.operator, p.y, p.noise_std, data_std=p.model.data_std, particles=5000)
 
 
 SOLVERS: dict[str, Solver] = {
@@ -159,10 +180,18 @@ def ring_problem(sde: SDE, noise_std: float = 0.5) -> Problem:
     return Problem(ring(8, 2.0, 0.4), Matrix([[1.0, 0.3]]), torch.tensor([0.5]), noise_std, sde)
 
 
-def gaussian_problem(sde: SDE, dimensions: int = 2, noise_std: float = 0.3, seed: int = 0) -> Problem:
-    """N(mu, 0.8^2 I), half of whose dimensions are seen through a random matrix: PiGDM and MMPS are exact."""
+def gaussian_problem(
+    sde: SDE, dimensions: int = 2, noise_std: float = 0.3, seed: int = 0, correlated: bool = False
+) -> Problem:
+    """N(mu, 0.8^2 I), half of whose dimensions are seen through a random matrix: PiGDM and MMPS are exact.
+
+    Correlated, its covariance has variances 0.64 and correlations exp(-|i - j| / 2), on which MMPS alone is.
+    """
     g = torch.Generator().manual_seed(seed)
-    prior = GaussianMixture([1.0], torch.randn(1, dimensions, generator=g), 0.64 * torch.eye(dimensions)[None])
+    places = torch.arange(dimensions, dtype=torch.float64)
+    apart = (places - places[:, None]).abs()
+    covariance = 0.64 * ((-apart / 2).exp() if correlated else torch.eye(dimensions))
+    prior = GaussianMixture([1.0], torch.randn(1, dimensions, generator=g), covariance[None])
     operator = Matrix(torch.randn(max(1, dimensions // 2), dimensions, generator=g) / math.sqrt(dimensions))
     return Problem(prior, operator, _observed(prior, operator, noise_std, seed), noise_std, sde)
 
@@ -192,6 +221,32 @@ def field_mixture(event_shape: Sequence[int], components: int = 4, seed: int = 0
     means = 0.25 * torch.randn(components, len(smooth), generator=g, dtype=torch.float64) @ root.T
     covariance = 0.16 * smooth + 0.01 * white
     return GaussianMixture(torch.ones(components), means, covariance.expand(components, -1, -1))
+
+
+def certify_guidance(
+    problem: Problem, steps: int = 1000, methods: Mapping[str, Method] | None = None
+) -> pd.DataFrame:  # fmt: skip
+    """The Gaussian certificate: each method's exact bias on a Gaussian problem, by DDIM and by ancestral sampling.
+
+    Args:
+        problem: whose prior is a single Gaussian.
+        steps: of a log-SNR grid; many, so that what is left is the method's.
+        methods: `METHODS` when left out; with them the solvers of `SOLVERS` whose output is Gaussian.
+
+    Returns:
+        A row for each method and sampler: method, sampler, and what `affine.bias` says.
+    """
+    chosen = METHODS if methods is None else methods
+    runs = [(name, label, SAMPLERS[label](steps), make(problem)) for name, make in chosen.items()
+            for label in ("ddim", "ancestral")]  # fmt: skip
+    if methods is None:
+        runs += [(name, "own", SOLVERS[name](problem, steps), problem.model) for name in ("ddrm", "repaint")]
+    rows = []
+    for name, label, sampler, model in runs:
+        assert isinstance(sampler, Sampler)
+        found = affine.bias(affine.sampled_law(sampler, model), problem.posterior)
+        rows.append({"method": name, "sampler": label} | found.to_dict())
+    return pd.DataFrame(rows)
 
 
 def _observed(prior: Target, operator: LinearOperator, noise_std: float, seed: int) -> Tensor:
@@ -267,19 +322,3 @@ def compare_tilted(
         beyond = ((x.double().mean(0) - law.double().mean(0)) @ out).item()
         rows.append({"scale": scale} | figures | {"overshoot": beyond})
     return pd.DataFrame(rows)
-
-
-def psnr(x: Tensor, reference: Tensor, width: float = 2.0) -> float:
-    """Peak signal-to-noise ratio 10 log10(width^2 / mean (x - reference)^2) in dB, its mean over images.
-
-    Args:
-        x, reference: (n, *event_shape).
-        width: of the range of values.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if x.shape != reference.shape:
-        raise ValueError(f"images to compare have one shape, got {tuple(x.shape)} and {tuple(reference.shape)}")
-    error = (x.double() - reference.double()).square().flatten(1).mean(1)
-    return (10 * (width**2 / error).log10()).mean().item()

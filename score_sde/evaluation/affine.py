@@ -1,0 +1,100 @@
+r"""The Gaussian certificate of guidance: the exact law of a sampler's output, without Monte Carlo.
+
+On Gaussian data every denoiser D(x, t) is affine in x, and so are most guided ones; then each move of a sampler is too,
+
+    x_s = f_i + F_i x_t + G_i z,    m <- f_i + F_i m,    C <- F_i C F_i^T + G_i G_i^T,
+
+and what it samples is N(m, C), to be held against the exact posterior. f, F and G are read off by running the move
+itself on basis vectors, so that nothing is assumed of the step or the method but that they are affine.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from score_sde import grid as grids
+from score_sde.sampler import Sampler
+from score_sde.score import ScoreModel
+from score_sde.targets import GaussianMixture
+
+__all__ = ["Law", "bias", "sampled_law"]
+
+
+class Law(NamedTuple):
+    """N(mean, covariance), float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    def then(self, out: Tensor) -> Law:
+        """The law after an affine map, given by its values at x = 0, at unit x, and at unit noise."""
+        size = len(self.mean)
+        offset = out[0]
+        move, noise = (out[1 : size + 1] - offset).T, (out[size + 1 :] - offset).T
+        return Law(offset + move @ self.mean, move @ self.covariance @ move.T + noise @ noise.T)
+
+
+@torch.no_grad()
+def sampled_law(sampler: Sampler, model: ScoreModel) -> Law:
+    """The law of a sampler's output on a model of vectors that is affine in x.
+
+    Args:
+        sampler: whose steps keep no history and draw at most once a move.
+        model: of event shape (d,).
+
+    Raises:
+        ValueError: a step keeps a history or draws twice, or the output is not affine in x.
+    """
+    (size,) = model.event_shape
+    unit, nothing = torch.eye(size, dtype=torch.float64), torch.zeros(1 + size, size, dtype=torch.float64)
+    x, z = torch.cat([nothing[:1], unit, nothing[1:]]), torch.cat([nothing, unit])
+    times = grids.check(sampler.grid(model.sde), model.sde)
+    law = Law(torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64))
+    law = law.then(model.start(z))
+    _check_affine(model, x, times[len(times) // 2].item())
+
+    def draw(k: int) -> Tensor:
+        if k > 0:
+            raise ValueError(f"the law is followed through one draw a move; {sampler.predictor!r} takes more")
+        return z
+
+    for move in sampler.plan(model.sde, times):
+        out, history = move.step.advance(move.row, x, (), model, draw)
+        if history and getattr(move.step, "memory", 1) > 1:
+            raise ValueError(f"the law is followed through steps without history, got {move.step!r}")
+        law = law.then(out)
+    return law.then(model(x, times[-1].item()).denoised) if sampler.final == "denoise" else law
+
+
+def _check_affine(model: ScoreModel, x: Tensor, t: float) -> None:
+    near, far = model(x, t).denoised, model(3 * x, t).denoised
+    if not torch.allclose(far - far[:1], 3 * (near - near[:1]), rtol=1e-6, atol=1e-9):
+        raise ValueError(f"{model!r} is not affine in x, so that what is sampled is no Gaussian")
+
+
+def bias(law: Law, posterior: GaussianMixture) -> pd.Series:
+    """How far a law lies from a Gaussian posterior N(m, C), in units of sqrt(tr C).
+
+    Returns:
+        `mean`, |m' - m|; `spread`, sqrt(tr C' / tr C) - 1; `w2`, the 2-Wasserstein distance of the two Gaussians.
+    """
+    mean, covariance = posterior.means[0], posterior.covariances[0]
+    scale = math.sqrt(covariance.trace().item())
+    shift = (law.mean - mean).square().sum()
+    overlap = torch.linalg.svdvals(_root(law.covariance) @ _root(covariance)).sum()
+    distance = shift + law.covariance.trace() + covariance.trace() - 2 * overlap
+    return pd.Series({
+        "mean": shift.sqrt().item() / scale,
+        "spread": math.sqrt(law.covariance.trace().item()) / scale - 1,
+        "w2": math.sqrt(max(distance.item(), 0.0)) / scale,
+    })  # fmt: skip
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, basis = torch.linalg.eigh(covariance)
+    return basis * values.clamp_min(0).sqrt() @ basis.T

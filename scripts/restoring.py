@@ -1,0 +1,175 @@
+"""scripts/compare.py task=...: posterior samplers held against exact posteriors, or on a run's images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import common
+import figures
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from torch import Tensor
+
+from score_sde import SDE, Run, plotting
+from score_sde.data import TensorData, generator
+from score_sde.evaluation import DigitClassifier
+from score_sde.evaluation.posterior import (
+    METHODS,
+    SAMPLERS,
+    SOLVERS,
+    Problem,
+    certify_guidance,
+    compare_posteriors,
+    gaussian_problem,
+    image_problem,
+    ring_problem,
+)
+from score_sde.evaluation.restoration import Restoration, compare_restorations
+from score_sde.guidance import TASKS, task_operator
+from score_sde.run import instantiate
+
+PRIORS = ("fields", "ring", "gaussian", "gaussian64")
+
+
+def run_task(config: DictConfig) -> Path:
+    """Carries out the comparison of a task, on a run's images or on an exact posterior; returns its folder."""
+    if config.task not in (*TASKS, "linear"):
+        raise ValueError(
+            f"unknown task {config.task!r}; known: {', '.join(TASKS)}, and linear for prior=ring, gaussian"
+        )
+    methods, samplers, solvers = chosen(config.restoration)
+    options = {"methods": methods, "samplers": samplers, "solvers": solvers, "seeds": list(config.seeds)}
+    folder = Path(config.output)
+    if config.run:
+        return on_images(config, options, folder)
+    problem = problem_of(config.task, config.restoration, instantiate(config.sde))
+    return on_posterior(config, problem, options, folder)
+
+
+def chosen(node: DictConfig) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+    """Methods that are score models, the samplers they run with, and methods that are samplers of their own."""
+    names = node.methods or [*METHODS, *SOLVERS]
+    for kind, given, known in (("method", names, {**METHODS, **SOLVERS}), ("sampler", node.samplers, SAMPLERS)):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"unknown {kind} {name!r} for a task; known: {', '.join(known)}")
+    pick = ({name: make for name, make in group.items() if name in names} for group in (METHODS, SOLVERS))
+    guided, own = pick
+    return guided, {name: SAMPLERS[name] for name in node.samplers}, own
+
+
+def problem_of(task: str, node: DictConfig, sde: SDE) -> Problem:
+    """The exact posterior that a task asks for."""
+    if node.prior not in PRIORS:
+        raise ValueError(f"unknown prior {node.prior!r}; known: {', '.join(PRIORS)}")
+    if (task == "linear") == (node.prior == "fields"):
+        raise ValueError(f"task={task} does not go with restoration.prior={node.prior}: images are fields, "
+                         "task=linear is for ring, gaussian and gaussian64")  # fmt: skip
+    if node.prior == "ring":
+        return ring_problem(sde, node.noise_std)
+    if node.prior != "fields":
+        return gaussian_problem(sde, 64 if node.prior == "gaussian64" else 2, node.noise_std)
+    return image_problem(sde, task, (3, 4, 4) if task == "colorize" else (1, 8, 8), node.noise_std)
+
+
+def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any], folder: Path) -> Path:
+    table = compare_posteriors(problem, list(config.budgets), num_samples=config.num_samples, **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / "posteriors.csv", index=False)
+    title = f"{config.task}, {config.restoration.prior}: {problem.prior!r}, {problem.operator!r}"
+    figures.save(curves(table, "ratio", "sliced W2 to the exact posterior / noise floor", title, 1.0),
+                 folder / "posteriors.png")  # fmt: skip
+    if len(problem.prior.weights) == 1:
+        certificate = certify_guidance(problem, max(config.budgets))
+        certificate.to_csv(folder / "certificate.csv", index=False)
+        common.show(certificate)
+    common.show(wide(table, "ratio"))
+    print(f"\nsliced W2 over its noise floor, means of {len(config.seeds)} seeds; {folder}: posteriors.csv, .png")
+    return folder
+
+
+def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path:
+    """The table on held-out images of a run's data, and a sheet of what each method makes of the first ones."""
+    if config.task == "linear":
+        raise ValueError(f"task=linear has no run; on images: {', '.join(TASKS)}")
+    run, node = common.open_run(config), config.restoration
+    options["methods"] = {name: make for name, make in options["methods"].items() if name not in ("exact", "prior")}
+    options["solvers"] = {name: make for name, make in options["solvers"].items() if name != "tds"}
+    model = run.model().to(common.device_of(config.device))
+    operator = task_operator(config.task, model.event_shape, **node.operator)
+    truth = run.data().reference(node.count).x
+    observed = operator.observe(truth, node.noise_std, generator=generator(config.seed, "observed"))
+    case = Restoration(model, truth, operator, node.noise_std, observed, node.draws)
+    shown: dict[str, Tensor] = {}
+
+    def keep(name: str, label: str, budget: int, x: Tensor) -> None:
+        if budget == max(config.budgets) and label in ("own", node.samplers[-1]):
+            shown[name] = x[:, 0]
+
+    table = compare_restorations(case, list(config.budgets), features=features_of(run), on_result=keep, **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / "restorations.csv", index=False)
+    figures.save(curves(table[table["sampler"] != "none"], "psnr", "PSNR of a draw in dB", f"{config.task}, {run.path}",
+                        table["psnr"].iloc[0]), folder / "restorations.png")  # fmt: skip
+    columns = {"truth": truth, "A^+ y": operator.pseudo_inverse(observed)} | shown
+    figures.save(sheet({name: x[:8] for name, x in columns.items()}), folder / "sheet.png")
+    keys = ["method", "sampler", "budget"]
+    common.show(table.groupby(keys, sort=False).mean(numeric_only=True).drop(columns="seed").reset_index())
+    for row in table[table["error"] != ""].to_dict("records"):
+        print(f"failed: {row['method']} with {row['sampler']}, {row['budget']} steps: {row['error']}")
+    print(f"\n{folder}: restorations.csv, restorations.png, sheet.png")
+    return folder
+
+
+def features_of(run: Run) -> Any:
+    """Features of a classifier trained on the run's labelled data, where its evaluation names such."""
+    labelled = run.config.get("evaluation", {}).get("classifier_data")
+    data = instantiate(labelled, run.trust) if labelled else None
+    if not isinstance(data, TensorData):
+        return None
+    train = data.examples()
+    return DigitClassifier(train.x, train.condition["label"]).features
+
+
+def wide(table: pd.DataFrame, value: str) -> pd.DataFrame:
+    """Methods and samplers down, steps across, means over seeds."""
+    mean = table.groupby(["method", "sampler", "budget"], sort=False)[value].mean().unstack("budget")
+    return mean.reset_index()
+
+
+def curves(table: pd.DataFrame, value: str, label: str, title: str, floor: float) -> Figure:
+    """A panel for each sampler, a line for each method: the mean over seeds, and its range."""
+    shared = [name for name in table["sampler"].unique() if name != "own"] or ["own"]
+    figure, axes = plotting.panels(len(shared), width=4.6, height=4.2)
+    colours = {name: f"C{i % 10}" for i, name in enumerate(table["method"].unique())}
+    for ax, sampler in zip(axes[0], shared, strict=True):
+        for name, runs in table[table["sampler"].isin([sampler, "own"])].groupby("method", sort=False):
+            own = (runs["sampler"] == "own").all()
+            at = runs.groupby("budget")[value].agg(["mean", "min", "max"])
+            ax.fill_between(at.index, at["min"], at["max"], color=colours[name], alpha=0.15, linewidth=0)
+            ax.plot(at.index, at["mean"], "^:" if own else "o-", color=colours[name], markersize=4, label=name)
+        ax.axhline(floor, color="black", linestyle="--", linewidth=1)
+        ax.set(xscale="log", title=sampler, xlabel="steps")
+        if value == "ratio":
+            ax.set_yscale("log")
+            ax.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+            ax.minorticks_off()
+        ax.set_xticks(sorted(table["budget"].unique()), [str(b) for b in sorted(table["budget"].unique())])
+        ax.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(label)
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def sheet(columns: Mapping[str, Tensor]) -> Figure:
+    """Images (n, channels, height, width) side by side: a named column for each entry, a row for each image."""
+    figure, axes = plotting.panels(len(columns), width=1.2, height=1.2 * len(next(iter(columns.values()))))
+    for ax, (name, x) in zip(np.ravel(axes), columns.items(), strict=True):
+        plotting.image_grid(ax, x, columns=1)
+        ax.set_title(name, fontsize=9)
+    return figure
