@@ -7,12 +7,14 @@ from typing import Any
 
 import common
 import figures
+import guiding
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from score_sde import ProbabilityFlowODE, SampleNoise, ScoreModel, plotting
+from score_sde import LearnedScore, ProbabilityFlowODE, SampleNoise, ScoreModel, plotting
 from score_sde.data import load_images
+from score_sde.data.files import SUFFIXES
 from score_sde.evaluation.restoration import psnr
 from score_sde.guidance import TASKS, ClassifierFree, LinearOperator, Mask, interpolate, sdedit, task_operator
 from score_sde.run import Run, instantiate
@@ -71,14 +73,11 @@ def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> t
     return before, after, torch.cat([torch.stack([first, seen], 1), after], 1)
 
 
-def relabelled(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> tuple[Tensor, Tensor, Tensor]:
+def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs noised up to `time` and sampled from there under the label."""
     if config.label is None:
         raise ValueError("task=class needs the label to bring the input to: give label=<number>")
-    known = getattr(getattr(model, "network", None), "num_classes", None)
-    if known is None or not 0 <= config.label < known:
-        classes = "knows no classes: train it with labels" if known is None else f"knows the classes 0 to {known - 1}"
-        raise ValueError(f"label={config.label}, but the run's network {classes}")
+    guiding.check_labels(guiding.labels_of(config.label), model)
     before = inputs(config, run, model.event_shape)
     start = before.repeat_interleave(config.draws, 0).to(model.device)
     condition = {"label": torch.full((len(start),), int(config.label), device=model.device)}
@@ -130,7 +129,29 @@ def inputs(config: DictConfig, run: Run, shape: tuple[int, ...]) -> Tensor:
         if config.degraded:
             raise ValueError("degraded=true says that the input is an observation: give input=<image, folder or .npy>")
         return run.data().reference(config.count).x
+    if config.degraded and config.task != "inpaint":
+        check_observed(Path(config.input), config.task, shape)
     return torch.from_numpy(load_images(config.input, shape))[: config.count]
+
+
+def check_observed(path: Path, task: str, shape: tuple[int, ...]) -> None:
+    """Refuses image files that are not the observation they are said to be, but a clean image.
+
+    Raises ValueError for one of another size, or in colour where one channel is observed.
+    """
+    from PIL import Image
+
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.suffix.lower() not in SUFFIXES:
+            continue
+        with Image.open(file) as image:
+            coloured = len(image.convert("RGB").getcolors(2**24)) > len(image.convert("L").getcolors(256))
+            size = (image.height, image.width)
+        if size != tuple(shape[-2:]) or (shape[0] == 1 and coloured):
+            given = f"{size[0]}x{size[1]}{' in colour' if coloured else ''}"
+            wanted = f"{shape[-2]}x{shape[-1]}{' in grey' if shape[0] == 1 else ''}"
+            raise ValueError(f"{file} is {given}, an observation of task={task} is {wanted}: leave degraded=false "
+                             "if it is a clean image, to be degraded here")  # fmt: skip
 
 
 def sheet(rows: Tensor) -> Any:

@@ -18,6 +18,7 @@ from score_sde import SDE, Run, plotting
 from score_sde.data import TensorData, generator
 from score_sde.evaluation import DigitClassifier
 from score_sde.evaluation.posterior import (
+    KNOWING,
     METHODS,
     SAMPLERS,
     SOLVERS,
@@ -97,7 +98,7 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     if config.task == "linear":
         raise ValueError(f"task=linear has no run; on images: {', '.join(TASKS)}")
     run, node = common.open_run(config), config.restoration
-    options["methods"] = {name: make for name, make in options["methods"].items() if name not in ("exact", "prior")}
+    options["methods"] = {name: make for name, make in options["methods"].items() if name not in KNOWING}
     options["solvers"] = {name: make for name, make in options["solvers"].items() if name != "tds"}
     model = run.model().to(common.device_of(config.device))
     operator = task_operator(config.task, model.event_shape, **node.operator)
@@ -145,7 +146,8 @@ def curves(table: pd.DataFrame, value: str, label: str, title: str, floor: float
     """A panel for each sampler, a line for each method: the mean over seeds, and its range."""
     shared = [name for name in table["sampler"].unique() if name != "own"] or ["own"]
     figure, axes = plotting.panels(len(shared), width=4.6, height=4.2)
-    colours = {name: f"C{i % 10}" for i, name in enumerate(table["method"].unique())}
+    names = [name for name in table["method"].unique() if name not in KNOWING]
+    colours = {name: f"C{i % 10}" for i, name in enumerate(names)} | {"exact": "black", "prior": "silver"}
     for ax, sampler in zip(axes[0], shared, strict=True):
         for name, runs in table[table["sampler"].isin([sampler, "own"])].groupby("method", sort=False):
             own = (runs["sampler"] == "own").all()

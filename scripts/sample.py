@@ -44,7 +44,7 @@ def main(config: DictConfig) -> None:
     )  # fmt: skip
     if not distributed.is_main():
         return
-    suffix = f"-label-{'-'.join(map(str, labels))}" if labels else ""
+    suffix = "" if not labels else f"-label-{labels[0]}" if len(labels) == 1 else "-labels"
     folder = Path(config.output) if config.output else run.samples / f"{name}{suffix}"
     folder.mkdir(parents=True, exist_ok=True)
     common.save_samples(folder, {"samples": samples})
