@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from score_sde import LearnedScore, Sampler
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, generator, measure_sigma_data, measure_sigma_max
-from score_sde.evaluation import Evaluation, evaluate, known_metrics
+from score_sde.evaluation import Evaluation, evaluate, known_metrics, score_error
 from score_sde.evaluation.classification import accuracy_by_noise
 from score_sde.run import Run, build_model, instantiate
 
@@ -84,6 +84,8 @@ def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], 
         "step": int(last["step"]),
         "loss": float(last["loss"]),
     }
+    if data.target is not None:
+        result["fisher"] = score_error(model, data.target, seed=config.seed).mean
     run.save_result(
         result | {"overrides": list(HydraConfig.get().overrides.task), "seed": config.seed} | evaluation.flat()
     )
