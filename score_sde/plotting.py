@@ -30,6 +30,7 @@ from matplotlib.quiver import Quiver
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
+from score_sde.evaluation.bounds import Bound
 from score_sde.evaluation.diagnostics import Diagnosis, field_error
 from score_sde.score import ExactScore, ScoreModel
 from score_sde.sde import SDE
@@ -402,6 +403,19 @@ def _by_noise(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> None:
     _log_axis(ax, "x")
     _log_axis(ax, "y")
     _curves(ax, NOISE_LEVEL, "")
+
+
+def bound_terms(ax: Axes, bounds: Mapping[str, Bound]) -> None:
+    """Each posterior KL of a variational bound in nats, mean over the data, at the noisier level of its step.
+
+    In the legend, the bound's mean with its standard error, and of it the decoder's and the prior's terms.
+    """
+    for (name, bound), colour in zip(bounds.items(), LINES, strict=False):
+        ends = f"decoder {bound.decoder.mean():.2g}, prior {bound.prior.mean():.1g}"
+        label = f"{name}: {bound.mean:.4g} ± {bound.std_error:.1g} nats ({ends})"
+        ax.plot(bound.times[1:], bound.steps.mean(1).clamp_min(1e-12).cpu(), color=colour, linewidth=1.4, label=label)
+    _log_axis(ax, "y")
+    _curves(ax, "time $t$", "nats of the step")
 
 
 def likelihood_histogram(ax: Axes, values: Mapping[str, Tensor], label: str) -> None:

@@ -45,10 +45,11 @@ def script(run: Run, *options: str, code: int = 0) -> str:
 @pytest.mark.parametrize("dequantize", [True, False])
 def test_integers_come_back_from_the_scale_of_the_model(dequantize: bool) -> None:
     data = instantiate({**DIGITS, "dequantize": dequantize})
-    sets = likelihood.examples(data, 20, ["shuffled", "uniform"], torch.Generator().manual_seed(0))
-    raw = data._reserved.x[:20].long()
+    sets = likelihood.examples(data, 20, ["shuffled", "inverted", "uniform"], torch.Generator().manual_seed(0))
+    raw = ((instantiate({**DIGITS, "dequantize": True}).reference(20).x + 1) * 8.5).floor().long()
     assert torch.equal(sets["held out"], raw)
     assert torch.equal(sets["shuffled"].flatten(1).sort().values, raw.flatten(1).sort().values)
+    assert torch.equal(sets["inverted"], 16 - raw)
     assert 0 <= sets["uniform"].min() < sets["uniform"].max() <= 16
     bins = likelihood.lattice(data)
     middle = bins["low"] + bins["bin_width"] * (raw + 0.5)
@@ -59,9 +60,9 @@ def test_integers_come_back_from_the_scale_of_the_model(dequantize: bool) -> Non
 def test_bits_of_the_digits_under_a_gaussian(tmp_path: Path) -> None:
     """Each pixel is N(0, 1 / 4) to the untrained model."""
     run = untrained(tmp_path, DIGITS, [1, 8, 8])
-    out = script(run, "count=8", "method=adams", "steps=60", "draws=2")
+    out = script(run, "count=8", "method=adams", "steps=60", "draws=2", "dequantization=variational", "ood=[inverted]")
     table = pd.read_csv(run.path / "likelihood.csv")
-    assert list(table["set"].unique()) == ["held out", "shuffled", "uniform"]
+    assert list(table["set"].unique()) == ["held out", "inverted"]
     x = run.data().reference(8).x.double()
     # A Gaussian bound by uniform dequantisation, another draw of which changes little over 64 dimensions.
     expected = -torch.distributions.Normal(0.0, 0.5).log_prob(x).flatten(1).sum(1) / (64 * np.log(2)) - np.log2(2 / 17)
@@ -81,5 +82,30 @@ def test_densities_of_points_stand_beside_the_true_ones(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["log_prob"], expected, rtol=1e-3)
     np.testing.assert_allclose(found["true_log_prob"], run.data().target.log_prob(x), atol=1e-9)
     assert (found["std_error"] == 0).all()
-    error = script(run, "divergence=skilling", code=1)
-    assert error == "error: divergence is one of exact, hutchinson, hutch++; got 'skilling'\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["divergence=skilling"], "divergence is one of exact, hutchinson, hutch++; got 'skilling'"),
+        (["method=euler"], "method is one of adams, dopri5, tsit5, bosh3, RK45, RK23, DOP853, Radau, BDF, LSODA; got 'euler'"),
+        (["divergence=hutchinson", "probes=0"], "probes=0 with divergence='hutchinson': "
+         "the exact trace takes none, estimates at least 1"),
+        (["truncation=clip"], "truncation is one of none, tweedie; got 'clip'"),
+        (["rtol=-1"], "tolerances are positive, got rtol=-1 and atol=0.0001"),
+        (["method=adams", "steps=2"], "steps=2 with method='adams': "
+         "steps >= 4 go with method='adams', tolerances with others"),
+        (["dequantization=flow"], "dequantization is 'uniform' or 'variational', got 'flow'"),
+        (["ood=[noise]"], "ood is a list of 'shuffled', 'inverted' and 'uniform', got 'noise'"),
+        (["count=1"], "count is at least 2 and batch_size at least 1, got 1 and 100"),
+        (["run=/nowhere"], "/nowhere does not exist, so it is no run: give the folder that scripts/train.py wrote"),
+    ],
+)  # fmt: skip
+def test_wrong_inputs_end_in_one_line(options, message, tmp_path, monkeypatch, capsys) -> None:
+    """In this process: a script's start would take longer than all it does."""
+    run = untrained(tmp_path / "run", RING, [2])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["likelihood.py", f"run={run.path}", *options])
+    with pytest.raises(SystemExit) as exit_:
+        likelihood.main()
+    assert exit_.value.code == f"error: {message}"
