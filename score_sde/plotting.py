@@ -287,6 +287,28 @@ def quality_against_nfe(ax: Axes, table: pd.DataFrame, *, metric: str | None = N
     return lines
 
 
+def solvers_against_calls(ax: Axes, table: pd.DataFrame, column: str, label: str) -> list[Line2D]:
+    """A figure of tuned and untuned solvers against their number of calls; the converged solution's as a dashed line.
+
+    Args:
+        ax: where to draw.
+        table: as `score_sde.evaluation.coupled.best_of_each` returns it.
+        column: which figure.
+        label: what it is called.
+    """
+    lines = []
+    for i, (kind, part) in enumerate(table[table["calls"] > 0].groupby("kind", sort=False)):
+        colour, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
+        lines += ax.plot(part["calls"], part[column], color=colour, marker=marker, markersize=4.5, linewidth=1.5,
+                         label={"untuned": "best untuned"}.get(str(kind), str(kind)))  # fmt: skip
+    floor = table.loc[table["calls"] == 0, column].mean()
+    if floor > 0:
+        ax.axhline(floor, color=INK, linestyle="--", linewidth=1, label="converged")
+    _log_axis(ax, "y")
+    _curves(ax, "network calls (NFE)", label)
+    return lines
+
+
 # --- composed figures -------------------------------------------------------------------------------------------------
 
 

@@ -476,6 +476,31 @@ def s_curve(noise: float = 0.12, points: int = 512) -> Empirical:
     return Empirical(1.5 * torch.stack([u.sin(), u.sign() * (u.cos() - 1)], -1), noise)
 
 
+def anisotropic(
+    components: int = 10,
+    dimension: int = 64,
+    radius: float = 1.0,
+    stds: tuple[float, float] = (0.05, 0.5),
+    seed: int = 0,
+) -> GaussianMixture:
+    """Gaussians with random means N(0, radius^2 I), weights and covariances: random axes, log-uniform stds along them."""
+    generator = torch.Generator().manual_seed(seed)
+    shape, low, high = (components, dimension), math.log(stds[0]), math.log(stds[1])
+    means = radius * torch.randn(*shape, generator=generator, dtype=torch.float64)
+    axes = torch.linalg.qr(torch.randn(*shape, dimension, generator=generator, dtype=torch.float64))[0]
+    variances = (2 * (low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64))).exp()
+    covariances = axes @ torch.diag_embed(variances) @ axes.mT
+    weights = 0.5 + torch.rand(components, generator=generator, dtype=torch.float64)
+    return GaussianMixture(weights, means, (covariances + covariances.mT) / 2)
+
+
+def digits(bandwidth: float = 0.0) -> Empirical:
+    """scikit-learn's 1,797 handwritten digits, (1, 8, 8) in [-1, 1]."""
+    from sklearn.datasets import load_digits
+
+    return Empirical(torch.from_numpy(load_digits().images[:, None]) / 8 - 1, bandwidth)
+
+
 def _midpoints(count: int) -> Tensor:
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 

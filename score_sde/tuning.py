@@ -2,12 +2,12 @@ r"""Tuned solvers: a sampler is a table of scalars, so fit it.
 
 Every deterministic solver that is linear in x and in the denoiser outputs and carries a point mass exactly is
 
-    x_{i+1} = r_i x_i + (alpha_{i+1} - r_i alpha_i) sum_{k <= i} w_ik D_k,  r_i = sigma_{i+1} / sigma_i, sum_k w_ik = 1:
+    x_{i+1} = r_i x_i + (alpha_{i+1} - r_i alpha_i) sum_{k <= i} w_ik D_k,  r_i = s_{i+1} / s_i, sum_k w_ik = 1:
 
-a move straight towards an affine combination of all clean estimates so far, which it reaches at sigma_N = 0. Free are
-the noise levels of the calls and the weights w; DDIM, DPM-Solver++ and Adams in the velocity are such tables. `tune`
-fits the best of them, by gradients through the sampler, to the converged probability-flow ODE from the same starting
-points; `tune_spectrum` needs no model, only a covariance spectrum.
+a move straight towards an affine combination of all clean estimates so far, which it reaches at s_N = 0. Free are the
+levels (alpha_i, sigma_i) of the calls, the noise s_i = kappa_i sigma_i left in their states (kappa_0 = 1) and the
+weights w; with kappa = 1 DDIM, DPM-Solver++ and Adams in the velocity are such tables. `tune` fits the best of them, by
+gradients through the sampler, to the converged probability-flow ODE; `tune_spectrum` needs no model, only a spectrum.
 """
 
 from __future__ import annotations
@@ -48,31 +48,44 @@ class TunedTable:
     Attributes:
         half_log_snr: lambda = log(alpha / sigma) of each call, increasing, shape (N,); sampling starts at the first.
         weights: w, lower triangular with rows that sum to 1, shape (N, N); row i weighs D_0 ... D_i.
+        noise: kappa, the noise in the state of each call over the sigma of its level, positive, shape (N,); the first
+            is 1, and so are all others where left out.
         record: how it came about: the method, and the validation loss of every candidate.
 
     Raises:
-        ValueError: shapes do not fit, levels do not increase, or a row does not sum to 1.
+        ValueError: shapes do not fit, levels do not increase, noise is not positive, or a row does not sum to 1.
     """
 
     half_log_snr: Tensor
     weights: Tensor
+    noise: Tensor = None  # type: ignore[assignment]
     record: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         calls = len(self.half_log_snr)
+        if self.noise is None:
+            object.__setattr__(self, "noise", torch.ones(calls, dtype=torch.float64))
         if self.half_log_snr.ndim != 1 or calls < 1 or self.weights.shape != (calls, calls):
             raise ValueError("a table has levels of shape (N,) and weights of shape (N, N), N >= 1; "
                              f"got {tuple(self.half_log_snr.shape)} and {tuple(self.weights.shape)}")  # fmt: skip
         if not (self.half_log_snr.diff() > 0).all():
             raise ValueError("a table's half log SNRs increase, from noise to data")
+        if self.noise.shape != (calls,) or not (self.noise > 0).all() or self.noise[0] != 1:
+            raise ValueError(f"a table's noise is positive, of shape (N,) and 1 at first; got {self.noise.tolist()}")
         excess = (self.weights.sum(1) - 1).abs() / self.weights.abs().sum(1)
         if self.weights.triu(1).any() or not (excess < 1e-12).all():
             raise ValueError("a table's weights are lower triangular with rows that sum to 1: else a point mass moves")
 
+    @property
+    def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """half_log_snr, weights and noise."""
+        return self.half_log_snr, self.weights, self.noise
+
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON, its numbers to the last bit."""
         rows = [row[: i + 1] for i, row in enumerate(self.weights.tolist())]
-        table = {"half_log_snr": self.half_log_snr.tolist(), "weights": rows, "record": self.record}
+        table = {"half_log_snr": self.half_log_snr.tolist(), "noise": self.noise.tolist(), "weights": rows,
+                 "record": self.record}  # fmt: skip
         Path(path).write_text(json.dumps(table, indent=1) + "\n")
 
     @classmethod
@@ -83,12 +96,12 @@ class TunedTable:
             ValueError: the file is not such a table.
         """
         table = json.loads(Path(path).read_text())
-        if not isinstance(table, dict) or table.keys() != {"half_log_snr", "weights", "record"}:
-            raise ValueError(f"{path} is not a table of scripts/tune.py: that has half_log_snr, weights and record")
+        if not isinstance(table, dict) or table.keys() != {"half_log_snr", "noise", "weights", "record"}:
+            raise ValueError(f"{path} is no table of scripts/tune.py: that has half_log_snr, noise, weights and record")
         calls = len(table["half_log_snr"])
         rows = [row + [0.0] * (calls - len(row)) for row in table["weights"]]
-        return cls(torch.tensor(table["half_log_snr"], dtype=torch.float64),
-                   torch.tensor(rows, dtype=torch.float64), table["record"])  # fmt: skip
+        number = partial(torch.tensor, dtype=torch.float64)
+        return cls(number(table["half_log_snr"]), number(rows), number(table["noise"]), table["record"])
 
 
 class _Straight(LinearStep):
@@ -98,7 +111,7 @@ class _Straight(LinearStep):
         self.table, self.memory = table, len(table.weights)
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[LinearRow]:
-        a, b = _straight(sde, t)
+        a, b = _straight(sde, t, self.table.noise)
         rows = (b.unsqueeze(1) * self.table.weights).tolist()
         return [LinearRow(time, scale, tuple(row[i::-1]), 0.0)
                 for i, (time, scale, row) in enumerate(zip(t.tolist(), a.tolist(), rows, strict=True))]  # fmt: skip
@@ -107,10 +120,10 @@ class _Straight(LinearStep):
         raise NotImplementedError("a table's rows are numbers, not functions of time: see `plan`")
 
 
-def _straight(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
-    """r_i = sigma_{i+1} / sigma_i and alpha_{i+1} - r_i alpha_i at calls t; (alpha, sigma) = (1, 0) after the last."""
+def _straight(sde: SDE, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """r_i = s_{i+1} / s_i and alpha_{i+1} - r_i alpha_i at calls t; (alpha, s) = (1, 0) after the last."""
     alpha = torch.cat([sde.alpha(t), t.new_ones(1)])
-    sigma = torch.cat([sde.sigma(t), t.new_zeros(1)])
+    sigma = torch.cat([noise * sde.sigma(t), t.new_zeros(1)])
     a = sigma[1:] / sigma[:-1]
     return a, alpha[1:] - a * alpha[:-1]
 
@@ -220,7 +233,8 @@ def untuned(sde: SDE, steps: int) -> dict[str, TunedTable]:
 class Span:
     """The half log SNRs at t_max and t_min, and tables between them as unconstrained vectors.
 
-    z = (log gaps, one more than calls after the first, up to a constant; the strictly lower triangle of the weights).
+    z = (log gaps, one more than calls after the first, up to a constant; the strictly lower triangle of the weights;
+    log kappa of all calls but the first).
     """
 
     first: float
@@ -243,11 +257,14 @@ class Span:
     def vector(self, table: TunedTable) -> Tensor:
         """Gaps are at least a fiftieth of the mean here: the softmax would hardly open a closed one again."""
         gaps = torch.cat([table.half_log_snr, torch.tensor([self.last], dtype=torch.float64)]).diff()
-        return torch.cat([gaps.clamp_min(gaps.mean() / 50).log(), table.weights[_below(len(gaps))]])
+        past = table.weights[_below(len(gaps))]
+        return torch.cat([gaps.clamp_min(gaps.mean() / 50).log(), past, table.noise[1:].log()])
 
-    def split(self, z: Tensor, calls: int) -> tuple[Tensor, Tensor]:
-        past = z.new_zeros(calls, calls).index_put(_below(calls), z[calls:])
-        return self.levels(z[:calls]), _closed(past)
+    def split(self, z: Tensor, calls: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels, weights and noise of z, differentiable."""
+        gaps, past, noise = z.split([calls, calls * (calls - 1) // 2, calls - 1])
+        weights = z.new_zeros(calls, calls).index_put(_below(calls), past)
+        return self.levels(gaps), _closed(weights), torch.cat([z.new_ones(1), noise.exp()])
 
 
 def _below(calls: int) -> tuple[Tensor, Tensor]:
@@ -255,10 +272,10 @@ def _below(calls: int) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def endpoints(model: ScoreModel, x: Tensor, half_log_snr: Tensor, weights: Tensor) -> Tensor:
-    """What the table makes of starting points x, differentiable in its levels and weights."""
+def endpoints(model: ScoreModel, x: Tensor, half_log_snr: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
+    """What the table makes of starting points x, differentiable in all of its numbers."""
     t = _time_at(model.sde, half_log_snr)
-    a, b = (part.to(x) for part in _straight(model.sde, t))
+    a, b = (part.to(x) for part in _straight(model.sde, t, noise))
     weights, outputs = weights.to(x), []
     for i in range(len(t)):
         outputs.append(model(x, t[i] if t.requires_grad else t[i].item()).denoised)
@@ -278,8 +295,9 @@ def _time_at(sde: SDE, half_log_snr: Tensor) -> Tensor:
 class Pairs:
     """Starting points, where the converged ODE takes them, and the robust distance of a table's endpoints from there.
 
-    loss = mean sqrt(|x - y|^2 / d + c^2) - c in `unit`s, the data's standard deviation: quadratic below c = `robust`,
-    linear above, because some starts lie so close to a boundary between modes that few calls cannot tell their side.
+    loss = mean (|x - y|^2 / d + c^2)^(1/4) in `unit`s, the data's standard deviation: the root of the miss above
+    c = `robust`. Some starts lie so close to a boundary between modes that few calls cannot tell their side, and a loss
+    that grows faster blurs the boundary for their sake: endpoints between the modes, which no draw of the data has.
     """
 
     model: ScoreModel
@@ -289,17 +307,23 @@ class Pairs:
     robust: float
     batch_size: int
 
-    def error(self, half_log_snr: Tensor, weights: Tensor) -> Tensor:
-        miss = (endpoints(self.model, self.x, half_log_snr, weights) - self.y).flatten(1) / self.unit
-        return ((miss.square().mean(1) + self.robust**2).sqrt() - self.robust).mean()
+    def error(self, half_log_snr: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
+        x = endpoints(self.model, self.x, half_log_snr, weights, noise)
+        miss = (x - self.y).flatten(1) / self.unit
+        return (miss.square().mean(1) + self.robust**2).pow(0.25).mean()
 
     def batches(self) -> Iterator[tuple[float, Pairs]]:
         for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
             yield len(x) / len(self.x), replace(self, x=x, y=y)
 
+    def draw(self, generator: torch.Generator) -> Pairs:
+        """A batch of the pairs, drawn with replacement."""
+        index = torch.randint(len(self.x), (self.batch_size,), generator=generator).to(self.x.device)
+        return replace(self, x=self.x[index], y=self.y[index])
+
     @torch.no_grad()
     def loss(self, table: TunedTable) -> float:
-        value = sum(share * part.error(table.half_log_snr, table.weights).item() for share, part in self.batches())
+        value = sum(share * part.error(*table.numbers).item() for share, part in self.batches())
         return value if math.isfinite(value) else math.inf
 
     def loss_and_gradient(self, z: np.ndarray, span: Span, calls: int) -> tuple[float, np.ndarray]:
@@ -319,45 +343,139 @@ class Samples(Protocol):
 
 
 def tune(
-    model: ScoreModel, steps: int, *, method: str = "coefficients", samples: int = 4096, iterations: int = 400,
-    seed: int = 0, teacher: Samples | None = None, robust: float = 0.1, batch_size: int = 1024, progress: bool = True,
+    model: ScoreModel, steps: int, *, method: str = "coefficients", samples: int | None = None, iterations: int = 800,
+    starts: int = 12, seed: int = 0, teacher: Samples | None = None, robust: float = 0.02,
+    batch_size: int | None = None, progress: bool = True,
 ) -> TunedTable:  # fmt: skip
     """The best table found for this model and this number of network calls.
 
     Starting points are drawn from the prior, `samples` to fit on and as many, which the fit does not see, to validate.
-    The untuned solvers that validate best are fitted, and what then validates best is returned: never a worse solver
-    than the best untuned one.
+    The most promising untuned solvers, and as many random levels, are fitted a little, the best three of them longer and
+    the best one in full; what then validates best is returned: never a worse solver than the best untuned one.
 
     Args:
         model: exact or learned; its gradient with respect to x is needed for "coefficients".
         steps: network calls of a sample.
-        method: "coefficients" fits levels and weights (BFGS, gradients through the sampler); "grid" the levels alone,
-            without derivatives (Nelder-Mead), the weights following the rule of the best untuned solver.
-        samples: starting points to fit on, and as many to validate.
-        iterations: at most so many of the optimiser.
+        method: "coefficients" fits all numbers of the table (Adam on fresh batches, gradients through the sampler);
+            "grid" the levels alone, without derivatives (Nelder-Mead), the weights following the rule of the best
+            untuned solver.
+        samples: starting points to fit on, and as many to validate; by default 2^16 numbers' worth, 1024 to 8192.
+        iterations: of the full fit; the candidates' take as many again. At most so many of Nelder-Mead's.
+        starts: candidates that are fitted.
         seed: of the starting points.
         teacher: what the samples shall come close to; by default the probability-flow ODE at tolerance 1e-5, denoised.
-        robust: errors per dimension beyond this many data standard deviations count linearly, not squared.
-        batch_size: points at a time.
-        progress: show a bar.
+        robust: below this many data standard deviations per dimension the loss is quadratic in the error, above it
+            grows as the root.
+        batch_size: points at a time; by default 2^12 numbers' worth, 64 to 512.
+        progress: show bars.
 
     Raises:
         ValueError: an option is unknown or not positive, or the SDE cannot be used.
     """
+    dimension = math.prod(model.event_shape)
+    samples = min(max(2**16 // dimension, 1024), 8192) if samples is None else samples
+    batch_size = min(max(2**12 // dimension, 64), 512) if batch_size is None else batch_size
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}")
-    if min(samples, iterations, batch_size) < 1 or not robust > 0:
-        raise ValueError("samples, iterations, batch_size and robust are positive, "
-                         f"got {samples=}, {iterations=}, {batch_size=}, {robust=}")  # fmt: skip
+    if min(samples, iterations, batch_size, starts) < 1 or not robust > 0:
+        raise ValueError("samples, iterations, starts, batch_size and robust are positive, "
+                         f"got {samples=}, {iterations=}, {starts=}, {batch_size=}, {robust=}")  # fmt: skip
     candidates = untuned(model.sde, steps)
+    fit, validation = _pairs(model, samples, seed, teacher, robust, batch_size, progress)
+    losses = _losses(candidates, validation, progress)
+    best = min(losses, key=losses.__getitem__)
+    if method == "grid":
+        with tqdm(total=iterations, desc="tuning", disable=not progress) as bar:
+            tuned = {f"tuned from {best}": _fit_grid(fit, candidates[best], RULES[_rule(best)], iterations, bar)}
+    else:
+        tuned = _halving(fit, validation, candidates, losses, starts, iterations, seed, progress)
+    return _chosen(candidates | tuned, losses | _losses(tuned, validation), best, method)
+
+
+def _pairs(
+    model: ScoreModel, samples: int, seed: int, teacher: Samples | None, robust: float, batch_size: int, progress: bool
+) -> tuple[Pairs, Pairs]:
+    """Starting points and the teacher's endpoints, to fit on and to validate."""
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(2 * samples, *model.event_shape, generator=generator).to(model.device)
-    x = model.start(z)
-    y = (teacher or ProbabilityFlowODE(final="denoise")).sample(model, x.shape, x_init=x).x
-    unit = (y - y.mean(0)).square().mean().sqrt().item()
+    x = model.start(torch.randn(2 * samples, *model.event_shape, generator=generator).to(model.device))
+    teacher, parts = teacher or ProbabilityFlowODE(final="denoise"), x.split(1024)
+    bar = tqdm(parts, desc="converged solution", disable=not progress, delay=2)
+    y = torch.cat([teacher.sample(model, part.shape, x_init=part).x for part in bar])
+    unit = (y - y.mean(0)).square().mean().sqrt().item() or 1.0
     fit, validation = (Pairs(model, x[part], y[part], unit, robust, batch_size)
                        for part in (slice(samples), slice(samples, None)))  # fmt: skip
-    return _best(candidates, fit, validation, method, iterations, progress)
+    return fit, validation
+
+
+def _losses(tables: dict[str, TunedTable], pairs: Pairs, progress: bool = False) -> dict[str, float]:
+    bar = tqdm(tables.items(), desc="untuned solvers", disable=not progress, delay=2)
+    return {name: pairs.loss(table) for name, table in bar}
+
+
+def _chosen(candidates: dict[str, TunedTable], losses: dict[str, float], best: str, method: str) -> TunedTable:
+    """The candidate with the least loss, all losses in its record."""
+    chosen = min(losses, key=losses.__getitem__)
+    return replace(candidates[chosen], record={
+        "method": method, "chosen": chosen, "best untuned": best, "validation": losses})  # fmt: skip
+
+
+def _rule(name: str) -> str:
+    return name.partition(" on ")[0]
+
+
+def _halving(
+    fit: Pairs, validation: Pairs, untuned: dict[str, TunedTable], losses: dict[str, float], starts: int,
+    iterations: int, seed: int, progress: bool,
+) -> dict[str, TunedTable]:  # fmt: skip
+    """Many short fits on half batches, longer ones from the best three, the full one from the best."""
+    calls = len(next(iter(untuned.values())).weights)
+    ranked = sorted(untuned, key=losses.__getitem__)[: (starts + 1) // 2]
+    tables = {name: untuned[name] for name in ranked} | _random(Span.of(fit.model.sde), calls, starts // 2, seed)
+    small = replace(fit, batch_size=max(1, fit.batch_size // 2))
+    quick, check = max(1, iterations // 10), replace(validation, x=validation.x[:1024], y=validation.y[:1024])
+    with tqdm(total=len(tables) * quick + 3 * (3 * quick) + iterations, desc="tuning", disable=not progress) as bar:
+        for keep, pairs, length, rate in ((3, small, quick, 0.05), (1, small, 3 * quick, 0.03)):
+            tables = {name: _fit(pairs, table, length, rate, seed, bar) for name, table in tables.items()}
+            found = _losses(tables, check)
+            tables = {name: tables[name] for name in sorted(found, key=found.__getitem__)[:keep]}
+        return {f"tuned from {name}": _fit(fit, table, iterations, 0.03, seed, bar) for name, table in tables.items()}
+
+
+def _random(span: Span, calls: int, count: int, seed: int) -> dict[str, TunedTable]:
+    """Levels at random where most of the change happens, with second-order rules."""
+    generator, tables = torch.Generator().manual_seed(seed), {}
+    low, high = max(span.first, -2.0), min(span.last, 3.0)
+    for k in range(count):
+        inner = low + (high - low) * torch.rand(calls - 1, generator=generator, dtype=torch.float64)
+        levels = span.inside(torch.cat([inner.new_tensor([span.first]), inner.sort().values]))
+        rule = ("velocity Adams 2", "exponential Adams 2")[k % 2]
+        tables[f"{rule} on random levels {k + 1}"] = TunedTable(levels, RULES[rule](levels))
+    return tables
+
+
+def _fit(pairs: Pairs, start: TunedTable, iterations: int, rate: float, seed: int, bar: tqdm) -> TunedTable:
+    """Adam with a cosine schedule on fresh batches; returned is the mean over the last third of the way."""
+    span, calls = Span.of(pairs.model.sde), len(start.weights)
+    generator = torch.Generator().manual_seed(seed + 1)
+    z = span.vector(start).requires_grad_()
+    optimizer, total, count = torch.optim.Adam([z], lr=rate, betas=(0.9, 0.99)), torch.zeros_like(z), 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _warm_cosine(i, iterations))
+    for i in range(iterations):
+        with torch.enable_grad():
+            gradient = torch.autograd.grad(pairs.draw(generator).error(*span.split(z, calls)), z)[0]
+        # A batch that diverged says nothing; a large gradient, little more than its direction.
+        finite = gradient.isfinite().all()
+        z.grad = torch.where(finite, gradient / gradient.norm().clamp_min(1.0), 0.0)
+        optimizer.step()
+        schedule.step()
+        if 3 * i >= 2 * (iterations - 1):
+            total, count = total + z.detach(), count + 1
+        bar.update()
+    return TunedTable(*span.split(total / count, calls))
+
+
+def _warm_cosine(i: int, iterations: int) -> float:
+    return min(1.0, (i + 1) / 20) * (1 + math.cos(math.pi * i / iterations)) / 2
 
 
 def tune_spectrum(
@@ -385,8 +503,23 @@ def tune_spectrum(
         raise ValueError("eigenvalues of a covariance are positive and finite; drop those that are 0")
     model = _GaussianScore(variances, sde or VPSDE())
     x, y = model.start(torch.ones_like(variances)).unsqueeze(0), variances.sqrt().unsqueeze(0)
-    pairs = Pairs(model, x, y, unit=y.square().mean().sqrt().item(), robust=1.0, batch_size=1)
-    return _best(untuned(model.sde, steps), pairs, pairs, "coefficients", iterations, progress)
+    pairs = _Spectrum(model, x, y, unit=y.square().mean().sqrt().item(), robust=1e-12, batch_size=1)
+    candidates = untuned(model.sde, steps)
+    losses = _losses(candidates, pairs)
+    # Adams on the rectified path is not always the best, but its neighbourhood has the best tables more often than not.
+    best, straight = (min(names, key=losses.__getitem__) for names in (losses, STRAIGHT))
+    starts = dict.fromkeys([best, straight])
+    with tqdm(total=iterations * len(starts), desc="tuning", disable=not progress) as bar:
+        tuned = {f"tuned from {name}": _fit_exactly(pairs, candidates[name], iterations, bar) for name in starts}
+    distances = {name: math.exp(loss) for name, loss in (losses | _losses(tuned, pairs)).items()}
+    return _chosen(candidates | tuned, distances, best, "spectrum")
+
+
+class _Spectrum(Pairs):
+    """log W2 in the data's standard deviations, which is as steep at a small distance as at a large one."""
+
+    def error(self, half_log_snr: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
+        return 2 * super().error(half_log_snr, weights, noise).log()
 
 
 class _GaussianScore(ScoreModel):
@@ -404,30 +537,8 @@ class _GaussianScore(ScoreModel):
         return (alpha**2 * self.variances + sigma**2).sqrt() * z
 
 
-def _best(
-    candidates: dict[str, TunedTable], fit: Pairs, validation: Pairs, method: str, iterations: int, progress: bool
-) -> TunedTable:
-    """Fits the most promising candidates; of these and all untuned, the one that validates best, losses recorded."""
-    losses = {name: validation.loss(table) for name, table in candidates.items()}
-    best = min(losses, key=losses.__getitem__)
-    # Adams on the rectified path is not always the best, but its neighbourhood has the best tables more often than not.
-    straight = min((name for name in candidates if name in STRAIGHT), key=losses.__getitem__)
-    starts = [best] if method == "grid" else list(dict.fromkeys([best, straight]))
-    with tqdm(total=iterations * len(starts), desc="tuning", disable=not progress) as bar:
-        for name in starts:
-            rule = RULES[name.partition(" on ")[0]]
-            tuned = _fit_grid(fit, candidates[name], rule, iterations, bar) if method == "grid" else (
-                _fit(fit, candidates[name], iterations, bar))  # fmt: skip
-            candidates = candidates | {f"tuned from {name}": tuned}
-            losses[f"tuned from {name}"] = validation.loss(tuned)
-            bar.update((starts.index(name) + 1) * iterations - bar.n)
-    chosen = min(losses, key=losses.__getitem__)
-    record = {"method": method, "chosen": chosen, "best untuned": best, "validation": losses}
-    return replace(candidates[chosen], record=record)
-
-
-def _fit(pairs: Pairs, start: TunedTable, iterations: int, bar: tqdm) -> TunedTable:
-    """BFGS over levels and weights: some dozens of unknowns, a deterministic loss."""
+def _fit_exactly(pairs: Pairs, start: TunedTable, iterations: int, bar: tqdm) -> TunedTable:
+    """BFGS: some dozens of unknowns, a deterministic loss."""
     span, calls = Span.of(pairs.model.sde), len(start.weights)
     objective = partial(pairs.loss_and_gradient, span=span, calls=calls)
     result = minimize(objective, span.vector(start).numpy(), jac=True, method="BFGS", callback=_show(bar),
@@ -439,7 +550,7 @@ def _fit_grid(
     pairs: Pairs, start: TunedTable, rule: Callable[[Tensor], Tensor], iterations: int, bar: tqdm
 ) -> TunedTable:
     """Nelder-Mead over the levels."""
-    span = Span.of(pairs.model.sde)
+    span, whole = Span.of(pairs.model.sde), replace(pairs, batch_size=1024)
 
     def table(z: np.ndarray) -> TunedTable:
         levels = span.inside(span.levels(torch.from_numpy(z)))
@@ -447,7 +558,7 @@ def _fit_grid(
 
     gaps = span.vector(start)[: len(start.weights)].numpy()
     simplex = gaps + 0.5 * np.eye(len(gaps) + 1, len(gaps), -1)
-    result = minimize(lambda z: pairs.loss(table(z)), gaps, method="Nelder-Mead", callback=_show(bar),
+    result = minimize(lambda z: whole.loss(table(z)), gaps, method="Nelder-Mead", callback=_show(bar),
                       options={"maxiter": iterations, "initial_simplex": simplex})  # fmt: skip
     return table(result.x)
 

@@ -1,4 +1,4 @@
-"""Fits a solver of few network calls to a model: python scripts/tune.py run=<dir> | target=<name> steps=6"""
+"""Fits solvers of few network calls to a model and measures them: python scripts/tune.py run=<dir> | target=<name> steps=6"""
 
 from __future__ import annotations
 
@@ -6,30 +6,55 @@ from pathlib import Path
 from typing import Any
 
 import common
+import figures
 import torch
 from compare import model_and_reference
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
+from score_sde import ScoreModel, plotting
 from score_sde.data import generator
+from score_sde.evaluation.coupled import Course, best_of_each, course_table
+from score_sde.targets import Target
 from score_sde.tuning import TunedTable, tune, tune_spectrum
+
+LABELS = {"endpoint": "endpoint error / data std", "median": "median endpoint error / data std",
+          "energy": "energy distance to converged", "frechet": "Fréchet distance to converged",
+          "sliced_w2": "sliced W2 / noise floor"}  # fmt: skip
 
 
 @common.main("tune")
 def main(config: DictConfig) -> None:
     if bool(config.run) == bool(config.target):
         raise ValueError("tune for what? give either run=<directory> or target=<name>, e.g. target=ring")
+    steps = list(config.steps) if isinstance(config.steps, ListConfig) else [config.steps]
+    config.num_samples = config.num_samples or 5000
     model, reference = model_and_reference(config)
-    if config.spectrum:
-        table = tune_spectrum(spectrum_of(reference, config), config.steps, sde=model.sde, iterations=config.iterations)
-    else:
-        table = tune(model, config.steps, method=config.method, samples=config.samples, iterations=config.iterations,
-                     seed=config.seed, robust=config.robust, batch_size=config.batch_size)  # fmt: skip
-    path = Path(config.output or default_output(config))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.save(path)
-    report(table)
-    print(f"\n{path}: use it with sampler=tuned sampler.table={path}")
+    folder = Path(config.output or config.run or Path("outputs", "tuned", HydraConfig.get().runtime.choices.target))
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {}
+    for calls in steps:
+        for kind, table in fitted(model, reference, calls, config).items():
+            path = folder / f"{kind}-{calls}.json"
+            table.save(path)
+            tables[kind, calls] = table
+            validation(table)
+            print(f"{path}: use it with sampler=tuned sampler.table={path}")
+    if config.report:
+        law = reference if isinstance(reference, Target) and not config.run else None
+        course = Course(model, law, num_samples=config.num_samples, seeds=list(config.seeds))
+        report(course_table(course, tables), folder)
+
+
+def fitted(model: ScoreModel, reference: Any, calls: int, config: DictConfig) -> dict[str, TunedTable]:
+    """The network-free table, and beside it the tuned one unless spectrum=true."""
+    tables = {"spectrum": tune_spectrum(spectrum_of(reference, config), calls, sde=model.sde)}
+    if not config.spectrum:
+        tables["tuned"] = tune(
+            model, calls, method=config.method, samples=config.samples, iterations=config.iterations,
+            starts=config.starts, seed=config.seed, robust=config.robust, batch_size=config.batch_size,
+        )  # fmt: skip
+    return tables
 
 
 def spectrum_of(reference: Any, config: DictConfig) -> torch.Tensor:
@@ -40,20 +65,25 @@ def spectrum_of(reference: Any, config: DictConfig) -> torch.Tensor:
     return values.clamp_min(1e-6 * values.mean())
 
 
-def default_output(config: DictConfig) -> Path:
-    name = f"{'spectrum' if config.spectrum else 'tuned'}-{config.steps}.json"
-    return Path(config.run) / name if config.run else Path("outputs", "tuned", f"{_target(config)}-{name}")
-
-
-def _target(config: DictConfig) -> str:
-    return str(HydraConfig.get().runtime.choices.target)
-
-
-def report(table: TunedTable) -> None:
+def validation(table: TunedTable) -> None:
     """The chosen table beside the best untuned solvers, by their loss on starting points that the fit did not see."""
     losses = table.record["validation"]
-    for name in sorted(losses, key=losses.__getitem__)[:5]:
+    for name in sorted(losses, key=losses.__getitem__)[:4]:
         print(f"{losses[name]:10.4g}  {name}{'  <- chosen' if name == table.record['chosen'] else ''}")
+
+
+def report(table: Any, folder: Path) -> None:
+    """tuning.csv with every solver and seed, tuning.png, and the best of each kind on the screen."""
+    table.to_csv(folder / "tuning.csv", index=False)
+    best = best_of_each(table)
+    common.show(best)
+    names = [name for name in LABELS if name in best and name != "median"]
+    figure, axes = plotting.panels(len(names), width=4.2, height=3.8)
+    for ax, name in zip(axes[0], names, strict=True):
+        plotting.solvers_against_calls(ax, best, name, LABELS[name])
+    figures.save(figure, folder / "tuning.png")
+    print(f"\n{folder}: tuning.csv, tuning.png; untuned: the best of {table[table.kind == 'untuned'].solver.nunique()} "
+          "solvers, for each figure by itself")  # fmt: skip
 
 
 if __name__ == "__main__":

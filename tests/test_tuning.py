@@ -24,27 +24,29 @@ def model() -> ExactScore:
 
 @pytest.fixture(scope="module")
 def tuned(model: ExactScore) -> TunedTable:
-    return tune(model, 3, samples=128, iterations=30, progress=False)
+    return tune(model, 3, samples=128, iterations=60, starts=2, progress=False)
 
 
 def random_table(sde: SDE, calls: int = CALLS) -> TunedTable:
     """A valid table without any merit."""
     span, generator = Span.of(sde), torch.Generator().manual_seed(0)
-    z = torch.randn(calls + calls * (calls - 1) // 2, generator=generator, dtype=torch.float64)
+    z = torch.randn(2 * calls - 1 + calls * (calls - 1) // 2, generator=generator, dtype=torch.float64)
     return TunedTable(*span.split(z, calls))
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), VESDE(), RectifiedFlow()], ids=repr)
 def test_any_table_carries_a_point_mass_exactly(sde: SDE) -> None:
-    """With D = m constant, x_i = alpha_i m + (x_0 - alpha_0 m) sigma_i / sigma_0 at every call, and m at the end."""
+    """With D = m constant, x_i = alpha_i m + (x_0 - alpha_0 m) kappa_i sigma_i / sigma_0 at every call, m at the end."""
     point = torch.tensor([[1.5, -0.7]], dtype=torch.float64)
     model = ExactScore(GaussianMixture([1.0], point, torch.zeros(1, 2, 2)), sde)
     x = model.start(torch.randn(7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
-    result = TunedSampler(random_table(sde)).sample(model, x.shape, x_init=x, trajectory=True)
+    table = random_table(sde)
+    result = TunedSampler(table).sample(model, x.shape, x_init=x, trajectory=True)
     assert (result.x - point).abs().max() < 1e-12
     assert result.nfe == CALLS
     alpha, sigma = sde.alpha(result.times[:-1])[:, None, None], sde.sigma(result.times[:-1])[:, None, None]
-    exact = alpha * point + (x - alpha[0] * point) * sigma / sigma[0]
+    kappa = table.noise[:, None, None]
+    exact = alpha * point + (x - alpha[0] * point) * kappa * sigma / sigma[0]
     assert ((result.trajectory[:-1] - exact) / sigma[0]).abs().max() < 1e-12
 
 
@@ -76,14 +78,14 @@ def test_velocity_tables_are_adams_on_the_rectified_path(model: ExactScore, orde
 
 
 def test_the_gradient_is_that_of_the_loss(model: ExactScore) -> None:
-    """Against central differences, levels (through the inverse of lambda) and weights alike; VE's by the same path."""
+    """Against central differences, levels (through the inverse of lambda), weights and noise alike; VE's by the same path."""
     for exact in (model, ExactScore(model.target, VESDE())):
         span = Span.of(exact.sde)
-        z = torch.randn(6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) / 3
+        z = torch.randn(8, generator=torch.Generator().manual_seed(3), dtype=torch.float64) / 3
         x = exact.start(torch.randn(10, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
         pairs = Pairs(exact, x, torch.zeros_like(x), unit=1.0, robust=0.5, batch_size=4)
         _, gradient = pairs.loss_and_gradient(z.numpy(), span, 3)
-        steps = 1e-5 * torch.eye(6, dtype=torch.float64)
+        steps = 1e-5 * torch.eye(8, dtype=torch.float64)
         values = [[pairs.loss(TunedTable(*span.split(z + sign * step, 3))) for sign in (1, -1)] for step in steps]
         numeric = torch.tensor([(up - down) / 2e-5 for up, down in values], dtype=torch.float64)
         assert (torch.from_numpy(gradient) - numeric).abs().max() < 1e-5 * (1 + numeric.abs().max())
@@ -99,13 +101,13 @@ def test_tuning_improves_and_its_record_says_by_how_much(model: ExactScore, tune
 @pytest.mark.parametrize("iterations", [1, 20])
 def test_never_worse_than_the_best_untuned(model: ExactScore, method: str, iterations: int) -> None:
     """Also where there is nothing to gain: 16 points to fit on."""
-    table = tune(model, 4, method=method, samples=16, iterations=iterations, progress=False)
+    table = tune(model, 4, method=method, samples=16, iterations=iterations, starts=2, progress=False)
     assert table.record["validation"][table.record["chosen"]] == min(table.record["validation"].values())
     assert len(table.half_log_snr) == 4
 
 
 def test_the_same_seed_gives_the_same_table(model: ExactScore, tuned: TunedTable) -> None:
-    again = tune(model, 3, samples=128, iterations=30, progress=False)
+    again = tune(model, 3, samples=128, iterations=60, starts=2, progress=False)
     assert torch.equal(again.weights, tuned.weights)
     assert torch.equal(again.half_log_snr, tuned.half_log_snr)
 
@@ -118,7 +120,7 @@ def test_a_table_survives_its_file(model: ExactScore, tuned: TunedTable, tmp_pat
     assert loaded.record == tuned.record
     drawn = [TunedSampler(t).sample(model, (9, 2), seed=0).x for t in (tuned, tmp_path / "table.json")]
     assert torch.equal(*drawn)
-    once = endpoints(model, model.start(torch.randn(9, 2)), loaded.half_log_snr, loaded.weights)
+    once = endpoints(model, model.start(torch.randn(9, 2)), *loaded.numbers)
     assert once.shape == (9, 2)
 
 
@@ -128,14 +130,15 @@ def test_spectrum_tuning_minimises_the_exact_wasserstein_distance() -> None:
 
     def distance(table: TunedTable) -> float:
         t = sde.time_at(table.half_log_snr).tolist()
-        alpha, sigma = [sde.alpha(s).item() for s in t] + [1.0], [sde.sigma(s).item() for s in t] + [0.0]
+        alpha, sigma = [sde.alpha(s).item() for s in t] + [1.0], [sde.sigma(s).item() for s in t]
+        left = [kappa * s for kappa, s in zip(table.noise.tolist(), sigma, strict=True)] + [0.0]
         total = 0.0
         for v in variances.tolist():
             x, outputs = math.sqrt(alpha[0] ** 2 * v + sigma[0] ** 2), []
             for i in range(len(t)):
                 outputs.append(alpha[i] * v / (alpha[i] ** 2 * v + sigma[i] ** 2) * x)
                 clean = sum(w * d for w, d in zip(table.weights[i].tolist(), outputs, strict=False))
-                x = alpha[i + 1] * clean + sigma[i + 1] / sigma[i] * (x - alpha[i] * clean)
+                x = alpha[i + 1] * clean + left[i + 1] / left[i] * (x - alpha[i] * clean)
             total += (x - math.sqrt(v)) ** 2
         return math.sqrt(total)
 
@@ -144,7 +147,7 @@ def test_spectrum_tuning_minimises_the_exact_wasserstein_distance() -> None:
     assert table.record["validation"][table.record["chosen"]] > 0
 
 
-@pytest.mark.parametrize("break_it", ["row sum", "order", "upper", "shape"])
+@pytest.mark.parametrize("break_it", ["row sum", "order", "upper", "noise", "shape"])
 def test_a_broken_table_is_refused(tuned: TunedTable, tmp_path: Path, break_it: str) -> None:
     tuned.save(tmp_path / "table.json")
     table = json.loads((tmp_path / "table.json").read_text())
@@ -152,6 +155,8 @@ def test_a_broken_table_is_refused(tuned: TunedTable, tmp_path: Path, break_it: 
         table["weights"][1][0] += 1e-6
     elif break_it == "order":
         table["half_log_snr"].reverse()
+    elif break_it == "noise":
+        table["noise"][1] = 0.0
     elif break_it == "upper":
         table["weights"][0] = [0.5, 0.5]
     else:
@@ -180,6 +185,6 @@ def test_what_cannot_be_done_is_refused(model: ExactScore, tuned: TunedTable, tm
 def test_other_teachers_and_one_call(model: ExactScore) -> None:
     """With one call every table is D(x, t_max); a teacher may be any sampler."""
     teacher = Sampler(ExponentialAdams(2), partial(grid.log_snr, steps=30))
-    table = tune(model, 1, samples=8, teacher=teacher, progress=False)
+    table = tune(model, 1, samples=8, iterations=5, starts=2, teacher=teacher, progress=False)
     x = model.start(torch.randn(5, 2))
     assert torch.allclose(TunedSampler(table).sample(model, x.shape, x_init=x).x, model(x, model.sde.t_max).denoised)

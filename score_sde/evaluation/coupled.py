@@ -1,0 +1,153 @@
+r"""Solvers held against the converged ODE from the same starting points: their own error, with little Monte Carlo noise.
+
+x_i is where a solver ends from starting point i and y_i where the converged probability-flow ODE does. With d numbers a
+sample and s the standard deviation of y,
+
+    endpoint error    sqrt(mean_i |x_i - y_i|^2 / d) / s
+    energy distance   E^2 = mean over i != j of 2 |x_i - y_j| - |x_i - x_j| - |y_i - y_j|
+
+E^2 is unbiased for the distance of the two laws, since x_i and y_j are independent, and exactly 0 where x = y.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from score_sde.data import generator
+from score_sde.evaluation.metrics import Yardstick, frechet_distance, mode_spread, sliced_w2
+from score_sde.ode import ProbabilityFlowODE
+from score_sde.score import ScoreModel
+from score_sde.targets import GaussianMixture, Target
+from score_sde.tuning import Samples, TunedSampler, TunedTable, untuned
+
+
+def endpoint_error(x: Tensor, y: Tensor) -> float:
+    """Root mean square of x - y over all numbers, in standard deviations of y."""
+    return ((x - y).square().mean().sqrt() / _std(y)).item()
+
+
+def endpoint_median(x: Tensor, y: Tensor) -> float:
+    """Median over samples of |x_i - y_i| / sqrt(d), in standard deviations of y."""
+    miss = (x - y).flatten(1)
+    return (miss.norm(dim=1).median() / math.sqrt(miss.shape[1]) / _std(y)).item()
+
+
+def coupled_energy(x: Tensor, y: Tensor) -> float:
+    """Energy distance of the laws of x and y, of which the pairs (x_i, y_i) are independent draws; 0 where E^2 < 0."""
+    x, y = x.double().flatten(1), y.double().flatten(1)
+    n = len(x)
+    own = (x - y).norm(dim=1).sum().item()
+    squared = 2 * (_sum(x, y) - own) - _sum(x, x) - _sum(y, y)
+    return math.sqrt(max(0.0, squared / (n * (n - 1))))
+
+
+def _sum(x: Tensor, y: Tensor) -> float:
+    """Sum of all distances, in blocks that fit the processor's cache."""
+    blocks = x.split(max(1, 2**19 // len(y)))
+    return sum(torch.cdist(block, y, compute_mode="donot_use_mm_for_euclid_dist").sum().item() for block in blocks)
+
+
+def _std(y: Tensor) -> Tensor:
+    return (y - y.mean(0)).square().mean().sqrt()
+
+
+class Course:
+    """Starting points, where the converged ODE takes them, and the exact draws that a law allows.
+
+    Args:
+        model: exact or learned.
+        law: of the data, for the sliced W2 over its floor and the spread within the modes of a mixture; may be None.
+        num_samples: for each seed.
+        seeds: of the starting points.
+        teacher: the converged solution; by default the ODE at tolerance 1e-5, denoised.
+    """
+
+    def __init__(
+        self, model: ScoreModel, law: Target | None = None, *, num_samples: int = 5000, seeds: Sequence[int] = (0, 1, 2),
+        teacher: Samples | None = None, progress: bool = True,
+    ) -> None:  # fmt: skip
+        if num_samples < 2 or not seeds:
+            raise ValueError(f"a course has num_samples >= 2 and a seed at least, got {num_samples} and {list(seeds)}")
+        self.model, self.law = model, law
+        teacher = teacher or ProbabilityFlowODE(final="denoise")
+        self.starts, self.ends = {}, {}
+        for seed in tqdm(seeds, desc="converged solution", disable=not progress, delay=2):
+            noise = torch.randn(num_samples, *model.event_shape, generator=generator(seed, "course"))
+            self.starts[seed] = model.start(noise.to(model.device))
+            ends = [teacher.sample(model, x.shape, x_init=x).x for x in self.starts[seed].split(1024)]
+            self.ends[seed] = torch.cat(ends)
+        metrics = {"sliced_w2": partial(sliced_w2, directions=64)}
+        self.yardstick = None if law is None else Yardstick(
+            law, num_samples, generator=generator(0, "course", "draws"), metrics=metrics)  # fmt: skip
+
+    def endpoints(self, table: TunedTable, seed: int) -> Tensor:
+        sampler = TunedSampler(table)
+        return torch.cat([sampler.sample(self.model, x.shape, x_init=x).x for x in self.starts[seed].split(1024)])
+
+    def ranked(self, calls: int, keep: int = 4) -> dict[str, TunedTable]:
+        """The untuned solvers with the least median endpoint error on the first seed."""
+        seed, tables = next(iter(self.starts)), untuned(self.model.sde, calls)
+        errors = {name: endpoint_median(self.endpoints(table, seed), self.ends[seed]) for name, table in tables.items()}
+        return {name: tables[name] for name in sorted(tables, key=errors.__getitem__)[:keep]}
+
+    def measure(self, table: TunedTable, seed: int) -> dict[str, float]:
+        """Every figure of a table on one seed's starting points."""
+        return self.figures(self.endpoints(table, seed), seed)
+
+    def figures(self, x: Tensor, seed: int) -> dict[str, float]:
+        y = self.ends[seed]
+        row = {"endpoint": endpoint_error(x, y), "median": endpoint_median(x, y), "energy": coupled_energy(x, y)}
+        if x[0].numel() > 2:
+            row["frechet"] = frechet_distance(x.flatten(1), y.flatten(1))
+        if self.yardstick is not None:
+            row["sliced_w2"] = self.yardstick(x)["ratio"].item()
+        if isinstance(self.law, GaussianMixture):
+            spread = mode_spread(x, self.law)
+            row |= {"spread_min": spread.min().item(), "spread_max": spread.max().item()}
+        return row
+
+
+def course_table(course: Course, tables: Mapping[tuple[str, int], TunedTable], progress: bool = True) -> pd.DataFrame:
+    """Every table on every seed, beside the best untuned solvers of as many and of twice as many calls.
+
+    Args:
+        course: see `Course`.
+        tables: by kind ("tuned", "spectrum", ...) and number of calls.
+        progress: show a bar.
+
+    Returns:
+        A row for each solver and seed: kind, solver, calls, seed and the figures; kind is "untuned" for the four untuned
+        solvers with the least median endpoint error, and "converged" for the converged solution itself.
+    """
+    budgets = sorted({n for _, calls in tables for n in (calls, 2 * calls)})
+    solvers = [(kind, table.record.get("chosen", kind), calls, table) for (kind, calls), table in tables.items()]
+    solvers += [("untuned", name, calls, table) for calls in budgets for name, table in course.ranked(calls).items()]
+    rows = [{"kind": "converged", "solver": "converged", "calls": 0, "seed": seed} | course.figures(y, seed)
+            for seed, y in course.ends.items()]  # fmt: skip
+    for kind, name, calls, table in tqdm(solvers, desc="measuring", disable=not progress, delay=2):
+        for seed in course.starts:
+            rows.append({"kind": kind, "solver": name, "calls": calls, "seed": seed} | course.measure(table, seed))
+    return pd.DataFrame(rows)
+
+
+def best_of_each(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds, by kind and calls; of the untuned solvers the best for each figure separately.
+
+    Spreads are nearest to 1 where they are best.
+    """
+    means = table.drop(columns="seed").groupby(["kind", "solver", "calls"], sort=False).mean().reset_index()
+    figures = means.columns.drop(["kind", "solver", "calls"])
+    rows = [{"kind": kind, "calls": calls} | {name: _nearest(part[name], float("spread" in name)) for name in figures}
+            for (kind, calls), part in means.groupby(["kind", "calls"], sort=False)]  # fmt: skip
+    return pd.DataFrame(rows).sort_values(["calls", "kind"], ignore_index=True)
+
+
+def _nearest(values: pd.Series, goal: float) -> float:
+    return float(values.iloc[(values - goal).abs().to_numpy().argmin()])
