@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from score_sde import distributed
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, key
 from score_sde.energy import EnergyScore
 from score_sde.networks import Conservative, Encoder
 from score_sde.score import LearnedScore
-from score_sde.training import Checkpoints, write_atomically
+from score_sde.training import Checkpoints, reconstruct, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,8 +80,9 @@ class Run:
         tree = config if OmegaConf.is_config(config) else OmegaConf.create(dict(config))
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
         run = cls(path, trust)
-        run.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+        if distributed.is_main():
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
         return run
 
     @classmethod
@@ -107,12 +109,19 @@ class Run:
             raise ValueError(f"{self.path / 'config.yaml'} holds no mapping: restore it from the run's .hydra folder")
         return config
 
-    def model(self, ema: bool = True, step: int | None = None) -> LearnedScore:
+    def model(self, ema: bool | float = True, step: int | None = None) -> LearnedScore:
         """The trained model on the CPU, in evaluation mode: averaged weights of the latest checkpoint by default.
 
+        `ema` is False for raw weights, below 1 the relative width of a power-function average, reconstructed from the
+        run's snapshots (see `training.posthoc`), else a half-life in images that was tracked beside the first.
         Raises FileNotFoundError where there is no such checkpoint, ValueError for a `_target_` that is not trusted.
         """
-        weights = self.checkpoints.weights(step, ema=ema)
+        if isinstance(ema, bool):
+            weights = self.checkpoints.weights(step, ema=ema)
+        else:
+            weights = (
+                reconstruct(self.path, ema, step) if ema < 1 else self.checkpoints.weights(step, ema=f"ema-{ema:g}")
+            )
         model = build_model(self.config, self.trust)
         model.load_state_dict(weights)
         return model.eval().requires_grad_(False)

@@ -42,7 +42,7 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
         def job(config: DictConfig) -> Any:
-            distributed.start()  # a job that a launcher has sent to SLURM begins here
+            join()  # a job that a launcher has sent to SLURM begins here
             output = Path(HydraConfig.get().runtime.output_dir)
             try:
                 return task(config)
@@ -61,7 +61,7 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"
             logging.getLogger("matplotlib").setLevel(logging.WARNING)
-            distributed.start()
+            join()
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
             except REFUSALS as error:
@@ -72,6 +72,13 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
         return run
 
     return decorate
+
+
+def join() -> None:
+    """Joins the processes of a launcher, of which the main one alone prints."""
+    distributed.start()
+    if not distributed.is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def refusal(error: BaseException) -> str:

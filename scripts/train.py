@@ -2,6 +2,7 @@
 
 python scripts/train.py [experiment=digits] [sde=ve] [trainer.steps=2000] ...    see conf/train.yaml
 python scripts/train.py resume=outputs/toy/2026-01-01_12-00-00                   continues a run
+torchrun --nproc-per-node 8 scripts/train.py ...                                 eight GPUs, to the weights of one
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import figures
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from score_sde import LearnedScore, Sampler
+from score_sde import LearnedScore, Sampler, distributed
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, generator, measure_sigma_data, measure_sigma_max
 from score_sde.evaluation import Evaluation, evaluate, known_metrics, score_error
@@ -44,7 +45,9 @@ def main(config: DictConfig) -> float:
 
     def on_sample(step: int, raw: LearnedScore, averaged: LearnedScore) -> None:
         for name, shown in (("raw", raw), ("ema", averaged)):
-            samples = preview.sample(shown, (1000, *shown.event_shape), seed=config.seed).x.cpu()
+            samples, *_ = distributed.sample(preview, shown, 1000, seed=config.seed, batch_size=250)
+            if not distributed.is_main():
+                continue
             if tuple(data.event_shape) == (2,):
                 law = data.target if data.target is not None else data.reference(10_000).x
                 picture = figures.plotting.density_comparison(law, {f"{name}, step {step}": samples})
@@ -52,9 +55,16 @@ def main(config: DictConfig) -> float:
                 picture = figures.sheet(samples)
             figures.save(picture, run.samples / f"step-{step:09d}-{name}.png")
 
+    def on_evaluate(step: int, raw: LearnedScore, averaged: LearnedScore) -> dict[str, float]:
+        table = evaluate(
+            averaged, data, {"preview": preview}, num_samples=config.num_samples, seed=config.seed,
+            metrics=config.evaluation.metrics, progress=False,
+        ).table  # fmt: skip
+        return {f"eval/{metric}": value for metric, value in zip(table["metric"], table["value"], strict=True)}
+
     trained = parts["trainer"].fit(
         model, data, parts["objective"], parts["time_sampler"], run.path, seed=config.seed, resume=resume,
-        on_sample=on_sample,
+        on_sample=on_sample, on_evaluate=on_evaluate,
     )  # fmt: skip
     if trained.interrupted:
         print(f"interrupted at step {trained.step}; continue with: python scripts/train.py resume={run.path}")
@@ -72,9 +82,11 @@ def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], 
         model, data, samplers, num_samples=config.num_samples, seed=config.seed, metrics=config.evaluation.metrics,
         classifier_data=instantiate(labelled, run.trust) if labelled else None, progress=config.trainer.progress,
     )  # fmt: skip
+    score = evaluation.mean_ratio(config.evaluation.objective)
+    if not distributed.is_main():
+        return score
     common.save_samples(run.samples, evaluation.samples)
     figures.draw(run, model, data, evaluation, config.seed)
-    score = evaluation.mean_ratio(config.evaluation.objective)
     last = run.metrics().iloc[-1]
     meaning = f"{config.evaluation.objective} over its noise floor"
     result = {
@@ -100,9 +112,11 @@ def finish_classifier(run: Run, model: NoisyClassifier, data: Data, config: Dict
     table = accuracy_by_noise(
         model, held_out.x, held_out.condition["label"], generator=generator(config.seed, "report")
     )
+    score = float(table["cross_entropy"].mean())
+    if not distributed.is_main():
+        return score
     figures.save(figures.accuracy(table), run.figures / "accuracy.png")
     figures.save(figures.losses(run), run.figures / "losses.png")
-    score = float(table["cross_entropy"].mean())
     meaning = "cross-entropy of held-out labels in nats, mean over noise levels"
     overrides = list(HydraConfig.get().overrides.task)
     result = {"status": "finished", "metric": score, "metric_meaning": meaning, "overrides": overrides,
