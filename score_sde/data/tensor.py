@@ -145,7 +145,7 @@ class TensorData(Data):
         """How many examples "train" or "test" has."""
         return len(self._parts[part].order)
 
-    def plain(self, part: str, rows: slice = ALL) -> Batch:
+    def plain(self, part: str, rows: slice | Tensor = ALL) -> Batch:
         """Rows of "train" or "test" in an order of their own, scaled to [-1, 1], neither dequantised nor augmented."""
         batch = self._parts[part].read(rows)
         scaled = batch.x if self.dequantize is None else _spread(batch.x, self.levels)
@@ -154,10 +154,9 @@ class TensorData(Data):
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the training and test examples, their labels and the split between them."""
-        known: dict[int, str] = {}
-        for rows in self._parts.values():
-            known.setdefault(id(rows.given), rows.given.fingerprint or _hash(rows.given))
-        return digest([*known.values(), self.size, self.dequantize is None, self.levels])
+        sets = {id(rows.given): rows.given for rows in self._parts.values()}.values()
+        known = [[given.fingerprint or _hash(given.x), _hash(given.labels)] for given in sets]
+        return digest([known, self.size, self.dequantize is None, self.levels])
 
     def _read(self, part: str, rows: slice, source: torch.Generator) -> Batch:
         batch = self._parts[part].read(rows)
@@ -190,11 +189,12 @@ def _tensor(labels: Tensor | np.ndarray[Any, Any] | None) -> Tensor | None:
     return None if labels is None else torch.as_tensor(labels)
 
 
-def _hash(examples: Examples) -> str:
-    hashed = hashlib.blake2b(repr((examples.x.dtype, tuple(examples.x.shape))).encode(), digest_size=16)
-    for tensor in (examples.x, examples.labels):
-        for block in () if tensor is None else tensor.split(4096):
-            hashed.update(block.contiguous().numpy().data)
+def _hash(x: Tensor | None) -> str | None:
+    if x is None:
+        return None
+    hashed = hashlib.blake2b(repr((x.dtype, tuple(x.shape))).encode(), digest_size=16)
+    for block in x.split(4096):
+        hashed.update(block.contiguous().numpy().data)
     return hashed.hexdigest()
 
 

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from score_sde import distributed
 from score_sde.data import Data, TensorData, generator
-from score_sde.evaluation.comparison import Samples
+from score_sde.evaluation.convnet import ConvClassifier
+from score_sde.evaluation.extractors import Extractor
 from score_sde.evaluation.features import DigitClassifier, digit_report
 from score_sde.evaluation.metrics import Yardstick
+from score_sde.evaluation.neighbours import Nearest, nearest
+from score_sde.evaluation.reference import FeatureView, Reference
 from score_sde.score import ScoreModel
+
+View = Callable[[Tensor], pd.DataFrame]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Samples by sampler, and a table with the columns sampler, nfe, seconds, metric, value, floor and ratio."""
+    """What `evaluate` found.
+
+    Attributes:
+        samples: by sampler.
+        table: the columns sampler, nfe, seconds, metric, value, floor and ratio.
+        nearest: by sampler, the samples nearest to a training image and those images, (2, n, C, H, W).
+        references: what made each reference of features.
+    """
 
     samples: dict[str, Tensor]
     table: pd.DataFrame
+    nearest: dict[str, Tensor] = field(default_factory=dict)
+    references: list[dict[str, Any]] = field(default_factory=list)
 
     def mean_ratio(self, metric: str) -> float:
         """The metric's ratio to its floor, averaged over samplers: the one number that a sweep compares."""
@@ -36,36 +54,122 @@ class Evaluation:
             flat |= {name: row["value"], f"{name}/floor": row["floor"], f"{row['sampler']}/nfe": row["nfe"]}
         return flat
 
+    def report(self) -> dict[str, Any]:
+        """Everything but the images, as JSON writes it: by sampler its cost and each metric's value, floor and ratio."""
+        report: dict[str, Any] = {}
+        for row in self.table.to_dict("records"):
+            entry = report.setdefault(
+                row["sampler"], {"nfe": int(row["nfe"]), "seconds": row["seconds"], "metrics": {}}
+            )
+            entry["metrics"][row["metric"]] = {name: _finite_or_none(row[name]) for name in ("value", "floor", "ratio")}
+        return {"samplers": report, "references": self.references}
+
 
 def evaluate(
-    model: ScoreModel, data: Data, samplers: Mapping[str, Samples], *, num_samples: int = 4000, seed: int = 0,
-    metrics: Sequence[str] | None = None, classifier_data: TensorData | None = None, progress: bool = True,
+    model: ScoreModel, data: Data, samplers: Mapping[str, Any], *, num_samples: int = 4000, seed: int = 0,
+    metrics: Sequence[str] | None = None, classifier_data: TensorData | None = None,
+    features: Sequence[Extractor] = (), references: Mapping[str, str] | None = None, memorization: bool = True,
+    condition: Mapping[str, Tensor] | None = None, batch_size: int = 1000, progress: bool = True,
 ) -> Evaluation:  # fmt: skip
-    """Draws `num_samples` with each sampler and measures them against exact draws or held-out examples.
+    """Draws `num_samples` with each sampler and measures them against exact draws or real examples.
+
+    The processes of a launch draw and extract features together; every one of them gets the whole result.
 
     Args:
         model: what samples are drawn from.
         data: gives the closed-form target where there is one, else the real examples to compare with.
         samplers: name -> sampler.
-        num_samples: a sampler.
+        num_samples: a sampler; sample i depends on (seed, i), not on the batches.
         seed: of samplers and exact draws.
         metrics: names (see `Yardstick`); all that apply when left out.
-        classifier_data: labelled digits, to add a classifier's view of the samples.
-        progress: shows a bar.
+        classifier_data: labelled images, to add a classifier's view of the samples.
+        features: feature spaces in which images are compared; see `Reference`.
+        references: folders of references by extractor title, in place of the cache's.
+        memorization: for a finite set of images, also how near samples are to training images.
+        condition: tensors (num_samples, ...) by name, for a conditional model.
+        batch_size: how many samples are drawn at once.
+        progress: shows bars.
+
+    Raises:
+        ValueError: no such metric, or what `Reference.of` refuses.
     """
+    yardstick = _yardstick(data, num_samples, metrics, seed)
+    views: list[View] = [lambda x: yardstick(x[: yardstick.n])]
+    if classifier_data is not None:
+        views.append(_classifier_view(classifier_data, num_samples, model.device))
+    made = [Reference.of(_finite(data, each), each, num_samples, path=(references or {}).get(each.title),
+                         device=model.device, progress=progress) for each in features]  # fmt: skip
+    views += [FeatureView(reference) for reference in made]
+    neighbours = _MemorizationView(data, model.device) if memorization and _is_set_of_images(data) else None
+    views += [neighbours] if neighbours else []
+    samples, tables, near = {}, [], {}
+    for name, sampler in tqdm(samplers.items(), desc="evaluating", disable=not progress, delay=2, leave=False):
+        samples[name], nfe, seconds = distributed.sample(
+            sampler, model, num_samples, seed=seed, batch_size=batch_size, condition=condition,
+            progress=name if progress else None,
+        )  # fmt: skip
+        table = pd.concat([view(samples[name]) for view in views], ignore_index=True)
+        tables.append(table.assign(sampler=name, nfe=nfe, seconds=seconds))
+        if neighbours:
+            near[name] = neighbours.pictures
+    order = ["sampler", "nfe", "seconds", "metric", "value", "floor", "ratio"]
+    table = pd.concat(tables, ignore_index=True)[order]
+    return Evaluation(samples, table, near, [dict(reference.made_of) for reference in made])
+
+
+def _yardstick(data: Data, num_samples: int, metrics: Sequence[str] | None, seed: int) -> Yardstick:
     reference = data.target if data.target is not None else data.reference(2 * num_samples).x
     count = num_samples if data.target is not None else min(num_samples, len(reference) // 2)
-    yardstick = Yardstick(reference, count, generator=generator(seed, "yardstick"), metrics=metrics)
-    view = _DigitView(classifier_data) if classifier_data is not None else None
-    samples, tables = {}, []
-    for name, sampler in tqdm(samplers.items(), desc="evaluating", disable=not progress, delay=2, leave=False):
-        result = sampler.sample(model, (num_samples, *model.event_shape), seed=seed)
-        samples[name] = result.x.cpu()
-        parts = [yardstick(samples[name][:count])] + ([view(samples[name])] if view else [])
-        table = pd.concat(parts, ignore_index=True)
-        tables.append(table.assign(sampler=name, nfe=result.nfe, seconds=result.seconds))
-    order = ["sampler", "nfe", "seconds", "metric", "value", "floor", "ratio"]
-    return Evaluation(samples, pd.concat(tables, ignore_index=True)[order])
+    return Yardstick(reference, count, generator=generator(seed, "yardstick"), metrics=metrics)
+
+
+def _is_set_of_images(data: Data) -> bool:
+    return isinstance(data, TensorData) and len(data.event_shape) == 3
+
+
+def _finite(data: Data, extractor: Extractor) -> TensorData:
+    if not isinstance(data, TensorData):
+        raise ValueError(f"features ({extractor.title}) are for finite sets of images: leave out evaluation.features")
+    return data
+
+
+def _classifier_view(data: TensorData, count: int, device: torch.device) -> View:
+    """A convolutional network's, or, for images of a few pixels, a multilayer perceptron's."""
+    if max(data.event_shape) <= 12:
+        return _DigitView(data)
+    return FeatureView(Reference.of(data, ConvClassifier(), count, device=device))
+
+
+def _finite_or_none(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+class _MemorizationView:
+    """How near samples are to training images, beside held-out images; the last pictures of both."""
+
+    shown = 8
+
+    def __init__(self, data: Data, device: torch.device) -> None:
+        assert isinstance(data, TensorData)
+        self.data, self.device = data, device
+        self.pictures = torch.empty(0)
+
+    @cached_property
+    def held_out(self) -> Nearest | None:
+        if not self.data.has_test:
+            return None
+        return nearest(self.data.plain("test", slice(2000)).x, self.data, device=self.device)
+
+    def __call__(self, samples: Tensor) -> pd.DataFrame:
+        """Rows for at most 2,000 samples: the share memorised, and the median distance to the nearest training image."""
+        found = nearest(samples[:2000].clamp(-1, 1), self.data, device=self.device)
+        closest = found.distance[:, 0].argsort()[: self.shown]
+        twins = self.data.plain("train", found.index[closest, 0]).x
+        self.pictures = torch.stack([samples[closest], twins])
+        value, floor = ([near.memorised.double().mean().item(), near.distance[:, 0].median().item()]
+                        if near else [math.nan] * 2 for near in (found, self.held_out))  # fmt: skip
+        table = pd.DataFrame({"metric": ["memorised", "nearest training image"], "value": value, "floor": floor})
+        return table.assign(ratio=(table["value"] / table["floor"]).where(table["floor"] > 0))
 
 
 class _DigitView:

@@ -172,6 +172,29 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     return ((x.mean(dim=0) - y.mean(dim=0)).square().sum() + spread).clamp_min(0).item()
 
 
+def kid(x: Tensor, y: Tensor) -> float:
+    """Kernel distance between two arrays of features, (n, F) and (m, F): unbiased, so 0 in the mean where P = Q.
+
+    The squared MMD of k(x, y) = (x.y / F + 1)^3 without the pairs of a point with itself, over all points.
+
+    Source: Binkowski et al. 2018, https://arxiv.org/abs/1801.01401, section 4.
+    """
+    x, y = _pair(x, y)
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / x.shape[1] + 1) ** 3
+
+    def within(a: Tensor) -> float:
+        n = len(a)
+        own = ((a.square().sum(dim=1) / x.shape[1] + 1) ** 3).sum().item()
+        return (sum(kernel(block, a).sum().item() for block in a.split(1000)) - own) / (n * (n - 1))
+
+    if min(len(x), len(y)) < 2:
+        raise ValueError("KID leaves out the pairs of a point with itself: give 2 samples of each at least")
+    across = sum(kernel(block, y).sum().item() for block in x.split(1000)) / (len(x) * len(y))
+    return within(x) + within(y) - 2 * across
+
+
 METRICS: dict[str, Metric] = {"sliced_w2": sliced_w2, "w2": w2, "energy": energy_distance, "mmd": mmd}
 MODE_METRICS: dict[str, Callable[[Tensor, GaussianMixture], float]] = {
     "mode_weights": mode_weight_error,

@@ -1,0 +1,106 @@
+r"""What nearest neighbours say of samples Y beside real examples X, n and m points of a feature space.
+
+With B_k(x) the ball about x that reaches its k-th nearest neighbour within its own set:
+
+    precision = share of y in some B_k(x)           recall   = share of x in some B_k(y)               (k = 3)
+    density   = mean_y #{x : y in B_k(x)} / k       coverage = share of x with some y in B_k(x)        (k = 5)
+
+Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991, eq. 1 and 2; Naeem et al. 2020,
+https://arxiv.org/abs/2002.09797, eq. 3 and 4. A sample is taken as memorised where its nearest training example is
+three times nearer than the second (Yoon et al. 2023, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from score_sde.data import TensorData
+
+__all__ = ["Nearest", "density_coverage", "nearest", "precision_recall"]
+
+
+def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
+    """Precision and recall of samples (n, F) beside real features (m, F), in [0, 1].
+
+    Raises ValueError where a set has not more than k points.
+    """
+    inside, around = _radii(real, k), _radii(samples, k)
+    precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, distance in _blocks(samples, real):
+        precise.append((distance <= inside).any(dim=1))
+        recalled |= (distance <= around[rows, None]).any(dim=0)
+    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
+
+
+def density_coverage(samples: Tensor, real: Tensor, k: int = 5) -> tuple[float, float]:
+    """Density (1 in the mean for exact samples, more where they crowd) and coverage in [0, 1]; see `precision_recall`."""
+    radius = _radii(real, k)
+    count, covered = 0.0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for _, distance in _blocks(samples, real):
+        within = distance < radius
+        count += within.sum().item()
+        covered |= within.any(dim=0)
+    return count / (k * len(samples)), covered.double().mean().item()
+
+
+def _radii(x: Tensor, k: int) -> Tensor:
+    """The distance of each point to its k-th nearest neighbour, (n,)."""
+    if len(x) <= k:
+        raise ValueError(f"{len(x)} points have no {k}-th nearest neighbours: take more samples, or a smaller k")
+    parts = []
+    for rows, distance in _blocks(x, x):
+        own = torch.arange(rows.start, rows.start + len(distance), device=x.device)
+        distance[torch.arange(len(distance), device=x.device), own] = torch.inf
+        parts.append(distance.kthvalue(k, dim=1).values)
+    return torch.cat(parts)
+
+
+def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Distances between rows of x and all of y, block by block in bounded memory."""
+    size = max(1, 2**24 // len(y))
+    for start in range(0, len(x), size):
+        yield slice(start, start + size), torch.cdist(x[start : start + size], y)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The two nearest training examples of each sample: distances (n, 2), ascending, and their places in `plain`."""
+
+    distance: Tensor
+    index: Tensor
+
+    @property
+    def memorised(self) -> Tensor:
+        """Whether the first is three times nearer than the second, (n,)."""
+        return self.distance[:, 0] < self.distance[:, 1] / 3
+
+
+@torch.no_grad()
+def nearest(samples: Tensor, data: TensorData, *, device: torch.device | str = "cpu", progress: bool = True) -> Nearest:
+    """Nearest training examples by root mean square difference over the components, in the units of the data.
+
+    Cost: n N D multiplications, in blocks of the training set.
+
+    Args:
+        samples: (n, *event_shape), in the scale of the data.
+        data: with at least two training examples, read in the order of `data.plain("train")`.
+    """
+    x = samples.to(device).float().flatten(1)
+    best = torch.full((len(x), 2), torch.inf, device=device)
+    index = torch.zeros((len(x), 2), dtype=torch.long, device=device)
+    starts = range(0, data.size, 4096)
+    for start in tqdm(starts, desc="nearest training examples", delay=2, disable=not progress, leave=False):
+        y = data.plain("train", slice(start, start + 4096)).x.to(device).flatten(1)
+        block, place = torch.cdist(x, y).topk(min(2, len(y)), largest=False)
+        merged, order = torch.cat([best, block], 1).topk(2, largest=False)
+        best, index = merged, torch.cat([index, place + start], 1).gather(1, order)
+    found = torch.stack([data.plain("train", column).x for column in index.T.cpu()], dim=1).to(device)
+    # Once more without the cancellation of |x|^2 + |y|^2 - 2 xy, which is all that is left of a copy's distance.
+    exact = (found.flatten(2).double() - x[:, None].double()).square().mean(dim=2).sqrt()
+    sorted_, order = exact.sort(dim=1)
+    return Nearest(sorted_.cpu(), index.gather(1, order).cpu())
