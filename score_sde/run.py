@@ -50,6 +50,8 @@ ROOMS = (
     "score_sde.tuning",
     "score_sde.guidance",
     "score_sde.training.classification",
+    "score_sde.evaluation.extractors",
+    "score_sde.evaluation.convnet",
     "score_sde.training.objective",
     "score_sde.training.score_matching",
     "score_sde.training.times",

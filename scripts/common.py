@@ -152,6 +152,18 @@ def samplers_of(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]
     return {name: instantiate(sampler_config(node), trust) for name, node in nodes.items()}
 
 
+def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
+    """What an `evaluation` config adds to the metrics, as arguments of `score_sde.evaluation.evaluate`."""
+    settings = OmegaConf.merge(named("evaluation", "default"), settings)  # runs of before have fewer keys
+    labelled = settings.classifier_data
+    return {
+        "classifier_data": instantiate(labelled, trust) if labelled else None,
+        "features": {name: instantiate(named("extractor", name), trust) for name in settings.features},
+        "references": dict(settings.references),
+        "memorization": settings.memorization,
+    }
+
+
 def open_run(config: DictConfig) -> Run:
     """The run that `run=` names.
 

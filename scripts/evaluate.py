@@ -1,41 +1,84 @@
-"""Measures a trained model's samples, each metric beside its noise floor: python scripts/evaluate.py run=<dir>"""
+"""Measures a trained model's samples, each metric beside its floor.
+
+python scripts/evaluate.py run=<dir> sampler=heun num_samples=10000      writes evaluation.json and a sample sheet
+python scripts/evaluate.py run=<dir> samplers=[heun,ode] features=[pca,efficientnet_lite0]
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import common
 import figures
-from omegaconf import DictConfig
+import guiding
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
-from score_sde.evaluation import evaluate
+from score_sde import Run, distributed
+from score_sde.data import Data
+from score_sde.evaluation import Evaluation, evaluate
 from score_sde.run import instantiate
 from score_sde.training import write_atomically
+
+OWN = ("samplers", "metrics", "features", "references", "memorization")
 
 
 @common.main("evaluate")
 def main(config: DictConfig) -> None:
     run = common.open_run(config)
-    own = run.config.evaluation
-    if config.samplers is not None:
-        own.samplers = config.samplers
-    samplers = common.samplers_of(run.config, run.trust)
-    model = run.model(step=config.step).to(common.device_of(config.device))
+    given = {name: config[name] for name in OWN if config[name] is not None}
+    settings = run.config.evaluation = OmegaConf.merge(
+        common.named("evaluation", "default"), run.config.evaluation, given
+    )
+    samplers = _samplers(config, run)
+    model = run.model(ema=config.ema, step=config.step).to(common.device_of(config.device))
     for sampler in samplers.values():
         sampler.check(model.sde)
-    data = run.data()
+    count = config.num_samples or run.config.num_samples
+    labels, data = guiding.labels_of(config.label), run.data()
     evaluation = evaluate(
-        model, data, samplers, num_samples=config.num_samples or run.config.num_samples, seed=config.seed,
-        metrics=config.metrics or own.metrics,
-        classifier_data=instantiate(own.classifier_data, run.trust) if own.classifier_data else None,
+        guiding.guided(config, run, model), data, samplers, num_samples=count, seed=config.seed,
+        metrics=settings.metrics, batch_size=config.batch_size,
+        condition={"label": guiding.turns(labels, count)} if labels else None, **common.views_of(settings, run.trust),
     )  # fmt: skip
-    common.save_samples(run.samples, evaluation.samples)
-    figures.draw(run, model, data, evaluation, config.seed)
-    write_atomically(run.path / "evaluation.csv", evaluation.table.to_csv(index=False))
+    if distributed.is_main():
+        write(run, config, data, model, evaluation, Path(config.output or run.path))
+
+
+def write(run: Run, config: DictConfig, data: Data, model: Any, evaluation: Evaluation, folder: Path) -> None:
+    """evaluation.json, the same as a table, the samples and their figures."""
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    (folder / "figures").mkdir(exist_ok=True)
+    common.save_samples(folder / "samples", evaluation.samples)
+    drawn = figures.evaluation_sheets(data, evaluation)
+    for name, figure in drawn.items():
+        figures.save(figure, folder / "figures" / f"{name}.png")
+    if not drawn:
+        figures.draw(run, model, data, evaluation, config.seed)
+    step = run.checkpoints.latest() if config.step is None else config.step
+    report = {"run": str(run.path), "step": step, "ema": config.ema, "seed": config.seed,
+              "label": guiding.labels_of(config.label), "num_samples": len(next(iter(evaluation.samples.values()))),
+              **evaluation.report()}  # fmt: skip
+    write_atomically(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(folder / "evaluation.csv", evaluation.table.to_csv(index=False))
     common.show(evaluation.table)
     if data.target is not None:
         table = figures.diagnose(run, model, data, config.seed).table
-        write_atomically(run.path / "diagnostics.csv", table.to_csv(index=False))
+        write_atomically(folder / "diagnostics.csv", table.to_csv(index=False))
         common.show(table[::3])
-    print(f"\n{run.path}: evaluation.csv, {'diagnostics.csv, ' if data.target is not None else ''}figures/")
+    print(f"\n{folder}: evaluation.json, evaluation.csv, samples/, figures/")
+
+
+def _samplers(config: DictConfig, run: Run) -> dict[str, Any]:
+    """The one `sampler` that is given, or those that the settings name."""
+    if "sampler" not in config:
+        return common.samplers_of(run.config, run.trust)
+    if config.samplers is not None:
+        raise ValueError("give either sampler=<one> with its settings, or samplers=[<names>]")
+    name = HydraConfig.get().runtime.choices.sampler
+    return {name: instantiate(common.sampler_config(config.sampler), run.trust)}
 
 
 if __name__ == "__main__":

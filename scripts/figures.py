@@ -33,6 +33,22 @@ def draw(run: Run, model: ScoreModel, data: Data, found: Evaluation, seed: int) 
     return [*paths, animate(model, run.figures / "noise_to_data.gif", seed)]
 
 
+def evaluation_sheets(data: Data, evaluation: Evaluation) -> dict[str, Figure]:
+    """For images, a sheet of each sampler's samples, and one of those nearest to training images; else nothing."""
+    if not _is_image(data):
+        return {}
+    sheets = {f"samples_{name}": sheet(x) for name, x in evaluation.samples.items()}
+    return sheets | {f"nearest_{name}": pairs(*both) for name, both in evaluation.nearest.items()}
+
+
+def pairs(samples: Tensor, nearest: Tensor) -> Figure:
+    """Samples in a row above the training images nearest to them."""
+    figure, axes = plotting.panels(1, width=6, height=2)
+    plotting.image_grid(axes[0, 0], torch.cat([samples, nearest]), columns=len(samples))
+    axes[0, 0].set_title("samples nearest to a training image (above), and that image (below)")
+    return figure
+
+
 def sheet(x: Tensor, count: int = 64, columns: int = 8) -> Figure:
     """The first images as one mosaic: `count` of them, to whole rows of `columns`."""
     figure, axes = plotting.panels(1, width=5, height=5)

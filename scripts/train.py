@@ -77,10 +77,9 @@ def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], 
     """Samples, metrics, figures and result.json; returns the number that a sweep minimises."""
     if isinstance(model, NoisyClassifier):
         return finish_classifier(run, model, data, config)
-    labelled = config.evaluation.classifier_data
     evaluation: Evaluation = evaluate(
         model, data, samplers, num_samples=config.num_samples, seed=config.seed, metrics=config.evaluation.metrics,
-        classifier_data=instantiate(labelled, run.trust) if labelled else None, progress=config.trainer.progress,
+        progress=config.trainer.progress, **common.views_of(config.evaluation, run.trust),
     )  # fmt: skip
     score = evaluation.mean_ratio(config.evaluation.objective)
     if not distributed.is_main():

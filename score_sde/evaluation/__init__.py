@@ -3,6 +3,7 @@
 from score_sde.evaluation.bounds import Bound, continuous_bound, variational_bound
 from score_sde.evaluation.certify import Certificate, Certificates, certify, certify_all
 from score_sde.evaluation.comparison import compare
+from score_sde.evaluation.convnet import ConvClassifier
 from score_sde.evaluation.diagnostics import (
     Calibration,
     Consistency,
@@ -17,6 +18,7 @@ from score_sde.evaluation.diagnostics import (
     score_error,
 )
 from score_sde.evaluation.evaluate import Evaluation, evaluate, starts
+from score_sde.evaluation.extractors import PCA, EfficientNetLite0, Extractor, Inception, Pixels
 from score_sde.evaluation.features import DigitClassifier, digit_report
 from score_sde.evaluation.metrics import (
     METRICS,
@@ -24,6 +26,7 @@ from score_sde.evaluation.metrics import (
     Yardstick,
     energy_distance,
     frechet_distance,
+    kid,
     known_metrics,
     mmd,
     mode_spread,
@@ -35,18 +38,29 @@ from score_sde.evaluation.metrics import (
     sliced_w2,
     w2,
 )
+from score_sde.evaluation.neighbours import Nearest, density_coverage, nearest, precision_recall
+from score_sde.evaluation.reference import FeatureView, Reference
 
 __all__ = [
     "METRICS",
     "MODE_METRICS",
+    "PCA",
     "Bound",
     "Calibration",
     "Certificate",
     "Certificates",
     "Consistency",
+    "ConvClassifier",
     "Diagnosis",
     "DigitClassifier",
+    "EfficientNetLite0",
     "Evaluation",
+    "Extractor",
+    "FeatureView",
+    "Inception",
+    "Nearest",
+    "Pixels",
+    "Reference",
     "ScoreError",
     "Yardstick",
     "asymmetry",
@@ -56,6 +70,7 @@ __all__ = [
     "compare",
     "consistency",
     "continuous_bound",
+    "density_coverage",
     "diagnose",
     "digit_report",
     "energy_distance",
@@ -63,13 +78,16 @@ __all__ = [
     "field_error",
     "fokker_planck_residual",
     "frechet_distance",
+    "kid",
     "known_metrics",
     "mmd",
     "mode_spread",
     "mode_spread_error",
     "mode_weight_error",
     "mode_weights",
+    "nearest",
     "noise_floor",
+    "precision_recall",
     "score",
     "score_error",
     "sliced_w2",

@@ -68,7 +68,7 @@ class Evaluation:
 def evaluate(
     model: ScoreModel, data: Data, samplers: Mapping[str, Any], *, num_samples: int = 4000, seed: int = 0,
     metrics: Sequence[str] | None = None, classifier_data: TensorData | None = None,
-    features: Sequence[Extractor] = (), references: Mapping[str, str] | None = None, memorization: bool = True,
+    features: Mapping[str, Extractor] | None = None, references: Mapping[str, str] | None = None, memorization: bool = True,
     condition: Mapping[str, Tensor] | None = None, batch_size: int = 1000, progress: bool = True,
 ) -> Evaluation:  # fmt: skip
     """Draws `num_samples` with each sampler and measures them against exact draws or real examples.
@@ -83,8 +83,8 @@ def evaluate(
         seed: of samplers and exact draws.
         metrics: names (see `Yardstick`); all that apply when left out.
         classifier_data: labelled images, to add a classifier's view of the samples.
-        features: feature spaces in which images are compared; see `Reference`.
-        references: folders of references by extractor title, in place of the cache's.
+        features: name -> feature space in which images are compared; see `Reference`.
+        references: name -> folder of its reference, in place of the cache's.
         memorization: for a finite set of images, also how near samples are to training images.
         condition: tensors (num_samples, ...) by name, for a conditional model.
         batch_size: how many samples are drawn at once.
@@ -97,8 +97,9 @@ def evaluate(
     views: list[View] = [lambda x: yardstick(x[: yardstick.n])]
     if classifier_data is not None:
         views.append(_classifier_view(classifier_data, num_samples, model.device))
-    made = [Reference.of(_finite(data, each), each, num_samples, path=(references or {}).get(each.title),
-                         device=model.device, progress=progress) for each in features]  # fmt: skip
+    made = [Reference.of(_finite(data, name), extractor, num_samples, path=(references or {}).get(name),
+                         device=model.device, progress=progress)
+            for name, extractor in (features or {}).items()]  # fmt: skip
     views += [FeatureView(reference) for reference in made]
     neighbours = _MemorizationView(data, model.device) if memorization and _is_set_of_images(data) else None
     views += [neighbours] if neighbours else []
@@ -127,9 +128,9 @@ def _is_set_of_images(data: Data) -> bool:
     return isinstance(data, TensorData) and len(data.event_shape) == 3
 
 
-def _finite(data: Data, extractor: Extractor) -> TensorData:
+def _finite(data: Data, name: str) -> TensorData:
     if not isinstance(data, TensorData):
-        raise ValueError(f"features ({extractor.title}) are for finite sets of images: leave out evaluation.features")
+        raise ValueError(f"the features {name!r} are for finite sets of images: leave out evaluation.features")
     return data
 
 

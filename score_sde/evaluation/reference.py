@@ -141,7 +141,7 @@ def _made_of(data: TensorData, extractor: Extractor, count: int) -> dict[str, An
 
 
 def _check(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
-    for name in sorted({*expected, *found}):
+    for name in {**expected, **found}:
         if expected.get(name) != found.get(name):
             raise ValueError(f"the reference {path} was made with {name}={found.get(name)}, not "
                              f"{expected.get(name)}: leave out its path to make another")  # fmt: skip

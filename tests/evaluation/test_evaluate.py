@@ -1,0 +1,101 @@
+"""What `evaluate` reports of samplers whose samples are known: real images, copies of training images, noise."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from score_sde import VPSDE, ExactScore, Sampler, grid, targets
+from score_sde.data import TargetStream, TensorData
+from score_sde.evaluation import PCA, evaluate
+from score_sde.sampler import SampleResult
+from score_sde.steps import DDIM
+
+
+class Given:
+    """A sampler that gives rows of fixed images, by the seeds of the samples asked for."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def sample(self, model, shape, *, noise, **_) -> SampleResult:
+        return SampleResult(self.x[noise.seeds % len(self.x)], 7, 0.5, None, torch.zeros(2))
+
+
+def images(count: int, seed: int) -> torch.Tensor:
+    """Smooth random images."""
+    coarse = torch.randn(count, 1, 3, 3, generator=torch.Generator().manual_seed(seed))
+    x = torch.nn.functional.interpolate(coarse, (8, 8), mode="bilinear", align_corners=True)
+    return (x.clamp(-2, 2) / 2).float()
+
+
+class Model:
+    event_shape, device = (1, 8, 8), torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    data = TensorData(images(400, 0), held_out=0.25)
+    samplers = {
+        "fresh": images(90, 1),
+        "copies": data.plain("train", slice(90)).x,
+        "noise": 0.6 + 0.2 * images(90, 2),
+    }
+    return data, evaluate(
+        Model(), data, {name: Given(x) for name, x in samplers.items()}, num_samples=90, metrics=["sliced_w2"],
+        features={"pca": PCA(6)}, batch_size=40, progress=False,
+    )  # fmt: skip
+
+
+def of(evaluation, sampler: str, metric: str):
+    table = evaluation.table.set_index(["sampler", "metric"])
+    return table.loc[(sampler, metric)]
+
+
+def test_every_sampler_has_every_metric_beside_its_floor(evaluation):
+    _, found = evaluation
+    assert (found.table.groupby("sampler").size() == 1 + 6 + 2).all()
+    assert (found.table["nfe"] == 7).all()
+    for metric in ("sliced_w2", "FD (6 principal components)", "coverage (6 principal components)"):
+        fresh, noise = of(found, "fresh", metric), of(found, "noise", metric)
+        assert 0.6 < fresh["ratio"] < 1.7
+        assert abs(math.log(noise["ratio"])) > 1
+        assert fresh["floor"] == noise["floor"]
+
+
+def test_copies_are_told_from_fresh_images(evaluation):
+    data, found = evaluation
+    assert of(found, "copies", "memorised")["value"] == 1
+    assert of(found, "fresh", "memorised")["value"] == of(found, "fresh", "memorised")["floor"] == 0
+    assert of(found, "copies", "nearest training image")["value"] == 0
+    assert 0.7 < of(found, "fresh", "nearest training image")["ratio"] < 1.4
+    above, below = found.nearest["copies"]
+    assert torch.equal(above, below)
+    assert (found.nearest["fresh"][1][:, None] == data.plain("train").x[None]).flatten(2).all(2).any(1).all()
+
+
+def test_the_report_is_json_and_names_what_made_the_references(evaluation):
+    data, found = evaluation
+    report = json.loads(json.dumps(found.report(), allow_nan=False))
+    assert report["samplers"]["fresh"]["metrics"]["KID (6 principal components)"]["ratio"] is None
+    assert report["references"][0]["data"] == data.fingerprint
+    assert report["references"][0]["count"] == 90
+
+
+def test_samples_do_not_depend_on_the_batches():
+    model, data = ExactScore(targets.make("ring"), VPSDE()), TargetStream(targets.make("ring"))
+    sampler = {"ddim": Sampler(DDIM(eta=1.0), partial(grid.log_snr, steps=5))}
+    one, other = (evaluate(model, data, sampler, num_samples=50, metrics=["energy"], batch_size=size, progress=False)
+                  for size in (50, 7))  # fmt: skip
+    assert torch.equal(one.samples["ddim"], other.samples["ddim"])
+    assert one.nearest == {}
+
+
+def test_features_of_points_are_refused():
+    with pytest.raises(ValueError, match="'pca' are for finite sets of images"):
+        evaluate(ExactScore(targets.make("ring"), VPSDE()), TargetStream(targets.make("ring")), {}, num_samples=20,
+                 features={"pca": PCA(2)})  # fmt: skip

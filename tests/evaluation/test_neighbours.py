@@ -1,0 +1,89 @@
+"""Nearest-neighbour figures against their definitions written out, and against their exact expectations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from score_sde.data import TensorData
+from score_sde.evaluation import density_coverage, kid, nearest, precision_recall
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def radii(x: np.ndarray, k: int) -> np.ndarray:
+    return np.sort(np.linalg.norm(x[:, None] - x[None], axis=2), axis=1)[:, k]
+
+
+def test_precision_recall_density_and_coverage_by_their_definitions():
+    samples, real = normal(40, 3, seed=0) * 0.8 + 0.3, normal(50, 3, seed=1)
+    y, x = samples.double().numpy(), real.double().numpy()
+    distance = np.linalg.norm(y[:, None] - x[None], axis=2)
+    precision = (distance <= radii(x, 3)[None]).any(1).mean()
+    recall = (distance <= radii(y, 3)[:, None]).any(0).mean()
+    assert precision_recall(samples, real) == pytest.approx((precision, recall))
+    inside = distance < radii(x, 5)[None]
+    assert density_coverage(samples, real) == pytest.approx((inside.sum() / (5 * 40), inside.any(0).mean()))
+    assert 0 < recall < precision < 1
+
+
+def test_of_one_law_density_and_coverage_have_their_exact_means():
+    n, k, repeats = 300, 5, 12
+    found = [density_coverage(normal(n, 4, seed=2 * i), normal(n, 4, seed=2 * i + 1), k) for i in range(repeats)]
+    density, coverage = np.mean(found, axis=0)
+    # Naeem et al., eq. 6 and 7. Five standard errors, of deviations 0.08 and 0.012 a draw.
+    expected = 1 - math.prod((n - i) / (2 * n - i) for i in range(1, k + 1))
+    assert abs(density - 1) < 5 * 0.08 / repeats**0.5
+    assert abs(coverage - expected) < 5 * 0.012 / repeats**0.5
+
+
+def test_a_lost_mode_costs_recall_and_noise_costs_precision():
+    real = torch.cat([normal(200, 2, seed=0), normal(200, 2, seed=1) + 20])
+    precision, recall = precision_recall(normal(200, 2, seed=2), real)
+    assert precision > 0.8
+    assert recall < 0.55
+    precision, recall = precision_recall(real + 40 * normal(400, 2, seed=3), real)
+    assert precision < 0.1
+    with pytest.raises(ValueError, match="3 points have no 3-th nearest"):
+        precision_recall(real, real[:3])
+
+
+def test_kid_is_its_formula_and_unbiased():
+    x, y = normal(7, 3, seed=0).double(), normal(9, 3, seed=1).double() + 0.5
+    kernel = lambda a, b: (float(a @ b) / 3 + 1) ** 3  # noqa: E731
+    xx = sum(kernel(x[i], x[j]) for i in range(7) for j in range(7) if i != j) / 42
+    yy = sum(kernel(y[i], y[j]) for i in range(9) for j in range(9) if i != j) / 72
+    xy = sum(kernel(a, b) for a in x for b in y) / 63
+    assert kid(x, y) == pytest.approx(xx + yy - 2 * xy, rel=1e-9)
+    values = torch.tensor([kid(normal(20, 4, seed=2 * i), normal(30, 4, seed=2 * i + 1)) for i in range(300)])
+    assert abs(values.mean()) < 4 * values.std() / 300**0.5
+    with pytest.raises(ValueError, match="2 samples"):
+        kid(x[:1], y)
+
+
+def test_nearest_training_examples_by_brute_force_across_blocks(monkeypatch):
+    data = TensorData(normal(5000, 2, 3, seed=0))
+    samples = normal(20, 2, 3, seed=1)
+    found = nearest(samples, data)
+    train = data.plain("train").x
+    distance = (samples[:, None].double() - train[None].double()).square().mean(dim=(2, 3)).sqrt()
+    expected, index = distance.sort(dim=1)
+    torch.testing.assert_close(found.distance, expected[:, :2])
+    assert torch.equal(found.index, index[:, :2])
+    assert not found.memorised.any()
+
+
+def test_copies_of_training_examples_are_found_out():
+    data = TensorData(normal(100, 1, 6, 6, seed=0), held_out=0.2)
+    train = data.plain("train").x
+    copies = nearest(train[:10] + 0.02 * normal(10, 1, 6, 6, seed=1), data)
+    assert copies.memorised.all()
+    assert torch.equal(copies.index[:, 0], torch.arange(10))
+    assert (nearest(train[:10], data).distance[:, 0] == 0).all()  # exact, where |x|^2 + |y|^2 - 2 xy is not
+    assert not nearest(data.plain("test").x, data).memorised.any()
