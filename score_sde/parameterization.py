@@ -129,3 +129,46 @@ class Karras(Parameterization):
         alpha, s = sde.alpha(t), (-sde.half_log_snr(t)).exp()
         total = s**2 + self.sigma_data**2
         return self.sigma_data**2 / (total * alpha), s * self.sigma_data * total.rsqrt()
+
+
+LEVELS = ("time", "log_sigma")
+
+
+class PublishedNoise(Parameterization):
+    """F is sign times the noise of a network in the units of its authors: it sees x as it is, c_in = 1, and is told
+
+    c_noise = scale u + shift,    u = t ("time") or ln sigma ("log_sigma").
+
+    DDPM and score_sde's VP networks are told 999 t (sign 1); score_sde's VE networks, whose output over sigma is the
+    score, ln sigma (sign -1). Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, table 1, columns VP and VE.
+
+    Args:
+        level: which u.
+        scale, shift: the affine map to what the network is told.
+        sign: 1 or -1.
+
+    Raises:
+        ValueError: an option is unknown.
+    """
+
+    def __init__(
+        self, level: str = "time", scale: float = 999.0, shift: float = 0.0, sign: float = 1.0, sigma_data: float = 1.0
+    ) -> None:
+        super().__init__(sigma_data)
+        if level not in LEVELS or sign not in (1, -1):
+            raise ValueError(f"level is 'time' or 'log_sigma' and sign 1 or -1, got {level=}, {sign=}")
+        self.level, self.scale, self.shift, self.sign = level, float(scale), float(shift), float(sign)
+
+    def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = sde.alpha(t)
+        return 1 / alpha, -self.sign * sde.sigma(t) / alpha
+
+    def row(self, sde: SDE, t: Time) -> Row:
+        t = as_time(t).double()
+        level = t if self.level == "time" else sde.sigma(t).log()
+        c_skip, c_out = self.output(sde, t)
+        return Row(c_skip * 0 + 1, c_skip, c_out, self.scale * level + self.shift)
+
+    def __repr__(self) -> str:
+        told = f"level={self.level!r}, scale={self.scale:g}, shift={self.shift:g}, sign={self.sign:g}"
+        return f"PublishedNoise({told}, sigma_data={self.sigma_data})"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from score_sde.parameterization import Denoised, Flow, Karras, Noise, Score, Velocity
+from score_sde.parameterization import Denoised, Flow, Karras, Noise, PublishedNoise, Score, Velocity
 from score_sde.sde import SDE, VESDE, VPSDE, DiscreteSDE, KarrasSDE, RectifiedFlow
 from score_sde.targets import GaussianMixture
 
@@ -107,11 +109,27 @@ def test_a_perfect_network_gives_the_exact_denoiser(sde, parameterization):
 
 
 def test_network_inputs_have_unit_variance(sde, parameterization):
+    if isinstance(parameterization, PublishedNoise):
+        pytest.skip("a published network sees x as it is, and is told what its authors told it")
     t = times(sde)
     row = parameterization.row(sde, t)
     variance = row.c_in**2 * (sde.alpha(t) ** 2 * parameterization.sigma_data**2 + sde.sigma(t) ** 2)
     torch.testing.assert_close(variance, torch.ones_like(t))
     torch.testing.assert_close((4 * row.c_noise).exp(), sde.sigma(t) / sde.alpha(t))
+
+
+def test_published_networks_are_told_what_their_authors_told_them():
+    # Karras et al. 2022, table 1: VP networks 999 t; VE networks ln(sigma / 2) for sigma of data in [-1, 1].
+    t = torch.tensor([0.1, 0.7], dtype=F64)
+    row = PublishedNoise().row(VPSDE(), t)
+    torch.testing.assert_close(row.c_noise, 999 * t)
+    sde = VESDE(0.02, 100.0)
+    row = PublishedNoise("log_sigma", scale=1, shift=-math.log(2), sign=-1).row(sde, t)
+    torch.testing.assert_close(row.c_noise, (sde.sigma(t) / 2).log())
+    torch.testing.assert_close(row.c_out, sde.sigma(t))  # D = x + sigma F, for F = sigma score
+    assert (row.c_in == 1).all()
+    with pytest.raises(ValueError, match="level is 'time' or 'log_sigma'"):
+        PublishedNoise("sigma")
 
 
 def test_karras_targets_have_unit_variance():

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from references import upfirdn
 from torch import Tensor, nn
 
 from score_sde import LearnedScore, Noise
@@ -143,19 +144,6 @@ def test_ddpm_counted_layer_by_layer() -> None:
     blocks = sum(itertools.starmap(block, [*down, (256, 256), (256, 256), *up]))
     total = embedding + ends + sum(resampling) + blocks + (2 + 1 + 3) * attention(256)
     assert total == parameters(lambda: UNet.ddpm(CIFAR)) == 35_746_307
-
-
-def upfirdn(x: Tensor, taps: list[float], up: int, down: int, before: int, after: int) -> Tensor:
-    """Zeros between the samples, zeros at the ends, convolution with the taps, every down-th sample: along each axis."""
-    for axis in range(2, x.ndim):
-        x = x.movedim(axis, -1)
-        spread = torch.zeros(*x.shape[:-1], x.shape[-1] * up, dtype=x.dtype)
-        spread[..., ::up] = x
-        padded = torch.cat([x.new_zeros(*x.shape[:-1], before), spread, x.new_zeros(*x.shape[:-1], after)], -1)
-        length = padded.shape[-1] - len(taps) + 1
-        filtered = sum(tap * padded[..., len(taps) - 1 - j :][..., :length] for j, tap in enumerate(taps))
-        x = filtered[..., ::down].movedim(-1, axis)
-    return x
 
 
 @pytest.mark.parametrize("filter", [(1, 1), (1, 3, 3, 1), (-1, 3, 10, 10, 3, -1)])

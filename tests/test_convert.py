@@ -1,0 +1,286 @@
+"""Other people's weights: the layout of score_sde_pytorch against a restated forward pass, diffusers against itself."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from score_sde import DDIM, Ancestral, Sampler, convert, grid
+from score_sde.convert import CONFIGS, SongConfig
+from score_sde.networks import UNet
+
+sys.path.insert(0, str(Path(__file__).parent / "networks"))
+from references import Song
+
+TINY = {"image_size": 8, "nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,), "dropout": 0.1}
+LAYOUTS = {name: replace(config, **TINY) for name, config in CONFIGS.items() if "deep" not in name}
+LAYOUTS["high resolution"] = replace(
+    LAYOUTS["ve/cifar10_ncsnpp_continuous"],
+    progressive="output_skip",
+    progressive_input="input_skip",
+    ch_mult=(1, 1, 2),
+)
+LAYOUTS["grey, no rescaling"] = replace(LAYOUTS["vp/cifar10_ddpmpp"], num_channels=1, skip_rescale=False)
+
+
+def told(config: SongConfig, t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """What the original's score function tells its network at our time t, where our noise level is sigma."""
+    if config.embedding_type == "fourier":
+        return sigma / 2  # of data in [0, 1]
+    if config.sde == "ve":
+        return config.num_scales - 1 - t  # the ladder falls
+    return 999 * t if config.continuous else t
+
+
+def written(path: Path, config: SongConfig, change=lambda file: file) -> tuple[Song, Song]:
+    """A checkpoint with random weights, and the networks of its raw and averaged ones."""
+    raw, averaged = Song(config, seed=0), Song(config, seed=1)
+    x, c = torch.zeros(1, config.num_channels, 8, 8, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    raw(x, c)
+    averaged(x, c)
+    fourier = "module.all_modules.0.W"
+    if fourier in raw.state:
+        averaged.state[fourier] = raw.state[fourier]  # not trained: not averaged
+    shadow = [value for name, value in averaged.state.items() if name != fourier]
+    file = {
+        "optimizer": {"state": {}, "param_groups": [{"lr": 2e-4}]},
+        "model": {"module.sigmas": torch.ones(10), **raw.state},
+        "ema": {"decay": 0.999, "num_updates": 3, "shadow_params": shadow},
+        "step": 7,
+    }
+    torch.save(change(file), path)
+    return raw, averaged
+
+
+@pytest.mark.parametrize("config", LAYOUTS.values(), ids=LAYOUTS)
+def test_converted_weights_say_what_the_original_says(config, tmp_path) -> None:
+    raw, averaged = written(tmp_path / "checkpoint.pth", config)
+    x = torch.randn(3, config.num_channels, 8, 8, generator=torch.Generator().manual_seed(2)).double()
+    for ema, original in ((True, averaged), (False, raw)):
+        model = convert.score_sde_pytorch(tmp_path / "checkpoint.pth", config, ema=ema).double()
+        sde = model.sde
+        t = torch.tensor([0.1, 0.5, 1.0]).double() * sde.t_max
+        t = t if config.continuous else t.round()
+        sigma = sde.sigma(t)
+        output = original(x, told(config, t, sigma))
+        # VE's output over sigma is the score of data in [0, 1], half of that of data in [-1, 1] per half the noise;
+        # VP's output is the noise.
+        score = (output if config.sde == "ve" else -output) / sigma[:, None, None, None]
+        said = model(x, t)
+        torch.testing.assert_close(said.score, score, rtol=1e-5, atol=1e-5 * score.abs().max().item())
+        assert not model.training
+
+
+def test_the_processes_are_the_published_ones() -> None:
+    # score_sde_pytorch's sde_lib: alpha_bar from linear betas; the marginals of VP, sub-VP and VE at t = 1.
+    sde, _ = CONFIGS["vp/cifar10_ddpm"].process()
+    alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    torch.testing.assert_close(sde.alpha(torch.arange(1000.0).double()) ** 2, alpha_bar)
+    log_mean = -(20 - 0.1) / 4 - 0.1 / 2
+    for name, std in (("vp/cifar10_ddpmpp_continuous", 0.5), ("subvp/cifar10_ddpmpp_continuous", 1.0)):
+        sde, _ = CONFIGS[name].process()
+        assert float(sde.sigma(1.0)) == pytest.approx((1 - math.exp(2 * log_mean)) ** std, rel=1e-9)
+    for name in ("ve/cifar10_ncsnpp", "ve/cifar10_ncsnpp_continuous"):
+        sde, _ = CONFIGS[name].process()
+        assert float(sde.sigma(sde.t_max)) == pytest.approx(2 * 50.0)
+        assert float(sde.sigma(torch.zeros((), dtype=torch.float64))) == pytest.approx(2 * 0.01)
+
+
+def test_published_configs_have_the_parameters_of_our_presets() -> None:
+    with torch.device("meta"):
+        for name, preset in (
+            ("vp/cifar10_ddpmpp_continuous", UNet.ddpmpp((3, 32, 32))),
+            ("ve/cifar10_ncsnpp_deep_continuous", UNet.ncsnpp((3, 32, 32), blocks=8)),
+        ):
+            theirs = {k: v.shape for k, v in CONFIGS[name].unet().state_dict().items()}
+            assert theirs == {k: v.shape for k, v in preset.state_dict().items()}
+
+
+CONFIG = LAYOUTS["ve/cifar10_ncsnpp_continuous"]
+
+
+def without(file: dict, key: str) -> dict:
+    return file | {"model": {k: v for k, v in file["model"].items() if k != key}}
+
+
+@pytest.mark.parametrize(
+    ("change", "ema", "message"),
+    [
+        (lambda f: without(f, "module.all_modules.4.Conv_0.bias"), False, r"lacks all_modules\.4\.Conv_0\.bias"),
+        (lambda f: f | {"model": f["model"] | {"module.all_modules.99.weight": torch.ones(1)}}, False, "1 keys more"),
+        (
+            lambda f: f | {"model": f["model"] | {"module.all_modules.3.bias": torch.ones(5)}},
+            False,
+            r"has shape \(5,\)",
+        ),
+        (
+            lambda f: f | {"ema": f["ema"] | {"shadow_params": f["ema"]["shadow_params"][1:]}},
+            True,
+            "averaged parameters",
+        ),
+        (lambda f: f | {"ema": {}}, True, "has 0 averaged parameters"),
+        (lambda f: {"state_dict": f["model"]}, True, "holds no `model`"),
+        (lambda f: f | {"step": Path("code")}, True, "cannot be read as a checkpoint of weights"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_are_refused(change, ema, message, tmp_path) -> None:
+    written(tmp_path / "checkpoint.pth", CONFIG, change)
+    with pytest.raises(ValueError, match=message) as refusal:
+        convert.score_sde_pytorch(tmp_path / "checkpoint.pth", CONFIG, ema=ema)
+    assert "\n" not in str(refusal.value)
+
+
+def test_files_and_configs_that_are_none_are_refused(tmp_path) -> None:
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ValueError, match="cannot be read"):
+        convert.score_sde_pytorch(tmp_path / "text.pth", CONFIG)
+    with pytest.raises(FileNotFoundError):
+        convert.score_sde_pytorch(tmp_path / "missing.pth", CONFIG)
+    with pytest.raises(ValueError, match="unknown config 'cifar'"):
+        convert.score_sde_pytorch(tmp_path / "text.pth", "cifar")
+    with pytest.raises(ValueError, match="progressive='residual' must be one of none, output_skip"):
+        SongConfig(progressive="residual")
+    with pytest.raises(ValueError, match="'fourier' is that of continuous VE alone"):
+        SongConfig(embedding_type="fourier")
+    with pytest.raises(ValueError, match="only known with fir=True"):
+        SongConfig(progressive_input="residual")
+
+
+# diffusers
+
+
+BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": None}
+DDPM = BLOCKS | {
+    "sample_size": 8, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "freq_shift": 1, "flip_sin_to_cos": False,
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "downsample_padding": 0, "norm_eps": 1e-6,
+}  # fmt: skip
+NCSNPP = BLOCKS | {
+    "sample_size": 8, "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"), "time_embedding_type": "fourier",
+    "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"), "mid_block_scale_factor": math.sqrt(2),
+    "block_out_channels": (32, 32), "norm_num_groups": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def library():
+    return pytest.importorskip("diffusers", reason="the extra `diffusers` is not installed")
+
+
+def saved(library, folder: Path, config: dict, scheduler, flat: bool = True):
+    """A folder as on the hub: google's have everything in one place, a pipeline's have unet/ and scheduler/."""
+    torch.manual_seed(0)
+    unet = library.UNet2DModel(**config).eval()
+    unet.save_pretrained(folder if flat else folder / "unet")
+    scheduler.save_pretrained(folder if flat else folder / "scheduler")
+    return unet
+
+
+def images(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@torch.no_grad()
+def test_a_ddpm_folder_says_its_noise_at_its_step(library, tmp_path, flat) -> None:
+    unet = saved(library, tmp_path, DDPM, library.DDPMScheduler(), flat)
+    model, x = convert.diffusers(tmp_path), images()
+    for step in (0, 400, 999):
+        torch.testing.assert_close(model(x, float(step)).noise, unet(x, step).sample, rtol=1e-5, atol=1e-5)
+    steps = torch.tensor([0, 400, 999])
+    torch.testing.assert_close(model(x, steps.double()).noise, unet(x, steps).sample, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@torch.no_grad()
+def test_one_step_is_the_step_of_diffusers_own_schedulers(library, tmp_path, schedule) -> None:
+    options = {"beta_schedule": schedule, "clip_sample": False}
+    unet = saved(library, tmp_path, DDPM, library.DDPMScheduler(**options))
+    model, x = convert.diffusers(tmp_path), images()
+    ddim = library.DDIMScheduler(**options, set_alpha_to_one=False)
+    ddim.set_timesteps(10)
+    here, there = 500, 400
+    ours = Sampler(DDIM(), lambda sde: torch.tensor([here, there], dtype=torch.float64), final="none")
+    theirs = ddim.step(unet(x, here).sample, here, x).prev_sample
+    # Their ladder and arithmetic are in float32.
+    torch.testing.assert_close(ours.sample(model, x.shape, x_init=x, seed=0).x, theirs, rtol=1e-4, atol=1e-4)
+    # An ancestral step between neighbours, with the noise that the scheduler draws.
+    ddpm = library.DDPMScheduler(**options)
+    theirs = ddpm.step(unet(x, here).sample, here, x, generator=torch.Generator().manual_seed(5)).prev_sample
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    t, s = torch.tensor([here, here - 1], dtype=torch.float64).split(1)
+    a, (b,), c = (part for part in Ancestral().coefficients(model.sde, t, s))
+    step = float(a) * x + float(b) * model(x, float(here)).denoised + float(c) * z
+    torch.testing.assert_close(step, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_ncsnpp_folder_is_a_score_of_images_in_minus_one_to_one(library, tmp_path) -> None:
+    scheduler = library.ScoreSdeVeScheduler(sigma_min=0.01, sigma_max=348.0)
+    unet = saved(library, tmp_path, NCSNPP, scheduler)
+    model, x = convert.diffusers(tmp_path), images()
+    assert float(model.sde.sigma(1.0)) == pytest.approx(2 * 348.0)
+    for t in (0.2, 0.7, 1.0):
+        sigma = 0.01 * 34800**t  # of y = (x + 1) / 2
+        there = unet((x + 1) / 2, torch.full((3,), sigma)).sample
+        torch.testing.assert_close(model(x, t).score, there / 2, rtol=2e-4, atol=1e-5 * there.abs().max().item())
+
+
+@torch.no_grad()
+def test_one_prediction_step_on_ve_is_that_of_diffusers(library, tmp_path) -> None:
+    scheduler = library.ScoreSdeVeScheduler(sigma_min=0.01, sigma_max=50.0)
+    unet = saved(library, tmp_path, NCSNPP, scheduler)
+    model, x = convert.diffusers(tmp_path), images()
+    scheduler.set_timesteps(1000)
+    scheduler.set_sigmas(1000)
+    t = scheduler.timesteps[300]
+    # The scheduler's sigmas: its step 300 from above goes from sigma_699 to its neighbour below.
+    sigma = scheduler.discrete_sigmas[699]
+    y, z = (x + 1) / 2, torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    score = unet(y, torch.full((3,), float(sigma))).sample
+    theirs = scheduler.step_pred(score, t, y, generator=torch.Generator().manual_seed(5)).prev_sample
+    below = scheduler.discrete_sigmas[698]
+    at, to = (model.sde.time_at(-torch.log(2 * level.double())) for level in (sigma, below))
+    std = (sigma.double() ** 2 - below.double() ** 2).sqrt()
+    ours = x + 4 * float(std**2) * model(x, float(at)).score + 2 * float(std) * z
+    torch.testing.assert_close((ours + 1) / 2, theirs, rtol=1e-3, atol=1e-3)
+    assert float(model.sde.sigma(at)) > float(model.sde.sigma(to))
+
+
+def test_folders_are_sampled_by_our_samplers(library, tmp_path) -> None:
+    for config, scheduler in ((DDPM, library.DDPMScheduler()), (NCSNPP, library.ScoreSdeVeScheduler(sigma_max=50.0))):
+        saved(library, tmp_path, config, scheduler)
+        model = convert.diffusers(tmp_path)
+        result = Sampler(DDIM(), partial(grid.log_snr, steps=3)).sample(model, (2, 3, 8, 8), seed=0)
+        assert result.x.isfinite().all()
+
+
+def test_folders_that_do_not_fit_are_refused(library, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        convert.diffusers(tmp_path)
+    unet = saved(library, tmp_path, DDPM, library.DDPMScheduler(prediction_type="v_prediction"))
+    with pytest.raises(ValueError, match="prediction_type='v_prediction'"):
+        convert.diffusers(tmp_path)
+    library.DDPMScheduler().save_pretrained(tmp_path)
+    weights = unet.state_dict()
+    weights.pop("conv_in.bias")
+    from safetensors.torch import save_file
+
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=r"missing or left over, conv_in\.bias"):
+        convert.diffusers(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="its weights do not fit"):
+        convert.diffusers(tmp_path)
+
+
+def test_a_network_of_unknown_size_is_refused(library) -> None:
+    from score_sde.networks.diffusers import DiffusersUNet
+
+    with pytest.raises(ValueError, match="its sample_size"):
+        DiffusersUNet(DDPM | {"sample_size": None})
