@@ -321,6 +321,11 @@ class _Flow:
         model.check(x.shape, condition)
         if len(x) == 0 or not torch.isfinite(x).all():
             raise ValueError(f"x has shape {tuple(x.shape)}: give at least one sample, all of finite values")
+        weight = next(model.parameters(), x) if isinstance(model, nn.Module) else x
+        if weight.dtype != x.dtype:
+            raise TypeError(
+                f"x is {x.dtype}, the network {weight.dtype}: give x.to({weight.dtype}), or make it model.to({x.dtype})"
+            )
         scale = math.sqrt(2) * (model.data_std if sigma_data is None else sigma_data)
         if not 0 < scale < math.inf:
             raise ValueError(f"sigma_data is the positive standard deviation of the data, got {sigma_data}")

@@ -331,6 +331,11 @@ def test_wrong_requests_are_refused_in_one_line(x, options, error, message):
     assert "\n" not in str(refusal.value)
 
 
+def test_another_precision_than_the_network_s_is_refused_in_one_line():
+    with pytest.raises(TypeError, match=r"x is torch.float32, the network torch.float64: give x.to\(torch.float64\)"):
+        log_likelihood(rough_model(), torch.zeros(2, 2))
+
+
 def test_real_data_are_no_codes():
     with pytest.raises(TypeError, match="codes are integers"):
         discrete_log_likelihood(rough_model(), torch.zeros(2, 2), bin_width=1.0, low=0.0)
