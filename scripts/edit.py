@@ -8,6 +8,7 @@ from typing import Any
 import common
 import figures
 import guiding
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -116,7 +117,6 @@ def operator_of(config: DictConfig, event_shape: tuple[int, ...]) -> LinearOpera
 
 def read_mask(path: Path) -> Tensor:
     """True where an image is lighter than the middle."""
-    import numpy as np
     from PIL import Image
 
     with Image.open(path) as image:
@@ -145,8 +145,8 @@ def check_observed(path: Path, task: str, shape: tuple[int, ...]) -> None:
         if file.suffix.lower() not in SUFFIXES:
             continue
         with Image.open(file) as image:
-            coloured = len(image.convert("RGB").getcolors(2**24)) > len(image.convert("L").getcolors(256))
-            size = (image.height, image.width)
+            pixels = np.asarray(image.convert("RGB"))
+        size, coloured = pixels.shape[:2], bool((pixels != pixels[..., :1]).any())
         if size != tuple(shape[-2:]) or (shape[0] == 1 and coloured):
             given = f"{size[0]}x{size[1]}{' in colour' if coloured else ''}"
             wanted = f"{shape[-2]}x{shape[-1]}{' in grey' if shape[0] == 1 else ''}"

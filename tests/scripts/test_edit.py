@@ -67,9 +67,40 @@ def test_an_observation_is_taken_as_it_is(run: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(pooled, np.repeat(small[:, None], 3, 1), atol=1e-5)
 
 
+def test_interpolation_leaves_a_path_between_neighbours(run: Path) -> None:
+    assert np.load(run_edit(run, "task=interpolate") / "after.npy").shape == (1, 3, 1, 8, 8)
+
+
+def test_a_clean_image_is_no_observation(run: Path, tmp_path: Path) -> None:
+    grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    grey.save(tmp_path / "truth.png")
+    grey.crop((0, 0, 5, 5)).save(tmp_path / "mask.png")
+    red = np.zeros((4, 4, 3), np.uint8)
+    red[..., 0] = 200
+    Image.fromarray(red).save(tmp_path / "red.png")
+    np.save(tmp_path / "truth.npy", np.zeros((2, 1, 8, 8), np.float32))
+    for given, message in (
+        (
+            ["task=superres", "degraded=true", f"input={tmp_path / 'truth.png'}"],
+            "an observation of task=superres is 4x4",
+        ),
+        (["task=superres", "degraded=true", f"input={tmp_path / 'red.png'}"], "4x4 in colour"),
+        (["task=superres", "degraded=true", f"input={tmp_path / 'truth.npy'}"], "holds an array of shape (2, 1, 8, 8)"),
+        (["task=inpaint", f"mask={tmp_path / 'mask.png'}"], "a mask of shape (5, 5) does not fit x of shape (1, 8, 8)"),
+        (["task=superres", "degraded=true"], "give input=<image, folder or .npy>"),
+    ):
+        with pytest.raises(ValueError) as refusal:
+            run_edit(run, *given)
+        assert message in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["task=interpolate", "count=1"], "needs two inputs or more"),
+        (["task=class"], "give label=<number>"),
+        (["task=superres", "guidance=replacement"], "Replacement takes an observation without noise"),
         (["task=paint"], "unknown task 'paint'"),
         (["task=class", "label=12"], "knows the classes 0 to 9"),
         (["task=colorize"], "do not fit x of shape (1, 8, 8)"),
