@@ -78,9 +78,10 @@ def _locked(descriptor: int) -> Iterator[None]:
     yield
 
 
-def stamps(files: Sequence[Path]) -> list[list[Any]]:
-    """[path, size, time of change] of each file, what keys entries made of many files."""
-    return [[str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+def stamps(files: Sequence[Path]) -> str:
+    """The hash of path, size and time of change of all files, what keys entries made of many."""
+    found = [(os.path.abspath(file), os.stat(file)) for file in files]
+    return digest([[path, stat.st_size, stat.st_mtime_ns] for path, stat in found])
 
 
 def content(files: Sequence[Path]) -> list[list[str]]:

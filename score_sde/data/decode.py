@@ -193,7 +193,10 @@ def _decode(images: Images, decoder: Decoder, folder: Path) -> None:
     shape = (images.count, decoder.channels, decoder.height or 0, decoder.width or 0)
     array = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
     notes = Counter[str]()
-    with ThreadPoolExecutor() as pool, tqdm(total=images.count, desc=images.title, unit="image", delay=2) as bar:
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=images.count, desc=f"decoding {images.title[-40:]}", unit="image", delay=2) as bar,
+    ):
         for i, (pixels, noted) in enumerate(_in_order(pool, lambda pair: decoder(*pair), images.read())):
             array[i] = pixels
             notes.update(noted)

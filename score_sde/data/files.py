@@ -8,6 +8,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 
 from score_sde.data.augment import Augment
 from score_sde.data.cache import stamps
@@ -35,6 +36,8 @@ def load_file(
     *,
     x: str = "x",
     labels: str | None = None,
+    test: str | None = None,
+    test_labels: str | None = None,
     channels_last: bool = False,
     dequantize: bool | None = None,
     levels: int = 256,
@@ -45,7 +48,8 @@ def load_file(
 ) -> TensorData:
     """Examples (N, *event) from a .npy file, or from the array `x` (and `labels`) of a .npz file.
 
-    A .npy file is mapped, an .npz file read as a whole. `channels_last` takes images (N, height, width, channels).
+    A .npy file is mapped, an .npz file read as a whole. `test` and `test_labels` name arrays of held-out examples, e.g.
+    x_test and y_test. `channels_last` takes images (N, height, width, channels).
     Raises ValueError for other or damaged files, missing arrays, and what `TensorData` refuses; FileNotFoundError for
     no file.
     """
@@ -53,12 +57,17 @@ def load_file(
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"{path} is no .npy or .npz file: save the array with numpy.save or numpy.savez")
     arrays = {x: _mapped(path)} if path.suffix == ".npy" else _unzipped(path)
-    missing = [name for name in (x, labels) if name is not None and name not in arrays]
+    missing = [name for name in (x, labels, test, test_labels) if name is not None and name not in arrays]
     if missing:
         raise ValueError(f"{path} has no array {', '.join(missing)}, only {', '.join(arrays)}: set x= and labels=")
-    given = np.moveaxis(arrays[x], -1, 1) if channels_last else arrays[x]
-    return TensorData(given, arrays[labels] if labels else None, dequantize=dequantize, levels=levels,
-                      held_out=held_out, flip=flip, augment=augment, seed=seed)  # fmt: skip
+
+    def examples(images: str, classes: str | None) -> Examples:
+        given = torch.as_tensor(np.moveaxis(arrays[images], -1, 1) if channels_last else arrays[images])
+        return Examples(given, torch.as_tensor(arrays[classes]) if classes else None)
+
+    train = examples(x, labels)
+    return TensorData(train.x, train.labels, test=examples(test, test_labels) if test else None, dequantize=dequantize,
+                      levels=levels, held_out=held_out, flip=flip, augment=augment, seed=seed)  # fmt: skip
 
 
 def _mapped(path: Path) -> np.ndarray:
@@ -125,7 +134,7 @@ def _folder(root: Path, labels: bool, classes: Sequence[str] | None = None) -> t
     number = {name: i for i, name in enumerate(names)}
     given = np.array([number[folder] for folder in folders]) if labels else None
     pairs = [(file, str(file)) for file in paths]
-    return Images(str(root), len(paths), lambda: pairs, given, stamps(paths)), names
+    return Images(str(root), len(paths), lambda: pairs, given, {"files": stamps(paths)}), names
 
 
 def _like(examples: Examples, channels: int, fit: str) -> Decoder:

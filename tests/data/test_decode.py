@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from score_sde.data import Decoder, TensorData, image_folder, load_file, load_images
@@ -172,3 +173,20 @@ def test_channels_last_arrays(tmp_path):
     same = TensorData(x.transpose(0, 3, 1, 2), dequantize=False)
     assert data.fingerprint == same.fingerprint
     assert (data.examples().x == same.examples().x).all()
+
+
+def test_arrays_of_a_test_set(tmp_path):
+    rng = np.random.default_rng(0)
+    x, held = (rng.integers(0, 256, (count, 2, 2), dtype=np.uint8) for count in (6, 3))
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=np.arange(6) % 2, x_test=held, y_test=[0, 1, 1])
+    names = {"x": "x_train", "labels": "y_train", "test": "x_test", "test_labels": "y_test"}
+    data = load_file(tmp_path / "a.npz", **names, dequantize=False)
+    assert (data.size, data.count("test"), data.num_classes) == (6, 3, 2)
+    assert sorted(data.reference(5).condition["label"].tolist()) == [0, 1, 1]
+    assert {tuple(row) for row in data.reference(5).x.flatten(1).tolist()} == {
+        tuple(row) for row in (torch.from_numpy(held).float() * (2 / 255) - 1).flatten(1).tolist()
+    }
+    with pytest.raises(ValueError, match="both have labels, or neither"):
+        load_file(tmp_path / "a.npz", x="x_train", labels="y_train", test="x_test", dequantize=False)
+    with pytest.raises(ValueError, match="beside a test set"):
+        load_file(tmp_path / "a.npz", **names, dequantize=False, held_out=0.5)
