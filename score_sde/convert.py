@@ -31,7 +31,7 @@ from score_sde.sde import SDE, VESDE, VPSDE, DiscreteSDE, SubVPSDE
 __all__ = ["CONFIGS", "SongConfig", "diffusers", "score_sde_pytorch"]
 
 # A name of ours, the names in all_modules that it is made of, and how.
-Pair = tuple[str, tuple[str, ...], Callable[[Sequence[Tensor]], Tensor]]
+Pair = tuple[str, tuple[str, ...], Callable[[list[Tensor]], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,11 @@ def _converted(state: Mapping[str, Tensor], network: UNet, config: SongConfig) -
     return result
 
 
-def _as_is(tensors: Sequence[Tensor]) -> Tensor:
+def _as_is(tensors: list[Tensor]) -> Tensor:
     return tensors[0]
 
 
-def _dense_to_conv(tensors: Sequence[Tensor]) -> Tensor:
+def _dense_to_conv(tensors: list[Tensor]) -> Tensor:
     """NIN's (inward, outward) matrices, one below the other, as the kernel of a 1x1 convolution."""
     return torch.cat([w.T for w in tensors])[..., None, None]
 

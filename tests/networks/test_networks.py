@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from score_sde.networks import MLP, NCSN, UNet
+from score_sde.networks import MLP, NCSN, DiT, UNet
 from score_sde.networks.blocks import Attention, Style
 from score_sde.networks.embedding import Embedding
 from score_sde.networks.ncsn import InstanceNormPlus
@@ -33,6 +33,10 @@ NETWORKS = {
     "edm2 video": lambda **options: UNet.edm2((1, 2, 8, 4), **SMALL, **options),
     "ncsn++ signal": lambda **options: UNet.ncsnpp((1, 8), **SMALL, **options),
     "ncsn++ video": lambda **options: UNet.ncsnpp((1, 2, 8, 4), **SMALL, **options),
+    "dit": lambda **options: DiT((1, 8, 8), width=24, depth=2, heads=2, **options),
+    "dit oblong": lambda **options: DiT((3, 12, 8), patch=4, width=16, depth=1, heads=4, **options),
+    "dit signal": lambda **options: DiT((2, 16), patch=4, width=16, depth=2, heads=2, **options),
+    "dit video": lambda **options: DiT((1, 3, 4, 6), patch=(1, 2, 2), width=16, depth=1, heads=2, **options),
     "ncsn": lambda **options: NCSN((1, 8, 8), width=8, **options),
     "ncsn colour": lambda **options: NCSN((3, 16, 12), width=8, **options),
 }
