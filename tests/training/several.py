@@ -1,37 +1,53 @@
-"""A training run on the processes that `torchrun` starts: `several.py <directory> <steps> [option=value ...]`."""
+"""Training runs on the processes that `torchrun` starts: `several.py <folder> <jobs.json>`, one run a job.
+
+A job is a name and options of `train`; its run directory is <folder>/<name>.
+"""
 
 from __future__ import annotations
 
-import ast
 import json
+import math
+import os
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import tiny
 import torch
 
-from score_sde import distributed
+from score_sde import Sampler, distributed, grid
 from score_sde.data import Batch, TensorData
 from score_sde.networks import MLP
 from score_sde.parameterization import Noise
 from score_sde.score import LearnedScore
 from score_sde.sde import VPSDE
+from score_sde.steps import EulerMaruyama
 from score_sde.training import DenoisingScoreMatching, TrainingResult, UniformTimes
 
 
 class Watched(TensorData):
-    """Labelled bytes that are dequantised; notes which examples this process read at which step."""
+    """Labelled bytes, dequantised, that note which examples a process read; with accidents on request.
 
-    def __init__(self) -> None:
+    `poisoned` is a step whose example 13 of the batch is NaN; at step `terminated` process 1 gets a SIGTERM.
+    """
+
+    def __init__(self, poisoned: int = -1, terminated: int = -1) -> None:
         source = torch.Generator().manual_seed(0)
         x = torch.randint(0, 256, (50, 2), generator=source, dtype=torch.uint8)
         super().__init__(x, torch.arange(50), dequantize=True)
+        self.poisoned, self.terminated = poisoned, terminated
         self.read: list[tuple[int, list[int]]] = []
 
     def batch(self, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
         batch = super().batch(step, batch_size, rows)
         self.read.append((step, batch.condition["label"].tolist()))
-        return batch
+        if step == self.terminated and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step != self.poisoned:
+            return batch
+        bad = torch.arange(batch_size)[rows] == 13
+        return Batch(torch.where(bad[:, None], math.nan, batch.x.float()), batch.condition)
 
 
 def model() -> LearnedScore:
@@ -41,18 +57,27 @@ def model() -> LearnedScore:
     return LearnedScore(network, VPSDE(), Noise(), (2,))
 
 
-def train(directory: Path, steps: int, resume: bool = True, **options) -> TrainingResult:
-    data = Watched()
-    settings = tiny.trainer(steps, **({"log_every": 1, "schedule": "constant"} | options))
-    try:
-        return settings.fit(
-            model(), data, DenoisingScoreMatching(label_dropout=0.3), UniformTimes(), directory, resume=resume
-        )
-    finally:
-        (directory / f"read-{distributed.count()}-{distributed.rank()}.json").write_text(json.dumps(data.read))
+def train(directory: Path, steps: int = 12, poisoned: int = -1, terminated: int = -1, **options) -> TrainingResult:
+    data = Watched(poisoned, terminated)
+    settings = {"log_every": 1, "checkpoint_every": 3, "keep_checkpoints": 20, "schedule": "constant", **options}
+    objective = DenoisingScoreMatching(label_dropout=0.3)
+    result = tiny.trainer(steps, **settings).fit(model(), data, objective, UniformTimes(), directory, resume=True)
+    (directory / f"read-{distributed.rank()}.json").write_text(json.dumps(data.read))
+    return result
+
+
+def sample() -> torch.Tensor:
+    sampler = Sampler(EulerMaruyama(), partial(grid.uniform, steps=5))
+    labels = torch.arange(25) % 7
+    return distributed.sample(sampler, model(), 25, seed=3, batch_size=4, condition={"label": labels})[0]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    given = dict(option.split("=") for option in sys.argv[3:])
-    train(Path(sys.argv[1]), int(sys.argv[2]), **{name: ast.literal_eval(value) for name, value in given.items()})
+    folder = Path(sys.argv[1])
+    distributed.start()
+    (folder / f"pid-{distributed.rank()}").write_text(str(os.getpid()))
+    for name, options in json.loads(Path(sys.argv[2]).read_text()).items():
+        found = train(folder / name, **options)
+        (folder / name / f"interrupted-{distributed.rank()}").write_text(f"{found.step} {found.interrupted}")
+    torch.save(sample(), folder / f"samples-{distributed.rank()}.pt")
