@@ -1,11 +1,13 @@
 r"""Averaged weights of any width, after training, from a few stored averages.
 
 Snapshot i is the average of the trajectory theta(tau) under p_i(tau) = (g_i + 1) / n_i^(g_i + 1) tau^g_i on [0, n_i]. The
-combination sum_i x_i p_i nearest in L2 to a wanted profile p solves A x = b,
+combination sum_i x_i p_i nearest in L2 to a wanted profile p, among those with sum_i x_i = 1, solves
 
-    A_ij = <p_i, p_j>,  b_i = <p_i, p>,    <p_a, p_b> = (a + 1)(b + 1) / (a + b + 1) (n_a / n_b)^b / n_b  for n_a <= n_b,
+    A x + mu 1 = b,   1^T x = 1,   A_ij = <p_i, p_j>,   b_i = <p_i, p>,
+    <p_a, p_b> = (a + 1)(b + 1) / (a + b + 1) (n_a / n_b)^b / n_b  for n_a <= n_b,
 
-and sum_i x_i theta_i stands for the average under p. Karras et al. 2024, https://arxiv.org/abs/2312.02696, appendix C.
+and sum_i x_i theta_i stands for the average under p. Karras et al. 2024, https://arxiv.org/abs/2312.02696, appendix C,
+but for the constraint, with which weights that stand still come out exactly.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ def combination(steps: Tensor, stds: Tensor, step: float, std: float) -> Tensor:
     """The weights x of snapshots taken at `steps` with relative widths `stds`, for width `std` at `step`; float64."""
     known = torch.stack([steps.double(), torch.tensor([power_exponent(float(s)) for s in stds])], 1)
     wanted = torch.tensor([[float(step), power_exponent(std)]], dtype=torch.float64)
-    gram, right = _product(known, known), _product(known, wanted)
-    return torch.linalg.lstsq(gram, right, driver="gelsd").solution.squeeze(1)
+    count = len(steps)
+    system, right = torch.ones(count + 1, count + 1, dtype=torch.float64), torch.ones(count + 1, 1, dtype=torch.float64)
+    system[:count, :count], right[:count] = _product(known, known), _product(known, wanted)
+    system[count, count] = 0
+    return torch.linalg.lstsq(system, right, driver="gelsd").solution[:count, 0]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
