@@ -36,6 +36,7 @@ from score_sde.steps import (
 from score_sde.targets import Empirical, GaussianMixture
 
 if TYPE_CHECKING:
+    from score_sde.export import load
     from score_sde.run import Run
 
 __all__ = [
@@ -86,15 +87,20 @@ __all__ = [
     "Tabulated",
     "UniPC",
     "Velocity",
+    "load",
     "log_likelihood",
     "reparameterize",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`Run` is imported when it is first asked for: it brings the training rooms with it."""
+    """`Run` and `load` are imported when they are first asked for: they bring the training rooms with them."""
     if name == "Run":
         from score_sde.run import Run
 
         return Run
+    if name == "load":
+        from score_sde.export import load
+
+        return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,9 +9,10 @@ name. Only this module and the scripts know Hydra.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +129,18 @@ class Run:
         model.load_state_dict(weights)
         return model.eval().requires_grad_(False)
 
+    def export(self, path: str | Path, step: int | None = None) -> Path:
+        """Writes the averaged model to a new folder that `score_sde.load` reads, without Hydra; see `score_sde.export`.
+
+        Raises FileNotFoundError where there is no such checkpoint, ValueError where the folder exists.
+        """
+        from omegaconf import OmegaConf
+
+        from score_sde.export import PARTS, save
+
+        config: Any = OmegaConf.to_container(self.config, resolve=True)
+        return save(self.model(step=step), {name: config[name] for name in PARTS}, path)
+
     def data(self) -> Data:
         """The data the run trains on."""
         return instantiate(self.config.data, self.trust)
@@ -161,15 +174,19 @@ class Run:
         return f"Run({str(self.path)!r}, step={self.checkpoints.latest()})"
 
 
-def build_model(config: DictConfig | Mapping[str, Any], trust: Sequence[str] = ()) -> LearnedScore:
+def build_model(
+    config: DictConfig | Mapping[str, Any], trust: Sequence[str] = (), make: Callable[..., Any] | None = None
+) -> LearnedScore:
     """The untrained model of a configuration with `sde`, `parameterization`, `network`, `event_shape` and `seed`.
 
-    Its first weights follow from `seed` alone; torch's global generator is left as it was.
+    `make` builds its parts, `instantiate` unless given. Its first weights follow from `seed` alone; torch's global
+    generator is left as it was.
     """
+    make = make or instantiate
     with torch.random.fork_rng([]):
         torch.manual_seed(key(config["seed"], "network"))
-        network = instantiate(config["network"], trust)
-    sde, parameterization = instantiate(config["sde"], trust), instantiate(config["parameterization"], trust)
+        network = make(config["network"], trust)
+    sde, parameterization = make(config["sde"], trust), make(config["parameterization"], trust)
     kinds = {Conservative: EnergyScore, Encoder: NoisyClassifier}
     kind = next((kind for of, kind in kinds.items() if isinstance(network, of)), LearnedScore)
     return kind(network, sde, parameterization, config["event_shape"])
@@ -185,7 +202,7 @@ def instantiate(node: Any, trust: Sequence[str] = ()) -> Any:
 
     container = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     for target in _targets(container):
-        _check_target(target, trust)
+        trusted(target, trust)
     return hydra.utils.instantiate(container, _convert_="all")
 
 
@@ -200,23 +217,45 @@ def _targets(node: Any) -> Iterator[str]:
             yield from _targets(child)
 
 
-def _check_target(target: Any, trust: Sequence[str]) -> None:
-    """Refuses names outside the trusted modules, and what such a module merely imports from elsewhere."""
-    import hydra
+def trusted(target: Any, trust: Sequence[str] = ()) -> Callable[..., Any]:
+    """What a `_target_` names, where it lies in a trusted module; what such a module merely imports is refused.
 
+    Raises ValueError for anything else, ImportError where there is nothing of that name.
+    """
     if isinstance(target, str) and _within(target, ("score_sde", "torch.nn", *trust)):
-        found = hydra.utils.get_object(target)
+        found = _located(target)
         home = getattr(found, "__module__", None) or ""
         # A class, a function or a class method; never a method, whose `self` the file would choose.
         builds = inspect.isclass(found) or inspect.ismethod(found) or "." not in getattr(found, "__qualname__", ".")
         if builds and _within(home, (*ROOMS, *trust)):
-            return
+            return found
         if inspect.isclass(found) and issubclass(found, nn.Module) and _within(home, ("torch.nn",)):
-            return
+            return found
     raise ValueError(
         f"_target_ {target!r} is refused: a run may only name models and data of score_sde, and torch.nn; "
         f"if the code is yours, trust its module: {str(target).split('.')[0]!r}"
     )
+
+
+def _located(target: str) -> Any:
+    """The object of a dotted name: attributes of the longest prefix that is a module."""
+    names = target.split(".")
+    for count in range(len(names), 0, -1):
+        module = ".".join(names[:count])
+        try:
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            # The name goes on with attributes; a package that the module itself lacks is another matter.
+            if error.name is None or not _within(module, (error.name,)):
+                raise
+            continue
+        missing = object()
+        for name in names[count:]:
+            found = getattr(found, name, missing)
+        if found is not missing:
+            return found
+        break
+    raise ImportError(f"_target_ {target!r}: there is nothing of that name")
 
 
 def _within(name: str, modules: Sequence[str]) -> bool:

@@ -1,0 +1,107 @@
+"""A trained model in a folder of two files, which rebuild it without Hydra and without its run.
+
+    config.json          sde, parameterization, network, event_shape, seed: the parts of a run's config that make the model
+    model.safetensors    its weights
+
+`Run.export` writes one, `score_sde.load` reads it. As in a run, a `_target_` is called only where it is trusted (see
+`score_sde.run`), so that reading one executes no code of the file's.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from score_sde.run import build_model, trusted
+from score_sde.score import LearnedScore
+
+__all__ = ["PARTS", "build", "load", "save"]
+
+PARTS = ("sde", "parameterization", "network", "event_shape", "seed")
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save(model: nn.Module, config: Mapping[str, Any], path: str | Path) -> Path:
+    """Writes a model and the config that rebuilds it to a new folder, all at once.
+
+    Raises ValueError where the folder exists, or the config lacks a part or holds more than JSON can.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} exists: export to a new folder")
+    absent = [name for name in PARTS if name not in config]
+    if absent:
+        raise ValueError(f"the config lacks {absent[0]!r}: a model is made of {', '.join(PARTS)}")
+    try:
+        text = json.dumps({name: config[name] for name in PARTS}, indent=2) + "\n"
+    except TypeError as error:
+        raise ValueError(f"the config is not plain numbers, names and lists: {error}") from None
+    partial = path.with_name(f".partial-{path.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / CONFIG).write_text(text)
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    save_file(weights, partial / WEIGHTS)
+    for file in (partial / CONFIG, partial / WEIGHTS):
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    return partial.rename(path)
+
+
+def load(path: str | Path, trust: Sequence[str] = ()) -> LearnedScore:
+    """The model that `Run.export` wrote to a folder: on the CPU, in evaluation mode, the same to the last bit.
+
+    `trust` names modules of the user's own whose classes config.json may name, e.g. ("my_sde",).
+
+    Raises:
+        FileNotFoundError: the folder or one of its two files does not exist.
+        ValueError: a file is damaged, the weights are not those of the config, or a `_target_` is not trusted.
+    """
+    path = Path(path)
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} has no {name}: give a folder that Run.export wrote")
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        if not isinstance(config, dict) or not set(PARTS) <= config.keys():
+            raise ValueError(f"it must hold {', '.join(PARTS)}")
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG} is no config of a model: {error}") from None
+    model = build_model(config, trust, make=build)
+    try:
+        weights = load_file(path / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{path / WEIGHTS} is damaged: {error}") from None
+    known = model.state_dict()
+    wrong = sorted(known.keys() ^ weights.keys()) or [k for k in known if known[k].shape != weights[k].shape]
+    if wrong:
+        raise ValueError(
+            f"{path / WEIGHTS} has other weights than the model of {CONFIG}: {wrong[0]} among {len(wrong)}"
+        )
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
+
+
+def build(node: Any, trust: Sequence[str] = ()) -> Any:
+    """What a config's `_target_`s make, `_partial_` ones functions still, from the innermost outwards: Hydra's rules.
+
+    Raises ValueError for a `_target_` that is not trusted.
+    """
+    if isinstance(node, list):
+        return [build(child, trust) for child in node]
+    if not isinstance(node, dict):
+        return node
+    built = {name: build(child, trust) for name, child in node.items() if name not in ("_target_", "_partial_")}
+    if "_target_" not in node:
+        return built
+    make = trusted(node["_target_"], trust)
+    return functools.partial(make, **built) if node.get("_partial_") else make(**built)
