@@ -9,7 +9,7 @@ than let one outlier set the scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +60,15 @@ METRIC_NAMES = {
     "mmd": "MMD",
     "mode_weights": "mode weights, total variation",
     "mode_spread": "mode spread, relative error",
+    "endpoint_error": "endpoint error (data std)",
 }
+AGAINST = {
+    "nfe": "network calls (NFE)",
+    "seconds": "seconds",
+    "seconds_per_sample": "seconds per sample",
+}
+RATIOS = ListedColormap(colormaps["cividis"](np.linspace(1.0, 0.12, 256))).with_extremes(bad="#eceef1")
+"""From the noise floor (light) to ten times it (dark); grey where there is no value."""
 
 
 # --- canvas -----------------------------------------------------------------------------------------------------------
@@ -254,36 +262,35 @@ def loss_curves(
     return lines
 
 
-def quality_against_nfe(ax: Axes, table: pd.DataFrame, *, metric: str | None = None) -> list[Line2D]:
-    """A metric against network calls, a line for each sampler, and the noise floor.
+def quality_against_nfe(
+    ax: Axes, table: pd.DataFrame, *, metric: str | None = None, against: str = "nfe"
+) -> list[Line2D]:  # fmt: skip
+    """A metric against network calls, a line for each sampler, and the noise floor as a band.
 
-    Lines are means over seeds and bands their ranges; a cross on the upper edge marks a run that failed.
+    Lines are means over seeds and their bands ranges; a cross on the upper edge marks a run that failed.
 
     Args:
         ax: where to draw.
-        table: as `score_sde.evaluation.compare` returns it.
-        metric: which of the table's; its first by default.
+        table: as `score_sde.evaluation.compare` returns it, of one model.
+        metric: a column of the table; its first metric by default.
+        against: "nfe", "seconds" or "seconds_per_sample".
 
     Returns:
         One line a sampler, in the table's order.
     """
-    metric = metric or str(table["metric"].iloc[0])
-    table = table[table["metric"] == metric]
+    metric = metric or _metrics(table)[0]
     lines = []
     for i, (name, runs) in enumerate(table.groupby("sampler", sort=False)):
-        colour, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
-        failed = runs[runs["value"].isna()]
-        seeds = runs.dropna(subset="value").groupby("budget").agg({"nfe": "mean", "value": ["mean", "min", "max"]})
-        seeds = seeds.sort_values(("nfe", "mean"))
-        nfe, value = seeds["nfe", "mean"], seeds["value"]
-        ax.fill_between(nfe, value["min"], value["max"], color=colour, alpha=0.15, linewidth=0)
-        lines += ax.plot(nfe, value["mean"], color=colour, marker=marker, markersize=4, linewidth=1.5, label=str(name))
-        ax.plot(failed["nfe"].fillna(failed["budget"]), np.full(len(failed), 0.98), "x", color=colour, markersize=6,
-                transform=ax.get_xaxis_transform())  # fmt: skip
-    ax.axhline(table["floor"].mean(), color=INK, linestyle="--", linewidth=1, label="noise floor")
+        colour, marker = LINES[i % len(LINES)], MARKERS[(i + i // len(LINES)) % len(MARKERS)]
+        seeds = _over_seeds(runs, metric, against)
+        ax.fill_between(seeds[against], seeds["min"], seeds["max"], color=colour, alpha=0.15, linewidth=0)
+        style: dict[str, Any] = {"marker": marker, "markersize": 4, "linewidth": 1.5, "label": str(name)}
+        lines += ax.plot(seeds[against], seeds["mean"], color=colour, **style)
+        _crosses(ax, runs, against, colour)
+    _floor(ax, table, metric)
     _log_axis(ax, "x")
     _log_axis(ax, "y")
-    _curves(ax, "network calls (NFE)", METRIC_NAMES.get(metric, metric))
+    _curves(ax, AGAINST[against], METRIC_NAMES.get(metric, metric))
     return lines
 
 
@@ -326,6 +333,132 @@ def means_with_errors(ax: Axes, table: pd.DataFrame, *, label: str = "") -> Any:
     ax.set_xlabel(label)
     _frame(ax)
     return ax.errorbar(table["mean"], rows, xerr=table["standard_error"], fmt="o", color=LINES[0], capsize=3)
+
+
+def comparison_multiples(
+    table: pd.DataFrame, *, metric: str | None = None, against: str = "nfe", columns: int = 4
+) -> Figure:  # fmt: skip
+    """A metric against calls or seconds, a panel for each sampler with the others in grey behind it.
+
+    Points are means over seeds with their standard deviations; the band is the noise floor and its standard deviation;
+    a cross on the upper edge marks runs that diverged or failed. Blue are samplers with a paired endpoint error, that
+    is deterministic ones, orange the others.
+
+    Args:
+        table: as `score_sde.evaluation.compare` returns it, of one model.
+        metric: a column of the table; its first metric by default. Samplers without a value are left out.
+        against: "nfe", "seconds" or "seconds_per_sample".
+        columns: panels in a row.
+    """
+    metric = metric or _metrics(table)[0]
+    names = [name for name, runs in table.groupby("sampler", sort=False) if runs[metric].notna().any()]
+    curves = {name: _over_seeds(table[table["sampler"] == name], metric, against) for name in names}
+    columns = max(1, min(columns, len(names)))
+    figure, axes = panels(columns, max(1, math.ceil(len(names) / columns)), width=2.3, height=1.9)
+    for ax, name in zip(axes.flat, names, strict=False):
+        runs = table[table["sampler"] == name]
+        for other, curve in curves.items():
+            if other != name:
+                ax.plot(curve[against], curve["mean"], color="#d3d7dc", linewidth=0.8, zorder=1)
+        colour = LINES[0] if runs["endpoint_error"].notna().any() else LINES[1]
+        own = curves[name]
+        ax.errorbar(own[against], own["mean"], yerr=own["std"], color=colour, marker="o", markersize=3.5, linewidth=1.6,
+                    capsize=2, elinewidth=1, zorder=3)  # fmt: skip
+        _crosses(ax, runs, against, colour)
+        _floor(ax, table, metric)
+        ax.set_title(str(name).replace("_", " "))
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    _share_curves(figure, axes, len(names), AGAINST[against], METRIC_NAMES.get(metric, metric))
+    return figure
+
+
+def ratio_table(ax: Axes, summary: pd.DataFrame, *, metric: str) -> AxesImage:
+    """A metric over its noise floor, a row for each sampler and a column for each budget, in colour and in numbers.
+
+    Colour runs from 1 (light) to 10 floors on a logarithmic scale. Grey cells have no value: "x" diverged or failed, a
+    dash was refused. Samplers without budgets stand in a column of their own, with their calls.
+
+    Args:
+        ax: where to draw.
+        summary: as `score_sde.evaluation.summarise` returns it, of one model; rows keep its order.
+        metric: one of its metrics.
+    """
+    samplers, budgets = list(dict.fromkeys(summary["sampler"])), sorted(set(summary["budget"]) - {0})
+    columns = [*budgets, 0] if (summary["budget"] == 0).any() else budgets
+    ratio = summary.pivot_table(index="sampler", columns="budget", values=f"{metric}_ratio", dropna=False)
+    values = ratio.reindex(index=samplers, columns=columns).to_numpy(dtype=float)
+    image = ax.imshow(np.ma.masked_invalid(values), cmap=RATIOS, norm=LogNorm(1, 10, clip=True), aspect="auto")
+    for row in summary.to_dict("records"):
+        i, j = samplers.index(row["sampler"]), columns.index(row["budget"])
+        ax.text(j, i, _ratio_text(row, metric), ha="center", va="center", fontsize=8,
+                color="white" if values[i, j] > 3 else INK)  # fmt: skip
+    ax.set_xticks(range(len(columns)), [f"{b} calls" if b else "own steps" for b in columns])
+    ax.set_yticks(range(len(samplers)), [str(name).replace("_", " ") for name in samplers])
+    _frame(ax)
+    ax.tick_params(length=0)
+    ax.xaxis.tick_top()
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
+    ax.set_yticks(np.arange(len(samplers) - 1) + 0.5, minor=True)
+    ax.grid(True, which="minor", color="white", linewidth=1.5)
+    ax.tick_params(which="minor", length=0)
+    return image
+
+
+def _ratio_text(row: Mapping[Any, Any], metric: str) -> str:
+    ratio = row[f"{metric}_ratio"]
+    if math.isnan(ratio):
+        return "–" if str(row["status"]).startswith("refused") else "×"
+    text = f"{ratio:.2f}" if ratio < 9.995 else f"{ratio:.0f}" if ratio < 999.5 else f"{ratio:.0e}"
+    return text if row["budget"] else f"{text}  ({row['nfe']:.0f})"
+
+
+def sample_panels(samples: Mapping[tuple[str, int], Tensor], reference: Target | Tensor | None = None) -> Figure:
+    """What every sampler makes within every budget: densities of points in the plane, or sheets of images.
+
+    Args:
+        samples: (sampler, budget) -> samples (n, 2) or images (n, 1 or 3, height, width).
+        reference: the law of the data, or examples of it, shown in the first column.
+    """
+    names = list(dict.fromkeys(name for name, _ in samples))
+    budgets = sorted({budget for _, budget in samples}, key=lambda budget: (budget == 0, budget))
+    first = next(iter(samples.values()))
+    law = reference if reference is not None else first
+    figure, axes = panels(1 + len(budgets), len(names), width=1.15, height=1.15)
+    draw = _plane_drawer(law) if first.ndim == 2 else _sheet_drawer
+    for row, name in zip(axes, names, strict=True):
+        draw(row[0], law)
+        row[0].set_ylabel(name.replace("_", "\n"), fontsize=7, color=INK)
+        for ax, budget in zip(row[1:], budgets, strict=True):
+            if (name, budget) in samples:
+                draw(ax, samples[name, budget])
+            else:
+                ax.set_axis_off()
+    for ax, title in zip(axes[0], ["data", *(f"{b} calls" if b else "own steps" for b in budgets)], strict=True):
+        ax.set_title(title, fontsize=8, color=INK)
+        ax.title.set_visible(True)
+    return figure
+
+
+def _plane_drawer(law: Target | Tensor) -> Callable[[Axes, Target | Tensor], None]:
+    """Draws densities with the limits and the colours of the data's."""
+    limits = limits_of(law)
+    scratch = density(panels(1)[1][0, 0], law, limits=limits)
+    peak = float(scratch.get_clim()[1])
+
+    def draw(ax: Axes, x: Target | Tensor) -> None:
+        density(ax, x, limits=limits, resolution=120, peak=peak)
+        ax.set(xticks=[], yticks=[])
+
+    return draw
+
+
+def _sheet_drawer(ax: Axes, x: Target | Tensor) -> None:
+    images = x if isinstance(x, Tensor) else x.sample((9,), generator=torch.Generator().manual_seed(0))
+    ax.imshow(_mosaic(images[:9], 3), interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
 
 
 def density_comparison(
@@ -543,6 +676,58 @@ def _image_frames(ax: Axes, states: Tensor) -> Any:
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _metrics(table: pd.DataFrame) -> list[str]:
+    return [str(c).removesuffix("_floor") for c in table if str(c).endswith("_floor")]
+
+
+def _over_seeds(runs: pd.DataFrame, metric: str, against: str) -> pd.DataFrame:
+    """Columns `against` (mean) and the metric's mean, min, max and std over the seeds that have a value, by budget."""
+    good = runs[runs["status"].eq("ok") & runs[metric].notna()]
+    groups = good.groupby("budget")
+    statistics = groups[metric].agg(["mean", "min", "max", "std"]).fillna({"std": 0.0})
+    return statistics.assign(**{against: groups[against].mean()}).sort_values(against)
+
+
+def _crosses(ax: Axes, runs: pd.DataFrame, against: str, colour: str) -> None:
+    """A cross on the upper edge for each budget at which a run diverged or failed, where it was that far on the axis."""
+    lost = runs[runs["status"].str.startswith(("diverged", "failed"))]
+    place = lost[against].fillna(lost["budget"]) if against == "nfe" else lost[against]
+    where = place.groupby(lost["budget"]).mean().dropna()
+    if len(where):
+        ax.plot(where, np.full(len(where), 0.97), "x", color=colour, markersize=6, zorder=4,
+                transform=ax.get_xaxis_transform())  # fmt: skip
+
+
+def _floor(ax: Axes, table: pd.DataFrame, metric: str) -> None:
+    """The noise floor as a dashed line in the band of its standard deviation; nothing for what has none."""
+    if f"{metric}_floor" in table:
+        floor, spread = table[f"{metric}_floor"].mean(), table[f"{metric}_floor_std"].mean()
+        ax.axhspan(max(floor - spread, 0.2 * floor), floor + spread, color=RULE, alpha=0.18, linewidth=0, zorder=0)
+        ax.axhline(floor, color=INK, linestyle="--", linewidth=0.9, label="noise floor", zorder=2)
+
+
+def _share_curves(figure: Figure, axes: np.ndarray, count: int, x: str, y: str) -> None:
+    """One pair of logarithmic axes for the first `count` panels, with labels along the edges alone."""
+    used = list(axes.flat[:count])
+    for name in ("x", "y"):
+        spans = np.array([getattr(ax.dataLim, f"interval{name}") for ax in used])
+        spans = spans[(spans > 0).all(axis=1) & np.isfinite(spans).all(axis=1)]
+        margin = (spans.max() / spans.min()) ** 0.06 * 1.08
+        for ax in used:
+            ax.set(**{f"{name}lim": (spans.min() / margin, spans.max() * margin)})
+            _log_axis(ax, name)
+    columns = axes.shape[1]
+    for i, ax in enumerate(used):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, which="major", color="#eceef1", linewidth=0.5)
+        ax.set_axisbelow(True)
+        _frame(ax)
+        ax.title.set_fontsize(9)
+        ax.tick_params(labelsize=7, labelleft=i % columns == 0, labelbottom=i + columns >= count)
+    figure.supxlabel(x, fontsize=9, color=INK)
+    figure.supylabel(y, fontsize=9, color=INK)
 
 
 def _points(x: Target | Tensor) -> Tensor:

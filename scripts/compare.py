@@ -1,21 +1,37 @@
-"""Compares samplers over budgets of network calls: python scripts/compare.py run=<dir> | target=<name> sde=<name>"""
+"""Compares samplers over budgets of network calls: python scripts/compare.py run=<dir> | target=<name> sde=<name>
+
+Leaves comparison.csv (every run), summary.csv (means over seeds), figures, samples and report.html, all of it on a page.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import common
 import figures
+import page
 import pandas as pd
 import restoring
-from omegaconf import DictConfig
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
 
-from score_sde import ExactScore, ProbabilityFlowODE, ScoreModel, plotting
-from score_sde.data import TargetStream, generator, measure_sigma_max
-from score_sde.evaluation import compare
+from score_sde import ExactScore, ScoreModel, plotting
+from score_sde.data import TargetStream, measure_sigma_max
+from score_sde.evaluation import compare, judge, known_metrics, load_samples, ranking, winners
+from score_sde.evaluation.comparison import metrics_of
 from score_sde.run import instantiate
+from score_sde.training import write_atomically
+
+DEFAULT_METRICS = ("energy", "sliced_w2", "mode_weights", "mode_spread")
+SHOWN = {"nfe": "calls", "seconds_per_sample": "s per sample", "endpoint_error": "endpoint error"}
 
 
 @common.main("compare")
@@ -23,37 +39,28 @@ def main(config: DictConfig) -> None:
     if config.task:
         restoring.run_task(config)
         return
-    if not config.budgets or min(config.budgets) < 1 or config.num_samples < 1:
-        raise ValueError(f"budgets are numbers of network calls >= 1 and num_samples is >= 1, got "
-                         f"{list(config.budgets)} and {config.num_samples}")  # fmt: skip
-    model, reference = model_and_reference(config)
-    nodes = {name: common.sampler_config(name) for name in config.samplers}
-    fixed = {name: at_budget(node) for name, node in nodes.items() if "grid" in node}
-    adaptive = {name: _always(instantiate(node)) for name, node in nodes.items() if "grid" not in node}
-    for name, build in fixed.items():
-        for budget in config.budgets:
-            _named(name, lambda build=build, budget=budget: build(budget).check(model.sde))
-    options = {"reference": reference, "num_samples": config.num_samples, "seeds": list(config.seeds)}
-    tables = [
-        compare(
-            group, budgets, model, generator=generator(config.seed, "compare"), metrics=list(config.metrics), **options
-        )
-        for group, budgets in ((fixed, list(config.budgets)), (adaptive, [0]))
-        if group
-    ]
-    table = pd.concat(tables, ignore_index=True)
+    models, reference = models_and_reference(config)
+    metrics = list(config.metrics or [m for m in DEFAULT_METRICS if m in known_metrics(reference)])
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / "comparison.csv", index=False)
-    for metric in config.metrics:
-        figure, axes = plotting.panels(1, width=6, height=4)
-        plotting.quality_against_nfe(axes[0, 0], table, metric=metric)
-        figures.save(figure, folder / f"{metric}.png")
-    keys = ["metric", "sampler", "nfe"]
-    common.show(table.groupby(keys, sort=False)[["value", "floor", "ratio", "seconds"]].mean().reset_index())
-    for row in table[table["error"] != ""].to_dict("records"):
-        print(f"failed: {row['sampler']} at {row['budget']} calls, seed {row['seed']}: {row['error']}")
-    print(f"\n{folder}: comparison.csv, {', '.join(f'{metric}.png' for metric in config.metrics)}")
+    table = compare(
+        models, contestants(config), budgets=list(config.budgets), reference=reference, seeds=list(config.seeds),
+        num_samples=config.num_samples, metrics=metrics, seed=config.seed, pairs=config.pairs,
+        batch_size=config.batch_size, processes=config.processes, directory=folder,
+    )  # fmt: skip
+    if table["status"].str.startswith(("refused", "failed")).all():
+        raise ValueError(f"no sampler could run: {table['sampler'][0]}: {table['status'][0].partition(': ')[2]}")
+    summary = judge(table)
+    write_atomically(folder / "comparison.csv", table.to_csv(index=False))
+    write_atomically(folder / "summary.csv", summary.to_csv(index=False))
+    report = page.Page(*heading(config, table))
+    write(report, config, table, summary, reference, folder)
+    write_atomically(folder / "report.html", report.html())
+    common.show(ranking(table))
+    for line in advice(table):
+        print(line)
+    for row in faults(table).to_dict("records"):
+        print(f"{row['sampler']} within {row['budget']} calls, {row['seeds']} seeds: {row['status']}")
+    print(f"\n{folder}: report.html, comparison.csv (every run), summary.csv (means), figures")
 
 
 def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
@@ -75,30 +82,177 @@ def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
     return run.model().to(common.device_of(config.device)), reference
 
 
-def at_budget(node: DictConfig) -> Callable[[int], Any]:
-    """From a number of network calls to the sampler whose grid spends at most that many (one step at the least)."""
-
-    def build(calls: int) -> Any:
-        node.grid.steps = 1
-        probe = instantiate(node)
-        each = sum(step.calls for step in (probe.predictor, probe.corrector) if step is not None)
-        if each == 0:
-            raise ValueError("the sampler makes no network calls")
-        node.grid.steps = max(1, (calls - (probe.final == "denoise")) // each)
-        return instantiate(node)
-
-    return build
+def models_and_reference(config: DictConfig) -> tuple[dict[str, ScoreModel], Any]:
+    """The model by name, beside it the exact one where it is asked for, and what samples are held against."""
+    model, reference = model_and_reference(config)
+    if not config.exact or isinstance(model, ExactScore):
+        return {"exact" if isinstance(model, ExactScore) else "learned": model}, reference
+    if isinstance(reference, torch.Tensor):
+        raise ValueError("exact=true needs a run on a target of closed form: these data have no exact score")
+    return {"learned": model, "exact": ExactScore(reference, model.sde)}, reference
 
 
-def _always(sampler: ProbabilityFlowODE) -> Callable[[int], ProbabilityFlowODE]:
-    return lambda budget: sampler
+def contestants(config: DictConfig) -> dict[str, Any]:
+    """name -> sampler, those of conf/sampler and the user's own; `tuned` is a mapping of tables."""
+    named: dict[str, Any] = {}
+    for name in config.samplers:
+        named[name] = tuned(config) if name == "tuned" else instantiate(common.sampler_config(name), config.trust)
+    own = {name: instantiate(common.sampler_config(node), config.trust) for name, node in config.own.items()}
+    return named | own
 
 
-def _named(name: str, check: Callable[[], None]) -> None:
-    try:
-        check()
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+def tuned(config: DictConfig) -> dict[int, Any]:
+    """{calls: sampler} from `tables`: a mapping, or a folder of files <name>-<calls>.json; the run's own if left out.
+
+    Raises ValueError where there are none.
+    """
+    if isinstance(config.tables, DictConfig):
+        files = {int(calls): str(path) for calls, path in config.tables.items()}
+    else:
+        folder = Path(config.tables or config.run or "outputs/tuned")
+        found = ((re.search(r"-(\d+)$", file.stem), file) for file in sorted(folder.glob("*-*.json")))
+        files = {int(match[1]): str(file) for match, file in found if match}
+        if not files:
+            raise ValueError(f"{folder} holds no tables <name>-<calls>.json for sampler tuned: make them with "
+                             "scripts/tune.py steps=<calls>, or give tables=<folder>")  # fmt: skip
+    node = common.named("sampler", "tuned")
+    return {calls: instantiate(OmegaConf.merge(node, {"table": file})) for calls, file in sorted(files.items())}
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def heading(config: DictConfig, table: pd.DataFrame) -> tuple[str, str]:
+    what = f"run {config.run}" if config.run else f"{config.target._target_.rpartition('.')[2]}, exact score"
+    count, good = len(table), int(table["status"].eq("ok").sum())
+    return (f"Samplers compared: {what}",
+            f"{table['sampler'].nunique()} samplers, budgets of {', '.join(map(str, config.budgets))} network calls, "
+            f"{len(config.seeds)} seeds, {config.num_samples} samples each: {count} runs, {good} without fault.")  # fmt: skip
+
+
+def write(
+    report: page.Page, config: DictConfig, table: pd.DataFrame, summary: pd.DataFrame, reference: Any, folder: Path
+) -> None:
+    """All sections; every figure is also saved in the folder."""
+    metrics = metrics_of(table)
+    report.add("What to take", page.bullets(advice(table)), page.table(winners(table), {"budget": "calls allowed"}),
+               page.text("A sampler is there (excess at most 1) when each metric is within 1.25 of its noise floor, within "
+                         "two standard errors of it, or within 1.25 of the best that any sampler reaches on this model."),
+               page.folded("Every sampler: its fewest calls", page.table(ranking(table))))  # fmt: skip
+    drawn = {
+        name: list(draw(runs, summary[summary["model"] == name], metrics)) for name, runs in table.groupby("model")
+    }
+    for name, pictures in drawn.items():
+        mark = f", {name} score" if len(drawn) > 1 else ""
+        for stem, title, caption, figure in pictures:
+            figures.save(figure, folder / (f"{name}_{stem}.png" if mark else f"{stem}.png"))
+            report.add(title + mark, page.picture(figure, caption))
+    for name, sheet in sheets(load_samples(folder, table), reference):
+        figures.save(sheet, folder / (f"{name}_samples.png" if len(drawn) > 1 else "samples.png"))
+        title = f"Samples, {name} score" if len(drawn) > 1 else "Samples"
+        report.add(title, page.picture(sheet, "The first seed's samples: a row for each sampler, from the same starting "
+                                       "noise, beside the data. Empty: refused, diverged or failed."))  # fmt: skip
+    report.add("All numbers", page.text("Means over seeds. Click on a column's head to sort."),
+               page.table(shown(summary, metrics), SHOWN))  # fmt: skip
+    if len(faults(table)):
+        report.add("Refused, diverged, failed", page.table(faults(table)))
+    report.add("Settings", *settings(config))
+
+
+def draw(runs: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Iterator[tuple[str, str, str, Figure]]:
+    """(file, title, caption, figure) for one model."""
+    blue = "Blue: deterministic samplers; orange: the others. Points: means over seeds with their standard deviations."
+    order = list(ranking(runs)["sampler"])
+    ordered = summary[summary["sampler"].isin(order)].sort_values(
+        "sampler", key=lambda names: names.map(order.index), kind="stable"
+    )
+    figure, axes = plotting.panels(
+        min(2, len(metrics)), -(-len(metrics) // 2), width=5.6, height=0.6 + 0.26 * len(order)
+    )
+    for ax, metric in zip(axes.flat, metrics, strict=False):
+        plotting.ratio_table(ax, ordered, metric=metric)
+        ax.set_title(plotting.METRIC_NAMES.get(metric, metric), fontsize=10)
+    for ax in axes.flat[len(metrics) :]:
+        ax.set_axis_off()
+    yield ("ratios", "Over the noise floor", "Each metric divided by its value between exact draws; 1 is as good as exact "
+           "samples. Fewest calls first. ×: diverged or failed, –: refused. In brackets: calls of a solver that chooses "
+           "its own steps.", figure)  # fmt: skip
+    for metric in metrics:
+        name = plotting.METRIC_NAMES.get(metric, metric).replace("$", "").replace("_2", "2")
+        caption = f"{name}, lower is better. {blue} Band: the noise floor, between exact draws. Crosses: diverged."
+        yield (f"{metric}_calls", f"{name[0].upper()}{name[1:]} against calls", caption,
+               plotting.comparison_multiples(runs, metric=metric))  # fmt: skip
+    yield (f"{metrics[0]}_seconds", "Quality against seconds", f"{blue} One thread; other work on the machine shows.",
+           plotting.comparison_multiples(runs, metric=metrics[0], against="seconds"))  # fmt: skip
+    if runs["endpoint_error"].notna().any():
+        yield ("endpoint_error", "Paired endpoint error", "Deterministic samplers: from the same starting noise, the root "
+               "mean square distance to where the converged probability-flow ODE ends, in standard deviations of the data. "
+               "The solver's error alone, without Monte Carlo noise.",
+               plotting.comparison_multiples(runs, metric="endpoint_error"))  # fmt: skip
+
+
+def sheets(samples: Mapping[tuple[str, str, int], torch.Tensor], reference: Any) -> Iterator[tuple[str, Figure]]:
+    """A sheet of panels for each model whose samples can be looked at: points in the plane, or images."""
+    for name in dict.fromkeys(model for model, _, _ in samples):
+        own = {(sampler, budget): x for (model, sampler, budget), x in samples.items() if model == name}
+        shape = tuple(next(iter(own.values())).shape[1:])
+        if shape == (2,) or (len(shape) == 3 and shape[0] in (1, 3)):
+            yield name, plotting.sample_panels(own, reference)
+
+
+def advice(table: pd.DataFrame) -> list[str]:
+    """What the table says to take, in words, for each model."""
+    lines = []
+    for name, runs in table.groupby("model", sort=False):
+        mark = f"{name} score: " if table["model"].nunique() > 1 else ""
+        order = ranking(runs)
+        there = order.dropna(subset="calls")
+        if len(there):
+            best = ", ".join(f"{r.sampler} ({r.calls:.0f})" for r in there.head(5).itertuples())
+            lines.append(f"{mark}there with the fewest calls: {best}.")
+            quick = there.nsmallest(3, "seconds_per_sample")
+            listed = ", ".join(
+                f"{r.sampler} ({1e6 * r.seconds_per_sample:.3g} µs a sample)" for r in quick.itertuples()
+            )
+            lines.append(f"{mark}there in the shortest time: {listed}.")
+        never = order[order["calls"].isna()]
+        if len(never):
+            listed = ", ".join(f"{r.sampler} (excess {r.excess:.2g}, by {r.worst})" for r in never.itertuples())
+            lines.append(f"{mark}not there within any budget: {listed}.")
+        paired = judge(runs).dropna(subset="endpoint_error")
+        for budget in (10, 20):
+            within = paired[paired["nfe"] <= budget]
+            if len(within):
+                best = within.loc[within["endpoint_error"].idxmin()]
+                lines.append(f"{mark}nearest to the converged ODE within {budget} calls: {best['sampler']}, "
+                             f"{best['endpoint_error']:.2g} data standard deviations with {best['nfe']:.0f}.")  # fmt: skip
+    return lines
+
+
+def faults(table: pd.DataFrame) -> pd.DataFrame:
+    """What did not run, with its reason: model, sampler, budget, seeds and status."""
+    bad = table[table["status"] != "ok"]
+    return bad.groupby(["model", "sampler", "budget", "status"], sort=False)["seed"].size().reset_index(name="seeds")
+
+
+def shown(summary: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """The columns of the summary that a reader of the page wants."""
+    columns = ["sampler", "budget", "nfe", "seconds_per_sample", "endpoint_error", *metrics]
+    columns = [
+        *(["model"] if summary["model"].nunique() > 1 else []),
+        *columns,
+        *(f"{m}_ratio" for m in metrics),
+        "excess",
+    ]
+    return summary.loc[summary["seeds"] > 0, columns]
+
+
+def settings(config: DictConfig) -> list[str]:
+    versions = {name: version(name) for name in ("score_sde", "torch", "numpy", "scipy")}
+    machine = f"Python {platform.python_version()}, {platform.platform(terse=True)}, {platform.processor() or 'CPU'}"
+    listed = ", ".join(f"{name} {number}" for name, number in versions.items())
+    command = " ".join(["python", "scripts/compare.py", *map(shlex.quote, sys.argv[1:])])
+    return [page.code(command), page.text(f"{listed}; {machine}."), page.code(OmegaConf.to_yaml(config))]
 
 
 if __name__ == "__main__":

@@ -179,26 +179,83 @@ def test_a_logarithmic_axis_has_numbers_whatever_it_spans(ax: Axes, span: float)
 
 
 def comparison() -> pd.DataFrame:
-    run = {"seconds": 1.0, "metric": "sliced_w2", "floor": 0.1, "error": ""}
-    heun = [{"sampler": "Heun", "budget": b, "nfe": b - 1, "seed": s, "value": 10 / b + s} | run
-            for b in (40, 10) for s in (0, 1)]  # fmt: skip
-    failed = {"sampler": "EM", "budget": 7, "nfe": np.nan, "seed": 0, "value": np.nan} | run
-    other = {"sampler": "EM", "budget": 20, "nfe": 20, "seed": 0, "value": 5.0} | run
-    return pd.DataFrame([*heun, failed, other, other | {"metric": "energy", "value": 99.0, "floor": 50.0}])
+    run = {"status": "ok", "sliced_w2_floor": 0.1, "sliced_w2_floor_std": 0.02, "endpoint_error": np.nan}
+    heun = [{"sampler": "Heun", "budget": b, "nfe": b - 1, "seed": s, "sliced_w2": 10 / b + s, "seconds": b} | run
+            | {"endpoint_error": 1 / b} for b in (40, 10) for s in (0, 1)]  # fmt: skip
+    failed = run | {
+        "sampler": "EM",
+        "budget": 7,
+        "nfe": np.nan,
+        "seed": 0,
+        "sliced_w2": np.nan,
+        "status": "diverged: x",
+    }
+    other = run | {"sampler": "EM", "budget": 20, "nfe": 20, "seed": 0, "sliced_w2": 5.0, "seconds": 3.0}
+    refused = failed | {"sampler": "Langevin", "budget": 7, "status": "refused: too few"}
+    return pd.DataFrame([*heun, failed, other, refused])
 
 
 def test_quality_against_nfe_draws_means_floor_and_failures(ax: Axes) -> None:
-    heun, em = plotting.quality_against_nfe(ax, comparison())
+    heun, em, langevin = plotting.quality_against_nfe(ax, comparison())
     assert [line.get_label() for line in (heun, em)] == ["Heun", "EM"]
     assert np.asarray(heun.get_xydata()).tolist() == [[9, 1.5], [39, 0.75]]
     assert np.asarray(em.get_xydata()).tolist() == [[20, 5]]
+    assert len(langevin.get_xdata()) == 0
     floor = next(line for line in ax.lines if line.get_label() == "noise floor")
     assert np.asarray(floor.get_ydata()) == pytest.approx([0.1, 0.1])
+    assert ax.patches[0].get_extents().transformed(ax.transData.inverted()).intervaly == pytest.approx([0.08, 0.12])
     crosses = [line for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata())]
     assert [np.asarray(line.get_xdata()).tolist() for line in crosses] == [[7]]
     band = ax.collections[0].get_paths()[0].vertices
     assert {tuple(v) for v in band} >= {(9, 1), (9, 2), (39, 0.25), (39, 1.25)}
     assert ax.get_ylabel() == "sliced $W_2$"
+
+
+def test_multiples_have_a_panel_for_each_sampler_with_the_others_behind() -> None:
+    figure = plotting.comparison_multiples(comparison(), metric="sliced_w2")
+    heun, em = figure.axes
+    assert [ax.get_title() for ax in (heun, em)] == ["Heun", "EM"]
+    own = heun.containers[0]
+    assert np.asarray(own.lines[0].get_xydata()).tolist() == [[9, 1.5], [39, 0.75]]
+    (bars,) = own.lines[2]
+    lengths = [np.diff(segment[:, 1])[0] / 2 for segment in bars.get_segments()]
+    assert lengths == pytest.approx([0.5**0.5] * 2)  # the standard deviation of two values one apart
+    assert own.lines[0].get_color() == plotting.LINES[0]
+    assert em.containers[0].lines[0].get_color() == plotting.LINES[1]
+    assert any(np.asarray(line.get_xydata()).tolist() == [[20, 5]] for line in heun.lines)
+    assert heun.get_xlim() == em.get_xlim()
+    assert heun.get_ylim() == em.get_ylim()
+    assert heun.get_ylim()[1] > 5
+    assert any(line.get_marker() == "x" for line in em.lines)
+    paired = plotting.comparison_multiples(comparison(), metric="endpoint_error", against="seconds")
+    assert [ax.get_title() for ax in paired.axes] == ["Heun"]
+    assert np.asarray(paired.axes[0].containers[0].lines[0].get_xydata()).tolist() == [[10, 0.1], [40, 0.025]]
+
+
+def test_ratio_table_writes_every_ratio_and_reason(ax: Axes) -> None:
+    rows = [("ddim", 5, 1.234, "ok", 5), ("ddim", 10, 57.3, "ok", 10), ("ode", 0, 1.0, "ok", 86),
+            ("heun", 5, math.nan, "diverged: x", 5), ("heun", 10, math.nan, "refused: y", 10)]  # fmt: skip
+    summary = pd.DataFrame(rows, columns=["sampler", "budget", "w2_ratio", "status", "nfe"])
+    image = plotting.ratio_table(ax, summary, metric="w2")
+    assert {text.get_position(): text.get_text() for text in ax.texts} == {
+        (0, 0): "1.23", (1, 0): "57", (2, 1): "1.00  (86)", (0, 2): "×", (1, 2): "–",
+    }  # fmt: skip
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["5 calls", "10 calls", "own steps"]
+    assert np.ma.getmaskarray(image.get_array()).tolist() == [[False, False, True], [True, True, False], [True] * 3]
+
+
+def test_sample_panels_lay_samplers_under_budgets() -> None:
+    x = draws(500)
+    figure = plotting.sample_panels({("ddim", 5): x, ("ddim", 10): x, ("ode", 0): x}, GAUSSIAN)
+    axes = np.array(figure.axes).reshape(2, 4)
+    assert [ax.get_title() for ax in axes[0]] == ["data", "5 calls", "10 calls", "own steps"]
+    assert [bool(ax.images) for ax in axes.flat] == [True, True, True, False, True, False, False, True]
+    assert len({(*ax.get_xlim(), *ax.images[0].get_clim()) for ax in axes.flat if ax.images}) == 1
+    images = torch.linspace(-1, 1, 12)[:, None, None, None].expand(12, 1, 4, 4)
+    sheet = plotting.sample_panels({("ddim", 5): images}, images.flip(0))
+    data, made = sheet.axes
+    assert np.asarray(data.images[0].get_array())[0, 0, 0] == 1
+    assert np.asarray(made.images[0].get_array()).shape == (14, 14, 4)
 
 
 def test_density_comparison_shares_limits_and_colours() -> None:

@@ -2,7 +2,16 @@
 
 from score_sde.evaluation.bounds import Bound, continuous_bound, variational_bound
 from score_sde.evaluation.certify import Certificate, Certificates, certify, certify_all
-from score_sde.evaluation.comparison import compare
+from score_sde.evaluation.comparison import (
+    at_budget,
+    by_metric,
+    compare,
+    judge,
+    load_samples,
+    ranking,
+    summarise,
+    winners,
+)
 from score_sde.evaluation.convnet import ConvClassifier
 from score_sde.evaluation.diagnostics import (
     Calibration,
@@ -64,6 +73,8 @@ __all__ = [
     "ScoreError",
     "Yardstick",
     "asymmetry",
+    "at_budget",
+    "by_metric",
     "calibration",
     "certify",
     "certify_all",
@@ -78,8 +89,10 @@ __all__ = [
     "field_error",
     "fokker_planck_residual",
     "frechet_distance",
+    "judge",
     "kid",
     "known_metrics",
+    "load_samples",
     "mmd",
     "mode_spread",
     "mode_spread_error",
@@ -88,10 +101,13 @@ __all__ = [
     "nearest",
     "noise_floor",
     "precision_recall",
+    "ranking",
     "score",
     "score_error",
     "sliced_w2",
     "starts",
+    "summarise",
     "variational_bound",
     "w2",
+    "winners",
 ]

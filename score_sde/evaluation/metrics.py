@@ -222,7 +222,8 @@ class Yardstick:
     """A set of metrics, the exact draws that samples are held against, and the floors between such draws.
 
     Made once and used for many samples, it holds all of them against the same draws. A figure is the mean over
-    `repeats` draws of the metric between the samples and the draw; its floor, the mean of the metric between two draws.
+    `repeats` draws of the metric between the samples and the draw; its floor, the mean of the metric between two draws,
+    whose standard deviation over the pairs is in `spreads`.
 
     Args:
         reference: a target, or a tensor (m, *event_shape) of exact samples, m >= 2 n.
@@ -250,7 +251,12 @@ class Yardstick:
         self.n, self.metrics = n, _select(metrics, reference)
         pairs = [_draw_pair(reference, n, generator) for _ in range(repeats)]
         self.draws = [draw for draw, _ in pairs]
-        self.floors = {name: sum(metric(x, y) for y, x in pairs) / repeats for name, metric in self.metrics.items()}
+        between = {
+            name: torch.tensor([metric(x, y) for y, x in pairs], dtype=torch.float64)
+            for name, metric in self.metrics.items()
+        }
+        self.floors = {name: values.mean().item() for name, values in between.items()}
+        self.spreads = {name: values.std(correction=int(repeats > 1)).item() for name, values in between.items()}
 
     def __call__(self, samples: Tensor) -> pd.DataFrame:
         """The columns metric, value, floor and ratio (value / floor) for samples of shape (n, *event_shape).

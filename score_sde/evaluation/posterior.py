@@ -19,7 +19,7 @@ from torch import Tensor
 
 from score_sde import grid
 from score_sde.evaluation import affine
-from score_sde.evaluation.comparison import COLUMNS, Samples, compare
+from score_sde.evaluation.comparison import Samples, by_metric, compare
 from score_sde.evaluation.metrics import Yardstick
 from score_sde.guidance import (
     DDRM,
@@ -158,7 +158,7 @@ def compare_posteriors(
         progress: shows a bar where it takes long.
 
     Returns:
-        A column `method` and those of `compare`; a run that diverges or is refused leaves its reason in `error`.
+        A column `method` and those of `by_metric`; a run that diverges or is refused leaves its reason in `error`.
     """
     own = {name: partial(make, problem) for name, make in (SOLVERS if solvers is None else solvers).items()}
     runs: list[tuple[str, Mapping[str, Callable[[int], Samples]], ScoreModel]] = [
@@ -168,11 +168,13 @@ def compare_posteriors(
     tables = []
     for name, chosen, model in runs:
         table = compare(
-            chosen, budgets, model, problem.posterior, generator=torch.Generator().manual_seed(seed),
-            num_samples=num_samples, seeds=seeds, metrics=metrics, progress=progress,
+            model, chosen, budgets=budgets, reference=problem.posterior, seed=seed, num_samples=num_samples, seeds=seeds,
+            metrics=metrics, pairs=0, progress=progress,
         )  # fmt: skip
-        tables.append(table.assign(method=name))
-    return pd.concat(tables, ignore_index=True)[["method", *COLUMNS]]
+        table.insert(0, "method", name)
+        table["error"] = table.pop("status").where(lambda status: status != "ok", "")
+        tables.append(by_metric(table).drop(columns="model"))
+    return pd.concat(tables, ignore_index=True)
 
 
 def ring_problem(sde: SDE, noise_std: float = 0.5) -> Problem:

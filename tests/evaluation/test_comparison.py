@@ -1,40 +1,77 @@
-"""A comparison is a tidy table in which a sampler that fails is a row and not the end."""
+"""A comparison is a tidy table in which a sampler that fails is a row and not the end, and which a kill cannot spoil."""
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from score_sde.evaluation import compare, sliced_w2
-from score_sde.evaluation.comparison import COLUMNS
+from score_sde import DDIM, AdaptiveODE, Ancestral, ExponentialAdams, Heun, LangevinCorrector, Sampler, grid
+from score_sde.data import generator
+from score_sde.evaluation import (
+    at_budget,
+    by_metric,
+    compare,
+    judge,
+    load_samples,
+    ranking,
+    sliced_w2,
+    summarise,
+    winners,
+)
+from score_sde.evaluation.cells import Journal, fingerprint
+from score_sde.evaluation.comparison import COLUMNS, planned_calls
+from score_sde.noise import NoiseSource
 from score_sde.sampler import SampleResult
 from score_sde.score import ExactScore, ScoreModel
 from score_sde.sde import VPSDE
-from score_sde.targets import make
+from score_sde.steps import AnnealedLangevin, Step
+from score_sde.targets import GaussianMixture, make
 
 RING = make("ring")
 MODEL = ExactScore(RING, VPSDE())
+LINE = ExactScore(GaussianMixture([1.0], [[0.7]], [[[0.25]]]), VPSDE())
 
 
 class Shifted:
-    """Exact samples of the ring, off by 1 / budget, at one call a unit of budget."""
+    """Exact samples of the ring, off by 1 / budget, at one call a unit of budget; keeps count of all runs."""
+
+    runs: list[tuple[int, int]] = []  # noqa: RUF012
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
 
     def sample(self, model: ScoreModel, shape: Sequence[int], *, seed: int) -> SampleResult:
+        self.runs.append((self.budget, seed))
         x = RING.sample(shape[:1], generator=torch.Generator().manual_seed(seed)) + 1 / self.budget
         return SampleResult(x, self.budget, 0.5, None, torch.tensor([1.0, 0.0]))
 
 
-class Diverging(Shifted):
+class Changed(Shifted):
+    """`Shifted`, with some of the samples changed."""
+
+    def __init__(self, budget: int, value: float, count: int) -> None:
+        super().__init__(budget)
+        self.value, self.count = value, count
+
     def sample(self, *args: Any, **options: Any) -> SampleResult:
         result = super().sample(*args, **options)
-        result.x[:7] = torch.nan
+        result.x[: self.count] = self.value
         return result
+
+
+class Raising(Shifted):
+    def sample(self, *args: Any, **options: Any) -> SampleResult:
+        raise RuntimeError("the step size\nvanished")
 
 
 def refusing(budget: int) -> Shifted:
@@ -43,43 +80,356 @@ def refusing(budget: int) -> Shifted:
     return Shifted(budget)
 
 
-def test_a_row_for_every_run_and_metric() -> None:
-    table = compare({"shifted": Shifted, "other": Shifted}, [1, 100], MODEL, RING, num_samples=400, seeds=[0, 1, 2],
-                    generator=torch.Generator().manual_seed(5), metrics=["sliced_w2", "mode_spread"])  # fmt: skip
-    assert list(table) == COLUMNS
-    assert len(table) == 2 * 2 * 3 * 2
+def on(step: Any, **options: Any) -> Sampler:
+    return Sampler(step, partial(grid.log_snr, steps=10), **options)
+
+
+@pytest.fixture(autouse=True)
+def _count_anew() -> None:
+    Shifted.runs.clear()
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def assert_fits(sampler: Sampler, model: ScoreModel, budget: int) -> None:
+    """Counted calls are what was planned, within the budget, and one grid step more would be beyond it."""
+    fitted = at_budget(sampler, model, budget)
+    nfe = fitted.sample(model, (2, *model.event_shape), seed=0).nfe
+    each = model(model.start(torch.zeros(1, *model.event_shape)), model.sde.t_max).calls
+    assert nfe == each * planned_calls(fitted, model) <= budget
+    more = Sampler(fitted.predictor, partial(fitted.grid.func, steps=fitted.grid.keywords["steps"] + 1), fitted.corrector,
+                   fitted.final, fitted.corrector_first)  # fmt: skip
+    assert each * planned_calls(more, model) > budget
+
+
+@pytest.mark.parametrize("final", ["denoise", "none"])
+def test_every_predictor_spends_its_budget(predictor: Step, final: str) -> None:
+    if predictor.calls == 0:  # carrying x along costs nothing, however far
+        with pytest.raises(ValueError):
+            at_budget(on(predictor, final=final), LINE, 9)
+        return
+    for budget in (9, 23):
+        assert_fits(on(predictor, final=final), LINE, budget)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_corrector_spends_its_budget(corrector: Step, first: bool) -> None:
+    assert_fits(on(Heun(), corrector=corrector, corrector_first=first), LINE, 60)
+
+
+def test_guidance_that_asks_twice_gets_half_the_steps() -> None:
+    class Twice(ExactScore):
+        def __call__(self, x: Any, t: Any, **condition: Any) -> Any:
+            prediction = super().__call__(x, t)
+            object.__setattr__(prediction, "calls", 2)
+            return prediction
+
+    twice = Twice(LINE.target, LINE.sde)
+    assert_fits(on(DDIM()), twice, 21)
+    assert at_budget(on(DDIM()), twice, 21).grid.keywords["steps"] == 9
+
+
+def test_steps_within_a_base_grid_are_set_too() -> None:
+    churned = Sampler(Heun(), partial(grid.churn, base=partial(grid.karras, steps=5), S_churn=10.0))
+    fitted = at_budget(churned, LINE, 40)
+    assert fitted.grid.keywords["base"].keywords["steps"] == 19
+    assert fitted.sample(LINE, (2, 1), seed=0).nfe == 39
+
+
+def test_budgets_too_small_and_grids_without_steps_are_refused() -> None:
+    langevin = Sampler(None, partial(grid.log_snr, steps=3), corrector=AnnealedLangevin(steps=20))
+    with pytest.raises(ValueError, match="needs at least 41 network calls, the budget is 40"):
+        at_budget(langevin, LINE, 40)
+    with pytest.raises(ValueError, match="grid has no steps to set"):
+        at_budget(Sampler(DDIM(), lambda sde: grid.uniform(sde, 3)), LINE, 40)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_for_every_run() -> None:
+    table = compare(MODEL, {"shifted": Shifted, "other": Shifted}, budgets=[1, 100], reference=RING, num_samples=400,
+                    seeds=[0, 1, 2], metrics=["sliced_w2", "mode_spread"])  # fmt: skip
+    assert list(table)[: len(COLUMNS)] == COLUMNS
+    assert len(table) == 2 * 2 * 3
     assert (table["nfe"] == table["budget"]).all()
     assert (table["seconds"] == 0.5).all()
-    assert (table["error"] == "").all()
-    assert table.groupby("metric")["floor"].nunique().eq(1).all()
-    w2 = table[table["metric"] == "sliced_w2"]
-    mean = w2.groupby("budget")["value"].mean()
-    assert mean[1] == pytest.approx(1.0, abs=w2["floor"].mean())  # |(1, 1)| / sqrt 2
-    assert w2[w2["budget"] == 100]["ratio"].mean() < 1.5
-    assert (w2["ratio"] == w2["value"] / w2["floor"]).all()
+    assert (table["seconds_per_sample"] == 0.5 / 400).all()
+    assert (table["status"] == "ok").all()
+    assert table["endpoint_error"].isna().all()  # these samplers take no noise source
+    assert table["sliced_w2_floor"].nunique() == 1
+    mean = table.groupby("budget")["sliced_w2"].mean()
+    assert mean[1] == pytest.approx(1.0, abs=table["sliced_w2_floor"][0])  # |(1, 1)| / sqrt 2
+    long = by_metric(table)
+    assert len(long) == 24
+    assert (long["ratio"] == long["value"] / long["floor"]).all()
+    assert long[(long["metric"] == "sliced_w2") & (long["budget"] == 100)]["ratio"].mean() < 1.5
 
 
 def test_the_figures_are_those_of_the_samples_and_the_seeds() -> None:
-    table = compare({"s": Shifted}, [5], MODEL, RING, num_samples=200, seeds=[3], repeats=1,
-                    generator=torch.Generator().manual_seed(5))  # fmt: skip
-    generator = torch.Generator().manual_seed(5)
-    draw = RING.sample((200,), generator=generator)
+    table = compare(MODEL, {"s": Shifted}, budgets=[5], reference=RING, num_samples=200, seeds=[3], repeats=2, seed=5)
+    source = generator(5, "compare")
+    draws = [RING.sample((200,), generator=source) for _ in range(4)]
     x = RING.sample((200,), generator=torch.Generator().manual_seed(3)) + 0.2
-    assert table["value"][0] == pytest.approx(sliced_w2(x, draw))
-    assert table["floor"][0] == pytest.approx(sliced_w2(RING.sample((200,), generator=generator), draw))
+    assert table["sliced_w2"][0] == pytest.approx((sliced_w2(x, draws[0]) + sliced_w2(x, draws[2])) / 2)
+    floors = np.array([sliced_w2(draws[1], draws[0]), sliced_w2(draws[3], draws[2])])
+    assert table["sliced_w2_floor"][0] == pytest.approx(floors.mean())
+    assert table["sliced_w2_floor_std"][0] == pytest.approx(floors.std(ddof=1))
 
 
 def test_failures_are_rows() -> None:
-    samplers = {"diverging": Diverging, "refusing": refusing}
-    table = compare(samplers, [5, 20], MODEL, RING, num_samples=50, generator=torch.Generator().manual_seed(0))
-    table = table.set_index(["sampler", "budget"])
-    assert table["error"].to_dict() == {
-        ("diverging", 5): "ValueError: 7 of 50 samples are not finite",
-        ("diverging", 20): "ValueError: 7 of 50 samples are not finite",
-        ("refusing", 5): "ValueError: at least 10 steps",
-        ("refusing", 20): "",
-    }
-    assert table["value"].isna().tolist() == [True, True, True, False]
-    assert table["nfe"]["diverging", 5] == 5  # it ran, at this cost
-    assert table["nfe"].isna()["refusing", 5]
-    assert (table["floor"] > 0).all()
+    samplers = {
+        "lost": lambda b: Changed(b, math.nan, 7), "huge": lambda b: Changed(b, 1e4, 50), "wide": lambda b: Changed(b, 9.0, 1),
+        "raising": Raising, "refusing": refusing,
+    }  # fmt: skip
+    table = compare(MODEL, samplers, budgets=[5, 20], reference=RING, num_samples=50)
+    status = table.set_index(["sampler", "budget"])["status"]
+    assert status["lost", 5] == status["lost", 20] == "diverged: 7 of 50 samples are not finite"
+    assert status["huge", 5].startswith("diverged: samples are 3.5")  # 10^4 / 2.84
+    assert status["wide", 5] == "ok"
+    assert status["raising", 5] == "failed: RuntimeError: the step size vanished"
+    assert status["refusing", 5] == "refused: at least 10 steps"
+    assert status["refusing", 20] == "ok"
+    assert (table["sliced_w2"].isna() == (table["status"] != "ok")).all()
+    figures = table.set_index(["sampler", "budget"])
+    assert figures["nfe"]["lost", 5] == 5  # it ran, at this cost
+    assert math.isnan(figures["nfe"]["refusing", 5])
+    assert (table["sliced_w2_floor"] > 0).all()
+    assert summarise(table).set_index(["sampler", "budget"])["seeds"].tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 1]
+
+
+def test_samplers_by_budget_by_table_and_without() -> None:
+    tables = {4: on(DDIM()), 12: on(Heun())}
+    samplers = {"fixed": AdaptiveODE(rtol=1e-3, atol=1e-3), "tables": tables, "steps": on(DDIM())}
+    table = compare(LINE, samplers, budgets=[3, 9, 30], reference=LINE.target, num_samples=20, pairs=0)
+    assert table["budget"].tolist() == [0, 3, 9, 30, 3, 9, 30]
+    assert table["nfe"].tolist()[2:] == [11, 21, 3, 9, 30]  # a table is run as it is
+    assert table["status"][1] == "refused: there are tables of 4, 12 calls, none within 3"
+    unfit = compare(LINE, {"cannot": on(Ancestral(), final="none"), "density": on(None, corrector=AnnealedLangevin())},
+                    budgets=[1], reference=LINE.target, num_samples=20, pairs=0)  # fmt: skip
+    assert unfit["status"][1] == "refused: needs at least 41 network calls, the budget is 1"
+
+
+def test_models_and_references_by_name() -> None:
+    off = ExactScore(GaussianMixture([1.0], [[9.0]], [[[0.25]]]), VPSDE())
+    sampler = {"adams": on(ExponentialAdams(3))}
+    laws = {"here": LINE.target, "there": off.target}
+    table = compare({"here": LINE, "there": off}, sampler, budgets=[40], reference=laws, num_samples=500)
+    assert (table["sliced_w2"] < 2 * table["sliced_w2_floor"]).all()
+    crossed = compare({"there": off}, sampler, budgets=[40], reference=LINE.target, num_samples=500)
+    assert crossed["sliced_w2"][0] == pytest.approx(8.3, abs=0.2)
+
+
+# --- the paired endpoint error ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("final", ["denoise", "none"])
+def test_the_endpoint_error_of_a_gaussian_is_its_closed_form(final: str) -> None:
+    """x(t) = m mu + sqrt(v(t) / v(T)) (x(T) - m(T) mu), v = m^2 s^2 + sigma^2, and D = (x s^2 m + mu sigma^2) / v."""
+    sde, mu, s = LINE.sde, 0.7, 0.5
+    sampler = Sampler(DDIM(), partial(grid.log_snr, steps=10), final=final)
+    table = compare(LINE, {"ddim": sampler}, budgets=[8], seeds=[4], reference=LINE.target, num_samples=300, pairs=100)
+    start = LINE.start(torch.randn(300, 1, generator=torch.Generator().manual_seed(4)))
+    (m, sigma), (m_T, sigma_T) = ((float(sde.alpha(t)), float(sde.sigma(t))) for t in (sde.t_min, sde.t_max))
+    v, v_T = m**2 * s**2 + sigma**2, m_T**2 * s**2 + sigma_T**2
+    end = m * mu + math.sqrt(v / v_T) * (start - m_T * mu)
+    end = (end * s**2 * m + mu * sigma**2) / v if final == "denoise" else end
+    x = at_budget(sampler, LINE, 8).sample(LINE, (300, 1), x_init=start, seed=0).x
+    drawn = LINE.target.sample((300,), generator=generator(0, "compare"))
+    expected = (x - end)[:100].square().mean().sqrt().item() / drawn.std(correction=0).item()
+    assert table["endpoint_error"][0] == pytest.approx(expected, rel=2e-3)
+    assert expected > 0.01
+
+
+def test_only_deterministic_samplers_are_paired() -> None:
+    samplers = {"ancestral": on(Ancestral()), "corrected": on(DDIM(), corrector=LangevinCorrector()), "eta": on(DDIM(1.0)),
+                "ddim": on(DDIM()), "ode": AdaptiveODE()}  # fmt: skip
+    table = compare(LINE, samplers, budgets=[9], reference=LINE.target, num_samples=50, batch_size=20)
+    assert table["endpoint_error"].notna().tolist() == [False, False, False, True, True]
+    assert table["endpoint_error"].iloc[-1] < 1e-4
+    assert (
+        compare(LINE, samplers, budgets=[9], reference=LINE.target, num_samples=50, pairs=0)["endpoint_error"]
+        .isna()
+        .all()
+    )
+
+
+# --- resuming and spreading -------------------------------------------------------------------------------------------
+
+
+def rerun(folder: Path, **changes: Any) -> tuple[pd.DataFrame, list[tuple[int, int]]]:
+    """The table, and the (budget, seed) that were computed for it."""
+    Shifted.runs.clear()
+    options: dict[str, Any] = {"budgets": [2, 5], "seeds": [0, 1], "reference": RING, "num_samples": 50} | changes
+    table = compare(MODEL, {"shifted": Shifted}, directory=folder, **options)
+    return table, list(Shifted.runs)
+
+
+def test_a_restart_computes_what_is_missing(tmp_path: Path) -> None:
+    whole, runs = rerun(tmp_path)
+    assert runs == [(2, 0), (2, 1), (5, 0), (5, 1)]
+    again, runs = rerun(tmp_path)
+    assert runs == []
+    pd.testing.assert_frame_equal(whole, again)
+    cells = tmp_path / "cells.jsonl"
+    cells.write_bytes(cells.read_bytes()[:-30])  # killed within the last line
+    again, runs = rerun(tmp_path)
+    assert runs == [(5, 1)]
+    pd.testing.assert_frame_equal(whole, again)
+    assert rerun(tmp_path)[1] == []  # the line after the broken one was read
+
+
+def test_a_changed_setting_computes_what_it_changes(tmp_path: Path) -> None:
+    rerun(tmp_path)
+    assert rerun(tmp_path, budgets=[2, 5, 7])[1] == [(7, 0), (7, 1)]
+    assert rerun(tmp_path, seeds=[1, 2])[1] == [(2, 2), (5, 2)]
+    for change in ({"num_samples": 60}, {"seed": 1}, {"metrics": ["energy"]}, {"reference": make("ring", std=0.3)}):
+        assert len(rerun(tmp_path, **change)[1]) == 4, change
+
+
+def test_the_first_seed_s_samples_are_kept(tmp_path: Path) -> None:
+    table, _ = rerun(tmp_path, seeds=[3, 1])
+    samples = load_samples(tmp_path, table)
+    assert sorted(samples) == [("model", "shifted", 2), ("model", "shifted", 5)]
+    expected = RING.sample((50,), generator=torch.Generator().manual_seed(3)) + 1 / 5
+    assert torch.equal(samples["model", "shifted", 5], expected)
+
+
+def test_processes_change_nothing(tmp_path: Path) -> None:
+    samplers = {"adams": on(ExponentialAdams(3)), "pc": on(Ancestral(), corrector=LangevinCorrector(norm="sample")),
+                "ode": AdaptiveODE(rtol=1e-3, atol=1e-3), "never": on(None, corrector=AnnealedLangevin())}  # fmt: skip
+    options: dict[str, Any] = {"budgets": [5, 9], "seeds": [0, 1], "reference": RING, "num_samples": 300,
+                               "metrics": ["sliced_w2", "mode_weights"]}  # fmt: skip
+    alone = compare(MODEL, samplers, **options)
+    spread = compare(MODEL, samplers, processes=2, directory=tmp_path, **options)
+    timeless = [c for c in alone if not c.startswith("seconds")]
+    pd.testing.assert_frame_equal(alone[timeless], spread[timeless], check_exact=True)
+    resumed = compare(MODEL, samplers, directory=tmp_path, **options)
+    pd.testing.assert_frame_equal(resumed, spread, check_exact=True)
+
+
+# --- hashes and journals ----------------------------------------------------------------------------------------------
+
+
+def test_hashes_are_of_values() -> None:
+    def scaled(factor: float) -> Any:
+        return lambda x: factor * x
+
+    equal = [
+        (on(Heun()), on(Heun())), (make("ring"), make("ring")), ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        (scaled(2.0), scaled(2.0)),
+        (torch.nn.Linear(2, 2).requires_grad_(False).double(), None), (np.arange(3), np.arange(3)),
+    ]  # fmt: skip
+    for one, other in equal:
+        assert fingerprint(one) == fingerprint(one if other is None else other)
+    different = [
+        on(Heun()), on(DDIM()), on(DDIM(0.5)), on(DDIM(), final="none"), Sampler(DDIM(), partial(grid.log_snr, steps=11)),
+        make("ring"), make("ring", std=0.21), VPSDE(), VPSDE(beta_max=19.0), scaled(2.0), scaled(3.0),
+        1, 1.0, "1", [1], (1,), None,
+        torch.zeros(2), torch.zeros(2).double(), torch.zeros(2, 1), torch.tensor(0.0), [[1], 2], [1, [2]], Shifted, Changed,
+    ]  # fmt: skip
+    assert len({fingerprint(thing) for thing in different}) == len(different)
+
+
+def test_using_a_model_does_not_change_its_hash_and_another_process_finds_the_same() -> None:
+    model = ExactScore(make("ring"), VPSDE())
+    before = fingerprint(model)
+    model(torch.zeros(3, 2), 0.5)
+    assert fingerprint(model) == before
+    code = ("from score_sde import *; from score_sde.targets import make; from score_sde.evaluation.cells import fingerprint;"
+            "print(fingerprint(ExactScore(make('ring'), VPSDE())))")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == before
+
+
+def test_a_journal_outlives_garbage(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    Journal(path).add("a", {"value": 1.5})
+    path.write_text(path.read_text() + '[3]\n\x00\n{"key": "b", "val')
+    Journal(path).add("c", {"value": 2})
+    journal = Journal(path)
+    assert journal.rows == {"a": {"value": 1.5}, "c": {"value": 2}}
+    assert "b" not in journal
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def verdicts() -> pd.DataFrame:
+    """Floors of 1 with a small spread: `fast` is there at 5, `slow` at 20, `blind` is good in one metric alone."""
+    ratios = {"fast": {5: (1.1, 1.2), 10: (1.0, 1.0), 20: (1.0, 1.0)}, "slow": {5: (9, 9), 10: (3, 1.1), 20: (1.2, 1.0)},
+              "blind": {5: (1.0, 7), 10: (1.0, 6), 20: (1.0, 5)}, "lost": {5: (np.nan, np.nan)}}  # fmt: skip
+    rows = [
+        {"model": "m", "sampler": name, "budget": budget, "seed": seed, "status": "ok" if name != "lost" else "diverged: x",
+         "nfe": float(budget), "seconds": budget / 10, "seconds_per_sample": budget / 1e3, "endpoint_error": 1 / budget,
+         "a": a, "a_floor": 1.0, "a_floor_std": 0.01, "b": b, "b_floor": 1.0, "b_floor_std": 0.01}
+        for name, budgets in ratios.items() for budget, (a, b) in budgets.items() for seed in (0, 1)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_a_sampler_is_there_when_every_metric_is() -> None:
+    judged = judge(verdicts()).set_index(["sampler", "budget"])
+    assert judged["excess"]["slow", 10] == pytest.approx(3 / 1.25)
+    assert judged["worst"]["slow", 10] == "a"
+    assert judged["worst"]["blind", 5] == "b"
+    found = ranking(verdicts())
+    assert found["sampler"].tolist() == ["fast", "slow", "blind"]
+    assert found["calls"].tolist()[:2] == [5, 20]
+    assert math.isnan(found["calls"][2])
+    best = winners(verdicts())
+    assert best["sampler"].tolist() == ["fast"] * 3
+    assert best["equals"].tolist() == ["", "", "slow"]
+
+
+def test_where_the_network_sets_the_limit_the_best_is_the_goal() -> None:
+    table = verdicts()
+    table[["a", "b"]] *= 4.0
+    assert judge(table).set_index(["sampler", "budget"])["excess"]["fast", 5] == pytest.approx(1.2 / 1.25)
+
+
+def test_noise_of_the_floor_is_forgiven() -> None:
+    table = verdicts().assign(b_floor_std=2.5)  # two standard errors over two seeds: 3.5 above the floor
+    assert judge(table).set_index(["sampler", "budget"])["excess"]["blind", 5] == pytest.approx(7 / (1 + 5 / 2**0.5))
+
+
+# --- wrong inputs -----------------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no budget": ({"budgets": [0]}, "budgets are numbers of network calls >= 1, got [0]"),
+    "half a call": ({"budgets": [2.5]}, "budgets are numbers of network calls >= 1, got [2.5]"),
+    "no seed": ({"seeds": []}, "seeds is empty"),
+    "no samples": ({"num_samples": 0}, "num_samples is at least 1, got 0"),
+    "no processes": ({"processes": 0}, "processes is at least 1, got 0"),
+    "unknown metric": ({"metrics": ["fid"]}, "unknown metric 'fid'"),
+    "too few examples": ({"reference": torch.zeros(30, 2)}, "need a reference of at least 40 samples"),
+    "another shape": (
+        {"reference": LINE.target},
+        "model 'model' makes samples of shape (2,), its reference has shape (1,)",
+    ),
+    "no reference": ({"reference": {"other": RING}}, "model 'model' has no reference; there are: other"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_inputs_are_refused_before_any_work(case: str, tmp_path: Path) -> None:
+    change, message = WRONG[case]
+    options: dict[str, Any] = {"budgets": [5], "reference": RING, "num_samples": 20} | change
+    with pytest.raises(ValueError) as refusal:
+        compare(MODEL, {"s": Shifted}, directory=tmp_path / "new", **options)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "new").exists()
+    assert Shifted.runs == []
+
+
+def test_a_noise_source_is_watched_not_changed() -> None:
+    from score_sde import BatchNoise
+    from score_sde.evaluation.comparison import Witness
+
+    witness = Witness(BatchNoise(7))
+    assert isinstance(witness, NoiseSource)
+    sampler = on(Ancestral())
+    expected = sampler.sample(LINE, (5, 1), seed=7).x
+    assert torch.equal(sampler.sample(LINE, (5, 1), noise=witness).x, expected)
+    assert witness.drawn

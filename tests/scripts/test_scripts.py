@@ -52,7 +52,7 @@ def test_the_other_scripts_read_it(run: Path) -> None:
     script("compare", f"run={run}", *options, f"output={run / 'compared'}", cwd=run)
     table = pd.read_csv(run / "compared/comparison.csv")
     assert (table[table["sampler"] != "ode"]["nfe"] <= table[table["sampler"] != "ode"]["budget"]).all()
-    assert (run / "compared/sliced_w2.png").exists()
+    assert (run / "compared/sliced_w2_calls.png").exists()
 
 
 def test_an_sde_of_the_user_s_own_file_is_trained_once_it_is_trusted(tmp_path: Path, monkeypatch) -> None:

@@ -1,0 +1,148 @@
+"""A long computation cut into cells, each remembered by a hash of everything that determines it.
+
+What is described is values, not identities: settings, tensors, the code of functions, and for an object its class, the
+source files of that class and of its bases, and its attributes. Caches (`_levels`, `_cache`, `_copies` and cached
+properties) are left out, so that using an object does not change its hash.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+CACHES = {"_levels", "_cache", "_copies"}
+# Whose source is not read: a release of these does not change what a cell says by more than rounding.
+STEADY = {*sys.stdlib_module_names, "torch", "numpy", "scipy"}
+
+
+def fingerprint(*things: Any) -> str:
+    """32 hexadecimal digits, equal for equal values in any process."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _describe(things, ()):
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+
+
+def _describe(thing: Any, path: tuple[int, ...]) -> Iterator[bytes]:
+    kind = type(thing)
+    yield f"{kind.__module__}.{kind.__qualname__}".encode()
+    if thing is None or isinstance(thing, (bool, int, float, complex, str, bytes, Path, torch.dtype, torch.device)):
+        yield repr(thing).encode()
+    elif id(thing) in path:
+        yield b"itself"
+    else:
+        for part in _parts(thing):
+            yield from [part] if isinstance(part, bytes) else _describe(part, (*path, id(thing)))
+
+
+def _parts(thing: Any) -> Iterator[Any]:
+    """What a compound value is made of: bytes, or values to be described in turn."""
+    if isinstance(thing, Tensor):
+        yield from (thing.dtype, tuple(thing.shape))
+        yield thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(thing, np.ndarray):
+        yield from (thing.dtype.str, thing.shape, np.ascontiguousarray(thing).tobytes())
+    elif isinstance(thing, torch.Generator):
+        yield thing.get_state()
+    elif isinstance(thing, Mapping):
+        yield from sorted(thing.items(), key=lambda item: repr(item[0]))
+    elif isinstance(thing, (set, frozenset)):
+        yield from sorted(thing, key=repr)
+    elif isinstance(thing, (list, tuple)):
+        yield from thing
+    elif isinstance(thing, functools.partial):
+        yield from (thing.func, thing.args, thing.keywords)
+    elif isinstance(thing, MethodType):
+        yield from (thing.__self__, thing.__func__)
+    elif isinstance(thing, FunctionType):
+        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+        yield from (thing.__qualname__, thing.__code__, cells, thing.__defaults__, thing.__kwdefaults__)
+        yield _source(thing.__module__)
+    elif isinstance(thing, CodeType):
+        yield from (thing.co_code, thing.co_names, thing.co_consts)
+    elif isinstance(thing, (type, BuiltinFunctionType)):
+        yield from (thing.__module__, thing.__qualname__)
+        yield from (_source(base.__module__) for base in getattr(thing, "__mro__", ()))
+    else:
+        yield from (type(thing), _attributes(thing))
+
+
+def _attributes(thing: Any) -> Any:
+    if not hasattr(thing, "__dict__"):
+        return repr(thing)
+    held = {name: value for name, value in vars(thing).items() if name not in CACHES and not _is_cached(thing, name)}
+    if isinstance(thing, nn.Module):  # torch's registers of hooks and the like are no settings
+        registers = {"_parameters", "_buffers", "_modules"}
+        held = {name: value for name, value in held.items() if not name.startswith("_") or name in registers}
+    return held
+
+
+def _is_cached(thing: Any, name: str) -> bool:
+    return isinstance(inspect.getattr_static(type(thing), name, None), functools.cached_property)
+
+
+@functools.cache
+def _source(module: str) -> bytes:
+    """Digest of a module's source file; empty for one that has none, and for those in STEADY."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if module.split(".")[0] in STEADY or file is None or not Path(file).is_file():
+        return b""
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).digest()
+
+
+class Journal:
+    """Finished cells, one JSON object a line: {"key": ..., ...}; a line that a kill left half-written does not count.
+
+    Args:
+        path: the file, read if it exists; None keeps the cells in memory.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        text = path.read_text(errors="replace") if path is not None and path.exists() else ""
+        self._broken = bool(text) and not text.endswith("\n")
+        for line in text.splitlines():
+            row = _parsed(line)
+            if "key" in row:
+                self.rows[row["key"]] = {name: value for name, value in row.items() if name != "key"}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self.rows[key]
+
+    def add(self, key: str, row: Mapping[str, Any]) -> None:
+        """Keeps a cell; its line is written in one call and is on the disk when this returns."""
+        self.rows[key] = dict(row)
+        if self.path is None:
+            return
+        line = ("\n" if self._broken else "") + json.dumps({"key": key, **row}) + "\n"
+        self._broken = False
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return row if isinstance(row, dict) else {}

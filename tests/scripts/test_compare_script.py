@@ -1,0 +1,133 @@
+"""scripts/compare.py as a user types it: one page with everything, resumed where it was, and wrong inputs in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from score_sde import VPSDE
+from score_sde.tuning import untuned
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+import page  # noqa: E402
+
+QUICK = ["target=ring", "budgets=[5,12]", "seeds=[0,1]", "num_samples=60", "metrics=[sliced_w2,mode_spread]"]
+
+
+def script(*arguments: str, cwd: Path, code: int = 0) -> str:
+    command = [sys.executable, str(ROOT / "scripts/compare.py"), *arguments]
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=300)  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("compared")
+    for name, table in untuned(VPSDE(), 5).items():
+        if name == "exponential Adams 2 on karras":
+            table.save(home / "tuned-5.json")
+    own = [
+        "+own.broken._target_=score_sde.sampler.Sampler",
+        "+own.broken.predictor=euler_maruyama",
+        "+own.broken.grid=churn",
+    ]
+    samplers = "samplers=[ddim,heun,ancestral,annealed_langevin,adaptive_ode,tuned]"
+    script(*QUICK, samplers, *own, f"tables={home}", "output=out", cwd=home)
+    return home / "out"
+
+
+def test_the_table_holds_every_run(compared: Path) -> None:
+    table = pd.read_csv(compared / "comparison.csv")
+    assert table.groupby("sampler").size().to_dict() == {
+        "ddim": 4, "heun": 4, "ancestral": 4, "annealed_langevin": 4, "adaptive_ode": 2, "tuned": 4, "broken": 4,
+    }  # fmt: skip
+    ran = table[(table["budget"] > 0) & table["nfe"].notna()]
+    assert (ran["nfe"] <= ran["budget"]).all()
+    assert set(table.loc[table["sampler"] == "tuned", "nfe"]) == {5}
+    assert (
+        table.loc[(table["sampler"] == "annealed_langevin") & (table["budget"] == 5), "status"]
+        .str.startswith("refused")
+        .all()
+    )
+    deterministic = set(table.loc[table["endpoint_error"].notna(), "sampler"])
+    assert deterministic == {"ddim", "heun", "adaptive_ode", "tuned"}
+    summary = pd.read_csv(compared / "summary.csv")
+    assert len(summary) == 6 * 2 + 1
+    assert {"sliced_w2_ratio", "mode_spread_error", "excess", "worst"} <= set(summary)
+
+
+def test_the_page_stands_alone(compared: Path) -> None:
+    html = (compared / "report.html").read_text()
+    figures = {file.name for file in compared.glob("*.png")}
+    assert figures == {"ratios.png", "sliced_w2_calls.png", "mode_spread_calls.png", "sliced_w2_seconds.png",
+                       "endpoint_error.png", "samples.png"}  # fmt: skip
+    assert html.count("src=") == html.count('src="data:image/png;base64,') == len(figures)
+    bare = re.sub(r"base64,[A-Za-z0-9+/=]+", "", html)
+    assert not re.search(r"https?:|//\w+\.|@import|<link|<script src", bare)
+    for needed in (
+        "What to take",
+        "<th",
+        "onclick",
+        "python scripts/compare.py target=ring",
+        "torch",
+        "annealed_langevin",
+    ):
+        assert needed in bare
+    assert len(re.findall("<table", bare)) == len(re.findall("</table", bare)) == 4
+
+
+def test_a_second_run_computes_nothing_and_a_killed_one_what_is_missing(compared: Path, tmp_path: Path) -> None:
+    cells = compared / "cells.jsonl"
+    lines = cells.read_text().splitlines()
+    base = [*QUICK, "samplers=[ddim,heun]", f"output={compared}"]
+    script(*base, cwd=tmp_path)
+    assert cells.read_text().splitlines() == lines
+    ddim = next(i for i, line in enumerate(lines) if json.loads(line).get("nfe") == 5)
+    cells.write_text("\n".join(lines[:ddim] + lines[ddim + 1 :]) + "\n")
+    script(*base, cwd=tmp_path)
+    again = cells.read_text().splitlines()
+    assert len(again) == len(lines)
+    timeless = [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in (again[-1], lines[ddim])]
+    assert timeless[0] == timeless[1]
+
+
+WRONG = {
+    "misspelt sampler": (["target=ring", "samplers=[ddmi]"], "did you mean 'ddim'"),
+    "no tables": (["target=ring", "samplers=[tuned]"], "holds no tables <name>-<calls>.json"),
+    "unknown metric": (["target=ring", "metrics=[fid]"], "unknown metric 'fid'"),
+    "no processes": (["target=ring", "processes=0"], "processes is at least 1"),
+    "nothing can run": (["target=ring", "samplers=[annealed_langevin]", "budgets=[3]"], "no sampler could run"),
+    "both": (["target=ring", "run=x"], "either run=<directory> or target=<name>"),
+    "untrusted code": (["target=ring", "+own.x._target_=os.system"], "is refused"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_input_ends_in_one_line_and_leaves_nothing(case: str, tmp_path: Path) -> None:
+    arguments, message = WRONG[case]
+    error = script(*arguments, "num_samples=40", cwd=tmp_path, code=1)
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_cells_of_a_table_are_escaped_and_sorted_by_value() -> None:
+    frame = pd.DataFrame({"name": ["<b>", "a & b"], "value": [0.00012345, float("nan")], "count": [3, 20]})
+    html = page.table(frame, {"value": "Value <1>"})
+    assert "&lt;b&gt;" in html
+    assert "a &amp; b" in html
+    assert 'data-value="0.00012345">0.000123</td>' in html
+    assert '<td class="number">–</td>' in html
+    assert "Value &lt;1&gt;</th>" in html
+    assert 'data-value="20.0">20</td>' in html
