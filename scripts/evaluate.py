@@ -56,7 +56,7 @@ def write(run: Run, config: DictConfig, data: Data, model: Any, evaluation: Eval
     for name, figure in drawn.items():
         figures.save(figure, folder / "figures" / f"{name}.png")
     if not drawn:
-        figures.draw(run, model, data, evaluation, config.seed)
+        figures.draw(run, model, data, evaluation, samplers, config.seed)
     step = run.checkpoints.latest() if config.step is None else config.step
     report = {"run": str(run.path), "step": step, "ema": config.ema, "seed": config.seed,
               "label": guiding.labels_of(config.label), "num_samples": len(next(iter(evaluation.samples.values()))),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,7 +19,9 @@ from score_sde.run import Run
 from score_sde.steps import EulerMaruyama
 
 
-def draw(run: Run, model: ScoreModel, data: Data, found: Evaluation, seed: int) -> list[Path]:
+def draw(
+    run: Run, model: ScoreModel, data: Data, found: Evaluation, samplers: Mapping[str, Any], seed: int
+) -> list[Path]:
     """Writes every figure that fits the data: densities, score fields, trajectories, sample sheets, losses, a GIF."""
     figures = {f"samples_{name}": sheet(x) for name, x in found.samples.items()} if _is_image(data) else {}
     if tuple(data.event_shape) == (2,):
@@ -30,7 +34,7 @@ def draw(run: Run, model: ScoreModel, data: Data, found: Evaluation, seed: int) 
     if len(run.metrics()):
         figures["losses"] = losses(run)
     paths = [save(figure, run.figures / f"{name}.png") for name, figure in figures.items()]
-    return [*paths, animate(model, run.figures / "noise_to_data.gif", seed)]
+    return [*paths, animate(model, next(iter(samplers.values())), run.figures / "noise_to_data.gif", seed)]
 
 
 def evaluation_sheets(data: Data, evaluation: Evaluation) -> dict[str, Figure]:
@@ -105,11 +109,11 @@ def trajectories(model: ScoreModel, seed: int, count: int = 300) -> dict[str, Te
             for name, sampler in paths.items()}  # fmt: skip
 
 
-def animate(model: ScoreModel, path: Path, seed: int) -> Path:
-    """Noise becoming data along the reverse-time SDE, as a GIF."""
-    count = 1500 if len(model.event_shape) == 1 else 36
-    x = starts(model, count, seed).to(model.device)
-    sampler = Sampler(EulerMaruyama(), partial(grid.log_snr, steps=200))
+def animate(model: ScoreModel, sampler: Any, path: Path, seed: int) -> Path:
+    """Noise becoming data, as a GIF: images by the run's sampler, points along the reverse-time SDE."""
+    points = len(model.event_shape) == 1
+    sampler = Sampler(EulerMaruyama(), partial(grid.log_snr, steps=200)) if points else sampler
+    x = starts(model, 1500 if points else 16, seed).to(model.device)
     result = sampler.sample(model, tuple(x.shape), seed=seed, x_init=x, trajectory=True)
     return plotting.animation(_path(result.trajectory), path)
 

@@ -45,7 +45,7 @@ def main(config: DictConfig) -> float:
 
     def on_sample(step: int, raw: LearnedScore, averaged: LearnedScore) -> None:
         for name, shown in (("raw", raw), ("ema", averaged)):
-            samples, *_ = distributed.sample(preview, shown, 1000, seed=config.seed, batch_size=250)
+            samples, *_ = distributed.sample(preview, shown, config.num_previews, seed=config.seed, batch_size=250)
             if not distributed.is_main():
                 continue
             if tuple(data.event_shape) == (2,):
@@ -85,7 +85,7 @@ def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], 
     if not distributed.is_main():
         return score
     common.save_samples(run.samples, evaluation.samples)
-    figures.draw(run, model, data, evaluation, config.seed)
+    figures.draw(run, model, data, evaluation, samplers, config.seed)
     last = run.metrics().iloc[-1]
     meaning = f"{config.evaluation.objective} over its noise floor"
     result = {
@@ -151,8 +151,9 @@ def check_metrics(config: DictConfig, data: Data) -> None:
             raise ValueError(f"unknown metric {name!r}; for these data: {', '.join(known)}")
     if config.evaluation.objective not in chosen:
         raise ValueError(f"evaluation.objective={config.evaluation.objective} is not among evaluation.metrics: add it")
-    if config.num_samples < 1:
-        raise ValueError(f"num_samples={config.num_samples} must be at least 1")
+    for name in ("num_samples", "num_previews"):
+        if config[name] < 1:
+            raise ValueError(f"{name}={config[name]} must be at least 1")
 
 
 def _continued(config: DictConfig) -> tuple[Run, bool]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import hydra
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -100,8 +101,19 @@ def test_every_option_trains_for_two_steps(group: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))
+def test_an_experiments_values_stand(experiment: str) -> None:
+    """Nothing that a recipe says is overruled by what it is laid over."""
+    recipe, config = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"), compose(f"experiment={experiment}")
+    recipe.pop("defaults", None)
+    assert OmegaConf.merge(config, recipe) == config
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
 def test_every_experiment_trains_and_samples_for_two_steps(experiment: str, tmp_path: Path) -> None:
     config = compose(f"experiment={experiment}", "trainer.steps=2", "trainer.batch_size=8", "trainer.progress=false")
+    if "path" in list(config.data):  # of real images, `???` too
+        config.data = stand_in(config.data._target_, tmp_path)
+        config.network.update(TINY)
     model = trained_for_two_steps(config, tmp_path)
     if isinstance(model, NoisyClassifier):
         return
@@ -111,6 +123,26 @@ def test_every_experiment_trains_and_samples_for_two_steps(experiment: str, tmp_
     node = common.sampler_config(config.sampler)
     node.grid.steps = 2
     assert instantiate(node).sample(model, (2, *model.event_shape), seed=0).x.isfinite().all()
+
+
+@pytest.mark.parametrize("experiment", [name for name in names("experiment") if not name.endswith("classifier")])
+def test_debug_lays_over_every_experiment(experiment: str) -> None:
+    config = compose(f"experiment={experiment}", "debug=minute")
+    assert (config.trainer.steps, config.num_samples, config.sampler.grid.steps) == (3, 4, 3)
+    assert list(common.samplers_of(config)) == ["exponential_adams"]
+
+
+# Networks of published sizes, made small at the sizes of their grids.
+TINY = {"width": 16, "blocks": 1}
+
+
+def stand_in(target: str, folder: Path) -> DictConfig:
+    """A few random images of the size of a real set."""
+    shape = {"cifar10": (3, 32, 32), "image_folder": (3, 64, 64)}.get(target.split(".")[-1], (1, 28, 28))
+    images = np.random.default_rng(0).integers(0, 256, (24, *shape), dtype=np.uint8)
+    np.save(folder / "images.npy", images)
+    known = {"path": str(folder / "images.npy"), "dequantize": False, "held_out": 0.5}
+    return OmegaConf.merge(option("data", "file", seed=0), known)
 
 
 def trained_for_two_steps(config: DictConfig, folder: Path):
@@ -137,5 +169,5 @@ def test_auto_scales_are_measured_from_the_data() -> None:
 def test_every_config_file_names_what_it_builds() -> None:
     for file in CONF.rglob("*.yaml"):
         group = file.parent.relative_to(CONF).parts
-        if group and group[0] not in ("experiment", "hydra", "evaluation"):
+        if group and group[0] not in ("experiment", "debug", "hydra", "evaluation"):
             assert "_target_: " in file.read_text(), file
