@@ -44,10 +44,12 @@ def main(config: DictConfig) -> None:
         condition={"label": guiding.turns(labels, count)} if labels else None, **common.views_of(settings, run.trust),
     )  # fmt: skip
     if distributed.is_main():
-        write(run, config, data, model, evaluation, Path(config.output or run.path))
+        write(run, config, data, model, samplers, evaluation, Path(config.output or run.path))
 
 
-def write(run: Run, config: DictConfig, data: Data, model: Any, evaluation: Evaluation, folder: Path) -> None:
+def write(
+    run: Run, config: DictConfig, data: Data, model: Any, samplers: dict[str, Any], evaluation: Evaluation, folder: Path
+) -> None:
     """evaluation.json, the same as a table, the samples and their figures."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     (folder / "figures").mkdir(exist_ok=True)
