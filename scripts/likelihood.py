@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import common
@@ -14,8 +15,9 @@ from tqdm import tqdm
 
 from score_sde import plotting
 from score_sde.data import Data
-from score_sde.likelihood import GaussianDequantizer, bits_per_dim, discrete_log_likelihood, log_likelihood
-from score_sde.training import write_atomically
+from score_sde.evaluation import continuous_bound
+from score_sde.likelihood import GaussianDequantizer, bits_per_dim, dequantize, discrete_log_likelihood, log_likelihood
+from score_sde.training import DiscretisedDecoder, write_atomically
 
 
 @common.main("likelihood")
@@ -25,6 +27,8 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"count is at least 2 and batch_size at least 1, got {config.count} and {config.batch_size}")
     if config.dequantization not in ("uniform", "variational"):
         raise ValueError(f"dequantization is 'uniform' or 'variational', got {config.dequantization!r}")
+    if config.bound < 0:
+        raise ValueError(f"bound is the number of noise levels drawn for each example, 0 for none; got {config.bound}")
     data = run.data()
     model = run.model(step=config.step).to(common.device_of(config.device))
     sets = examples(data, config.count, list(config.ood), torch.Generator().manual_seed(config.seed))
@@ -47,6 +51,8 @@ def main(config: DictConfig) -> None:
                 if bins
                 else real(model, here, data, options)
             )
+            if config.bound:
+                row |= bound(model, here, data, config.bound, options["seed"])
             rows.append(pd.DataFrame({"set": name, **{key: value.cpu().numpy() for key, value in row.items()}}))
     table = pd.concat(rows, ignore_index=True)
     table.insert(1, "index", table.groupby("set").cumcount())
@@ -111,6 +117,26 @@ def discrete(
     """Bounds on the log-probability of integers, by uniform or variational dequantisation."""
     nats = discrete_log_likelihood(model, codes, draws=draws, dequantizer=dequantizer, **bins, **options)
     return {"log_prob": nats, "bits_per_dim": bits_per_dim(nats, codes.shape[1:], 1.0)}
+
+
+def bound(model: Any, x: Tensor, data: Data, draws: int, seed: int) -> dict[str, Tensor]:
+    """The variational bound in continuous time, of densities, or of integers in the way that the model was trained.
+
+    A model of dequantised data is asked for the density of such data, one of the bare lattice for the mass of a bin: below
+    the bins' width the one has more to code, the other has nothing left to learn.
+    """
+    bins = lattice(data)
+    if bins is None:
+        return {"bound_log_prob": -continuous_bound(model, x, draws=draws, seed=seed).total}
+    width, size = bins["bin_width"], x[0].numel()
+    if data.dequantize:  # type: ignore[attr-defined]
+        points = dequantize(x, torch.Generator(x.device).manual_seed(seed), **bins)
+        nats = size * math.log(width) - continuous_bound(model, points, draws=draws, seed=seed).total
+    else:
+        first = bins["low"] + width / 2
+        decoder = DiscretisedDecoder(width, first, -first)
+        nats = -continuous_bound(model, (first + width * x).float(), decoder=decoder, draws=draws, seed=seed).total
+    return {"bound_log_prob": nats, "bound_bits_per_dim": bits_per_dim(nats, x.shape[1:], 1.0)}
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

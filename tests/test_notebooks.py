@@ -30,8 +30,10 @@ def images(cells: list[dict[str, Any]]) -> list[bytes]:
     return [base64.b64decode(data["image/png"]) for data in outputs if "image/png" in data]
 
 
-def test_there_are_three() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_"]
+def test_each_has_a_number_of_its_own() -> None:
+    numbers = [int(path.stem.split("_")[0]) for path in NOTEBOOKS]
+    assert len(numbers) >= 4
+    assert numbers == sorted(set(numbers))
 
 
 @each_notebook
