@@ -64,8 +64,8 @@ def main(config: DictConfig) -> None:
     figures.save(figure, run.figures / "likelihood.png")
     common.show(summary(table))
     if bins and not data.dequantize:  # type: ignore[attr-defined]
-        print("\nthe run was trained without dequantisation: its density has a spike at each grey level, and these bounds "
-              "are loose; train with data.dequantize=true, as experiment=digits_likelihood does")  # fmt: skip
+        print("\nthe run was trained without dequantisation: its density has a spike at each grey level, and bits_per_dim is "
+              "loose; take bound=64, or train with data.dequantize=true, as experiment=digits_likelihood does")  # fmt: skip
     print(f"\n{run.path}: likelihood.csv, figures/likelihood.png")
 
 
