@@ -30,7 +30,7 @@ from score_sde.score import ScoreModel
 from score_sde.sde import SDE, Time, as_time, expand
 
 Level = tuple[Tensor, ...]
-"""What a field needs to know about its time, each of shape (samples,)."""
+"""What a field needs to know about its time, each of shape (samples, ...)."""
 
 
 class Field(Protocol):
@@ -93,21 +93,35 @@ class RungeKutta(Pair):
     def __init__(
         self, a: Sequence[Sequence[float]], error: Sequence[float], dense: Sequence[Sequence[float]], order: int
     ) -> None:
-        self.a, self.error, self.dense, self.order = a, error, dense, order
-        self.calls = len(a)
+        self.dense, self.order, self.calls = dense, order, len(a)
         c = [round(sum(row), 15) for row in a]
         self.inner = [node for node in c if node != 1]  # the stages before the step's end, each at a time of its own
         self.level = [min(i, len(self.inner)) for i in range(len(c))]
+        rows = [*a, error]
+        self.columns = [[row[j] for row in rows[j:]] for j in range(len(rows))]  # weights of k_j in what comes after it
+        self._copies: dict[tuple[torch.dtype, torch.device, int], list[Tensor]] = {}
 
     def attempt(self, field: Field, y: Tensor, slope: Tensor, u: Tensor, v: Tensor, ids: Tensor) -> Attempt:
         h = v - u
         nodes = torch.cat([*(torch.add(u, h, alpha=c) for c in self.inner), v])
         levels = list(zip(*(part.split(len(u)) for part in field.levels(nodes)), strict=True))
         step, stages, at = expand(h, y), [slope], y
-        for i, row in zip(self.level, self.a, strict=True):
-            at = torch.addcmul(y, _weighted(row, stages), step)
-            stages.append(field(at, levels[i], ids))
-        return Attempt(at, stages[-1], _weighted(self.error, stages).mul_(step), stages)
+        weights = self._weights(y)
+        sums = weights[0] * slope  # of every stage to come and of the error, each term added to all of them at once
+        for i, level in enumerate(self.level):
+            at = torch.addcmul(y, sums[i], step)
+            stages.append(field(at, levels[level], ids))
+            sums[i + 1 :].addcmul_(weights[i + 1], stages[-1])
+        return Attempt(at, stages[-1], sums[-1].mul_(step), stages)
+
+    def _weights(self, y: Tensor) -> list[Tensor]:
+        """The columns in y's dtype, on its device, to go before its dimensions."""
+        key = (y.dtype, y.device, y.ndim)
+        if key not in self._copies:
+            self._copies[key] = [
+                torch.tensor(column, dtype=torch.float64).to(y).view(-1, *[1] * y.ndim) for column in self.columns
+            ]
+        return self._copies[key]
 
     def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
         for row, stage in zip(self.dense, stages, strict=True):
@@ -116,15 +130,6 @@ class RungeKutta(Pair):
                 weight = (weight + coefficient) * theta
             y = y + expand(weight * h, y) * stage
         return y
-
-
-def _weighted(weights: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
-    """sum_j weights[j] stages[j], in one temporary."""
-    used = [(weight, stage) for weight, stage in zip(weights, stages, strict=False) if weight != 0.0]
-    total = used[0][1] * used[0][0]
-    for weight, stage in used[1:]:
-        total.add_(stage, alpha=weight)
-    return total
 
 
 class Exponential(Pair):
@@ -250,7 +255,9 @@ def mixed_tolerance(rtol: float, atol: float) -> Norm:
     """rms(error) / (atol + rtol max(rms(y), rms(end)))."""
 
     def norm(error: Tensor, y: Tensor, end: Tensor, v: Tensor) -> Tensor:
-        return rms(error) / torch.maximum(rms(y), rms(end)).mul_(rtol).add_(atol)
+        error, y, end = (part.flatten(1) for part in (error, y, end))
+        longest = torch.maximum(*(torch.linalg.vector_norm(part, dim=1) for part in (y, end)))
+        return torch.linalg.vector_norm(error, dim=1).div_(longest.mul_(rtol).add_(atol * math.sqrt(y.shape[1])))
 
     return norm
 
@@ -278,9 +285,9 @@ MAX_STEPS = 100_000
 
 
 def default_block(y: Tensor) -> int:
-    """How many samples are worked on at once: all on a GPU; on a CPU as many as keep the state in its cache."""
+    """How many samples are worked on at once: all on a GPU; on a CPU as many as keep the stages in its cache."""
     elements = max(1, math.prod(y.shape[1:]))
-    return len(y) if y.device.type != "cpu" else max(64, 2**13 // elements)
+    return len(y) if y.device.type != "cpu" else max(64, 2**17 // elements)
 
 
 def integrate(
@@ -360,9 +367,8 @@ class _Run:
         good = size <= 1  # False for NaN
         if self.dense is not None:
             self._read(attempt, v, good)
-        growth = power(size.clamp_min_(1e-12), -1 / self.pair.order).mul_(SAFETY)
-        growth = growth.nan_to_num_(SHRINK).clamp_(SHRINK, GROW)
-        self.h = (v - self.u).mul_(torch.where(good, growth, growth.clamp(max=SAFETY)))
+        growth = power(size.clamp_min_(1e-12), -1 / self.pair.order).mul_(SAFETY)  # below SAFETY where rejected
+        self.h = (v - self.u).mul_(growth.nan_to_num_(SHRINK).clamp_(SHRINK, GROW))
         keep = good.view(-1, *[1] * (self.y.ndim - 1))
         self.y = torch.where(keep, attempt.end, self.y)
         self.slope = torch.where(keep, attempt.slope, self.slope)
@@ -451,22 +457,25 @@ class PerSample:
         return prediction
 
 
-LANES, CHUNK = 64, 2**14
+LANES, GRAIN = 64, 2**15
 
 
 def whole_lanes(function: Callable[[Tensor], Level], u: Tensor) -> Level:
     """function(u), elementwise, with the same bits for an element wherever it stands in u.
 
     On a CPU some functions (log1p, sigmoid) differ in the last bit between the vector unit and the loop that does the
-    rest of an array or of a thread's share: u is filled up to whole vectors, in pieces too small to be shared out.
+    rest of an array or of a thread's share: u is filled up to whole vectors, in pieces of which each thread gets whole
+    ones (torch shares out from GRAIN elements on), or too small to be shared out.
     """
     if u.device.type != "cpu":
         return function(u)
     filled = torch.cat([u, u[:1].expand(-len(u) % LANES)])
-    if len(filled) <= CHUNK:
+    if len(filled) < GRAIN:
         return tuple(part[: len(u)] for part in function(filled))
-    pieces = zip(*(function(piece) for piece in filled.split(CHUNK)), strict=True)
-    return tuple(torch.cat(part)[: len(u)] for part in pieces)
+    shared = GRAIN * torch.get_num_threads()
+    cut = len(filled) - len(filled) % shared
+    pieces = [*filled[:cut].split(shared), *filled[cut:].split(GRAIN - LANES)]
+    return tuple(torch.cat(part)[: len(u)] for part in zip(*map(function, pieces), strict=True))
 
 
 class StandardField:
@@ -475,11 +484,11 @@ class StandardField:
     Args:
         model: the score model.
         std: S, the data's standard deviation; a guess costs calls, not accuracy.
-        dtype: of the state.
+        like: a tensor of the state's dtype and number of dimensions.
     """
 
-    def __init__(self, model: PerSample, std: float, dtype: torch.dtype) -> None:
-        self.model, self.std, self.dtype = model, std, dtype
+    def __init__(self, model: PerSample, std: float, like: Tensor) -> None:
+        self.model, self.std, self.dtype, self.column = model, std, like.dtype, (-1, *[1] * (like.ndim - 1))
         self.sde = model.model.sde
 
     def u(self, t: Time) -> Tensor:
@@ -495,7 +504,8 @@ class StandardField:
         return y * expand(self._scale(as_time(t))[0], y)
 
     def levels(self, u: Tensor) -> Level:
-        return whole_lanes(self._levels, u)
+        t, *scales = whole_lanes(self._levels, u)
+        return t, *(scale.view(self.column) for scale in scales)
 
     def _levels(self, u: Tensor) -> Level:
         part = torch.expm1(-2 * u).neg_()  # sinh(u) = part e^u / 2 and tanh(u) = part / (2 - part)
@@ -506,7 +516,7 @@ class StandardField:
 
     def __call__(self, y: Tensor, level: Level, ids: Tensor) -> Tensor:
         t, scale, tanh = level
-        return torch.addcmul(self.model.denoised(y * expand(scale, y), t, ids), expand(tanh, y), y, value=-1)
+        return torch.addcmul(self.model.denoised(y * scale, t, ids), tanh, y, value=-1)
 
     def norm(self, rtol: float, atol: float) -> Norm:
         return mixed_tolerance(rtol, atol)
@@ -531,7 +541,7 @@ class DenoisedField(StandardField):
 
     def __call__(self, y: Tensor, level: Level, ids: Tensor) -> Tensor:
         t, alpha = level
-        return self.model.denoised(y * expand(alpha, y), t, ids)
+        return self.model.denoised(y * alpha, t, ids)
 
     def norm(self, rtol: float, atol: float) -> Norm:
         """The tolerance of the standardised state Y = tanh(u) z, so that both fields mean the same by it."""
@@ -638,7 +648,7 @@ class AdaptiveODE:
         clock = time.perf_counter()
         pair = PAIRS[self.method]()
         kind = DenoisedField if isinstance(pair, Exponential) else StandardField
-        field = kind(PerSample(model, condition, len(x)), model.data_std, x.dtype)
+        field = kind(PerSample(model, condition, len(x)), model.data_std, x)
         u_start, u_end = float(field.u(t_start)), float(field.u(t_end))
         tolerance = self.rtol + self.atol
         first = abs(u_end - u_start) * min(0.2, tolerance ** (1 / pair.order))
