@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
-from score_sde.sampler import SampleResult, begin
+from score_sde.sampler import ErrorControlled, SampleResult, begin
 from score_sde.score import ScoreModel
-from score_sde.sde import SDE, Time, as_time, expand
+from score_sde.sde import Time, as_time, expand
 
 Level = tuple[Tensor, ...]
 """What a field needs to know about its time, each of shape (samples, ...)."""
@@ -268,7 +268,7 @@ class Solution:
 
     Attributes:
         y: the states at u_end, shape (batch, *event).
-        calls: field evaluations of each sample, int64 of shape (batch,).
+        calls: field evaluations of each sample, or what `spent` counts, int64 of shape (batch,).
         rejected: rejected steps of each sample, likewise.
         dense: states at the chosen times, shape (len(times), batch, *event), if asked for.
     """
@@ -293,6 +293,7 @@ def default_block(y: Tensor) -> int:
 def integrate(
     field: Field, pair: Pair, y: Tensor, u_start: float, u_end: float, norm: Norm, first: float, *,
     times: Tensor | None = None, block: int | None = None, progress: bool = False, unit: str = "u",
+    spent: Callable[[], int] | None = None,
 ) -> Solution:  # fmt: skip
     """Integrates dy/du = field from u_start to u_end, every sample with its own step sizes.
 
@@ -307,11 +308,12 @@ def integrate(
         block: how many samples are worked on at once; see `default_block`.
         progress: show a bar.
         unit: what u is, for messages.
+        spent: what all evaluations so far have cost, if that is not one each.
 
     Raises:
         RuntimeError: a step size vanished (the field is not finite or has a jump), with place and reason.
     """
-    run = _Run(field, pair, y, u_start, u_end, norm, first, times, block or default_block(y))
+    run = _Run(field, pair, y, u_start, u_end, norm, first, times, block or default_block(y), spent)
     with tqdm(total=len(y), desc="samples", disable=not progress, delay=1.0, leave=False) as bar:
         for _ in range(MAX_STEPS):
             if not run.waiting and not len(run.ids):
@@ -325,14 +327,17 @@ class _Run:
 
     def __init__(
         self, field: Field, pair: Pair, y: Tensor, u_start: float, u_end: float, norm: Norm, first: float,
-        times: Tensor | None, block: int,
+        times: Tensor | None, block: int, spent: Callable[[], int] | None,
     ) -> None:  # fmt: skip
-        self.field, self.pair, self.norm = field, pair, norm
+        self.field, self.pair, self.norm, self.rounds = field, pair, norm, 0
+        self.spent = spent or (lambda: pair.calls * self.rounds)
         self.start, self.end, self.sign = u_start, u_end, math.copysign(1.0, u_end - u_start)
         self.first = self.sign * min(first, abs(u_end - u_start))
         self.result = y.clone()
         self.every = torch.arange(len(y), device=y.device)
-        self.slopes = torch.cat([self._slope(y[part], part) for part in self.every.split(block)]) if len(y) else y
+        parts, before = self.every.split(block), self.spent()
+        self.slopes = torch.cat([self._slope(y[part], part) for part in parts]) if len(y) else y
+        self.at_start = (self.spent() - before) // len(parts) if spent else 1
         self.total_calls = torch.zeros(len(y), dtype=torch.int64, device=y.device)
         self.total_rejected = torch.zeros_like(self.total_calls)
         span = (min(u_start, u_end), max(u_start, u_end))
@@ -345,8 +350,8 @@ class _Run:
         self.y, self.slope = y[: self.next], self.slopes[: self.next]
         self.u = torch.full((self.next,), u_start, dtype=torch.float64, device=y.device)
         self.h = torch.full_like(self.u, self.first)
-        self.rounds, self.shortest = 0, 1e-13 * max(abs(u_start), abs(u_end))
-        self.entered = torch.zeros_like(self.ids)
+        self.shortest = 1e-13 * max(abs(u_start), abs(u_end))
+        self.entered = torch.full_like(self.ids, self.spent())
         self.rejected = torch.zeros_like(self.ids)
 
     @property
@@ -388,7 +393,7 @@ class _Run:
         places = done.nonzero().squeeze(-1)
         ids = self.ids[places]
         self.result[ids] = self.y[places]
-        self.total_calls[ids] = 1 + self.pair.calls * (self.rounds - self.entered[places])
+        self.total_calls[ids] = self.at_start + self.spent() - self.entered[places]
         self.total_rejected[ids] = self.rejected[places]
         fresh = min(arrived, self.waiting)
         if fresh:
@@ -400,7 +405,7 @@ class _Run:
             self.ids = self.ids.index_copy(0, spot, self.every[begin : self.next])
             for column, value in ((self.u, self.start), (self.h, self.first), (self.rejected, 0)):
                 column[spot] = value
-            self.entered = self.entered.index_fill(0, spot, self.rounds)
+            self.entered = self.entered.index_fill(0, spot, self.spent())
         if fresh < arrived:
             done = done.index_fill(0, places[:fresh], False)
             stay = (~done).nonzero().squeeze(-1)
@@ -435,11 +440,12 @@ class PerSample:
     Condition tensors whose first dimension is the batch are per sample and follow the choice; others are shared.
 
     Attributes:
-        calls: network calls that a prediction took.
+        calls: network calls that the last prediction took; guidance may ask more than once, and not at every time.
+        spent: network calls of all predictions so far.
     """
 
     def __init__(self, model: ScoreModel, condition: Mapping[str, Any], batch: int) -> None:
-        self.model, self.calls = model, 1
+        self.model, self.calls, self.spent = model, 1, 0
         own = {name for name, value in condition.items()
                if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch}  # fmt: skip
         self.shared = {name: value for name, value in condition.items() if name not in own}
@@ -454,6 +460,7 @@ class PerSample:
         own = {name: value[ids] for name, value in self.own.items()}
         prediction = self.model(x, t, **self.shared, **own)
         self.calls = prediction.calls
+        self.spent += prediction.calls
         return prediction
 
 
@@ -570,16 +577,7 @@ class AdaptiveResult(SampleResult):
     rejected: Tensor
 
 
-def _check_options(rtol: float, atol: float, final: str, block: int | None) -> None:
-    if not (0 < rtol < 1 and 0 < atol < math.inf):
-        raise ValueError(f"tolerances are positive (and rtol below 1), got {rtol=} and {atol=}")
-    if final not in ("denoise", "none"):
-        raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
-    if block is not None and (int(block) != block or block < 1):
-        raise ValueError(f"block is how many samples are worked on at once, a whole number >= 1; got {block}")
-
-
-class AdaptiveODE:
+class AdaptiveODE(ErrorControlled):
     """The probability-flow ODE by embedded pairs on the device, with a step size for each sample.
 
     A sample is bitwise the same whatever its companions, if the model's arithmetic is. Dense output costs no calls.
@@ -603,12 +601,10 @@ class AdaptiveODE:
     ) -> None:  # fmt: skip
         if method not in PAIRS:
             raise ValueError(f"method is one of {', '.join(PAIRS)}; got {method!r}")
-        _check_options(rtol, atol, final, block)
-        self.method, self.rtol, self.atol, self.final, self.block = method, rtol, atol, final, block
-
-    def check(self, sde: SDE) -> None:
-        """Refuses, with ValueError, an SDE whose schedule cannot be integrated."""
-        sde.check()
+        if block is not None and (int(block) != block or block < 1):
+            raise ValueError(f"block is how many samples are worked on at once, a whole number >= 1; got {block}")
+        super().__init__(rtol, atol, final)
+        self.method, self.block = method, block
 
     @torch.no_grad()
     def sample(
@@ -656,10 +652,12 @@ class AdaptiveODE:
         inner = None if times is None else field.u(times)
         begin = field.state(x, t_start)
         options: dict[str, Any] = {"times": inner, "block": self.block, "progress": progress}
+        options["spent"] = lambda: field.model.spent
         found = integrate(field, pair, begin, u_start, u_end, norm, first, **options)
-        end, calls = field.back(found.y, t_end), found.calls * field.model.calls
+        end, calls = field.back(found.y, t_end), found.calls
         if denoise:
-            end, calls = model(end, t_end, **condition).denoised, calls + field.model.calls
+            last = model(end, t_end, **condition)
+            end, calls = last.denoised, calls + last.calls
         path = None
         if found.dense is not None and times is not None:
             path = torch.stack([field.back(y, t) for y, t in zip(found.dense, times.tolist(), strict=True)])

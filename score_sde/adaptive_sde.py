@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from score_sde.adaptive import AdaptiveResult, PerSample, power, rms
+from score_sde.adaptive import AdaptiveResult, PerSample, chosen_times, power, rms
 from score_sde.noise import NoiseSource
-from score_sde.sampler import begin
+from score_sde.sampler import ErrorControlled, begin
 from score_sde.score import ScoreModel
-from score_sde.sde import SDE, expand
+from score_sde.sde import expand
 
 MAX_ROUNDS = 100_000
 
 
-class AdaptiveSDE:
+class AdaptiveSDE(ErrorControlled):
     """The reverse SDE by the adaptive method of Jolicoeur-Martineau et al., with retained Brownian increments.
 
     The published method draws fresh noise after a rejection. Whether an increment is rejected depends on its value, so
@@ -55,35 +55,33 @@ class AdaptiveSDE:
         self, rtol: float = 0.02, atol: float = 2 / 256, safety: float = 0.9, exponent: float = 0.9,
         final: str = "denoise",
     ) -> None:  # fmt: skip
-        if not (0 <= rtol < 1 and 0 < atol < math.inf):
-            raise ValueError(f"AdaptiveSDE needs 0 <= rtol < 1 and atol > 0, got {rtol=} and {atol=}")
+        super().__init__(rtol, atol, final)
         if not (0 < safety < 1 and 0.5 <= exponent <= 1):
             raise ValueError(f"AdaptiveSDE needs 0 < safety < 1 and 0.5 <= exponent <= 1, got {safety=}, {exponent=}")
-        if final not in ("denoise", "none"):
-            raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
-        self.rtol, self.atol, self.safety, self.exponent, self.final = rtol, atol, safety, exponent, final
-
-    def check(self, sde: SDE) -> None:
-        """Refuses, with ValueError, an SDE whose schedule cannot be integrated."""
-        sde.check()
+        self.safety, self.exponent = safety, exponent
 
     @torch.no_grad()
     def sample(
         self, model: ScoreModel, shape: Sequence[int], *, seed: int | None = None, noise: NoiseSource | None = None,
-        x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, progress: bool = False,
-        dtype: torch.dtype | None = None,
+        x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
+        progress: bool = False, dtype: torch.dtype | None = None, points: int = 101, times: Tensor | None = None,
     ) -> AdaptiveResult:  # fmt: skip
         """Integrates from prior noise (or `x_init`) at t_max to t_min; arguments as `Sampler.sample` has them.
+
+        With `trajectory` the state is also kept at `points` equally spaced times, or at the chosen `times`, decreasing
+        in [t_min, t_max]: steps end there, which changes the run.
 
         Noise is keyed by a sample's count of attempts: with `SampleNoise` a sample does not depend on its companions.
 
         Raises:
+            ValueError: the times leave [t_min, t_max] or are not ordered.
             RuntimeError: a step size vanished: the model's output is not finite.
         """
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
-        sde, clock = model.sde, time.perf_counter()
+        sde, clock, ends = model.sde, time.perf_counter(), (model.sde.t_max, model.sde.t_min)
+        chosen = chosen_times(times, points, *ends) if trajectory or times is not None else None
         per_sample = PerSample(model, start.model.condition, len(start.x))
-        run = _Paths(self, per_sample, start.x)
+        run = _Paths(self, per_sample, start.x, chosen)
         with tqdm(total=len(start.x), desc="samples", disable=not progress, delay=1.0, leave=False) as bar:
             for attempt in range(1, MAX_ROUNDS + 1):
                 if not len(run.ids):
@@ -91,12 +89,13 @@ class AdaptiveSDE:
                 bar.update(run.round(start.noise(attempt, 0)[run.ids]))
             else:
                 raise RuntimeError(f"a sample has not arrived after {MAX_ROUNDS} steps: loosen rtol and atol")
-        x, calls = run.result, run.calls * per_sample.calls
+        x, calls = run.result, run.calls
         if self.final == "denoise":
-            x, calls = model(x, sde.t_min, **start.model.condition).denoised, calls + per_sample.calls
+            last = model(x, sde.t_min, **start.model.condition)
+            x, calls = last.denoised, calls + last.calls
         mean = math.ceil(calls.double().mean().item()) if len(calls) else 0
-        times = torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)
-        return AdaptiveResult(x, mean, time.perf_counter() - clock, None, times, calls, run.total_rejected)
+        grid = torch.tensor(ends, dtype=torch.float64) if chosen is None else chosen
+        return AdaptiveResult(x, mean, time.perf_counter() - clock, run.path, grid, calls, run.total_rejected)
 
     def __repr__(self) -> str:
         return f"AdaptiveSDE(rtol={self.rtol}, atol={self.atol})"
@@ -106,12 +105,19 @@ class _Paths:
     """The samples under way, each with the Brownian increments that it has seen but not used.
 
     `lengths` (depth, samples) and `pieces` (depth, samples, *event) hold these as stacks: the piece of time that comes
-    next on top, at index level - 1.
+    next on top, at index level - 1. Steps end at the `stops`, decreasing times of which the last is t_min.
     """
 
-    def __init__(self, method: AdaptiveSDE, model: PerSample, x: Tensor) -> None:
+    def __init__(self, method: AdaptiveSDE, model: PerSample, x: Tensor, times: Tensor | None = None) -> None:
         self.method, self.model, self.sde = method, model, model.model.sde
-        self.result, self.rounds = x.clone(), 0
+        end = torch.tensor([self.sde.t_min], dtype=torch.float64)
+        inner = end[:0] if times is None else times[(times > self.sde.t_min) & (times < self.sde.t_max)]
+        self.stops = torch.cat([inner, end]).to(x.device)
+        self.times = None if times is None else times.to(x.device)
+        self.path = (
+            None if times is None else x.expand(len(times), *x.shape).clone()
+        )  # the start, where it is asked for
+        self.result = x.clone()
         self.calls = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.total_rejected = torch.zeros_like(self.calls)
         self.ids = torch.arange(len(x), device=x.device)
@@ -124,9 +130,8 @@ class _Paths:
 
     def round(self, z: Tensor) -> int:
         """One attempt of every sample under way, with fresh noise z; returns how many arrived."""
-        h, last = self._length()
-        w = self._increment(h, z)
-        here, s = self.t, torch.where(last, self.sde.t_min, self.t - h)
+        h, s, lands = self._length()
+        w, here = self._increment(h, z), self.t
         k1 = self._slope(self.x, here, h, w)
         proposal = self.x + k1
         k2 = self._slope(proposal, s, h, w)
@@ -138,11 +143,13 @@ class _Paths:
         self.t = torch.where(good, s, here)
         growth = power(size.clamp_min(1e-3), -self.method.exponent).mul_(self.method.safety)
         growth = growth.nan_to_num_(0.1).clamp_min_(0.1)
-        self.h = h * torch.where(good, growth, growth.clamp(max=self.method.safety))
+        wished = torch.where(good & lands, self.h, 0.0)  # a stop is no reason to go on in shorter steps
+        self.h = torch.maximum(h * torch.where(good, growth, growth.clamp(max=self.method.safety)), wished)
         self._push(~good, h, w)
         self.rejected = self.rejected + ~good
-        self.rounds += 1
-        done = good & last
+        if self.times is not None and self.path is not None:
+            self._keep(good & lands)
+        done = good & (s <= self.sde.t_min)
         stuck = self.h < 1e-12 * self.sde.t_max
         arrived, lost, depth = torch.stack([done.sum(), (stuck & ~done).sum(), self.level.amax()]).tolist()
         if lost:
@@ -154,13 +161,19 @@ class _Paths:
             self._put_away(done)
         return int(arrived)
 
-    def _length(self) -> tuple[Tensor, Tensor]:
-        """The step to try, at most to the end of the retained piece and of the time; and whether it is the last."""
-        left = self.t - self.sde.t_min
-        piece = self._top(self.lengths)
+    def _length(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The step to try, at most to the end of the retained piece and to the next stop, its end, and if it lands there."""
+        stop = self.stops[torch.searchsorted(-self.stops, -self.t, right=True)]
+        left, piece = self.t - stop, self._top(self.lengths)
         h = torch.where(self.level > 0, torch.minimum(self.h, piece), self.h)
-        last = h >= left * (1 - 1e-9)
-        return torch.where(last, left, h), last
+        lands = h >= left * (1 - 1e-9)
+        return torch.where(lands, left, h), torch.where(lands, stop, self.t - h), lands
+
+    def _keep(self, landed: Tensor) -> None:
+        """Writes down the states of samples that have come to a chosen time."""
+        at = (self.t == self.times[:, None]) & landed  # type: ignore[index]
+        row, column = at.nonzero(as_tuple=True)
+        self.path[row, self.ids[column]] = self.x[column]  # type: ignore[index]
 
     def _increment(self, h: Tensor, z: Tensor) -> Tensor:
         """The Brownian increment over h: retained, a bridge's part of a retained one, or fresh."""
@@ -203,7 +216,7 @@ class _Paths:
     def _put_away(self, done: Tensor) -> None:
         ids = self.ids[done]
         self.result[ids] = self.x[done]
-        self.calls[ids] = 2 * self.rounds
+        self.calls[ids] = self.model.spent
         self.total_rejected[ids] = self.rejected[done]
         stay = (~done).nonzero().squeeze(-1)
         for name in ("ids", "x", "before", "t", "h", "rejected", "level"):

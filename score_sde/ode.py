@@ -18,14 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from score_sde.noise import NoiseSource
-from score_sde.sampler import CountedModel, SampleResult, begin
+from score_sde.sampler import CountedModel, ErrorControlled, SampleResult, begin, check_option
 from score_sde.score import ScoreModel
-from score_sde.sde import SDE
 
 METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
 
-class ProbabilityFlowODE:
+class ProbabilityFlowODE(ErrorControlled):
     """The probability-flow ODE by `scipy.integrate.solve_ivp`.
 
     Args:
@@ -45,17 +44,8 @@ class ProbabilityFlowODE:
     ) -> None:  # fmt: skip
         if method not in METHODS:
             raise ValueError(f"method is one of scipy's {', '.join(METHODS)}; got {method!r}")
-        if not (rtol > 0 and atol > 0):
-            raise ValueError(f"tolerances are positive, got {rtol=} and {atol=}")
-        if error_control not in ("joint", "each"):
-            raise ValueError(f"error_control is 'joint' or 'each', got {error_control!r}")
-        if final not in ("denoise", "none"):
-            raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
-        self.method, self.rtol, self.atol, self.error_control, self.final = method, rtol, atol, error_control, final
-
-    def check(self, sde: SDE) -> None:
-        """Refuses, with ValueError, an SDE whose schedule cannot be integrated."""
-        sde.check()
+        super().__init__(rtol, atol, final)
+        self.method, self.error_control = method, check_option("error_control", error_control, ("joint", "each"))
 
     @torch.no_grad()
     def sample(

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from score_sde import grid as grids
 from score_sde.adaptive import PerSample, rms
 from score_sde.grid import Grid
-from score_sde.noise import NoiseSource, Stream
-from score_sde.sampler import SampleResult, begin
+from score_sde.noise import NoiseSource
+from score_sde.sampler import FINALS, SampleResult, Start, begin, check_option
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, expand
 from score_sde.steps.linear import LinearRow, LinearStep
@@ -59,6 +59,8 @@ class ParallelSampler:
         ValueError: the predictor is no `LinearStep`, or an option is outside its range.
     """
 
+    corrector = None  # as a Sampler without one
+
     def __init__(
         self, predictor: LinearStep, grid: Grid, window: int | None = None, tolerance: float = 1e-5,
         final: str = "denoise",
@@ -71,9 +73,8 @@ class ParallelSampler:
             raise ValueError(f"window is a whole number of grid times >= 1, or None for all; got {window}")
         if not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance is a number >= 0, got {tolerance}")
-        if final not in ("denoise", "none"):
-            raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
-        self.predictor, self.grid, self.window, self.tolerance, self.final = predictor, grid, window, tolerance, final
+        self.predictor, self.grid, self.window, self.tolerance = predictor, grid, window, tolerance
+        self.final = check_option("final", final, FINALS)
 
     def check(self, sde: SDE) -> None:
         """Refuses, with ValueError, an SDE on which the grid or the step does not work."""
@@ -82,24 +83,25 @@ class ParallelSampler:
     @torch.no_grad()
     def sample(
         self, model: ScoreModel, shape: Sequence[int], *, seed: int | None = None, noise: NoiseSource | None = None,
-        x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, progress: bool = False,
-        dtype: torch.dtype | None = None,
+        x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
+        progress: bool = False, dtype: torch.dtype | None = None,
     ) -> ParallelResult:  # fmt: skip
-        """Draws samples; arguments as `Sampler.sample` has them."""
+        """Draws samples; arguments as `Sampler.sample` has them, and the trajectory likewise over the grid's times."""
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
         times, rows = self._rows(model.sde)
         clock = time.perf_counter()
         per_sample = PerSample(model, start.model.condition, len(start.x))
-        run = _Windows(per_sample, rows, times, start.x, start.noise, self.window or len(rows), self.tolerance)
+        run = _Windows(per_sample, rows, times, start, self.window or len(rows), self.tolerance, trajectory)
         with tqdm(total=len(start.x), desc="samples", disable=not progress, delay=1.0, leave=False) as bar:
             while len(run.ids):
                 bar.update(run.round())
-        x, calls, rounds = run.result, run.evaluations * per_sample.calls, run.rounds
+        x, calls, rounds = run.result, run.evaluations, run.rounds
         if self.final == "denoise":
-            x = model(x, times[-1].item(), **start.model.condition).denoised
-            calls, rounds = calls + per_sample.calls, rounds + 1
+            last = model(x, times[-1].item(), **start.model.condition)
+            x, calls, rounds = last.denoised, calls + last.calls, rounds + 1
         nfe = math.ceil(calls.double().mean().item()) if len(calls) else 0
-        return ParallelResult(x, nfe, time.perf_counter() - clock, None, times, rounds)
+        path = run.path if trajectory else None
+        return ParallelResult(x, nfe, time.perf_counter() - clock, path, times, rounds)
 
     def _rows(self, sde: SDE) -> tuple[Tensor, list[LinearRow]]:
         times = grids.check(self.grid(sde), sde)
@@ -118,19 +120,22 @@ class _Windows:
     """
 
     def __init__(
-        self, model: PerSample, rows: Sequence[LinearRow], times: Tensor, x: Tensor, stream: Stream, window: int,
-        tolerance: float,
+        self, model: PerSample, rows: Sequence[LinearRow], times: Tensor, start: Start, window: int, tolerance: float,
+        trajectory: bool,
     ) -> None:  # fmt: skip
-        self.model, self.stream, self.tolerance = model, stream, tolerance
+        x = start.x
+        self.model, self.stream, self.tolerance = model, start.noise, tolerance
+        self.path = x.expand(len(times), *x.shape).clone() if trajectory else None
         self.count, self.window = len(rows), min(window, len(rows))
         self.memory = max((len(row.b) for row in rows), default=1)
         self._tabulate(rows, times, x)
         self.result, self.rounds = x.clone(), 1
-        self.evaluations = torch.ones(len(x), dtype=torch.int64, device=x.device)
+        self.evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.ids = torch.arange(len(x), device=x.device)
         self.base = torch.zeros_like(self.ids)
         self.x = x
         first = self._call(x, self.base, self.ids)
+        self.evaluations += model.calls
         self.guess = first.expand(self.window, *x.shape)
         self.past = first.expand(self.memory - 1, *x.shape)  # D before the window, oldest first; unused at the start
         self.noise = x.new_empty((0, *x.shape))
@@ -159,6 +164,8 @@ class _Windows:
         self.guess = self._evaluate(before)
         after = self._unroll(self.guess)
         stride = self._settled(before, after)
+        if self.path is not None:
+            self._keep(after[1:], stride)
         at = torch.arange(len(self.ids), device=self.x.device)
         self.x = after[stride, at]
         outputs = torch.cat([self.past, self.guess])
@@ -196,7 +203,7 @@ class _Windows:
         row, column = inside.nonzero(as_tuple=True)
         outputs = self.guess.clone()
         outputs[row, column] = self._call(states[row, column], place[row, column], self.ids[column])
-        self.evaluations[self.ids] += inside.sum(0)
+        self.evaluations[self.ids] += inside.sum(0) * self.model.calls
         return outputs
 
     def _call(self, x: Tensor, place: Tensor, ids: Tensor) -> Tensor:
@@ -211,6 +218,12 @@ class _Windows:
         still = torch.stack(moved) <= self.tolerance * self.spread[place] if moved else place < 0
         stride = 1 + still.long().cumprod(0).sum(0)
         return torch.minimum(stride, self.count - self.base)
+
+    def _keep(self, after: Tensor, stride: Tensor) -> None:
+        """Writes down the states at the times that a window slides past."""
+        step = torch.arange(self.window, device=self.x.device)[:, None]
+        row, column = (step < stride).nonzero(as_tuple=True)
+        self.path[self.base[column] + row + 1, self.ids[column]] = after[row, column]  # type: ignore[index]
 
     def _draw(self) -> None:
         """Keeps the noise of all moves that some window needs, drawn in the sequential sampler's order and keys."""

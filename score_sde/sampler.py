@@ -8,6 +8,7 @@ device. Where a grid goes up (towards noise) the move is a draw of the exact for
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,37 @@ class SampleResult:
     seconds: float
     trajectory: Tensor | None
     times: Tensor
+
+
+FINALS = ("denoise", "none")
+
+
+def check_option(name: str, value: str, known: Sequence[str]) -> str:
+    """The value, or a ValueError that names what is known."""
+    if value not in known:
+        raise ValueError(f"{name} is {' or '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
+class ErrorControlled:
+    """What solvers that choose their own steps share.
+
+    Args:
+        rtol, atol: relative and absolute tolerance.
+        final: "denoise" ends with Tweedie's formula at t_min; "none" keeps the solution.
+
+    Raises:
+        ValueError: a tolerance is not positive (or rtol not below 1), or `final` is unknown.
+    """
+
+    def __init__(self, rtol: float, atol: float, final: str) -> None:
+        if not (0 < rtol < 1 and 0 < atol < math.inf):
+            raise ValueError(f"tolerances are positive (and rtol below 1), got {rtol=} and {atol=}")
+        self.rtol, self.atol, self.final = float(rtol), float(atol), check_option("final", final, FINALS)
+
+    def check(self, sde: SDE) -> None:
+        """Refuses, with ValueError, an SDE whose schedule cannot be integrated."""
+        sde.check()
 
 
 class CountedModel:
@@ -149,10 +181,9 @@ class Sampler:
                 raise ValueError(f"{type(step).__name__} is a {step.role}, it cannot be the {role}")
         if not callable(grid):
             raise ValueError(f"grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100); got {grid!r}")
-        if final not in ("denoise", "none"):
-            raise ValueError(f"final is 'denoise' or 'none', got {final!r}")
         self.predictor, self.grid, self.corrector = predictor, grid, corrector
-        self.final, self.corrector_first, self.corrector_where = final, corrector_first, corrector_where
+        self.final = check_option("final", final, FINALS)
+        self.corrector_first, self.corrector_where = corrector_first, corrector_where
 
     @torch.no_grad()
     def sample(

@@ -91,9 +91,10 @@ class SDE(ABC):
         return self.alpha(t).log() - self.sigma(t).log()
 
     def time_at(self, half_log_snr: Time) -> Tensor:
-        """The time t in [t_min, t_max] at which lambda(t) takes the given value; the inverse of `half_log_snr`.
+        """The time t at which lambda(t) takes the given value; the inverse of `half_log_snr`.
 
-        By bisection to the last bit of the argument's dtype; values outside the range give its end.
+        For values outside the range of [t_min, t_max] it is a time outside of it, which a grid refuses: closed forms go
+        on, and here, where it is found by bisection to the last bit of the argument's dtype, the tangent at the end does.
         """
         target = as_time(half_log_snr)
         low, high = torch.full_like(target, self.t_min), torch.full_like(target, self.t_max)
@@ -101,7 +102,12 @@ class SDE(ABC):
             middle = (low + high) / 2
             noisier = self.half_log_snr(middle) < target
             low, high = torch.where(noisier, low, middle), torch.where(noisier, middle, high)
-        return (low + high) / 2
+        t = (low + high) / 2
+        for end, sign in ((self.t_min, 1), (self.t_max, -1)):
+            at = torch.full_like(target, end)
+            beyond = target - self.half_log_snr(at)
+            t = torch.where(sign * beyond > 0, at + beyond / derivative(self.half_log_snr, at), t)
+        return t
 
     def perturb(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
         """x_t = alpha(t) x_0 + sigma(t) noise, for x_0 and noise of shape (batch, *event)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from score_sde import (
     SDE,
     VESDE,
     VPSDE,
+    BatchNoise,
     DiscreteSDE,
     ExactScore,
     GaussianMixture,
@@ -222,6 +224,29 @@ def test_every_call_of_every_sample_is_counted() -> None:
         assert ((result.calls - int(final == "denoise")) % 6 == 1).all()
 
 
+class Guided(Elementwise):
+    """Asks twice where some time is above one half, as guidance on an interval does, and counts it."""
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        calls = 2 if float(as_time(t).max()) > 0.5 else 1
+        prediction = super().__call__(x, t, **condition)
+        self.seen += (calls - 1) * len(x)
+        return replace(prediction, calls=calls)
+
+
+def test_a_model_that_asks_twice_now_and_then_is_counted_so() -> None:
+    model = Guided(VPSDE(), std=3.0)
+    for final in ("none", "denoise"):
+        for solver in (
+            AdaptiveODE(final=final, block=7),
+            AdaptiveSDE(final=final),
+            AdaptiveODE("exponential", 1e-3, 1e-3),
+        ):
+            model.seen = 0
+            result = solver.sample(model, (40, 2), seed=0)
+            assert model.seen == int(result.calls.sum())
+
+
 def test_conditions_follow_their_samples_through_blocks() -> None:
     model = Elementwise(VPSDE(), std=3.0)
     x, label = starts(model, 30), torch.arange(30, dtype=DOUBLE)
@@ -337,6 +362,33 @@ def test_a_reverse_path_does_not_depend_on_its_companions() -> None:
         alone = solver.sample(model, (1, 2), noise=SampleNoise([i]))
         assert torch.equal(alone.x[0], whole.x[i])
         assert alone.calls[0] == whole.calls[i]
+
+
+def test_a_reverse_path_is_kept_at_chosen_times() -> None:
+    # 4,000 samples of N(alpha mu, alpha^2 v + sigma^2): bounds at four standard errors of mean and variance.
+    law = GaussianMixture([1.0], MEAN[None], torch.diag(VARIANCE)[None])
+    model, times = ExactScore(law, VPSDE()), torch.tensor([1.0, 0.6, 0.25, 0.05, 1e-3], dtype=DOUBLE)
+    result = AdaptiveSDE(rtol=0.01, atol=0.005, final="none").sample(model, (4000, 2), seed=1, times=times)
+    assert result.trajectory is not None
+    assert torch.equal(result.times, times)
+    assert torch.equal(result.trajectory[-1], result.x)
+    start = model.start(BatchNoise(1).open((4000, 2), torch.float32, "cpu")(0, 0))
+    assert torch.equal(result.trajectory[0], start)
+    for t, x in zip(times[1:].tolist(), result.trajectory[1:].double(), strict=True):
+        alpha, sigma = float(model.sde.alpha(t)), float(model.sde.sigma(t))
+        variance = alpha**2 * VARIANCE + sigma**2
+        assert ((x.mean(0) - alpha * MEAN).abs() < 4 * variance.sqrt() / 63).all()
+        assert ((x.var(0) / variance - 1).abs() < 4 * 0.0224).all()
+
+
+def test_a_kept_reverse_path_does_not_depend_on_its_companions() -> None:
+    model, solver = Elementwise(VPSDE(), std=3.0), AdaptiveSDE(rtol=0.05, atol=0.05)
+    whole = solver.sample(model, (9, 2), noise=SampleNoise(range(9)), trajectory=True, points=6)
+    assert whole.trajectory is not None
+    assert whole.trajectory.shape == (6, 9, 2)
+    alone = solver.sample(model, (1, 2), noise=SampleNoise([4]), trajectory=True, points=6)
+    assert alone.trajectory is not None
+    assert torch.equal(alone.trajectory[:, 0], whole.trajectory[:, 4])
 
 
 def test_reverse_calls_are_counted_and_options_refused() -> None:

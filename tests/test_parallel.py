@@ -72,9 +72,10 @@ def test_at_tolerance_zero_it_is_the_sequential_run(
 ) -> None:
     for noise in (BatchNoise(5), SampleNoise(range(12))):
         for final in ("denoise", "none"):
-            expected = Sampler(predictor, STEPS, final=final).sample(model, (12, 2), noise=noise, dtype=DOUBLE)
-            sampler = ParallelSampler(predictor, STEPS, window, 0.0, final)
-            found = sampler.sample(model, (12, 2), noise=noise, dtype=DOUBLE)
+            asked = {"noise": noise, "dtype": DOUBLE, "trajectory": True}
+            expected = Sampler(predictor, STEPS, final=final).sample(model, (12, 2), **asked)
+            found = ParallelSampler(predictor, STEPS, window, 0.0, final).sample(model, (12, 2), **asked)
+            torch.testing.assert_close(found.trajectory, expected.trajectory, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(found.x, expected.x, rtol=1e-9, atol=1e-9)
             assert torch.equal(found.times, expected.times)
             assert found.rounds <= expected.nfe + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -18,6 +19,7 @@ from score_sde.sde import (
     RectifiedFlow,
     SubVPSDE,
     as_time,
+    derivative,
     expand,
 )
 
@@ -288,10 +290,17 @@ def test_a_users_sde_needs_alpha_and_sigma_only():
     assert sde.prior((2, 3)).event_shape == (2, 3)
 
 
-def test_time_at_outside_the_range_gives_its_end():
-    sde = Powers()
-    assert float(sde.time_at(100.0)) == pytest.approx(sde.t_min)
-    assert float(sde.time_at(-100.0)) == pytest.approx(sde.t_max)
+def test_a_level_outside_the_range_has_a_time_outside_the_range(sde):
+    """To first order at the two ends, by closed forms and by bisection alike."""
+    for known in (sde, Powers()):
+        ends = torch.tensor([known.t_min, known.t_max], dtype=F64)
+        step = torch.tensor([1e-4, -1e-4], dtype=F64)
+        expected = ends + step / derivative(known.half_log_snr, ends).clamp(min=-1e12)
+        for time_at in (known.time_at, functools.partial(SDE.time_at, known)):
+            t = time_at(known.half_log_snr(ends) + step)
+            assert t[0] < known.t_min
+            assert t[1] > known.t_max
+            torch.testing.assert_close(t, expected, rtol=1e-4, atol=1e-9)
 
 
 def a_user_sde(alpha=lambda t: 1 - t / 2, sigma=lambda t: t, **attributes):

@@ -15,12 +15,11 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from score_sde.sde import SDE
-from score_sde.steps.step import Draw, Evaluate, History, Step
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite
 
 Coefficients = tuple[Tensor, Sequence[Tensor], Tensor]
 
@@ -78,18 +77,17 @@ class LinearStep(Step):
         return torch.ones_like(t), torch.zeros_like(t)
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[LinearRow]:
-        rows: list[LinearRow | None] = [None] * len(t)
-        outputs = list(zip(*(part.expand(len(t)).tolist() for part in self.output(sde, t)), strict=True))
+        rows: dict[int, LinearRow] = {}
+        output = [part.expand(len(t)) for part in self.output(sde, t)]
         age = chain_length(t, s).clamp(max=self.memory)
         for depth in age.unique().tolist():
             moves = (age == depth).nonzero().squeeze(-1)
             times = torch.stack([t[moves - k] for k in range(depth)])
             a, b, c = self.coefficients(sde, times, s[moves])
-            columns = [column.expand(len(moves)).tolist() for column in (t[moves], a, *b, c)]
-            for move, (at, a_, *b_, c_) in zip(moves.tolist(), zip(*columns, strict=True), strict=True):
-                rows[move] = LinearRow(at, a_, tuple(b_), c_, outputs[move])
-        self._refuse_nan(rows, sde)
-        return [row for row in rows if row is not None]
+            table = finite(self, sde, t[moves], [t[moves], a, c, *(part[moves] for part in output), *b])
+            for move, (at, a_, c_, u, w, *b_) in zip(moves.tolist(), table, strict=True):
+                rows[move] = LinearRow(at, a_, tuple(b_), c_, (u, w))
+        return [rows[move] for move in range(len(t))]
 
     def advance(
         self, row: LinearRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
@@ -101,12 +99,6 @@ class LinearStep(Step):
             if row.c != 0.0:
                 x = x.add_(draw(k), alpha=row.c)
         return x, history
-
-    def _refuse_nan(self, rows: Sequence[LinearRow | None], sde: SDE) -> None:
-        for row in rows:
-            if row is not None and not np.isfinite((row.a, *row.b, row.c, *row.output)).all():
-                raise ValueError(f"{type(self).__name__} has no finite coefficients at t={row.t:g} of {sde!r}: "
-                                 "choose a grid that avoids this time, or another step")  # fmt: skip
 
 
 def noise_ratio(sde: SDE, t: Tensor, s: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from score_sde.sde import SDE
 from score_sde.steps.linear import combine
-from score_sde.steps.step import Draw, Evaluate, History, Step
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite
 
 
 class Stage(NamedTuple):
@@ -51,10 +51,8 @@ class StagedStep(Step):
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[StageRow]:
         columns = []
         for stage in self.stages(sde, t, s):
-            time, a, *rest = (column.expand(len(t)).tolist() for column in (stage.time, stage.a, *stage.b, *stage.c))
-            cut = len(stage.b)
-            columns.append([(time[i], a[i], tuple(v[i] for v in rest[:cut]), tuple(v[i] for v in rest[cut:]))
-                            for i in range(len(t))])  # fmt: skip
+            table, cut = finite(self, sde, t, [stage.time, stage.a, *stage.b, *stage.c]), len(stage.b)
+            columns.append([(time, a, tuple(rest[:cut]), tuple(rest[cut:])) for time, a, *rest in table])
         return [StageRow(at, stages) for at, stages in zip(t.tolist(), zip(*columns, strict=True), strict=True)]
 
     def advance(

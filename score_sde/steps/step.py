@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from score_sde.prediction import Prediction
@@ -45,7 +46,11 @@ class Step(ABC):
 
     @abstractmethod
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Any]:
-        """One row for each move t[i] -> s[i], for float64 tensors of shape (moves,)."""
+        """One row for each move t[i] -> s[i], for float64 tensors of shape (moves,).
+
+        Raises:
+            ValueError: a coefficient is not finite.
+        """
 
     @abstractmethod
     def advance(self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw) -> tuple[Tensor, History]:
@@ -54,3 +59,17 @@ class Step(ABC):
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
         return f"{type(self).__name__}({options})"
+
+
+def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[list[float]]:
+    """The columns of a table as rows of floats, one for each time t of shape (moves,).
+
+    Raises:
+        ValueError: an entry is not finite, with the time of the first such row.
+    """
+    table = torch.stack([column.expand(len(t)) for column in columns], 1)
+    good = table.isfinite().all(1)
+    if not good.all():
+        raise ValueError(f"{type(step).__name__} has no finite coefficients at t={t[~good][0]:g} of {sde!r}: "
+                         "choose a grid that avoids this time, or another step")  # fmt: skip
+    return table.tolist()

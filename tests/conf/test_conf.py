@@ -68,8 +68,8 @@ def test_every_sampler_takes_two_steps_on_every_sde(name: str, sampler: str, tmp
 @pytest.mark.parametrize("part", ["predictor", "corrector", "grid"])
 def test_every_part_of_a_sampler_goes_by_its_name(part: str) -> None:
     base = {"_target_": "score_sde.sampler.Sampler", "predictor": "ddim", "grid": "log_snr"}
-    model = ExactScore(targets.make("ring"), instantiate(option("sde", "vp")))
     for name in names(f"sampler/{part}"):
+        model = ExactScore(targets.make("ring"), instantiate(option("sde", "ddpm" if name == "respaced" else "vp")))
         node = common.sampler_config(OmegaConf.create({**base, part: name}))
         if "steps" in node.grid:
             node.grid.steps = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 
+import pytest
 import torch
 from closed_forms import F64, mixture
 
@@ -12,7 +13,7 @@ from score_sde import grid
 from score_sde.sampler import Sampler
 from score_sde.score import ExactScore
 from score_sde.sde import VPSDE, KarrasSDE
-from score_sde.steps import Heun
+from score_sde.steps import DPMSolverSDE, Heun
 from score_sde.targets import make
 
 
@@ -55,3 +56,9 @@ def test_heun_does_the_same_in_every_sdes_own_variable():
         for sde, t in ((edm_sde, levels), (vp, times))
     ]
     torch.testing.assert_close(runs[1].x / vp.alpha(times[-1]), runs[0].x, rtol=1e-9, atol=1e-9)
+
+
+def test_stages_without_finite_coefficients_are_refused_with_the_first_such_time():
+    t, s = torch.tensor([0.9, 0.5, 0.3], dtype=F64), torch.tensor([0.8, 0.6, 0.4], dtype=F64)
+    with pytest.raises(ValueError, match=r"DPMSolverSDE has no finite coefficients at t=0\.5 of VPSDE"):
+        DPMSolverSDE().plan(VPSDE(), t, s)
