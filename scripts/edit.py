@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from score_sde import LearnedScore, ProbabilityFlowODE, SampleNoise, ScoreModel, plotting
+from score_sde import LearnedScore, ProbabilityFlowODE, SampleNoise, ScoreModel
 from score_sde.data import load_images
 from score_sde.data.files import SUFFIXES
 from score_sde.evaluation.restoration import psnr
@@ -21,6 +21,9 @@ from score_sde.guidance import TASKS, ClassifierFree, LinearOperator, Mask, inte
 from score_sde.run import Run, instantiate
 
 EDITS = (*TASKS, "class", "interpolate")
+
+Edited = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Inputs (n, ...), results (n, draws, ...), and the named columns of the sheet."""
 
 
 @common.main("edit")
@@ -39,17 +42,17 @@ def run_task(config: DictConfig) -> Path:
     sampler = instantiate(common.sampler_config(config.sampler), run.trust)
     sampler.check(model.sde)
     edit = {"class": relabelled, "interpolate": interpolated}.get(config.task, restored)
-    before, after, figure_rows = edit(config, run, model, sampler)
+    before, after, columns = edit(config, run, model, sampler)
     folder = Path(config.output) if config.output else run.path / "edits" / config.task
     folder.mkdir(parents=True, exist_ok=True)
     common.save_samples(folder, {"before": before, "after": after})
     if before.ndim == 4:
-        figures.save(sheet(figure_rows), folder / "sheet.png")
+        figures.save(figures.columns(columns), folder / "sheet.png")
     print(f"{config.task}: {after.shape[1]} results for each of {len(after)} inputs; in {folder}")
     return folder
 
 
-def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> tuple[Tensor, Tensor, Tensor]:
+def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> Edited:
     """Draws of the posterior for degraded images; the sheet shows the input, what is seen of it, and the draws."""
     operator = operator_of(config, model.event_shape)
     given = operator.output_shape if config.degraded and not isinstance(operator, Mask) else model.event_shape
@@ -71,10 +74,10 @@ def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> t
         for name, x in shown.items():
             print(f"  PSNR of {name}: {psnr(x, before.repeat_interleave(len(x) // len(before), 0)):.2f} dB")
     first = before if before.shape == seen.shape else seen
-    return before, after, torch.cat([torch.stack([first, seen], 1), after], 1)
+    return before, after, {"input": first, "seen": seen} | numbered("draw", after)
 
 
-def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) -> tuple[Tensor, Tensor, Tensor]:
+def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) -> Edited:
     """Inputs noised up to `time` and sampled from there under the label."""
     if config.label is None:
         raise ValueError("task=class needs the label to bring the input to: give label=<number>")
@@ -85,10 +88,10 @@ def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) 
     guided = ClassifierFree(model, config.scale)
     result = sdedit(sampler, guided, start, config.time, seed=config.seed, condition=condition)
     after = result.x.cpu().unflatten(0, (len(before), config.draws))
-    return before, after, torch.cat([before.unsqueeze(1), after], 1)
+    return before, after, {"input": before} | numbered("draw", after)
 
 
-def interpolated(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> tuple[Tensor, Tensor, Tensor]:
+def interpolated(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> Edited:
     """From each input to the next through their latent codes, in `draws` + 1 equal parts."""
     before = inputs(config, run, model.event_shape)
     if len(before) < 2:
@@ -96,7 +99,7 @@ def interpolated(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) 
     x = before.to(model.device)
     shares = torch.linspace(0, 1, config.draws + 2)[1:-1].tolist()
     frames = interpolate(ProbabilityFlowODE(), model, x[:-1], x[1:], shares).transpose(0, 1).cpu()
-    return before, frames, torch.cat([before[:-1].unsqueeze(1), frames, before[1:].unsqueeze(1)], 1)
+    return before, frames, {"from": before[:-1]} | numbered("step", frames) | {"to": before[1:]}
 
 
 def operator_of(config: DictConfig, event_shape: tuple[int, ...]) -> LinearOperator:
@@ -154,11 +157,9 @@ def check_observed(path: Path, task: str, shape: tuple[int, ...]) -> None:
                              "if it is a clean image, to be degraded here")  # fmt: skip
 
 
-def sheet(rows: Tensor) -> Any:
-    """One row an input: (inputs, columns, channels, height, width)."""
-    figure, axes = plotting.panels(1, width=rows.shape[1], height=rows.shape[0])
-    plotting.image_grid(axes[0, 0], rows.flatten(0, 1), columns=rows.shape[1])
-    return figure
+def numbered(name: str, x: Tensor) -> dict[str, Tensor]:
+    """(inputs, count, *event_shape) as `count` columns of a sheet: name 1, name 2, ..."""
+    return {f"{name} {i + 1}": part for i, part in enumerate(x.unbind(1))}
 
 
 if __name__ == "__main__":

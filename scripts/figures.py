@@ -60,6 +60,16 @@ def sheet(x: Tensor, count: int = 64, columns: int = 8) -> Figure:
     return figure
 
 
+def columns(images: Mapping[str, Tensor]) -> Figure:
+    """Images (n, channels, height, width) side by side: a named column for each entry, a row for each image."""
+    rows = len(next(iter(images.values())))
+    figure, axes = plotting.panels(len(images), width=1.2, height=1.2 * rows)
+    for ax, (name, x) in zip(axes[0], images.items(), strict=True):
+        plotting.image_grid(ax, x, columns=1)
+        ax.set_title(name, fontsize=9)
+    return figure
+
+
 def losses(run: Run) -> Figure:
     """The loss, and beside it where the target is known the excess over its irreducible part, by noise quartile."""
     metrics = run.metrics()

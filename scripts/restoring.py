@@ -8,7 +8,6 @@ from typing import Any
 
 import common
 import figures
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
@@ -117,7 +116,7 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     figures.save(curves(table[table["sampler"] != "none"], "psnr", "PSNR of a draw in dB", f"{config.task}, {run.path}",
                         table["psnr"].iloc[0]), folder / "restorations.png")  # fmt: skip
     columns = {"truth": truth, "A^+ y": operator.pseudo_inverse(observed)} | shown
-    figures.save(sheet({name: x[:8] for name, x in columns.items()}), folder / "sheet.png")
+    figures.save(figures.columns({name: x[:8] for name, x in columns.items()}), folder / "sheet.png")
     keys = ["method", "sampler", "budget"]
     common.show(table.groupby(keys, sort=False).mean(numeric_only=True).drop(columns="seed").reset_index())
     for row in table[table["error"] != ""].to_dict("records"):
@@ -165,13 +164,4 @@ def curves(table: pd.DataFrame, value: str, label: str, title: str, floor: float
     axes[0, 0].set_ylabel(label)
     axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10)
-    return figure
-
-
-def sheet(columns: Mapping[str, Tensor]) -> Figure:
-    """Images (n, channels, height, width) side by side: a named column for each entry, a row for each image."""
-    figure, axes = plotting.panels(len(columns), width=1.2, height=1.2 * len(next(iter(columns.values()))))
-    for ax, (name, x) in zip(np.ravel(axes), columns.items(), strict=True):
-        plotting.image_grid(ax, x, columns=1)
-        ax.set_title(name, fontsize=9)
     return figure
