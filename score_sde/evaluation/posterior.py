@@ -121,7 +121,7 @@ def _repaint(problem: Case, steps: int) -> Sampler:
 
 def _particles(problem: Case, steps: int) -> TwistedParticles:
     p = problem
-    return TwistedParticles(_log_snr(steps), p.operator, p.y, p.noise_std, data_std=p.model.data_std, particles=5000)
+    return TwistedParticles(_log_snr(steps), p.operator, p.y, p.noise_std, data_std=p.model.data_std, particles=2000)
 
 
 SOLVERS: dict[str, Solver] = {
