@@ -84,7 +84,7 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
     figures.save(curves(table, "ratio", "sliced W2 to the exact posterior / noise floor", title, 1.0),
                  folder / "posteriors.png")  # fmt: skip
     if len(problem.prior.weights) == 1:
-        certificate = certify_guidance(problem, max(config.budgets))
+        certificate = certify_guidance(problem, max(config.budgets), options["methods"])
         certificate.to_csv(folder / "certificate.csv", index=False)
         common.show(certificate)
     common.show(wide(table, "ratio"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -236,7 +237,7 @@ def certify_guidance(
         methods: `METHODS` when left out; with them the solvers of `SOLVERS` whose output is Gaussian.
 
     Returns:
-        A row for each method and sampler: method, sampler, and what `affine.bias` says.
+        A row for each method and sampler whose output is Gaussian: method, sampler, and what `affine.bias` says.
     """
     chosen = METHODS if methods is None else methods
     runs = [(name, label, SAMPLERS[label](steps), make(problem)) for name, make in chosen.items()
@@ -246,8 +247,9 @@ def certify_guidance(
     rows = []
     for name, label, sampler, model in runs:
         assert isinstance(sampler, Sampler)
-        found = affine.bias(affine.sampled_law(sampler, model), problem.posterior)
-        rows.append({"method": name, "sampler": label} | found.to_dict())
+        with suppress(ValueError):  # conjugate gradients that stop early are not affine
+            found = affine.bias(affine.sampled_law(sampler, model), problem.posterior)
+            rows.append({"method": name, "sampler": label} | found.to_dict())
     return pd.DataFrame(rows)
 
 

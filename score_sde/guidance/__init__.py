@@ -1,4 +1,10 @@
-"""Wrappers ScoreModel -> ScoreModel, the operators they observe through, and editing."""
+"""Wrappers ScoreModel -> ScoreModel, the operators they observe through, and editing.
+
+Each method says what it assumes, its cost beside the sampler's own (one network call a prediction), and its bias. The
+figure called certificate is exact (`evaluation.affine`): the 2-Wasserstein distance of what is sampled to the exact
+posterior over the posterior's spread, on isotropic / correlated Gaussian data in 8 dimensions, half of them seen with
+noise, after 500 ancestral steps. The posterior's own score has 0.01 / 0.01 there, the solver's; the prior 0.98 / 0.69.
+"""
 
 from score_sde.guidance.base import Guided
 from score_sde.guidance.conditional import Autoguidance, Classifier, ClassifierFree, DynamicThreshold

@@ -74,7 +74,9 @@ class ClassifierFree(_Extrapolated):
     """D = D(x; negative) + scale (D(x; condition) - D(x; negative)).
 
     Scale 1 is the conditional model and 0 the unconditional one (one call each); every other scale takes two calls a
-    prediction, one where guidance is switched off. Source: Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6,
+    prediction, one where guidance is switched off, no gradient. Assumes: a model trained with conditions left out. Bias:
+    beyond scale 1 samples lie farther out than the tilted density (`evaluation.posterior.compare_tilted`), whatever the
+    number of steps. Source: Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6,
     whose w is scale - 1.
 
     Args:
@@ -118,7 +120,8 @@ class ClassifierFree(_Extrapolated):
 class Autoguidance(_Extrapolated):
     """D = D_bad + scale (D - D_bad), the bad model a smaller or less trained version, under the same condition.
 
-    Two calls a prediction, one of them of the bad model; one at scale 1 and where guidance is switched off. Source:
+    Two calls a prediction, one of them of the bad model; one at scale 1 and where guidance is switched off, no gradient.
+    Assumes: errors of one kind in both, larger in the bad model. Bias: it extrapolates, and targets no stated law. Source:
     Karras et al. 2024, https://arxiv.org/abs/2406.02507, eq. 3.
 
     Args:
@@ -147,7 +150,8 @@ class Autoguidance(_Extrapolated):
 class Classifier(Guided):
     """score = score(x) + scale grad_x log p(label | x_t), by a classifier of noisy data.
 
-    One network call and one gradient of the classifier a prediction. Source: Song et al. 2021, section 5; Dhariwal &
+    One network call and one gradient of the classifier a prediction. Assumes: a classifier of x_t, not of clean data.
+    Bias: none at scale 1 with the exact p(label | x_t); else as `ClassifierFree`. Source: Song et al. 2021, section 5; Dhariwal &
     Nichol 2021, https://arxiv.org/abs/2105.05233, algorithm 1.
 
     Args:
@@ -186,7 +190,8 @@ class Classifier(Guided):
 class DynamicThreshold(Guided):
     """D clipped for each sample to [-s, s] and divided by s / limit, s the larger of limit and a quantile of |D|.
 
-    For data in [-limit, limit] under strong guidance. Source: Saharia et al. 2022, https://arxiv.org/abs/2205.11487,
+    Assumes: data in [-limit, limit], under strong guidance. No call of its own. Bias: it targets no stated law; on data
+    within the limit it leaves an exact D as it is. Source: Saharia et al. 2022, https://arxiv.org/abs/2205.11487,
     section 2.3.
 
     Args:

@@ -85,8 +85,9 @@ class Replacement(Observed):
 
     Then what A sees of x_t follows the forward process from y exactly: it starts as alpha A^+ y + sigma noise, every
     step that is exact for a point mass re-noises it exactly, and the last denoising gives y.
-    Assumes: y without noise. Cost: one call, no gradient. Bias: the unseen part hears of y only through the noisy x_t,
-    so it is drawn too independently of y; no number of steps mends that (`Impute` with jumps back, RePaint, partly).
+    Assumes: linear A, y without noise. Cost: one call, no gradient. Bias: the unseen part hears of y only through the
+    noisy x_t, so it is drawn too independently of y; no number of steps mends that (`Impute` with jumps back, RePaint,
+    partly). Noise in y is taken for truth. Certificate: 0.48 / 0.47, the spread 11 % and 7 % too small.
     Source: Song et al. 2021, appendix I.2 (imputation, colourisation); Wang et al. 2022 (DDNM),
     https://arxiv.org/abs/2212.00490, eq. 13.
     """
@@ -113,8 +114,9 @@ class Replacement(Observed):
 class DiffPIR(Observed):
     """D' = argmin_u |y - A u|^2 / (2 noise_std^2) + lam alpha^2 / (2 sigma^2) |u - D|^2, a proximal step from D.
 
-    Cost: one call, no gradient. At noise_std = 0 it is `Replacement`. The published sampler is this with a DDIM step of
-    noise share zeta. Bias: a proximal step is no posterior mean; spreads come out wrong.
+    Assumes: linear A. Cost: one call, no gradient. At noise_std = 0 it is `Replacement`. The published sampler is this
+    with a DDIM step of noise share zeta. Bias: a proximal step is no posterior mean; what is not seen hears of y too
+    late. Certificate: 0.06 / 0.10, by DDIM steps 0.10 / 0.16.
     Source: Zhu et al. 2023, https://arxiv.org/abs/2305.08995, eq. 12 and algorithm 1.
 
     Args:
@@ -142,8 +144,10 @@ class DiffPIR(Observed):
 class DPS(Observed):
     """G = -zeta grad_x |y - A(D)|^2 / (2 noise_std^2), or by the published rule -zeta rate grad_x |y - A(D)|.
 
-    Takes nonlinear operators. Cost: one call and one gradient. Bias: p(y | x_t) is too sure at high noise, since D is
-    taken for x_0; the posterior comes out too narrow and modes are missed. Stiff where noise_std is small.
+    Assumes: a differentiable A, linear or not, and noise. Cost: one call and one gradient. Bias: p(y | x_t) is too sure
+    at high noise, since D is taken for x_0; the posterior comes out too narrow and modes are missed. Certificate: 0.12 /
+    0.14, by DDIM 0.32 / 0.35; a smaller zeta leaves the prior in: 0.37 / 0.36 at zeta = 0.1. Stiff: G grows as
+    1 / noise_std^2, and few steps diverge.
     Source: Chung et al. 2023, https://arxiv.org/abs/2209.14687, eq. 16 and algorithm 1.
 
     Args:
@@ -185,8 +189,9 @@ class DPS(Observed):
 class PiGDM(Observed):
     """G = J^T A^T (v A A^T + noise_std^2 I)^{-1} (y - A D), v = data_std^2 sigma^2 / (alpha^2 data_std^2 + sigma^2).
 
-    v is the variance of p(x_0 | x_t) for data N(mu, data_std^2 I), on which the method is exact. Cost: one call and one
-    gradient. Bias elsewhere: the posterior's covariance is taken isotropic, the same at every x.
+    v is the variance of p(x_0 | x_t) for data N(mu, data_std^2 I), on which the method is exact. Assumes: linear A.
+    Cost: one call and one gradient. Bias elsewhere: the posterior's covariance is taken isotropic, the same at every x.
+    Certificate: 0.01 / 0.02, by DDIM 0.005 / 0.06.
     Source: Song et al. 2023, https://openreview.net/forum?id=9_gsMA8MRKQ, eq. 7 and appendix A.3, whose data_std is 1.
 
     Args:
@@ -214,13 +219,14 @@ class MMPS(Observed):
     """G = J^T A^T (A Cov A^T + noise_std^2 I)^{-1} (y - A D), with the model's own Cov[x_0 | x_t] = sigma^2 / alpha J.
 
     Exact on every Gaussian, up to the linear solver: conjugate gradients with a fixed number of iterations, each one
-    more gradient of the network. Cost: one call and iterations + 1 gradients. Bias elsewhere: p(x_0 | x_t) is taken
-    Gaussian, so that modes are weighted wrongly where y tells them apart. A learned J need not be symmetric; few
-    iterations are then also the safer choice.
+    more gradient of the network. Assumes: linear A. Cost: one call and iterations + 1 gradients. Bias elsewhere:
+    p(x_0 | x_t) is taken Gaussian, so that modes are weighted wrongly where y tells them apart. Certificate: 0.01 / 0.01.
+    A learned J need not be symmetric, and many iterations then amplify what is not: on a U-Net of digits five sent 3 of
+    48 draws off, one to three none.
     Source: Rozet et al. 2024, https://arxiv.org/abs/2405.13712, eq. 13 and algorithm 3; Boys et al. 2023 (TMPD).
 
     Args:
-        iterations: of conjugate gradients, 1 or more; as many as A has rows solve exactly.
+        iterations: of conjugate gradients, 1 or more; as many as A has rows solve exactly. With a network take 1 to 3.
     """
 
     def __init__(

@@ -33,8 +33,9 @@ from score_sde.steps.linear import Ancestral, LinearStep
 class TwistedParticles:
     """A sampler of p(x_0 | y) whose batch is one cloud of particles: by design each depends on all the others.
 
-    Assumes: a linear operator, noisy observations. Cost: one call and one gradient a step. Bias: of order 1 over the
-    number of particles, and the base step's own; few particles collapse where y is sharp. Particles may share an
+    Assumes: linear A, noise. Cost: one call and one gradient a step and particle. Bias: of order 1 over the
+    number of particles, and the base step's own; few particles collapse where y is sharp (no certificate: what is
+    drawn is not affine in the noise; docs/guidance.md has its distances to exact posteriors). Particles may share an
     ancestor, so they say less than as many independent samples.
 
     Args:

@@ -49,8 +49,10 @@ class Impute(_ObservedStep):
     """x <- x + A^+ (alpha y - A x) + noise: what A sees of x is drawn anew from the observation, at the noise of x.
 
     The noise has variance sigma^2 - (alpha noise_std / s)^2 in the coordinate of singular value s, so that with the
-    observation's own it is sigma^2; coordinates known worse than that are left alone. No network call. With `jump_back`
-    this is RePaint; without jumps, the replacement of Song et al. for any predictor.
+    observation's own it is sigma^2; coordinates known worse than that are left alone. With `jump_back` this is RePaint;
+    without jumps, the replacement of Song et al. for any predictor. Assumes: linear A. Cost: no call of its own, but
+    jumps multiply the predictor's. Bias: falls with more repeats. Certificate (a fifth of the steps, 5 repeats):
+    0.31 / 0.25.
     Source: Song et al. 2021, appendix I.2; Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865, algorithm 1.
 
     Args:
@@ -96,8 +98,9 @@ class DDRM(_ObservedStep):
         D + sqrt(1 - eta^2) l_s (ybar - D) / n + eta l_s z          where l_s < n,
         (1 - eta_b) D + eta_b ybar + sqrt(l_s^2 - eta_b^2 n^2) z    where l_s >= n.
 
-    Cost: one call, no gradient. Bias: as `Replacement`, the unseen coordinates hear of y through x_t only. It is a
-    step, not a score: the middle case has no denoiser that other steps could share.
+    Assumes: linear A. Cost: one call, no gradient. Bias: as `Replacement`, the unseen coordinates hear of y through x_t
+    only. Certificate: 0.40 / 0.38, the spread 22 % too small. It is a step, not a score: the middle case has no denoiser
+    that other steps could share.
     Source: Kawar et al. 2022, https://arxiv.org/abs/2201.11793, eq. 7 and 8.
 
     Args:
