@@ -76,8 +76,7 @@ class ClassifierFree(_Extrapolated):
     Scale 1 is the conditional model and 0 the unconditional one (one call each); every other scale takes two calls a
     prediction, one where guidance is switched off, no gradient. Assumes: a model trained with conditions left out. Bias:
     beyond scale 1 samples lie farther out than the tilted density (`evaluation.posterior.compare_tilted`), whatever the
-    number of steps. Source: Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6,
-    whose w is scale - 1.
+    number of steps. Source: Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6, whose w is scale - 1.
 
     Args:
         model: takes the condition by name, and knows what leaving it out means.
@@ -151,8 +150,8 @@ class Classifier(Guided):
     """score = score(x) + scale grad_x log p(label | x_t), by a classifier of noisy data.
 
     One network call and one gradient of the classifier a prediction. Assumes: a classifier of x_t, not of clean data.
-    Bias: none at scale 1 with the exact p(label | x_t); else as `ClassifierFree`. Source: Song et al. 2021, section 5; Dhariwal &
-    Nichol 2021, https://arxiv.org/abs/2105.05233, algorithm 1.
+    Bias: none at scale 1 with the exact p(label | x_t); else as `ClassifierFree`.
+    Source: Song et al. 2021, section 5; Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, algorithm 1.
 
     Args:
         model: usually unconditional.
