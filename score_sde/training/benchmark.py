@@ -1,0 +1,115 @@
+"""What a training step costs beside the network's own work, and how well it uses the device.
+
+    overhead = (data + noise + loss + forward + backward + clipping + optimiser + averages + metrics)
+             / (forward + backward + AdamW of the same network, precision and layout, on inputs that lie ready)
+
+Both run in turns in one process, so that what disturbs the machine disturbs both; figures are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import mse_loss
+from tqdm import trange
+
+from score_sde.data import Batch, Data
+from score_sde.score import LearnedScore
+from score_sde.training.objective import Objective
+from score_sde.training.state import PRECISIONS, TrainingState
+from score_sde.training.throughput import flops_per_example
+from score_sde.training.times import TimeSampler
+from score_sde.training.trainer import Trainer
+
+__all__ = ["training_overhead"]
+
+
+def training_overhead(
+    trainer: Trainer, model: LearnedScore, data: Data, objective: Objective, time_sampler: TimeSampler, *,
+    rounds: int = 9, steps: int = 3, seed: int = 0, progress: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Times `rounds` turns of `steps` training steps and as many bare ones; a step of the trainer trains `model`.
+
+    Returns:
+        ratio, ratio_low, ratio_high: the median overhead and the quartiles of the rounds.
+        step_seconds, bare_seconds, examples_per_second, gflops_per_example, parameters, and where known mfu, that of
+        the bare loop mfu_bare, and peak_memory_gib of both together.
+    """
+    trainer.check(model, data, time_sampler)
+    network = copy.deepcopy(model.network)
+    state = TrainingState(trainer, model, objective, time_sampler, seed)
+    with state.feed(data) as batches:
+        ready = batches()
+        bare = _bare_step(trainer, network, ready, state.device)
+
+        def step() -> None:
+            state.advance(batches())
+            if state.step % trainer.log_every == 0:
+                state.report()
+
+        for contender in (bare, step, bare, step):
+            contender()
+        seconds: dict[str, list[float]] = {"bare": [], "step": []}
+        for turn in trange(rounds, desc="training", disable=not progress, delay=2, leave=False):
+            order = [("bare", bare), ("step", step)][:: 1 if turn % 2 else -1]
+            for name, contender in order:
+                seconds[name].append(_timed(contender, steps, state.device))
+    return _summary(trainer, model, state, ready[0], seconds)
+
+
+def _bare_step(
+    trainer: Trainer, network: torch.nn.Module, ready: list[Batch], device: torch.device
+) -> Callable[[], None]:
+    """Forward, backward and AdamW by hand, on the micro-batches that lie ready."""
+    network = network.to(device).train()
+    if trainer.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-9, fused=True)
+    run = torch.compile(network) if trainer.compile else network
+    dtype = PRECISIONS[trainer.precision]
+    levels = [torch.linspace(-1, 1, len(batch.x), device=device) for batch in ready]
+
+    def step() -> None:
+        for batch, c_noise in zip(ready, levels, strict=True):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss = mse_loss(run(batch.x, c_noise, **batch.condition).float(), batch.x)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _timed(step: Callable[[], None], steps: int, device: torch.device) -> float:
+    """Seconds a step."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) / steps
+
+
+def _summary(
+    trainer: Trainer, model: LearnedScore, state: TrainingState, batch: Batch, seconds: dict[str, list[float]]
+) -> dict[str, Any]:
+    low, ratio, high = statistics.quantiles(
+        [step / bare for step, bare in zip(seconds["step"], seconds["bare"], strict=True)], n=4, method="inclusive"
+    )
+    step, bare = (statistics.median(seconds[name]) for name in ("step", "bare"))
+    flops = flops_per_example(model, batch.to(model.device))
+    found = {"ratio": ratio, "ratio_low": low, "ratio_high": high, "step_seconds": step, "bare_seconds": bare,
+             "examples_per_second": trainer.batch_size / step, "gflops_per_example": flops / 1e9,
+             "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
+    if state.peak:
+        found |= {
+            f"mfu{name}": flops * trainer.batch_size / took / state.peak for name, took in (("", step), ("_bare", bare))
+        }
+    if state.device.type == "cuda":
+        found["peak_memory_gib"] = torch.cuda.max_memory_allocated(state.device) / 2**30
+    return found

@@ -1,0 +1,53 @@
+"""Measures a training step beside forward, backward and AdamW of its network alone, and how well it uses the device.
+
+python scripts/benchmark_training.py                                                  a U-Net on 32x32 images, on a CPU
+python scripts/benchmark_training.py network=dit_b device=cuda trainer.precision=bf16-mixed trainer.compile=true
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import common
+import torch
+import train
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from score_sde.data import Data, TensorData
+from score_sde.evaluation.benchmark import machine
+from score_sde.run import build_model, instantiate
+from score_sde.training import write_atomically
+from score_sde.training.benchmark import training_overhead
+
+
+@common.main("benchmark_training")
+def main(config: DictConfig) -> None:
+    choices = HydraConfig.get().runtime.choices
+    data: Data = random_images(config.images) if config.images else instantiate(config.data, config.trust)
+    train.fill_in(config, data, choices)
+    config.trainer.device = config.device
+    parts = {name: instantiate(config[name], config.trust) for name in ("objective", "time_sampler", "trainer")}
+    found = training_overhead(
+        parts["trainer"], build_model(config, config.trust), data, parts["objective"], parts["time_sampler"],
+        rounds=config.rounds, steps=config.steps, progress=True,
+    )  # fmt: skip
+    record = {"network": choices.network, **machine(common.device_of(config.device)), **found}
+    for name, value in record.items():
+        print(f"{name:>20}  {value:.4g}" if isinstance(value, float) else f"{name:>20}  {value}")
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "benchmark_training.json", json.dumps(record, indent=1) + "\n")
+    print(f"\n{folder}: benchmark_training.json")
+
+
+def random_images(event_shape: list[int]) -> TensorData:
+    """Bytes of no meaning, whose cost is that of real ones."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (1000, *event_shape), generator=source, dtype=torch.uint8)
+    return TensorData(x, dequantize=False)
+
+
+if __name__ == "__main__":
+    main()
