@@ -9,6 +9,7 @@ rows, or is keyed by sample; no result depends, beyond rounding, on how many pro
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -40,15 +41,14 @@ def start() -> None:
 
 def _read_slurm() -> None:
     """SLURM's variables under the names that torch.distributed reads."""
-    from lightning_fabric.plugins.environments import SLURMEnvironment  # half a second, for those who need it
-
-    slurm = SLURMEnvironment(auto_requeue=False)
+    first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    assert first is not None
     os.environ |= {
-        "RANK": str(slurm.global_rank()),
-        "LOCAL_RANK": str(slurm.local_rank()),
-        "WORLD_SIZE": str(slurm.world_size()),
-        "MASTER_ADDR": slurm.main_address,
-        "MASTER_PORT": str(slurm.main_port),
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": first[1] + (first[2] or ""),  # of node[07-12,20] the node07
+        "MASTER_PORT": str(15000 + int(os.environ["SLURM_JOB_ID"]) % 10000),
     }
 
 
