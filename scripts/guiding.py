@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from score_sde import LearnedScore, ScoreModel
+from score_sde.data import TensorData
 from score_sde.guidance import Classifier, ClassifierFree, DynamicThreshold, Observed
 from score_sde.run import Run, instantiate
 
@@ -38,14 +39,22 @@ def check_labels(labels: list[int], model: LearnedScore) -> None:
             raise ValueError(f"label={label}, but the run's network knows the classes 0 to {known - 1}")
 
 
+def labelled(run: Run) -> TensorData | None:
+    """The run's own data where they have labels, or those that its evaluation names for a classifier; or nothing."""
+    named = run.config.get("evaluation", {}).get("classifier_data")
+    for data in (run.data(), instantiate(named, run.trust) if named else None):
+        if isinstance(data, TensorData) and data.num_classes is not None:
+            return data
+    return None
+
+
 def guided(config: DictConfig, run: Run, model: LearnedScore) -> ScoreModel:
     """The model under `guidance` towards `label`, with its `threshold`; the model itself where neither is asked for.
 
     Raises ValueError for an unknown label, a guidance without its label or run, and one that restores observations.
     """
     labels = labels_of(config.label)
-    node = OmegaConf.to_container(config.guidance, resolve=False)
-    assert isinstance(node, dict)
+    node: dict[str, Any] = OmegaConf.to_container(config.guidance, resolve=False)  # type: ignore[assignment]
     others = [_other(node, run, model)] if "run" in node else []
     if isinstance(node.get("negative"), int):
         node["negative"] = {"label": node["negative"]}

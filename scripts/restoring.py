@@ -8,13 +8,14 @@ from typing import Any
 
 import common
 import figures
+import guiding
 import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 
 from score_sde import SDE, Run, plotting
-from score_sde.data import TensorData, generator
+from score_sde.data import generator
 from score_sde.evaluation import DigitClassifier
 from score_sde.evaluation.posterior import (
     KNOWING,
@@ -126,10 +127,9 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
 
 
 def features_of(run: Run) -> Any:
-    """Features of a classifier trained on the run's labelled data, where its evaluation names such."""
-    labelled = run.config.get("evaluation", {}).get("classifier_data")
-    data = instantiate(labelled, run.trust) if labelled else None
-    if not isinstance(data, TensorData):
+    """Features of a classifier trained on labelled data of the run, where there are such."""
+    data = guiding.labelled(run)
+    if data is None:
         return None
     train = data.examples()
     return DigitClassifier(train.x, train.condition["label"]).features

@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from score_sde import Run, distributed, plotting
-from score_sde.data import TensorData
 from score_sde.evaluation import DigitClassifier
 from score_sde.run import instantiate
 
@@ -62,8 +61,8 @@ def main(config: DictConfig) -> None:
 
 def agreement(run: Run, samples: Tensor, condition: dict[str, Tensor]) -> pd.DataFrame:
     """Prints and returns, for each label, the share of samples in which a classifier of the run's data sees it."""
-    data = run.data()
-    if not condition or not isinstance(data, TensorData) or data.num_classes is None:
+    data = guiding.labelled(run)
+    if not condition or data is None:
         raise ValueError("agreement=true compares samples with their labels: give label=, and a run of labelled data")
     train, held_out = data.examples(), data.reference(10_000)
     classifier = DigitClassifier(train.x, train.condition["label"])
