@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from score_sde import plotting
-from score_sde.evaluation import diagnose
+from score_sde.evaluation import diagnose, variational_bound
+from score_sde.grid import log_snr
 from score_sde.score import ExactScore
 from score_sde.sde import VESDE, VPSDE
 from score_sde.targets import GaussianMixture
@@ -309,6 +310,15 @@ def test_diagnosis_draws_every_number_by_noise_level() -> None:
     np.testing.assert_allclose(loss.lines[1].get_xydata(), np.stack([noise, found.table["irreducible"]], 1))
     np.testing.assert_allclose(slope.lines[0].get_ydata(), found.table["slope"])
     assert law.get_yscale() == "log"
+
+
+def test_bound_terms_are_drawn_at_their_noisier_level(ax: Axes) -> None:
+    times = log_snr(VPSDE(), steps=6).flip(0)
+    bound = variational_bound(MODEL, draws(50).double(), times=times)
+    plotting.bound_terms(ax, {"large": bound})
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), times[1:])
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), bound.steps.mean(1))
+    assert f"{bound.mean:.4g}" in str(ax.lines[0].get_label())
 
 
 def test_likelihood_histograms_are_densities_in_common_bins(ax: Axes) -> None:
