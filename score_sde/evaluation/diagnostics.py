@@ -64,7 +64,9 @@ class ScoreError:
 
     @property
     def mean(self) -> float:
-        """The mean of `fisher` over lambda; times d and lambda's span it bounds KL(p_0 || model), but for the ends.
+        """The mean of `fisher` over lambda.
+
+        Times d and lambda's span it bounds KL(p_0 || law of the reverse SDE), but for the ends; the ODE's may be farther.
 
         Source: Song et al. 2021, https://arxiv.org/abs/2101.09258, theorem 1.
         """
