@@ -95,6 +95,19 @@ def poly_exponential(sde: SDE, steps: int, rho: float = 1.0) -> Tensor:
     return _between(sde, sde.time_at(last + (first - last) * (1 - _fractions(steps)) ** rho))
 
 
+def hyperbolic(sde: SDE, steps: int, bend: float = 2.5) -> Tensor:
+    """lambda = middle + half width * sinh(bend u) / sinh(bend), u from -1 to 1: dense where noise and data balance.
+
+    Steps at the ends are cosh(bend) times as long in lambda as in the middle; bend to 0 is `log_snr`. Found here: with
+    `RectifiedAdams(3)` the strongest untuned solver at 10 calls on the four exact targets, and at home on every SDE.
+    """
+    if not 0 < bend < math.inf:
+        raise ValueError(f"the hyperbolic grid needs a finite bend > 0, got bend={bend}")
+    first, last = sde.half_log_snr(sde.t_max), sde.half_log_snr(sde.t_min)
+    place = torch.sinh(bend * (2 * _fractions(steps) - 1)) / math.sinh(bend)
+    return _between(sde, sde.time_at((first + last) / 2 + (last - first) / 2 * place))
+
+
 def cosine(sde: SDE, steps: int) -> Tensor:
     """Equal steps in the angle arctan(sigma / alpha), in which the cosine schedule runs uniformly.
 

@@ -310,7 +310,8 @@ def solvers_against_calls(ax: Axes, table: pd.DataFrame, column: str, label: str
                          label={"untuned": "best untuned"}.get(str(kind), str(kind)))  # fmt: skip
     floor = table.loc[table["calls"] == 0, column].mean()
     if floor > 0:
-        ax.axhline(floor, color=INK, linestyle="--", linewidth=1, label="converged")
+        ax.axhline(floor, color=INK, linestyle="--", linewidth=1, label="converged solution")
+    ax.set_xticks(sorted({*table["calls"]} - {0}))
     _log_axis(ax, "y")
     _curves(ax, "network calls (NFE)", label)
     return lines

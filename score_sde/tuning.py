@@ -212,7 +212,10 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
     "rectified": _rectified,
-    **{f.__name__: partial(_of_time, f) for f in (grids.log_snr, grids.karras, grids.uniform, grids.quadratic)},
+    **{
+        f.__name__: partial(_of_time, f)
+        for f in (grids.log_snr, grids.hyperbolic, grids.karras, grids.uniform, grids.quadratic)
+    },
 }
 STRAIGHT = {f"{rule} on rectified" for rule in RULES if rule.startswith("velocity")}
 
@@ -295,8 +298,8 @@ def _time_at(sde: SDE, half_log_snr: Tensor) -> Tensor:
 class Pairs:
     """Starting points, where the converged ODE takes them, and the robust distance of a table's endpoints from there.
 
-    loss = mean (|x - y|^2 / d + c^2)^(1/4) in `unit`s, the data's standard deviation: the root of the miss above
-    c = `robust`. Some starts lie so close to a boundary between modes that few calls cannot tell their side, and a loss
+    loss = mean (|x - y|^2 / d + c^2)^(1/4) - c^(1/2) in `unit`s, the data's standard deviation: the root of the miss
+    above c = `robust`. Some starts lie so close to a boundary between modes that few calls cannot tell their side, and a loss
     that grows faster blurs the boundary for their sake: endpoints between the modes, which no draw of the data has.
     """
 
@@ -310,7 +313,7 @@ class Pairs:
     def error(self, half_log_snr: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
         x = endpoints(self.model, self.x, half_log_snr, weights, noise)
         miss = (x - self.y).flatten(1) / self.unit
-        return (miss.square().mean(1) + self.robust**2).pow(0.25).mean()
+        return (miss.square().mean(1) + self.robust**2).pow(0.25).mean() - self.robust**0.5
 
     def batches(self) -> Iterator[tuple[float, Pairs]]:
         for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
@@ -349,9 +352,9 @@ def tune(
 ) -> TunedTable:  # fmt: skip
     """The best table found for this model and this number of network calls.
 
-    Starting points are drawn from the prior, `samples` to fit on and as many, which the fit does not see, to validate.
-    The most promising untuned solvers, and as many random levels, are fitted a little, the best three of them longer and
-    the best one in full; what then validates best is returned: never a worse solver than the best untuned one.
+    Starting points are drawn from the prior, `samples` to fit on and half as many, which the fit does not see, to
+    validate. The most promising untuned solvers, and as many random levels, are fitted a little, the best three of them
+    longer and the best one in full; what then validates best is returned, never a worse solver than the best untuned.
 
     Args:
         model: exact or learned; its gradient with respect to x is needed for "coefficients".
@@ -359,7 +362,7 @@ def tune(
         method: "coefficients" fits all numbers of the table (Adam on fresh batches, gradients through the sampler);
             "grid" the levels alone, without derivatives (Nelder-Mead), the weights following the rule of the best
             untuned solver.
-        samples: starting points to fit on, and as many to validate; by default 2^16 numbers' worth, 1024 to 8192.
+        samples: starting points to fit on; by default 2^16 numbers' worth, 1024 to 4096.
         iterations: of the full fit; the candidates' take as many again. At most so many of Nelder-Mead's.
         starts: candidates that are fitted.
         seed: of the starting points.
@@ -373,7 +376,7 @@ def tune(
         ValueError: an option is unknown or not positive, or the SDE cannot be used.
     """
     dimension = math.prod(model.event_shape)
-    samples = min(max(2**16 // dimension, 1024), 8192) if samples is None else samples
+    samples = min(max(2**16 // dimension, 1024), 4096) if samples is None else samples
     batch_size = min(max(2**12 // dimension, 64), 512) if batch_size is None else batch_size
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}")
@@ -397,7 +400,8 @@ def _pairs(
 ) -> tuple[Pairs, Pairs]:
     """Starting points and the teacher's endpoints, to fit on and to validate."""
     generator = torch.Generator().manual_seed(seed)
-    x = model.start(torch.randn(2 * samples, *model.event_shape, generator=generator).to(model.device))
+    noise = torch.randn(samples + (samples + 1) // 2, *model.event_shape, generator=generator)
+    x = model.start(noise.to(model.device))
     teacher, parts = teacher or ProbabilityFlowODE(final="denoise"), x.split(1024)
     bar = tqdm(parts, desc="converged solution", disable=not progress, delay=2)
     y = torch.cat([teacher.sample(model, part.shape, x_init=part).x for part in bar])
@@ -432,7 +436,7 @@ def _halving(
     ranked = sorted(untuned, key=losses.__getitem__)[: (starts + 1) // 2]
     tables = {name: untuned[name] for name in ranked} | _random(Span.of(fit.model.sde), calls, starts // 2, seed)
     small = replace(fit, batch_size=max(1, fit.batch_size // 2))
-    quick, check = max(1, iterations // 10), replace(validation, x=validation.x[:1024], y=validation.y[:1024])
+    quick, check = max(1, iterations // 10), replace(validation, x=validation.x[:512], y=validation.y[:512])
     with tqdm(total=len(tables) * quick + 3 * (3 * quick) + iterations, desc="tuning", disable=not progress) as bar:
         for keep, pairs, length, rate in ((3, small, quick, 0.05), (1, small, 3 * quick, 0.03)):
             tables = {name: _fit(pairs, table, length, rate, seed, bar) for name, table in tables.items()}
@@ -503,7 +507,7 @@ def tune_spectrum(
         raise ValueError("eigenvalues of a covariance are positive and finite; drop those that are 0")
     model = _GaussianScore(variances, sde or VPSDE())
     x, y = model.start(torch.ones_like(variances)).unsqueeze(0), variances.sqrt().unsqueeze(0)
-    pairs = _Spectrum(model, x, y, unit=y.square().mean().sqrt().item(), robust=1e-12, batch_size=1)
+    pairs = _Spectrum(model, x, y, unit=y.square().mean().sqrt().item(), robust=1e-6, batch_size=1)
     candidates = untuned(model.sde, steps)
     losses = _losses(candidates, pairs)
     # Adams on the rectified path is not always the best, but its neighbourhood has the best tables more often than not.
@@ -519,7 +523,8 @@ class _Spectrum(Pairs):
     """log W2 in the data's standard deviations, which is as steep at a small distance as at a large one."""
 
     def error(self, half_log_snr: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
-        return 2 * super().error(half_log_snr, weights, noise).log()
+        miss = (endpoints(self.model, self.x, half_log_snr, weights, noise) - self.y) / self.unit
+        return (miss.square().mean() + self.robust**2).log() / 2
 
 
 class _GaussianScore(ScoreModel):

@@ -24,7 +24,8 @@ from score_sde import (
 from score_sde.evaluation.certify import moments
 
 FAMILY = [
-    grid.exponential, partial(grid.poly_exponential, rho=2.0), grid.cosine, grid.beta, grid.iddpm,
+    grid.exponential, partial(grid.poly_exponential, rho=2.0), grid.cosine, grid.hyperbolic, grid.beta,
+    grid.iddpm,
     partial(grid.tabulated, levels="stable_diffusion_xl"),
 ]  # fmt: skip
 
@@ -47,6 +48,13 @@ def test_poly_exponential_is_k_diffusions():
     ramp = np.linspace(1, 0, 9) ** 1.7
     expected = np.exp(ramp * (np.log(80) - np.log(0.002)) + np.log(0.002))
     np.testing.assert_allclose(grid.poly_exponential(KarrasSDE(), 8, 1.7).numpy(), expected, rtol=1e-12)
+
+
+def test_hyperbolic_is_uniform_in_the_arcsinh_of_the_centred_log_snr():
+    sde = VPSDE()
+    lmbda = sde.half_log_snr(grid.hyperbolic(sde, 8, bend=2.0)).numpy()
+    place = np.arcsinh((lmbda - (lmbda[0] + lmbda[-1]) / 2) / (lmbda[-1] - lmbda[0]) * 2 * np.sinh(2.0))
+    np.testing.assert_allclose(np.diff(place), 0.5, rtol=1e-7)
 
 
 def test_cosine_is_uniform_in_the_angle():

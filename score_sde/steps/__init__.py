@@ -11,7 +11,7 @@ from score_sde.steps.linear import (
     ReverseDiffusion,
 )
 from score_sde.steps.mcmc import KineticLangevin, MetropolisLangevin, UnadjustedLangevin
-from score_sde.steps.multistep import IPNDM, AdamsBashforth, ExponentialAdams
+from score_sde.steps.multistep import IPNDM, AdamsBashforth, ExponentialAdams, RectifiedAdams
 from score_sde.steps.staged import (
     DPMSolverSDE,
     DPMSolverSinglestep,
@@ -41,6 +41,7 @@ __all__ = [
     "LinearStep",
     "MetropolisLangevin",
     "ProbabilityFlowEuler",
+    "RectifiedAdams",
     "ReverseDiffusion",
     "RungeKutta",
     "RungeKutta2",

@@ -120,8 +120,8 @@ def script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_as_a_user_types_it(runs, tmp_path):
     done = script(f"run={runs['labelled']}", "label=[3,4]", "guidance.scale=2", "batch_size=3", cwd=tmp_path)
-    assert "6 network calls each" in done.stdout, done.stderr
-    assert np.load(Path(runs["labelled"]) / "samples/exponential_adams-labels/samples.npy").shape == (4, 1, 8, 8)
+    assert "4 network calls each" in done.stdout, done.stderr
+    assert np.load(Path(runs["labelled"]) / "samples/default-labels/samples.npy").shape == (4, 1, 8, 8)
     done = script(f"run={runs['classifier']}", cwd=tmp_path)
     assert done.stderr.startswith("error: this is a classifier p(label | x_t)")
     assert done.stderr.count("\n") == 1

@@ -1,0 +1,60 @@
+"""scripts/tune.py as a user types it: on a target, on a run directory, in a sweep, and wrong inputs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from score_sde.tuning import TunedTable
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ["iterations=10", "starts=2", "samples=64", "num_samples=50", "seeds=[0,1]"]
+
+
+def script(name: str, *arguments: str, cwd: Path, code: int = 0) -> str:
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_a_target_is_tuned_and_measured_beside_spectrum_and_untuned(tmp_path: Path) -> None:
+    said = script("tune", "target=ring", "steps=[2,3]", *QUICK, cwd=tmp_path)
+    folder = tmp_path / "outputs/tuned/ring"
+    assert {f"{kind}-{n}.json" for kind in ("tuned", "spectrum") for n in (2, 3)} < set(os.listdir(folder))
+    table = pd.read_csv(folder / "tuning.csv")
+    assert set(zip(table["kind"], table["calls"], strict=True)) == {
+        ("converged", 0), ("tuned", 2), ("tuned", 3), ("spectrum", 2), ("spectrum", 3), ("untuned", 2), ("untuned", 3),
+        ("untuned", 6)}  # fmt: skip
+    assert set(table["seed"]) == {0, 1}
+    assert (folder / "tuning.png").exists()
+    assert "tuning.csv" in said
+
+
+def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path) -> None:
+    tiny = ["trainer.steps=2", "trainer.batch_size=16", "num_samples=20", "trainer.progress=false",
+            "trainer.sample_every=0", "evaluation.samplers=[ddim]", "evaluation.metrics=[sliced_w2]"]  # fmt: skip
+    run = tmp_path / "run"
+    script("train", f"hydra.run.dir={run}", *tiny, cwd=tmp_path)
+    script("tune", f"run={run}", "steps=2", *QUICK, cwd=tmp_path)
+    assert len(TunedTable.load(run / "tuned-2.json").noise) == 2
+    table = f"sampler.table={run / 'tuned-2.json'}"
+    said = script("sample", f"run={run}", "sampler=tuned", table, "num_samples=5", cwd=tmp_path)
+    assert "2 network calls each" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "tune for what?"), (["target=ring", "run=x"], "tune for what?"), (["target=ring", "steps=0"], "steps >= 1"),
+     (["target=ring", "method=magic"], "coefficients, grid")],
+)  # fmt: skip
+def test_wrong_inputs_end_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    said = script("tune", *arguments, *QUICK, cwd=tmp_path, code=1)
+    assert message in said
+    assert said.strip().count("\n") == 0
