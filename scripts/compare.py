@@ -20,6 +20,7 @@ import page
 import pandas as pd
 import restoring
 import torch
+from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
@@ -102,18 +103,19 @@ def contestants(config: DictConfig) -> dict[str, Any]:
 
 
 def tuned(config: DictConfig) -> dict[int, Any]:
-    """{calls: sampler} from `tables`: a mapping, or a folder of files <name>-<calls>.json; the run's own if left out.
+    """{calls: sampler} from `tables`: a mapping, or a folder of files tuned-<calls>.json; the run's own if left out.
 
     Raises ValueError where there are none.
     """
     if isinstance(config.tables, DictConfig):
         files = {int(calls): str(path) for calls, path in config.tables.items()}
     else:
-        folder = Path(config.tables or config.run or "outputs/tuned")
-        found = ((re.search(r"-(\d+)$", file.stem), file) for file in sorted(folder.glob("*-*.json")))
+        home = Path("outputs", "tuned", str(HydraConfig.get().runtime.choices.target))
+        folder = Path(config.tables or config.run or home)
+        found = ((re.fullmatch(r"tuned-(\d+)", file.stem), file) for file in sorted(folder.glob("tuned-*.json")))
         files = {int(match[1]): str(file) for match, file in found if match}
         if not files:
-            raise ValueError(f"{folder} holds no tables <name>-<calls>.json for sampler tuned: make them with "
+            raise ValueError(f"{folder} holds no tables tuned-<calls>.json for sampler tuned: make them with "
                              "scripts/tune.py steps=<calls>, or give tables=<folder>")  # fmt: skip
     node = common.named("sampler", "tuned")
     return {calls: instantiate(OmegaConf.merge(node, {"table": file})) for calls, file in sorted(files.items())}
