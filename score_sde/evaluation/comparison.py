@@ -14,7 +14,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -112,7 +114,7 @@ def compare(
     laws: dict[str, Any] = dict(reference) if isinstance(reference, Mapping) else dict.fromkeys(named, reference)
     _check(named, samplers, laws, budgets, seeds,
            {"num_samples": num_samples, "batch_size": batch_size, "processes": processes, "repeats": repeats})  # fmt: skip
-    settings = (num_samples, batch_size, pairs, torch.__version__, CONVERGED)
+    settings = (num_samples, batch_size, pairs, torch.__version__, CONVERGED, _measure)
     rules = (metrics, repeats, seed, num_samples, Yardstick)
     floors = {name: fingerprint("floor", law, rules) for name, law in laws.items()}
     who = {name: fingerprint(model, model.device, settings) for name, model in named.items()}
@@ -360,7 +362,21 @@ def _spread(bench: Bench, tasks: Sequence[Any], processes: int) -> Iterator[tupl
 
 def _do_from(path: str, task: Any) -> tuple[str, dict[str, Any]]:
     torch.set_num_threads(1)
+    _end_with_parent()
     return _do(_read(path), task)
+
+
+@lru_cache(maxsize=1)
+def _end_with_parent() -> None:
+    """Lets this worker end when the process that started it was killed: nobody would take its results."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @lru_cache(maxsize=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -433,3 +434,37 @@ def test_a_noise_source_is_watched_not_changed() -> None:
     expected = sampler.sample(LINE, (5, 1), seed=7).x
     assert torch.equal(sampler.sample(LINE, (5, 1), noise=witness).x, expected)
     assert witness.drawn
+
+
+LONG = """
+from functools import partial
+from score_sde import DDIM, ExactScore, Sampler, VPSDE, grid, targets
+from score_sde.evaluation import compare
+ring = targets.make("ring")
+sampler = {"ddim": Sampler(DDIM(), partial(grid.log_snr, steps=10))}
+options = {"budgets": range(5, 200), "reference": ring, "processes": 2, "directory": "out", "progress": False}
+compare(ExactScore(ring, VPSDE()), sampler, **options)
+"""
+
+
+def children(parent: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in listed.split()]
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_leaves_its_cells_and_no_workers(tmp_path: Path) -> None:
+    run = subprocess.Popen([sys.executable, "-c", LONG], cwd=tmp_path)
+    cells = tmp_path / "out/cells.jsonl"
+    while not cells.exists() or len(cells.read_text().splitlines()) < 4:
+        time.sleep(0.2)
+        assert run.poll() is None
+    workers = children(run.pid)
+    assert len(workers) >= 2
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.5)
+    assert len(Journal(cells).rows) >= 4
