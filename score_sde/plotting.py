@@ -238,7 +238,7 @@ def image_grid(ax: Axes, images: Tensor, *, columns: int | None = None) -> AxesI
 def loss_curves(
     ax: Axes, metrics: pd.DataFrame, *, columns: Sequence[str] | None = None, halflife: float = 0.01
 ) -> list[Line2D]:
-    """Losses against training steps: each smoothed, over its raw values.
+    """Losses against training steps: each smoothed, over its raw values; on a logarithmic axis where all are positive.
 
     Args:
         ax: where to draw.
@@ -256,7 +256,8 @@ def loss_curves(
         smooth = curve[name].ewm(halflife=max(1.0, halflife * len(curve))).mean()
         ax.plot(curve["step"], curve[name], color=colour, alpha=0.18, linewidth=0.6)
         lines += ax.plot(curve["step"], smooth, color=colour, linewidth=1.6, label=str(name).replace("_", " "))
-    if (metrics[names] > 0).any(axis=None):
+    values = metrics[names].to_numpy(dtype=float)
+    if (values > 0).any() and not (values <= 0).any():
         _log_axis(ax, "y")
     _curves(ax, "training step", "loss")
     return lines

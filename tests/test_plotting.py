@@ -172,6 +172,11 @@ def test_loss_curves_draw_every_loss(ax: Axes) -> None:
     assert ax.get_yscale() == "log"
 
 
+def test_losses_below_zero_stand_on_a_linear_axis(ax: Axes) -> None:
+    plotting.loss_curves(ax, pd.DataFrame({"step": [1, 2, 3], "loss": [1.0, 0.5, -2.0]}))
+    assert ax.get_yscale() == "linear"
+
+
 @pytest.mark.parametrize("span", [1.3, 3, 30, 1e5])
 def test_a_logarithmic_axis_has_numbers_whatever_it_spans(ax: Axes, span: float) -> None:
     plotting.loss_curves(ax, pd.DataFrame({"step": [0, 1], "loss": [0.33, 0.33 * span]}), halflife=1e-9)
