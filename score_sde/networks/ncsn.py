@@ -80,15 +80,21 @@ class NCSN(nn.Module):
 
 
 class InstanceNormPlus(nn.Module):
-    """Conditional InstanceNorm++ of the module's docstring; (gamma, alpha, beta) start at (1, 1, 0)."""
+    """InstanceNorm++ of the module's docstring; (gamma, alpha, beta) start at (1, 1, 0).
 
-    def __init__(self, channels: int, embedding: int) -> None:
+    They are linear in an embedding of that width, or learned numbers where `embedding` is None (NCSNv2).
+    """
+
+    def __init__(self, channels: int, embedding: int | None) -> None:
         super().__init__()
-        self.modulation = zeroed(nn.Linear(embedding, 3 * channels))
+        self.modulation: nn.Module | nn.Parameter = (
+            nn.Parameter(torch.zeros(3 * channels)) if embedding is None else zeroed(nn.Linear(embedding, 3 * channels))
+        )
 
-    def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
-        gamma, alpha, beta = self.modulation(embedded)[:, :, None, None].chunk(3, dim=1)
-        variance, mean = torch.var_mean(h, dim=(2, 3), correction=0, keepdim=True)
+    def forward(self, h: Tensor, embedded: Tensor | None) -> Tensor:
+        modulation = self.modulation(embedded) if isinstance(self.modulation, nn.Module) else self.modulation[None]
+        gamma, alpha, beta = modulation[(..., *[None] * (h.ndim - 2))].chunk(3, dim=1)
+        variance, mean = torch.var_mean(h, dim=tuple(range(2, h.ndim)), correction=0, keepdim=True)
         mean_variance, grand_mean = torch.var_mean(mean, dim=1, correction=0, keepdim=True)
         instance = (h - mean) * (variance + 1e-5).rsqrt()
         channel = (mean - grand_mean) * (mean_variance + 1e-5).rsqrt()

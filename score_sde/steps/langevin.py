@@ -98,3 +98,22 @@ class AnnealedLangevin(_Langevin):
                              f"got {epsilon=}, {sigma_L=}: lower epsilon")  # fmt: skip
         super().__init__(ratio, steps)
         self.epsilon, self.sigma_L = float(epsilon), float(sigma_L)
+
+    @classmethod
+    def by_variance(cls, gamma: float = 1.0376, steps: int = 5, sigma_L: float = 0.01) -> AnnealedLangevin:
+        """The step size that best keeps the variance from level to level (NCSNv2's technique 4).
+
+        r = epsilon / sigma_L^2 minimises |(1 - r)^(2 steps) (gamma^2 - q) + q - 1|, q = 2 r / (1 - (1 - r)^2): the
+        variance after `steps` steps on a point mass over sigma_i^2, arrived from sigma_{i-1} = gamma sigma_i, less one.
+        gamma = 1.0376 is that of 232 levels between 0.01 and 50 (CIFAR-10), where r = 0.0618.
+        Source: Song & Ermon 2020, https://arxiv.org/abs/2006.09011, proposition 3 and technique 4.
+
+        Raises ValueError where gamma is not above 1 or `steps` no whole number of at least 1.
+        """
+        if not gamma > 1 or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"gamma is the ratio of neighbouring noise levels, above 1, and steps >= 1; "
+                             f"got {gamma=}, {steps=}")  # fmt: skip
+        ratios = torch.logspace(-6, 0, 60_001, dtype=torch.float64)[:-1]  # 0.02 % apart
+        q = 2 * ratios / (1 - (1 - ratios) ** 2)
+        off = ((1 - ratios) ** (2 * steps) * (gamma**2 - q) + q - 1).abs()
+        return cls(float(ratios[off.argmin()]) * sigma_L**2, sigma_L, steps)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from score_sde.networks import MLP, NCSN, DiT, UNet
+from score_sde.networks import MLP, NCSN, DiT, NCSNv2, UNet
 from score_sde.networks.blocks import Attention, Style
 from score_sde.networks.embedding import Embedding
 from score_sde.networks.ncsn import InstanceNormPlus
 
 SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.0}
+REFINE = {"width": 4, "multipliers": (1, 2, 2), "dilations": (1, 1, 2), "conditional": True}
 PYRAMIDS = {"progressive_input": "skip", "progressive_output": "residual"}
 NETWORKS = {
     "mlp": lambda **options: MLP((3,), width=16, depth=2, **options),
@@ -38,6 +39,9 @@ NETWORKS = {
     "dit signal": lambda **options: DiT((2, 16), patch=4, width=16, depth=2, heads=2, **options),
     "dit video": lambda **options: DiT((1, 3, 4, 6), patch=(1, 2, 2), width=16, depth=1, heads=2, **options),
     "ncsn": lambda **options: NCSN((1, 8, 8), width=8, **options),
+    "conditional ncsnv2": lambda **options: NCSNv2((1, 8, 8), **REFINE, **options),
+    "conditional ncsnv2 signal": lambda **options: NCSNv2((2, 8), **REFINE, **options),
+    "conditional ncsnv2 video": lambda **options: NCSNv2((1, 2, 4, 4), **REFINE, **options),
     "ncsn colour": lambda **options: NCSN((3, 16, 12), width=8, **options),
 }
 

@@ -172,3 +172,36 @@ def test_a_corrector_at_the_exact_law_changes_it_by_order_eps_squared():
 def test_impossible_settings_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def variance_after(ratio: float, gamma: float, steps: int) -> float:
+    """Langevin steps on N(0, 1) from variance gamma^2, one by one: v <- (1 - r)^2 v + 2 r."""
+    v = gamma**2
+    for _ in range(steps):
+        v = (1 - ratio) ** 2 * v + 2 * ratio
+    return v
+
+
+@pytest.mark.parametrize(
+    ("sigma_max", "levels", "steps", "published", "computed"),
+    [
+        (50, 232, 5, 6.2e-6, 6.18e-6),
+        (90, 500, 5, 3.3e-6, 3.34e-6),
+        (190, 1086, 3, 1.8e-6, 1.77e-6),
+        (348, 2311, 3, 9e-7, 8.93e-7),
+    ],
+)
+def test_step_sizes_by_the_variance_rule_are_those_of_ncsnv2(sigma_max, levels, steps, published, computed) -> None:
+    # Song & Ermon 2020, table 3: CIFAR-10, CelebA, LSUN bedroom, FFHQ; and the minimiser to three digits.
+    gamma = (sigma_max / 0.01) ** (1 / (levels - 1))
+    step = AnnealedLangevin.by_variance(gamma, steps)
+    assert step.epsilon == pytest.approx(published, rel=0.02)
+    assert step.epsilon == pytest.approx(computed, rel=2e-3)
+    assert step.repeats == steps
+    off = [abs(variance_after(factor * step.ratio, gamma, steps) - 1) for factor in (0.97, 1.0, 1.03)]
+    assert off[1] == min(off)
+
+
+def test_the_variance_rule_refuses_levels_that_do_not_fall() -> None:
+    with pytest.raises(ValueError, match="above 1"):
+        AnnealedLangevin.by_variance(1.0)

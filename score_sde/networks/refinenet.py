@@ -1,0 +1,206 @@
+"""NCSNv2, the RefineNet of Song & Ermon 2020, for signals, images and video; NCSN's conditional one as an option.
+
+Encoder stages of two residual blocks each, halving the grid or, in its place, dilating; then from the coarsest stage on
+
+    refine(a, b) = RCU(CRP(MSF(RCU RCU a, RCU RCU b)))
+    RCU(h) = h + conv ELU conv ELU h,    MSF = sum of up(conv h),    CRP(h) = f_0 + f_1 + f_2
+    f_0 = ELU h,    f_k = conv pool f_{k-1}
+
+Unconditional, F sees the noise level in x alone and F = sigma score (technique 3): it needs x unscaled, as
+`parameterization.PublishedNoise(level="log_sigma", scale=1, sign=-1)` gives it. Conditional, every norm is told the level
+and stands before each convolution. https://arxiv.org/abs/2006.09011, appendix B; https://arxiv.org/abs/1907.05600, A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import (
+    avg_pool1d,
+    avg_pool2d,
+    avg_pool3d,
+    elu,
+    interpolate,
+    max_pool1d,
+    max_pool2d,
+    max_pool3d,
+    pad,
+)
+
+from score_sde.networks.embedding import Embedding, check_shape, grid_shape, positive, zeroed
+from score_sde.networks.ncsn import InstanceNormPlus
+from score_sde.networks.resample import Halve, conv
+
+__all__ = ["NCSNv2"]
+
+
+class NCSNv2(nn.Module):
+    """NCSNv2: x (batch, channels, *sides), c_noise (batch,), label (batch,) or None -> the shape of x, 0 at first.
+
+    Args:
+        event_shape: (channels, length), (channels, height, width) or (channels, frames, height, width).
+        width: channels of the first stage.
+        multipliers: of the stages; (1, 2, 2, 2) up to 64 pixels, (1, 2, 2, 4, 4) for 96 to 128.
+        dilations: of the stages; a stage but the first with 1 halves the grid, one with more does not.
+        conditional: whether norms are told the noise level, and label (CondInstanceNorm++).
+        frequencies, num_classes: of the embedding, where conditional.
+
+    Raises:
+        ValueError: the lists differ in length, the sides cannot be halved, or an unconditional network has classes.
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        width: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        dilations: Sequence[int] = (1, 1, 2, 4),
+        conditional: bool = False,
+        frequencies: int = 32,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        positive(width=width, stages=len(multipliers))
+        if len(multipliers) != len(dilations) or dilations[0] != 1:
+            raise ValueError(f"multipliers={list(multipliers)} and dilations={list(dilations)} must be equally long, "
+                             "and the first dilation 1")  # fmt: skip
+        if num_classes is not None and not conditional:
+            raise ValueError(f"num_classes={num_classes}: labels need conditional=True")
+        halvings = sum(dilation == 1 for dilation in dilations[1:])
+        channels, *sides = grid_shape(tuple(event_shape), multiple=2**halvings)
+        self.event_shape, self.num_classes = tuple(event_shape), num_classes
+        dims, told = len(sides), 2 * width if conditional else None
+        self.embedding = Embedding(2 * width, frequencies, num_classes) if conditional else None
+        widths = [width * multiplier for multiplier in multipliers]
+        self.first = conv(dims, channels, width)
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        for i, (w, dilation) in enumerate(zip(widths, dilations, strict=True)):
+            before = widths[max(i - 1, 0)]
+            self.encoder.append(ResidualBlock(dims, before, w, told, dilation, changes=i > 0))
+            self.encoder.append(ResidualBlock(dims, w, w, told, dilation))
+        for i, w in reversed(list(enumerate(widths))):
+            inward = [w] if i == len(widths) - 1 else [w, w]
+            self.decoder.append(Refine(dims, inward, widths[max(i - 1, 0)], told, last=i == 0))
+        self.norm = InstanceNormPlus(width, told)
+        self.last = zeroed(conv(dims, width, channels))
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        check_shape(x, self.event_shape)
+        embedded = None if self.embedding is None else self.embedding(c_noise, label)
+        if embedded is None and label is not None:
+            raise ValueError("a label was given to a network without classes: set num_classes, or drop the label")
+        h, stages = self.first(x), []
+        for i, block in enumerate(self.encoder):
+            h = block(h, embedded)
+            if i % 2:
+                stages.append(h)
+        coarser: list[Tensor] = []
+        for refine in self.decoder:
+            coarser = [refine([stages.pop(), *coarser], embedded)]
+        return self.last(elu(self.norm(coarser[0], embedded)))
+
+
+class ResidualBlock(nn.Module):
+    """skip(h) + conv(ELU(norm(conv(ELU(norm(h)))))); where it `changes` stage it halves the grid, or dilates."""
+
+    def __init__(
+        self, dims: int, inward: int, outward: int, told: int | None, dilation: int = 1, changes: bool = False
+    ) -> None:
+        super().__init__()
+        between = inward if changes else outward
+        options = {"dilation": dilation, "padding": dilation}
+        self.norms = nn.ModuleList([InstanceNormPlus(inward, told), InstanceNormPlus(between, told)])
+        self.convs = nn.ModuleList([conv(dims, inward, between, **options), conv(dims, between, outward, **options)])
+        self.halve = Halve(dims) if changes and dilation == 1 else nn.Identity()
+        self.skip: nn.Module = nn.Identity()
+        if changes:
+            self.skip = conv(dims, inward, outward, 1) if dilation == 1 else conv(dims, inward, outward, **options)
+
+    def forward(self, h: Tensor, embedded: Tensor | None) -> Tensor:
+        x = h
+        for norm, convolution in zip(self.norms, self.convs, strict=True):
+            h = convolution(elu(norm(h, embedded)))
+        return self.halve(self.skip(x)) + self.halve(h)
+
+
+class Refine(nn.Module):
+    """A RefineNet block (Lin et al. 2017) of the module's docstring; `last` ends in three RCUs instead of one."""
+
+    def __init__(self, dims: int, inward: Sequence[int], outward: int, told: int | None, last: bool) -> None:
+        super().__init__()
+        self.adapt = nn.ModuleList(nn.ModuleList(RCU(dims, w, told) for _ in range(2)) for w in inward)
+        # The coarsest block has one input, of its own width: nothing to fuse.
+        self.fuse = Fuse(dims, inward, outward, told) if len(inward) > 1 else None
+        self.pool = CRP(dims, outward, told)
+        self.end = nn.ModuleList(RCU(dims, outward, told) for _ in range(3 if last else 1))
+
+    def forward(self, inputs: list[Tensor], embedded: Tensor | None) -> Tensor:
+        parts = []
+        for part, units in zip(inputs, self.adapt, strict=True):
+            adapted = part
+            for unit in units.children():
+                adapted = unit(adapted, embedded)
+            parts.append(adapted)
+        h = self.pool(parts[0] if self.fuse is None else self.fuse(parts, embedded), embedded)
+        for unit in self.end:
+            h = unit(h, embedded)
+        return h
+
+
+class RCU(nn.Module):
+    """A residual convolution unit, h + conv(ELU(conv(ELU(h)))), with a norm before each ELU where conditional."""
+
+    def __init__(self, dims: int, channels: int, told: int | None) -> None:
+        super().__init__()
+        self.norms = norms(2, channels, told)
+        self.convs = nn.ModuleList(conv(dims, channels, channels, bias=False) for _ in range(2))
+
+    def forward(self, h: Tensor, embedded: Tensor | None) -> Tensor:
+        x = h
+        for i, convolution in enumerate(self.convs):
+            h = convolution(elu(self.norms[i](h, embedded) if self.norms else h))
+        return x + h
+
+
+class Fuse(nn.Module):
+    """Multi-resolution fusion: each input through a convolution and up, linearly, to the size of the first; the sum."""
+
+    def __init__(self, dims: int, inward: Sequence[int], outward: int, told: int | None) -> None:
+        super().__init__()
+        self.mode = ("linear", "bilinear", "trilinear")[dims - 1]
+        self.norms = norms(len(inward), inward[0], told)
+        self.convs = nn.ModuleList(conv(dims, w, outward) for w in inward)
+
+    def forward(self, inputs: list[Tensor], embedded: Tensor | None) -> Tensor:
+        size = inputs[0].shape[2:]
+        sides = [self.norms[i](h, embedded) if self.norms else h for i, h in enumerate(inputs)]
+        parts = [convolution(h) for h, convolution in zip(sides, self.convs, strict=True)]
+        return torch.stack([interpolate(h, size, mode=self.mode, align_corners=True) for h in parts]).sum(0)
+
+
+class CRP(nn.Module):
+    """Chained residual pooling over five points: the greatest of them (NCSNv2), their mean where conditional (NCSN)."""
+
+    def __init__(self, dims: int, channels: int, told: int | None) -> None:
+        super().__init__()
+        kinds = (max_pool1d, max_pool2d, max_pool3d) if told is None else (avg_pool1d, avg_pool2d, avg_pool3d)
+        self.pool = kinds[dims - 1]
+        self.rim = [2, 2] * dims, float("-inf") if told is None else 0.0
+        self.norms = norms(2, channels, told)
+        self.convs = nn.ModuleList(conv(dims, channels, channels, bias=False) for _ in range(2))
+
+    def forward(self, h: Tensor, embedded: Tensor | None) -> Tensor:
+        total = path = elu(h)
+        for i, convolution in enumerate(self.convs):
+            path = self.norms[i](path, embedded) if self.norms else path
+            # Padded here: pooling itself refuses volumes thinner than its window.
+            path = convolution(self.pool(pad(path, self.rim[0], value=self.rim[1]), 5, stride=1))
+            total = total + path
+        return total
+
+
+def norms(count: int, channels: int, told: int | None) -> nn.ModuleList:
+    """A norm for each convolution of a conditional RefineNet block; none for an unconditional one."""
+    return nn.ModuleList([] if told is None else [InstanceNormPlus(channels, told) for _ in range(count)])
