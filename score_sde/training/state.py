@@ -88,8 +88,7 @@ class TrainingState:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         hidden = hidden_matrices(model, model.event_shape[0])
         self.place = strategy(trainer.strategy, model, self.device)
-        network = torch.compile(self.place.network) if trainer.compile else self.place.network
-        self.view = model if network is model.network else seen_through(model, network)  # type: ignore[arg-type]
+        self.view: LearnedScore | None = None
         self.optimizer = Optimizer(trainer.optimizer, self.place.held, hidden, trainer.betas, trainer.weight_decay)
         self.averages = {name: EMA(self.place.held, decay) for name, decay in decays(trainer).items()}
         self.loss_scale = LossScale(self.device) if trainer.precision == "16-mixed" else None
@@ -141,11 +140,13 @@ class TrainingState:
         if self.peak and not self.flops:
             self.flops = flops_per_example(self.model, batches[0].to(self.model.device))
         source = generator(self.seed, "step", self.step, device=self.device)
-        torch.manual_seed(key(self.seed, "dropout", self.step, *([distributed.rank()] if distributed.rank() else [])))
         times = self.time_sampler(self.model.sde, size, source)
         for parameter in self.place.parameters:
             parameter.grad = None
         rows = self.micro_batches()
+        if self.view is None:
+            self.view = self._connected(batches[0], rows[0], times, source)
+        torch.manual_seed(key(self.seed, "dropout", self.step, *([distributed.rank()] if distributed.rank() else [])))
         found = [
             self._differentiated(batch, part, times, source, last=part is rows[-1])
             for batch, part in zip(batches, rows, strict=True)
@@ -157,13 +158,24 @@ class TrainingState:
             average.update(self.place.held, size, self.step * size)
         self.step += 1
 
+    def _connected(self, batch: Batch, rows: slice, times: Times, source: torch.Generator) -> LearnedScore:
+        """The model as the objective sees it, its network distributed and compiled."""
+        network = self.place.connect(lambda: self._loss(self.model, batch, rows, times, source).loss.mean())
+        network = torch.compile(network) if self.trainer.compile else network  # type: ignore[assignment]
+        return self.model if network is self.model.network else seen_through(self.model, network)
+
+    def _loss(self, model: LearnedScore, batch: Batch, rows: slice, times: Times, source: torch.Generator) -> Losses:
+        """The losses of some rows of the global batch."""
+        dtype = PRECISIONS[self.trainer.precision]
+        drawn = Times(times.t[rows], times.u[rows], times.weight[rows])
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return self.objective(model, batch, drawn, rows_of(source, self.trainer.batch_size, rows))
+
     def _differentiated(self, batch: Batch, rows: slice, times: Times, source: torch.Generator, last: bool) -> Losses:
         """The losses of a micro-batch, whose gradient has been added."""
-        size, dtype = self.trainer.batch_size, PRECISIONS[self.trainer.precision]
-        drawn = Times(times.t[rows], times.u[rows], times.weight[rows])
+        assert self.view is not None
         with self.place.collecting(last):
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                found = self.objective(self.view, batch, drawn, rows_of(source, size, rows))
+            found = self._loss(self.view, batch, rows, times, source)
             mean = found.loss.mean() / self.trainer.accumulate
             (mean if self.loss_scale is None else mean * self.loss_scale.scale).backward()
         return Losses(found.loss.detach(), found.diagnostics)

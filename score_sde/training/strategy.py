@@ -11,6 +11,7 @@ import contextlib
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -30,7 +31,6 @@ class Single:
     """One process.
 
     Attributes:
-        network: what the objective calls.
         parameters: those that gradients arrive at.
         held: what this process keeps and updates of each.
     """
@@ -39,6 +39,13 @@ class Single:
         self.device, self.network = device, model.to(device).network
         self.parameters = list(model.parameters())
         self.held = self.parameters
+
+    def connect(self, loss: Callable[[], Tensor]) -> nn.Module:
+        """Called before the first step with a loss like those to come; returns what the objective shall call."""
+        return self.network
+
+    def disconnect(self) -> None:
+        """Called after the last step."""
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the held tensors, which are theirs from now on."""
@@ -64,14 +71,24 @@ class Single:
 class Replicated(Single):
     """Whole weights on each process; gradients are averaged while they are computed."""
 
-    def __init__(self, model: LearnedScore, device: torch.device) -> None:
-        super().__init__(model, device)
+    def connect(self, loss: Callable[[], Tensor]) -> nn.Module:
+        # DDP waits for the gradient of every parameter: those that no loss reaches are kept from it.
+        trained = [p for p in self.parameters if p.requires_grad]
+        reached = torch.autograd.grad(loss(), trained, allow_unused=True)
+        self.unreached = [p for p, gradient in zip(trained, reached, strict=True) if gradient is None]
+        for parameter in self.unreached:
+            parameter.requires_grad_(False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of `broadcast_buffers`, whose successor is not in 2.4
             self.network = _Transparent(
-                self.network, [device] if device.type == "cuda" else None,
+                self.network, [self.device] if self.device.type == "cuda" else None,
                 broadcast_buffers=False, gradient_as_bucket_view=True,
             )  # fmt: skip
+        return self.network
+
+    def disconnect(self) -> None:
+        for parameter in self.unreached:
+            parameter.requires_grad_(True)
 
     def collecting(self, last: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if last else self.network.no_sync()  # type: ignore[operator]

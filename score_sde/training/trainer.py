@@ -248,6 +248,7 @@ class Trainer:
                 state.save(checkpoints)
             if snapshots is not None and self.snapshot_every and state.step == self.steps:
                 state.snapshot(snapshots)
+        state.place.disconnect()
         number = signal.Signals(stopped) if stopped else None
         return TrainingResult(state.shown()[1], state.step, number, metrics.rows)
 

@@ -57,11 +57,20 @@ def model() -> LearnedScore:
     return LearnedScore(network, VPSDE(), Noise(), (2,))
 
 
-def train(directory: Path, steps: int = 12, poisoned: int = -1, terminated: int = -1, **options) -> TrainingResult:
+def train(
+    directory: Path, steps: int = 12, poisoned: int = -1, terminated: int = -1, idle: bool = False, **options
+) -> TrainingResult:
+    """`idle` gives the network a parameter that no loss reaches."""
     data = Watched(poisoned, terminated)
     settings = {"log_every": 1, "checkpoint_every": 3, "keep_checkpoints": 20, "schedule": "constant", **options}
     objective = DenoisingScoreMatching(label_dropout=0.3)
-    result = tiny.trainer(steps, **settings).fit(model(), data, objective, UniformTimes(), directory, resume=True)
+    trained = model()
+    if idle:
+        trained.network.idle = torch.nn.Linear(3, 5)
+        torch.nn.init.ones_(trained.network.idle.weight)
+        torch.nn.init.ones_(trained.network.idle.bias)
+    result = tiny.trainer(steps, **settings).fit(trained, data, objective, UniformTimes(), directory, resume=True)
+    assert all(p.requires_grad for p in trained.parameters())
     (directory / f"read-{distributed.rank()}.json").write_text(json.dumps(data.read))
     return result
 
