@@ -119,11 +119,10 @@ class TensorData(Data):
         return Rows(test, _order(len(test.x)))
 
     def batch(self, step: int, batch_size: int, rows: slice = ALL) -> Batch:
-        first, size = step * batch_size, self.size
-        epochs = range(first // size, (first + batch_size - 1) // size + 1)
-        sequence = torch.cat([self._order(epoch) for epoch in epochs])
-        start = first - epochs[0] * size
-        return self._parts["train"].read(sequence[start : start + batch_size][rows])
+        first, last = step * batch_size, (step + 1) * batch_size
+        epochs = range(first // self.size, (last - 1) // self.size + 1)
+        places = [self._order(e)[max(0, first - e * self.size) : last - e * self.size] for e in epochs]
+        return self._parts["train"].read(torch.cat(places)[rows])
 
     def prepare(self, batch: Batch, draws: Draws) -> Batch:
         x, condition = self._scaled(batch.x, draws), dict(batch.condition)
@@ -168,11 +167,12 @@ class TensorData(Data):
         return x if self.dequantize is None else _spread(x, self.levels)
 
     def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
+        order = self._orders.get(epoch)
+        if order is None:
+            order = torch.randperm(self.size, generator=generator(self.seed, "epoch", epoch))
             # Two epochs at most are needed at once: the cache only saves work, the order is a function of the key.
-            self._orders = {known: order for known, order in self._orders.items() if known == epoch - 1}
-            self._orders[epoch] = torch.randperm(self.size, generator=generator(self.seed, "epoch", epoch))
-        return self._orders[epoch]
+            self._orders = {known: kept for known, kept in self._orders.items() if known == epoch - 1} | {epoch: order}
+        return order
 
 
 def _order(count: int) -> Tensor:

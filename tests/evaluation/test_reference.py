@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from score_sde.data import Examples, TensorData, cifar10
@@ -27,6 +28,9 @@ from score_sde.evaluation import (
     reference,
 )
 from score_sde.evaluation.extractors import extract, quantized, stored_images
+from score_sde.run import instantiate
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 def bars(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -194,6 +198,16 @@ def test_inception_alone_is_called_fid_and_needs_its_package(monkeypatch):
     assert extract(Inception(), bars(5, 0)[0]).shape == (5, 3)
     named = {each.__name__: each.distance for each in Extractor.__subclasses__()}
     assert {name for name, distance in named.items() if distance == "FID"} == {"Inception"}
+
+
+NEEDS = {"efficientnet_lite0": "efficientnet_lite_pytorch", "inception": "torch_fidelity"}
+
+
+@pytest.mark.parametrize("file", sorted((CONF / "extractor").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_option_of_conf_extractor_is_built(file: Path):
+    if file.stem in NEEDS:
+        pytest.importorskip(NEEDS[file.stem], reason="this extractor's package is not installed")
+    assert isinstance(instantiate(OmegaConf.load(file)), Extractor)
 
 
 CIFAR = Path(os.environ.get("SCORE_SDE_DATA", "/work/data")) / "cifar10"
