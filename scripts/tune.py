@@ -80,7 +80,8 @@ def report(table: Any, folder: Path) -> None:
     for ax, name in zip(axes[0], names, strict=True):
         plotting.solvers_against_calls(ax, best, name, LABELS[name])
         if name == "sliced_w2":
-            ax.axhline(1.25, color="0.6", linestyle=":", linewidth=1)
+            ax.axhline(1.25, color="0.6", linestyle=":", linewidth=1, label="1.25 times the floor")
+            ax.legend(frameon=False, fontsize=8)
     figures.save(figure, folder / "tuning.png")
     print(f"\n{folder}: tuning.csv, tuning.png; untuned: the best of {table[table.kind == 'untuned'].solver.nunique()} "
           "solvers, for each figure by itself")  # fmt: skip

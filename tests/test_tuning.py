@@ -23,7 +23,18 @@ from score_sde import (
 )
 from score_sde.sde import SDE, RectifiedFlow
 from score_sde.steps import AdamsBashforth, RectifiedAdams
-from score_sde.tuning import RULES, Pairs, Span, TunedSampler, TunedTable, endpoints, tune, tune_spectrum, untuned
+from score_sde.tuning import (
+    RULES,
+    Pairs,
+    Span,
+    TunedSampler,
+    TunedTable,
+    _pairs,
+    endpoints,
+    tune,
+    tune_spectrum,
+    untuned,
+)
 
 CALLS = 5
 
@@ -129,6 +140,23 @@ def test_never_worse_than_the_best_untuned(model: ExactScore, method: str, itera
     table = tune(model, 4, method=method, samples=16, iterations=iterations, starts=2, progress=False)
     assert table.record["validation"][table.record["chosen"]] == min(table.record["validation"].values())
     assert len(table.half_log_snr) == 4
+
+
+def test_validation_starts_are_none_of_the_fit_s(model: ExactScore) -> None:
+    fit, validation = _pairs(
+        model, 60, 0, Sampler(ExponentialAdams(2), partial(grid.log_snr, steps=10)), 0.1, 16, False
+    )
+    assert (len(fit.x), len(validation.x)) == (60, 30)
+    assert (torch.cdist(fit.x, validation.x) > 0).all()
+
+
+def test_a_fit_that_fails_leaves_the_best_untuned_solver(model: ExactScore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit that has learnt its own 4 points by heart, or diverged, is not chosen over what validates better."""
+    spoilt = random_table(model.sde, 3)
+    monkeypatch.setattr("score_sde.tuning._fit", lambda *_: spoilt)
+    table = tune(model, 3, samples=64, iterations=1, starts=2, progress=False)
+    assert table.record["chosen"] == table.record["best untuned"]
+    assert torch.equal(table.weights, untuned(model.sde, 3)[table.record["chosen"]].weights)
 
 
 def test_the_same_seed_gives_the_same_table(model: ExactScore, tuned: TunedTable) -> None:
