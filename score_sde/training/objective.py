@@ -70,8 +70,9 @@ def excess(
 class DenoisingScoreMatching:
     """The loss of each example of a batch.
 
-    `label_dropout` is the probability with which an example's `label` is replaced by -1, the null class, so that one
-    network learns the conditional and the unconditional score (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
+    `label_dropout` is the probability with which an example's `label` is replaced by -1, the null class, and its
+    `context` by NaN, none, so that one network learns the conditional and the unconditional score (Ho & Salimans 2022,
+    https://arxiv.org/abs/2207.12598).
     With `target`, the closed-form law of the (unlabelled) data, the diagnostics are those of `excess`.
     Raises ValueError where `label_dropout` is outside [0, 1].
     """
@@ -101,8 +102,11 @@ class DenoisingScoreMatching:
 
     def _condition(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         condition = dict(batch.condition)
-        if self.label_dropout and "label" in condition:
-            label = condition["label"]
-            dropped = draw(torch.rand, label.shape, generator, device=label.device) < self.label_dropout
-            condition["label"] = torch.where(dropped, -1, label)
+        if self.label_dropout and condition.keys() & {"label", "context"}:
+            given = condition["label" if "label" in condition else "context"]
+            dropped = draw(torch.rand, given.shape[:1], generator, device=given.device) < self.label_dropout
+            nulls: dict[str, float] = {"label": -1, "context": torch.nan}
+            for name in condition.keys() & nulls.keys():
+                whole = expand(dropped, condition[name]).bool()
+                condition[name] = torch.where(whole, nulls[name], condition[name])
         return condition

@@ -18,6 +18,7 @@ from score_sde.networks.magnitude import MPAttention, MPBlock, MPConcatenate, MP
 from score_sde.networks.resample import BlurredConv, Double, Halve
 from score_sde.networks.unet import EDM2_WIDTHS
 from score_sde.sde import DiscreteSDE
+from score_sde.training.objective import DenoisingScoreMatching
 from score_sde.training.times import Times
 from score_sde.training.variational import VariationalObjective
 
@@ -203,6 +204,28 @@ def test_no_context_is_the_null_context_and_tokens_are_a_set(preset) -> None:
     assert (mixed[1] - given[1]).abs().max() > 1e-4
 
 
+def test_the_objective_drops_a_context_with_its_label() -> None:
+    given: list[dict[str, Tensor]] = []
+
+    class Listener(UNet):
+        def forward(self, x, c_noise, label=None, context=None, augment=None) -> Tensor:
+            given.append({"label": label, "context": context})
+            return super().forward(x, c_noise, label, context, augment)
+
+    network = Listener((1, 8, 8), **SMALL, num_classes=3, context_width=5)
+    model = LearnedScore(network, DiscreteSDE.ddpm(100), Noise(), (1, 8, 8))
+    conditions = {"label": torch.arange(64) % 3, "context": torch.randn(64, 2, 5)}
+    times = Times(torch.full((64,), 9.0).double(), torch.full((64,), 0.5), torch.ones(64).double())
+    objective = DenoisingScoreMatching(label_dropout=0.5)
+    losses = objective(model, Batch(torch.randn(64, 1, 8, 8), conditions), times, torch.Generator().manual_seed(0))
+    (seen,) = given
+    gone = seen["label"] < 0
+    assert 16 < gone.sum() < 48  # 64 tosses: 4 standard deviations
+    assert torch.equal(seen["context"].isnan().all(2).all(1), gone)
+    assert torch.equal(seen["context"][~gone], conditions["context"][~gone])
+    assert losses.loss.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
@@ -273,6 +296,18 @@ def test_learned_variance_reaches_the_prediction_and_its_gradient_comes_from_the
     torch.testing.assert_close(with_bound[:2], without[:2])
     assert with_bound[2:].abs().max() > 0
     assert without[2:].abs().max() == 0
+
+
+def test_a_default_network_has_the_names_that_older_runs_stored() -> None:
+    # Run directories written before the other families existed hold these; a renamed layer would orphan them.
+    names = set(UNet((1, 8, 8), width=8, multipliers=(1,), blocks=1, attention=(8,), num_classes=2).state_dict())
+    ends = {"first", "last.0", "last.2", "embedding.noise.0", "embedding.noise.2"}
+    inner = {"begin.0", "begin.2", "modulation", "end.2", "attention.norm", "attention.qkv", "attention.project"}
+    blocks = {f"{block}.{part}" for block in ("down.0", "middle.0", "middle.1", "up.0", "up.1") for part in inner}
+    skips = {"up.0.skip", "up.1.skip"}
+    stored = {f"{layer}.{kind}" for layer in ends | blocks | skips for kind in ("weight", "bias")}
+    assert names == stored | {"embedding.label.weight"}
+    assert "down.1.conv.weight" in UNet((1, 8, 8), width=8, multipliers=(1, 2), blocks=1).state_dict()
 
 
 def test_checkpointing_changes_no_gradient() -> None:
