@@ -23,7 +23,7 @@ def draw(
     run: Run, model: ScoreModel, data: Data, found: Evaluation, samplers: Mapping[str, Any], seed: int
 ) -> list[Path]:
     """Writes every figure that fits the data: densities, score fields, trajectories, sample sheets, losses, a GIF."""
-    figures = {f"samples_{name}": sheet(x) for name, x in found.samples.items()} if _is_image(data) else {}
+    figures = evaluation_sheets(data, found)
     if tuple(data.event_shape) == (2,):
         law = data.target if data.target is not None else data.reference(20_000).x
         figures["densities"] = plotting.density_comparison(law, found.samples)
