@@ -211,7 +211,8 @@ class Sampler:
         for step in (self.predictor, self.corrector):
             if step is not None and step.needs_density and not hasattr(model, "log_prob"):
                 raise ValueError(f"{type(step).__name__} needs a model with a density log_prob(x, t), which "
-                                 f"{type(model).__name__} has not: use ExactScore, or UnadjustedLangevin")  # fmt: skip
+                                 f"{type(model).__name__} has not: use ExactScore or EnergyScore (network=conservative), "
+                                 "or UnadjustedLangevin")  # fmt: skip
         times = grids.check(self.grid(model.sde), model.sde)
         moves = self.plan(model.sde, times)
         model.prepare(times.tolist())
