@@ -393,7 +393,7 @@ def ratio_table(ax: Axes, summary: pd.DataFrame, *, metric: str) -> AxesImage:
     image = ax.imshow(np.ma.masked_invalid(values), cmap=RATIOS, norm=LogNorm(1, 10, clip=True), aspect="auto")
     for row in summary.to_dict("records"):
         i, j = samplers.index(row["sampler"]), columns.index(row["budget"])
-        ax.text(j, i, _ratio_text(row, metric), ha="center", va="center", fontsize=8,
+        ax.text(j, i, _ratio_text(row, metric), ha="center", va="center", fontsize=8 if row["budget"] else 7,
                 color="white" if values[i, j] > 3 else INK)  # fmt: skip
     ax.set_xticks(range(len(columns)), [f"{b} calls" if b else "own steps" for b in columns])
     ax.set_yticks(range(len(samplers)), [str(name).replace("_", " ") for name in samplers])
@@ -720,6 +720,8 @@ def _share_curves(figure: Figure, axes: np.ndarray, count: int, x: str, y: str) 
         for ax in used:
             ax.set(**{f"{name}lim": (spans.min() / margin, spans.max() * margin)})
             _log_axis(ax, name)
+            if spans.max() > 100 * spans.min():  # small panels have room for decades alone
+                getattr(ax, f"{name}axis").set_major_locator(LogLocator())
     columns = axes.shape[1]
     for i, ax in enumerate(used):
         ax.spines[["top", "right"]].set_visible(False)
