@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -348,7 +349,7 @@ class Samples(Protocol):
 def tune(
     model: ScoreModel, steps: int, *, method: str = "coefficients", samples: int | None = None, iterations: int = 800,
     starts: int = 12, seed: int = 0, teacher: Samples | None = None, robust: float = 0.02,
-    batch_size: int | None = None, progress: bool = True,
+    batch_size: int | None = None, minutes: float | None = None, progress: bool = True,
 ) -> TunedTable:  # fmt: skip
     """The best table found for this model and this number of network calls.
 
@@ -370,6 +371,8 @@ def tune(
         robust: below this many data standard deviations per dimension the loss is quadratic in the error, above it
             grows as the root.
         batch_size: points at a time; by default 2^12 numbers' worth, 64 to 512.
+        minutes: cut the iterations so that fitting takes about so long, for large networks. The machine's speed then
+            decides how many there are; None gives the same table for the same seed everywhere.
         progress: show bars.
 
     Raises:
@@ -380,9 +383,9 @@ def tune(
     batch_size = min(max(2**12 // dimension, 64), 512) if batch_size is None else batch_size
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}")
-    if min(samples, iterations, batch_size, starts) < 1 or not robust > 0:
-        raise ValueError("samples, iterations, starts, batch_size and robust are positive, "
-                         f"got {samples=}, {iterations=}, {starts=}, {batch_size=}, {robust=}")  # fmt: skip
+    if min(samples, iterations, batch_size, starts) < 1 or not robust > 0 or not (minutes is None or minutes > 0):
+        raise ValueError("samples, iterations, starts, batch_size, robust and minutes are positive, "
+                         f"got {samples=}, {iterations=}, {starts=}, {batch_size=}, {robust=}, {minutes=}")  # fmt: skip
     candidates = untuned(model.sde, steps)
     fit, validation = _pairs(model, samples, seed, teacher, robust, batch_size, progress)
     losses = _losses(candidates, validation, progress)
@@ -391,6 +394,8 @@ def tune(
         with tqdm(total=iterations, desc="tuning", disable=not progress) as bar:
             tuned = {f"tuned from {best}": _fit_grid(fit, candidates[best], RULES[_rule(best)], iterations, bar)}
     else:
+        if minutes is not None:
+            iterations = min(iterations, _affordable(fit, candidates[best], minutes, starts))
         tuned = _halving(fit, validation, candidates, losses, starts, iterations, seed, progress)
     return _chosen(candidates | tuned, losses | _losses(tuned, validation), best, method)
 
@@ -425,6 +430,18 @@ def _chosen(candidates: dict[str, TunedTable], losses: dict[str, float], best: s
 
 def _rule(name: str) -> str:
     return name.partition(" on ")[0]
+
+
+def _affordable(fit: Pairs, table: TunedTable, minutes: float, starts: int) -> int:
+    """Iterations of the full fit for which it and the candidates' take this long; 50 at the least."""
+    z, part = Span.of(fit.model.sde).vector(table).numpy(), fit.draw(torch.Generator().manual_seed(0))
+    seconds = []
+    for _ in range(3):
+        clock = time.perf_counter()
+        part.loss_and_gradient(z, Span.of(fit.model.sde), len(table.weights))
+        seconds.append(time.perf_counter() - clock)
+    # `_halving` spends starts / 20 + 9 / 20 of a full fit on its short ones, on half batches.
+    return max(50, int(60 * minutes / min(seconds) / (1 + (starts + 9) / 20)))
 
 
 def _halving(

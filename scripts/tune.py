@@ -18,7 +18,7 @@ from score_sde.evaluation.coupled import Course, best_of_each, course_table
 from score_sde.targets import Target
 from score_sde.tuning import TunedTable, tune, tune_spectrum
 
-OPTIONS = ("method", "samples", "iterations", "starts", "seed", "robust", "batch_size")
+OPTIONS = ("method", "samples", "iterations", "starts", "seed", "robust", "batch_size", "minutes")
 LABELS = {"endpoint": "endpoint error / data std", "median": "median endpoint error / data std",
           "energy": "energy distance to converged", "frechet": "Fréchet distance to converged",
           "sliced_w2": "sliced W2 / noise floor"}  # fmt: skip

@@ -159,6 +159,16 @@ def test_a_fit_that_fails_leaves_the_best_untuned_solver(model: ExactScore, monk
     assert torch.equal(table.weights, untuned(model.sde, 3)[table.record["chosen"]].weights)
 
 
+def test_a_budget_of_time_cuts_the_iterations(model: ExactScore) -> None:
+    lengths: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("score_sde.tuning._fit", lambda pairs, start, length, *_: lengths.append(length) or start)
+        tune(model, 2, samples=64, iterations=10**6, starts=2, minutes=1e-3, progress=False)
+        tune(model, 2, samples=64, iterations=7, starts=2, minutes=60, progress=False)
+    assert 50 <= lengths[4] < 10**4
+    assert lengths[-1] == 7
+
+
 def test_the_same_seed_gives_the_same_table(model: ExactScore, tuned: TunedTable) -> None:
     again = tune(model, 3, samples=128, iterations=60, starts=2, progress=False)
     assert torch.equal(again.weights, tuned.weights)
