@@ -74,7 +74,7 @@ def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> E
         for name, x in shown.items():
             print(f"  PSNR of {name}: {psnr(x, before.repeat_interleave(len(x) // len(before), 0)):.2f} dB")
     first = before if before.shape == seen.shape else seen
-    return before, after, {"input": first, "seen": seen} | numbered("draw", after)
+    return before, after, {"input": first, "seen": visible(operator, y)} | numbered("draw", after)
 
 
 def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) -> Edited:
@@ -155,6 +155,11 @@ def check_observed(path: Path, task: str, shape: tuple[int, ...]) -> None:
             wanted = f"{shape[-2]}x{shape[-1]}{' in grey' if shape[0] == 1 else ''}"
             raise ValueError(f"{file} is {given}, an observation of task={task} is {wanted}: leave degraded=false "
                              "if it is a clean image, to be degraded here")  # fmt: skip
+
+
+def visible(operator: LinearOperator, y: Tensor) -> Tensor:
+    """An observation as an image: itself where it has the image's shape, else its pseudo-inverse."""
+    return y if operator.output_shape == operator.input_shape else operator.pseudo_inverse(y)
 
 
 def numbered(name: str, x: Tensor) -> dict[str, Tensor]:

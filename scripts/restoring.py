@@ -116,7 +116,8 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     table.to_csv(folder / "restorations.csv", index=False)
     figures.save(curves(table[table["sampler"] != "none"], "psnr", "PSNR of a draw in dB", f"{config.task}, {run.path}",
                         table["psnr"].iloc[0]), folder / "restorations.png")  # fmt: skip
-    columns = {"truth": truth, "A^+ y": operator.pseudo_inverse(observed)} | shown
+    alike = operator.output_shape == operator.input_shape
+    columns = {"truth": truth, "seen": observed if alike else operator.pseudo_inverse(observed)} | shown
     figures.save(figures.columns({name: x[:8] for name, x in columns.items()}), folder / "sheet.png")
     keys = ["method", "sampler", "budget"]
     common.show(table.groupby(keys, sort=False).mean(numeric_only=True).drop(columns="seed").reset_index())
