@@ -29,7 +29,7 @@ from score_sde.evaluation.posterior import (
     image_problem,
     ring_problem,
 )
-from score_sde.evaluation.restoration import Restoration, compare_restorations
+from score_sde.evaluation.restoration import LEARNED, OWN, Restoration, compare_restorations
 from score_sde.guidance import TASKS, task_operator
 from score_sde.run import instantiate
 
@@ -98,8 +98,8 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     if config.task == "linear":
         raise ValueError(f"task=linear has no run; on images: {', '.join(TASKS)}")
     run, node = common.open_run(config), config.restoration
-    options["methods"] = {name: make for name, make in options["methods"].items() if name not in KNOWING}
-    options["solvers"] = {name: make for name, make in options["solvers"].items() if name != "tds"}
+    options["methods"] = {name: LEARNED[name] for name in options["methods"] if name in LEARNED}
+    options["solvers"] = {name: OWN[name] for name in options["solvers"] if name in OWN}
     model = run.model().to(common.device_of(config.device))
     operator = task_operator(config.task, model.event_shape, **node.operator)
     truth = run.data().reference(node.count).x

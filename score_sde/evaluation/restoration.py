@@ -25,15 +25,24 @@ from tqdm import tqdm
 from score_sde.evaluation.comparison import Samples
 from score_sde.evaluation.metrics import frechet_distance
 from score_sde.evaluation.posterior import KNOWING, METHODS, SAMPLERS, SOLVERS, Method, Solver
-from score_sde.guidance import LinearOperator
+from score_sde.guidance import MMPS, LinearOperator
 from score_sde.noise import SampleNoise
 from score_sde.sampler import SampleResult
 from score_sde.score import ScoreModel
 
-__all__ = ["COLUMNS", "Restoration", "compare_restorations", "psnr", "ssim"]
+__all__ = ["COLUMNS", "LEARNED", "OWN", "Restoration", "compare_restorations", "psnr", "ssim"]
 
 COLUMNS = ["method", "sampler", "budget", "seed", "nfe", "seconds", "psnr", "psnr_of_mean", "ssim", "misfit",
            "feature_distance", "error"]  # fmt: skip
+
+
+LEARNED: dict[str, Method] = {name: make for name, make in METHODS.items() if name not in KNOWING} | {
+    "mmps": lambda case: MMPS(case.model, case.operator, case.y, case.noise_std, 3)
+}
+"""Methods that are score models, for learned ones: MMPS with few iterations."""
+
+OWN: dict[str, Solver] = {name: make for name, make in SOLVERS.items() if name != "tds"}
+"""Methods that are samplers of their own, but for particle filters, which take one observation."""
 
 
 def psnr(x: Tensor, reference: Tensor, width: float = 2.0) -> float:
@@ -126,8 +135,7 @@ def compare_restorations(
     Args:
         case: images and what is seen of them.
         budgets: steps.
-        methods, samplers, solvers: of `posterior`; but for particle filters, which take one observation, and exact
-            posteriors, all of them when left out.
+        methods, samplers, solvers: `LEARNED`, `posterior.SAMPLERS` and `OWN` when left out.
         seeds: of the samplers.
         features: (n, *event_shape) -> (n, F), for a Fréchet distance between restored and true images.
         progress: shows a bar where it takes long.
@@ -138,14 +146,12 @@ def compare_restorations(
         `misfit` the root mean square of y - A x in units of noise_std (1 for the truth), and the reason of a run that
         was refused or diverged in `error`. First the pseudo-inverse A^+ y, which is no draw and costs no call.
     """
-    known = {name: make for name, make in METHODS.items() if name not in KNOWING}
-    own = {name: make for name, make in SOLVERS.items() if name != "tds"}
     chosen = SAMPLERS if samplers is None else samplers
     runs: list[tuple[str, str, Callable[[int], Samples], Callable[[], ScoreModel]]] = [
         (name, label, make, partial(method, case))
-        for name, method in (known if methods is None else methods).items() for label, make in chosen.items()
+        for name, method in (LEARNED if methods is None else methods).items() for label, make in chosen.items()
     ]  # fmt: skip
-    for name, solver in (own if solvers is None else solvers).items():
+    for name, solver in (OWN if solvers is None else solvers).items():
         runs.append((name, "own", partial(solver, case), lambda: case.model))
     plain = case.operator.pseudo_inverse(case.observed).unsqueeze(1)
     rows = [{"method": "pseudo-inverse", "sampler": "none", "budget": 0, "seed": 0, "nfe": 0, "seconds": 0.0}
