@@ -89,6 +89,8 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
         certificate.to_csv(folder / "certificate.csv", index=False)
         common.show(certificate)
     common.show(wide(table, "ratio"))
+    for row in table[table["status"] != "ok"].to_dict("records"):
+        print(f"{row['method']} with {row['sampler']}, {row['budget']} steps, seed {row['seed']}: {row['status']}")
     print(f"\nsliced W2 over its noise floor, means of {len(config.seeds)} seeds; {folder}: posteriors.csv, .png")
     return folder
 
