@@ -20,13 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from score_sde import grid as grids
+from score_sde.cuda_graph import GraphedMoves
 from score_sde.grid import Grid
 from score_sde.noise import BatchNoise, NoiseSource, Stream
 from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
 from score_sde.steps.linear import Carry, LinearRow
-from score_sde.steps.step import Draw, Evaluate, History, Step
+from score_sde.steps.step import Draw, History, Step
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,18 @@ class Sampler:
             start is corrected, the end is not); False predicts and then corrects, as their algorithm 1 does.
         corrector_where: function (SDE, times) -> boolean mask of the grid times at which the corrector acts, e.g.
             `functools.partial(grid.within, low=0.1, high=10.0)`; everywhere if left out.
+        cuda_graph: replay the moves as CUDA graphs (see `score_sde.cuda_graph`): less work for the host where the
+            network is small. The model must not look at values on the host.
 
     Raises:
-        ValueError: neither predictor nor corrector, a step in the other's place, or an unknown `final`.
+        ValueError: neither predictor nor corrector, a step in the other's place, an unknown `final`, or a CUDA graph
+            without a CUDA device or for a step that compares densities.
     """
 
     def __init__(
         self, predictor: Step | None, grid: Grid, corrector: Step | None = None, final: str = "denoise",
         corrector_first: bool = True, corrector_where: Callable[[SDE, Tensor], Tensor] | None = None,
+        cuda_graph: bool = False,
     ) -> None:  # fmt: skip
         if predictor is None and corrector is None:
             raise ValueError("a sampler needs a predictor, a corrector or both; got neither")
@@ -181,7 +186,11 @@ class Sampler:
                 raise ValueError(f"{type(step).__name__} is a {step.role}, it cannot be the {role}")
         if not callable(grid):
             raise ValueError(f"grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100); got {grid!r}")
-        self.predictor, self.grid, self.corrector = predictor, grid, corrector
+        if cuda_graph and not torch.cuda.is_available():
+            raise ValueError("cuda_graph=True needs a CUDA device, and torch sees none: leave it out")
+        if cuda_graph and any(step is not None and step.needs_density for step in (predictor, corrector)):
+            raise ValueError("cuda_graph=True takes no step that compares densities: leave it out")
+        self.predictor, self.grid, self.corrector, self.cuda_graph = predictor, grid, corrector, cuda_graph
         self.final = check_option("final", final, FINALS)
         self.corrector_first, self.corrector_where = corrector_first, corrector_where
 
@@ -260,14 +269,19 @@ class Sampler:
     def _run(self, moves: Sequence[Move], start: Start, progress: bool) -> Iterator[tuple[Tensor, bool]]:
         x = start.x
         history: History = ()
-        evaluate: Evaluate = start.model
+        advance = GraphedMoves(((m.step, m.row) for m in moves), x).advance if self.cuda_graph else _advance
         for move in tqdm(moves, desc="sampling", disable=not progress, delay=1.0, leave=False):
-            draw: Draw = partial(start.noise, move.key)
             past: History = history if move.step is self.predictor else ()
-            x, past = move.step.advance(move.row, x, past, evaluate, draw)
+            x, past = advance(move.step, move.row, x, past, start.model, partial(start.noise, move.key))
             if move.step is self.predictor:
                 history = past
             yield x, move.arrives
+
+
+def _advance(
+    step: Step, row: Any, x: Tensor, history: History, model: CountedModel, draw: Draw
+) -> tuple[Tensor, History]:
+    return step.advance(row, x, history, model, draw)
 
 
 def _rows(step: Step, sde: SDE, t: Tensor, s: Tensor, mask: Tensor) -> dict[int, tuple[Step, LinearRow]]:

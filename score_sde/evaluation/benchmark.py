@@ -63,7 +63,7 @@ class Sizes:
     """How much is measured; `quick()` is for tests."""
 
     loop: tuple[int, ...] = (64, 3, 32, 32)
-    steps: int = 60
+    steps: int = 40
     network: tuple[int, ...] = (16, 3, 32, 32)
     width: int = 32
     multipliers: tuple[int, ...] = (1, 2, 4, 6)  # 9.6 M parameters
@@ -190,7 +190,7 @@ def entries(steps: int, **options: Any) -> dict[str, Entry]:
     found = {name: Entry(Sampler(step, grid, final="none", **options), getattr(step, "memory", 1))
              for name, step in predictors.items()}  # fmt: skip
     found["Heun, churned"] = Entry(Sampler(Heun(), churned, final="none", **options))
-    for name, corrector in (("Langevin", LangevinCorrector()), ("kinetic Langevin", KineticLangevin())):
+    for name, corrector in (("Langevin", LangevinCorrector()), ("kinetic Langevin", KineticLangevin(steps=1))):
         found[f"Ancestral + {name}"] = Entry(Sampler(Ancestral(), grid, corrector, final="none", **options))
     return found
 
@@ -234,6 +234,8 @@ def against_a_loop(sizes: Sizes, device: torch.device, progress: bool = False) -
     """
     model, x = Trivial(VPSDE(), sizes.loop[1:], device), _images(sizes.loop, device)
     found = entries(sizes.steps)
+    if device.type == "cuda":
+        found |= {f"{name}, CUDA graph": entry for name, entry in entries(sizes.steps, cuda_graph=True).items()}
     loops = {f"loop {k}": partial(hand_loop, model.function, x, sizes.steps, outputs=k) for k in (1, 2, 3, 4)}
     loops["noisy"] = partial(hand_loop, model.function, x, sizes.steps, noise=True)
     runs = {name: partial(entry.sampler.sample, model, x.shape, x_init=x, seed=0) for name, entry in found.items()}
@@ -277,8 +279,12 @@ def against_the_network(sizes: Sizes, device: torch.device, progress: bool = Fal
     network = UNet(sizes.network[1:], sizes.width, sizes.multipliers).to(device).eval()
     model = LearnedScore(network, VPSDE(), Noise(), sizes.network[1:])
     x = _images(sizes.network, device)
-    rows = []
-    for name, entry in tqdm(entries(sizes.network_steps).items(), desc="network", disable=not progress, leave=False):
+    rows, found = [], entries(sizes.network_steps)
+    if device.type == "cuda":
+        longer = entries(10 * sizes.network_steps)  # past the moves that a graph is captured in
+        graphed = entries(10 * sizes.network_steps, cuda_graph=True)
+        found = longer | {f"{name}, CUDA graph": entry for name, entry in graphed.items()}
+    for name, entry in tqdm(found.items(), desc="network", disable=not progress, leave=False):
         rows.append({"sampler": name} | _beside_network(entry.sampler, model, x, max(1, sizes.rounds // 3), device))
     return pd.DataFrame(rows)
 

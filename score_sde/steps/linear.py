@@ -22,6 +22,8 @@ from score_sde.sde import SDE
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite
 
 Coefficients = tuple[Tensor, Sequence[Tensor], Tensor]
+Scalar = float | Tensor
+"""A number of a row; in a CUDA graph, which serves many rows, one that lies on the device."""
 
 
 class LinearRow(NamedTuple):
@@ -34,12 +36,18 @@ class LinearRow(NamedTuple):
     output: tuple[float, float] = (1.0, 0.0)
 
 
-def combine(x: Tensor, a: float, b: Sequence[float], outputs: Sequence[Tensor]) -> Tensor:
+def combine(x: Tensor, a: Scalar, b: Sequence[Scalar], outputs: Sequence[Tensor]) -> Tensor:
     """a x + sum_k b_k D_k, in one temporary."""
-    x = x * a
-    for weight, output in zip(b, outputs, strict=False):
-        if weight != 0.0:
-            x = x.add_(output, alpha=weight)
+    return accumulate(x * a, b, outputs)
+
+
+def accumulate(x: Tensor, weights: Sequence[Scalar], outputs: Sequence[Tensor]) -> Tensor:
+    """x + sum_k weights_k outputs_k, in place."""
+    for weight, output in zip(weights, outputs, strict=False):
+        if isinstance(weight, Tensor):
+            x.addcmul_(output, weight)
+        elif weight != 0.0:
+            x.add_(output, alpha=weight)
     return x
 
 
@@ -96,8 +104,8 @@ class LinearStep(Step):
             if row.b:
                 history = (evaluate(x, row.t).mix(*row.output), *history)[: self.memory]
             x = combine(x, row.a, row.b, history)
-            if row.c != 0.0:
-                x = x.add_(draw(k), alpha=row.c)
+            if isinstance(row.c, Tensor) or row.c != 0.0:
+                x = accumulate(x, (row.c,), (draw(k),))
         return x, history
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from score_sde.sde import SDE
-from score_sde.steps.linear import combine
+from score_sde.steps.linear import accumulate, combine
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite
 
 
@@ -64,7 +64,7 @@ class StagedStep(Step):
         for next_time, a, b, c in row.stages:
             outputs.append(getattr(evaluate(at, time), self.prediction))
             draws.extend(draw(k) for k in range(len(draws), len(c)))
-            at, time = combine(combine(x, a, b, outputs), 1.0, c, draws) if c else combine(x, a, b, outputs), next_time
+            at, time = accumulate(combine(x, a, b, outputs), c, draws), next_time
         return at, history
 
 
