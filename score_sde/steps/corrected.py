@@ -31,6 +31,10 @@ class CorrectedStep(LinearStep):
 
     eta: float = 0.0
 
+    def strength(self, sde: SDE, t: Tensor) -> float | Tensor:
+        """eta of the moves that begin at t."""
+        return self.eta
+
     @abstractmethod
     def predict(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
         """Weights of the D at `times` (k, ...), the newest first, in the prediction of x_s; missing ones are 0."""
@@ -40,7 +44,7 @@ class CorrectedStep(LinearStep):
         """Weights of the D at s and then at `times` in the corrected x_s; missing ones are 0."""
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
-        a, c = carried(sde, times[0], s, self.eta)
+        a, c = carried(sde, times[0], s, self.strength(sde, times[0]))
         b = [*self.predict(sde, times, s)]
         b += [torch.zeros_like(s)] * (len(times) - len(b))
         if len(times) > 1:
@@ -107,6 +111,8 @@ class SASolver(CorrectedStep):
         order: outputs of the predictor, 1 to 4.
         corrector: stored outputs of the corrector beside the new one, 1 to 4.
         eta: noise strength, 0 or more; 1 is the reverse SDE.
+        levels: (low, high), the noise levels sigma / alpha of the moves that draw noise; the others go with eta = 0. The
+            paper's (appendix E.1) are (0.05, 1) for CIFAR-10; everywhere if left out.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -116,18 +122,30 @@ class SASolver(CorrectedStep):
         "SA-Solver 1 1": {"order": 1, "corrector": 1, "eta": 1.0},
     }
 
-    def __init__(self, order: int = 2, corrector: int = 1, eta: float = 1.0) -> None:
+    def __init__(
+        self, order: int = 2, corrector: int = 1, eta: float = 1.0, levels: Sequence[float] | None = None
+    ) -> None:
         for name, value in (("order", order), ("corrector", corrector)):
             if value not in (1, 2, 3, 4):
                 raise ValueError(f"SASolver's {name} is 1 to 4, got {name}={value}")
         if not 0 <= eta < float("inf"):
             raise ValueError(f"SASolver needs a noise strength eta >= 0, got eta={eta}")
+        if levels is not None and not (len(levels) == 2 and 0 <= levels[0] < levels[1]):
+            raise ValueError(f"SASolver's levels are (low, high) with 0 <= low < high, got {levels}")
         self.predicted, self.corrected, self.eta = int(order), int(corrector), float(eta)
+        self.levels = None if levels is None else (float(levels[0]), float(levels[1]))
         self.memory = max(self.predicted, self.corrected) + 1
         self.order = min(self.predicted, self.corrected) + 1 if eta == 0 else 2
 
     def predict(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
-        return weigh(sde, times[: self.predicted], times[0], s, self.eta)
+        return weigh(sde, times[: self.predicted], times[0], s, self.strength(sde, times[0]))
 
     def correct(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
-        return weigh(sde, torch.stack([s, *times[: self.corrected]]), times[0], s, self.eta)
+        nodes = torch.stack([s, *times[: self.corrected]])
+        return weigh(sde, nodes, times[0], s, self.strength(sde, times[0]))
+
+    def strength(self, sde: SDE, t: Tensor) -> float | Tensor:
+        if self.levels is None:
+            return self.eta
+        level = (-sde.half_log_snr(t)).exp()
+        return torch.where((level >= self.levels[0]) & (level <= self.levels[1]), self.eta, 0.0).to(t)

@@ -101,9 +101,9 @@ class LinearStep(Step):
         self, row: LinearRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
     ) -> tuple[Tensor, History]:
         for k in range(self.repeats):
-            if row.b:
-                history = (evaluate(x, row.t).mix(*row.output), *history)[: self.memory]
-            x = combine(x, row.a, row.b, history)
+            outputs = (evaluate(x, row.t).mix(*row.output), *history) if row.b else ()
+            x = combine(x, row.a, row.b, outputs)
+            history = outputs[: self.memory - 1]  # what the next move needs beside its own
             if isinstance(row.c, Tensor) or row.c != 0.0:
                 x = accumulate(x, (row.c,), (draw(k),))
         return x, history

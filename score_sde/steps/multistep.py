@@ -219,27 +219,27 @@ class ExponentialAdams(LinearStep):
         return a, weigh(sde, times, times[0], s, self.eta, self.prediction, self.weights), c
 
 
-def carried(sde: SDE, t: Tensor, s: Tensor, eta: float, prediction: str = "denoised") -> tuple[Tensor, Tensor]:
-    """(a, c): what `ExponentialAdams` carries over from x_t, and its noise."""
-    ends = torch.stack([t, s])
+def carried(sde: SDE, t: Tensor, s: Tensor, eta: float | Tensor, prediction: str = "denoised") -> tuple[Tensor, Tensor]:
+    """(a, c): what `ExponentialAdams` carries over from x_t, and its noise; eta may differ from move to move."""
+    ends, eta = torch.stack([t, s]), torch.as_tensor(eta, dtype=t.dtype)
     h, sigma = sde.half_log_snr(ends).diff(dim=0).squeeze(0), sde.sigma(ends)
-    zero = torch.zeros_like(h)
     if prediction == "noise":
-        return sde.alpha(s) / sde.alpha(t), eta * sigma[1] * torch.expm1(2 * h).sqrt() if eta else zero
-    a = sigma[1] / sigma[0]
-    return (a * (-(eta**2) * h).exp(), sigma[1] * (-torch.expm1(-2 * eta**2 * h)).sqrt()) if eta else (a, zero)
+        return sde.alpha(s) / sde.alpha(t), eta * sigma[1] * torch.expm1(2 * h).sqrt()
+    decay = eta**2 * h
+    return sigma[1] / sigma[0] * (-decay).exp(), sigma[1] * (-torch.expm1(-2 * decay)).sqrt()
 
 
 def weigh(
-    sde: SDE, nodes: Tensor, t: Tensor, s: Tensor, eta: float, prediction: str = "denoised", weights: str = "exact"
-) -> list[Tensor]:
+    sde: SDE, nodes: Tensor, t: Tensor, s: Tensor, eta: float | Tensor, prediction: str = "denoised",
+    weights: str = "exact",
+) -> list[Tensor]:  # fmt: skip
     """The weights of the outputs at times `nodes` (k, ...) in `ExponentialAdams`'s integral from t to s."""
     start, end, *inner = sde.half_log_snr(torch.stack([t, s, *nodes]))
     h, k, levels = end - start, 1 + eta**2, torch.stack(inner)
     scale, rate = (sde.alpha(s), -k) if prediction == "denoised" else (-sde.sigma(s), 1.0)
     if weights == "midpoint":
         return list(scale * (k / rate) * torch.expm1(rate * h) * lagrange(levels, end - h / 2))
-    fractions, gauss = quadrature(s, points=10 if k * h.max() <= 2 else 32)  # both to machine precision
+    fractions, gauss = quadrature(s, points=10 if (k * h).max() <= 2 else 32)  # both to machine precision
     kernel = (scale * k * h) * gauss * (rate * h * fractions).exp()
     return integrals(kernel, lagrange(levels, end - h * fractions))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -337,3 +338,29 @@ def test_a_table_refuses_what_is_not_its_own(tmp_path):
 def test_unknown_options_are_refused_when_the_step_is_built(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_sa_solver_draws_noise_at_the_chosen_levels_alone():
+    """Rows are those of the solver with noise inside, of the one without far outside, and exact for a point mass."""
+    sde, levels = VPSDE(), (0.05, 1.0)
+    times = grid.log_snr(sde, 20)
+    t, s = times[:-1], times[1:]
+    noisy, still, mixed, everywhere = (
+        SASolver(2, 2, **options).plan(sde, t, s)
+        for options in ({"eta": 1.0}, {"eta": 0.0}, {"levels": levels}, {"levels": (0.0, 1e9)})
+    )
+    assert everywhere == noisy
+    inside = [levels[0] <= float((-sde.half_log_snr(row.t)).exp()) <= levels[1] for row in mixed]
+    assert [row.c > 0 for row in mixed] == inside
+    for i, (row, at, end) in enumerate(zip(mixed, t.tolist(), s.tolist(), strict=True)):
+        assert row.a == (noisy if inside[i] else still)[i].a
+        if i > 0 and inside[i] == inside[i - 1]:  # the correction belongs to the move before
+            assert row.b == pytest.approx((noisy if inside[i] else still)[i].b, rel=1e-12)
+        alpha_t, sigma_t, alpha_s, sigma_s = (float(part(u)) for u in (at, end) for part in (sde.alpha, sde.sigma))
+        assert row.a * alpha_t + sum(row.b) == pytest.approx(alpha_s, rel=1e-12)
+        assert math.hypot(row.a * sigma_t, row.c) == pytest.approx(sigma_s, rel=1e-12)
+
+
+def test_sa_solvers_levels_are_an_interval():
+    with pytest.raises(ValueError, match="0 <= low < high"):
+        SASolver(levels=(1.0, 0.05))
