@@ -37,6 +37,7 @@ def training_overhead(
 
     Returns:
         ratio, ratio_low, ratio_high: the median overhead and the quartiles of the rounds.
+        cpu_ratio: on a CPU, that of the process's CPU time, which with one thread no neighbour disturbs.
         step_seconds, bare_seconds, examples_per_second, gflops_per_example, parameters, and where known mfu, that of
         the bare loop mfu_bare, and peak_memory_gib of both together.
     """
@@ -54,7 +55,7 @@ def training_overhead(
 
         for contender in (bare, step, bare, step):
             contender()
-        seconds: dict[str, list[float]] = {"bare": [], "step": []}
+        seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "step": []}
         for turn in trange(rounds, desc="training", disable=not progress, delay=2, leave=False):
             order = [("bare", bare), ("step", step)][:: 1 if turn % 2 else -1]
             for name, contender in order:
@@ -85,27 +86,32 @@ def _bare_step(
     return step
 
 
-def _timed(step: Callable[[], None], steps: int, device: torch.device) -> float:
-    """Seconds a step."""
-    began = time.perf_counter()
+def _timed(step: Callable[[], None], steps: int, device: torch.device) -> tuple[float, float]:
+    """Seconds a step on the clock, and of this process's CPU."""
+    began, worked = time.perf_counter(), time.process_time()
     for _ in range(steps):
         step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - began) / steps
+    return (time.perf_counter() - began) / steps, (time.process_time() - worked) / steps
 
 
 def _summary(
-    trainer: Trainer, model: LearnedScore, state: TrainingState, batch: Batch, seconds: dict[str, list[float]]
+    trainer: Trainer,
+    model: LearnedScore,
+    state: TrainingState,
+    batch: Batch,
+    seconds: dict[str, list[tuple[float, float]]],
 ) -> dict[str, Any]:
-    low, ratio, high = statistics.quantiles(
-        [step / bare for step, bare in zip(seconds["step"], seconds["bare"], strict=True)], n=4, method="inclusive"
-    )
-    step, bare = (statistics.median(seconds[name]) for name in ("step", "bare"))
+    turns = list(zip(seconds["step"], seconds["bare"], strict=True))
+    low, ratio, high = statistics.quantiles([step[0] / bare[0] for step, bare in turns], n=4, method="inclusive")
+    step, bare = (statistics.median(clock for clock, _ in seconds[name]) for name in ("step", "bare"))
     flops = flops_per_example(model, batch.to(model.device))
     found = {"ratio": ratio, "ratio_low": low, "ratio_high": high, "step_seconds": step, "bare_seconds": bare,
              "examples_per_second": trainer.batch_size / step, "gflops_per_example": flops / 1e9,
              "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
+    if state.device.type == "cpu":
+        found["cpu_ratio"] = statistics.median(step[1] / bare[1] for step, bare in turns)
     if state.peak:
         found |= {
             f"mfu{name}": flops * trainer.batch_size / took / state.peak for name, took in (("", step), ("_bare", bare))
