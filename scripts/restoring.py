@@ -89,8 +89,8 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
         certificate.to_csv(folder / "certificate.csv", index=False)
         common.show(certificate)
     common.show(wide(table, "ratio"))
-    for row in table[table["status"] != "ok"].to_dict("records"):
-        print(f"{row['method']} with {row['sampler']}, {row['budget']} steps, seed {row['seed']}: {row['status']}")
+    for row in table[table["error"] != ""].to_dict("records"):
+        print(f"{row['method']} with {row['sampler']}, {row['budget']} steps, seed {row['seed']}: {row['error']}")
     print(f"\nsliced W2 over its noise floor, means of {len(config.seeds)} seeds; {folder}: posteriors.csv, .png")
     return folder
 
@@ -162,6 +162,7 @@ def curves(table: pd.DataFrame, value: str, label: str, title: str, floor: float
             ax.set_yscale("log")
             ax.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
             ax.minorticks_off()
+            ax.set_ylim(top=min(30.0, ax.get_ylim()[1]))  # what diverges leaves the picture, not the scale
         ax.set_xticks(sorted(table["budget"].unique()), [str(b) for b in sorted(table["budget"].unique())])
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel(label)
