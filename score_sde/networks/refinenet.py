@@ -131,8 +131,8 @@ class Refine(nn.Module):
     def __init__(self, dims: int, inward: Sequence[int], outward: int, told: int | None, last: bool) -> None:
         super().__init__()
         self.adapt = nn.ModuleList(nn.ModuleList(RCU(dims, w, told) for _ in range(2)) for w in inward)
-        # The coarsest block has one input, of its own width: nothing to fuse.
-        self.fuse = Fuse(dims, inward, outward, told) if len(inward) > 1 else None
+        # The coarsest block has one input, in the paper of its own width: nothing to fuse, and no width to change.
+        self.fuse = Fuse(dims, inward, outward, told) if len(inward) > 1 or inward[0] != outward else None
         self.pool = CRP(dims, outward, told)
         self.end = nn.ModuleList(RCU(dims, outward, told) for _ in range(3 if last else 1))
 
