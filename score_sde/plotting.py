@@ -393,7 +393,7 @@ def ratio_table(ax: Axes, summary: pd.DataFrame, *, metric: str) -> AxesImage:
     image = ax.imshow(np.ma.masked_invalid(values), cmap=RATIOS, norm=LogNorm(1, 10, clip=True), aspect="auto")
     for row in summary.to_dict("records"):
         i, j = samplers.index(row["sampler"]), columns.index(row["budget"])
-        ax.text(j, i, _ratio_text(row, metric), ha="center", va="center", fontsize=8 if row["budget"] else 7,
+        ax.text(j, i, _ratio_text(row, metric), ha="center", va="center", fontsize=8 if row["budget"] else 6.5,
                 color="white" if values[i, j] > 3 else INK)  # fmt: skip
     ax.set_xticks(range(len(columns)), [f"{b} calls" if b else "own steps" for b in columns])
     ax.set_yticks(range(len(samplers)), [str(name).replace("_", " ") for name in samplers])
@@ -413,7 +413,7 @@ def _ratio_text(row: Mapping[Any, Any], metric: str) -> str:
     if math.isnan(ratio):
         return "–" if str(row["status"]).startswith("refused") else "×"
     text = f"{ratio:.2f}" if ratio < 9.995 else f"{ratio:.0f}" if ratio < 999.5 else f"{ratio:.0e}"
-    return text if row["budget"] else f"{text}  ({row['nfe']:.0f})"
+    return text if row["budget"] else f"{text} ({row['nfe']:.0f})"
 
 
 def sample_panels(samples: Mapping[tuple[str, int], Tensor], reference: Target | Tensor | None = None) -> Figure:

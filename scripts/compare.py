@@ -213,13 +213,11 @@ def advice(table: pd.DataFrame) -> list[str]:
             best = ", ".join(f"{r.sampler} ({r.calls:.0f})" for r in there.head(5).itertuples())
             lines.append(f"{mark}there with the fewest calls: {best}.")
             quick = there.nsmallest(3, "seconds_per_sample")
-            listed = ", ".join(
-                f"{r.sampler} ({1e6 * r.seconds_per_sample:.3g} µs a sample)" for r in quick.itertuples()
-            )
+            listed = ", ".join(f"{r.sampler} ({duration(r.seconds_per_sample)} a sample)" for r in quick.itertuples())
             lines.append(f"{mark}there in the shortest time: {listed}.")
         never = order[order["calls"].isna()]
         if len(never):
-            listed = ", ".join(f"{r.sampler} (excess {r.excess:.2g}, by {r.worst})" for r in never.itertuples())
+            listed = ", ".join(f"{r.sampler} (excess {r.excess:.3g}, by {r.worst})" for r in never.itertuples())
             lines.append(f"{mark}not there within any budget: {listed}.")
         paired = judge(runs).dropna(subset="endpoint_error")
         for budget in (10, 20):
@@ -229,6 +227,12 @@ def advice(table: pd.DataFrame) -> list[str]:
                 lines.append(f"{mark}nearest to the converged ODE within {budget} calls: {best['sampler']}, "
                              f"{best['endpoint_error']:.2g} data standard deviations with {best['nfe']:.0f}.")  # fmt: skip
     return lines
+
+
+def duration(seconds: float) -> str:
+    """Three digits in s, ms or µs."""
+    unit, size = next(((u, z) for u, z in (("s", 1.0), ("ms", 1e-3)) if seconds >= z), ("µs", 1e-6))
+    return f"{seconds / size:.3g} {unit}"
 
 
 def faults(table: pd.DataFrame) -> pd.DataFrame:
