@@ -243,6 +243,13 @@ def test_the_endpoint_error_of_a_gaussian_is_its_closed_form(final: str) -> None
     assert expected > 0.01
 
 
+def test_the_converged_end_is_the_one_that_a_sampler_is_meant_for() -> None:
+    """x(t_min) and D(x(t_min)) are 4e-4 standard deviations apart here."""
+    samplers = {final: AdaptiveODE(final=final) for final in ("none", "denoise")}
+    table = compare(LINE, samplers, budgets=[5], reference=LINE.target, num_samples=200)
+    assert (table["endpoint_error"] < 4e-5).all()
+
+
 def test_only_deterministic_samplers_are_paired() -> None:
     samplers = {"ancestral": on(Ancestral()), "corrected": on(DDIM(), corrector=LangevinCorrector()), "eta": on(DDIM(1.0)),
                 "ddim": on(DDIM()), "ode": AdaptiveODE()}  # fmt: skip
