@@ -205,7 +205,9 @@ def test_spectrum_tuning_minimises_the_exact_wasserstein_distance() -> None:
             total += (x - math.sqrt(v)) ** 2
         return math.sqrt(total)
 
-    table = tune_spectrum(variances, 4, sde=sde, progress=False)
+    levels = tune_spectrum(variances, 4, sde=sde, progress=False)
+    assert distance(levels) < 0.5 * min(distance(t) for name, t in untuned(sde, 4).items() if "velocity" in name)
+    table = tune_spectrum(variances, 4, sde=sde, method="coefficients", progress=False)
     assert distance(table) < 0.05 * min(distance(other) for other in untuned(sde, 4).values())
     assert table.record["validation"][table.record["chosen"]] > 0
 
@@ -240,6 +242,8 @@ def test_what_cannot_be_done_is_refused(model: ExactScore, tuned: TunedTable, tm
         tune(model, 3, samples=0)
     with pytest.raises(ValueError, match="positive"):
         tune_spectrum([1.0, 0.0], 3)
+    with pytest.raises(ValueError, match="coefficients, grid"):
+        tune_spectrum([1.0], 3, method="levels")
     (tmp_path / "other.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"scripts/tune\.py"):
         TunedSampler(tmp_path / "other.json")
