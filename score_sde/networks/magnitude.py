@@ -28,9 +28,8 @@ CLIP = 256.0
 
 def unit(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """x over its root mean square along `dim`."""
-    size = math.prod(x.shape[d] for d in ((dim,) if isinstance(dim, int) else dim))
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return x / (1e-4 + norm / math.sqrt(size)).to(x.dtype)
+    return x / (1e-4 + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -62,8 +61,10 @@ class MPConv(nn.Module):
         dims = tuple(range(1, self.weight.ndim))
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
-                # Through .data: a graph that waits for its backward pass keeps the weight, equal up to rounding.
-                self.weight.data.copy_(unit(self.weight, dims))
+                # Through .data, which the compiler does not know: a graph that waits for its backward pass keeps the
+                # weight, which is equal up to rounding.
+                weight = self.weight if torch.compiler.is_compiling() else self.weight.data
+                weight.copy_(unit(weight, dims))
         return unit(self.weight, dims)
 
 
