@@ -56,10 +56,13 @@ def training_overhead(
         for contender in (bare, step, bare, step):
             contender()
         seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "step": []}
-        for turn in trange(rounds, desc="training", disable=not progress, delay=2, leave=False):
-            order = [("bare", bare), ("step", step)][:: 1 if turn % 2 else -1]
-            for name, contender in order:
-                seconds[name].append(_timed(contender, steps, state.device))
+        contenders = {"bare": bare, "step": step}
+        for _ in trange(rounds, desc="training", disable=not progress, delay=2, leave=False):
+            # There and back, so that coming after the other (its memory, its caches) favours neither.
+            turn = [(name, _timed(contenders[name], steps, state.device)) for name in ("bare", "step", "step", "bare")]
+            for name in contenders:
+                pair = [took for at, took in turn if at == name]
+                seconds[name].append((sum(clock for clock, _ in pair) / 2, sum(cpu for _, cpu in pair) / 2))
     return _summary(trainer, model, state, ready[0], seconds)
 
 
