@@ -154,7 +154,8 @@ def samplers_of(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]
 
 def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
     """What an `evaluation` config adds to the metrics, as arguments of `score_sde.evaluation.evaluate`."""
-    settings = OmegaConf.merge(named("evaluation", "default"), settings)  # runs of before have fewer keys
+    own = OmegaConf.to_container(settings, resolve=True)  # while it stands in its config, whose values it may name
+    settings = OmegaConf.merge(named("evaluation", "default"), own)  # runs of before have fewer keys
     labelled = settings.classifier_data
     return {
         "classifier_data": instantiate(labelled, trust) if labelled else None,

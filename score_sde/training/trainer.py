@@ -46,7 +46,7 @@ class DivergenceError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The averaged model, the step reached, the signal that ended the run early, else None, and the rows logged."""
+    """The averaged model, the step reached, the signal that asked it to end, else None, and the rows logged."""
 
     model: LearnedScore
     step: int
@@ -243,7 +243,7 @@ class Trainer:
                         state.snapshot(snapshots)
                     if on_sample is not None and self.sample_every and state.step % self.sample_every == 0:
                         state.show(on_sample)
-            stopped = distributed.greatest(received[0] if received else 0) if state.step < self.steps else 0
+            stopped = distributed.greatest(received[0] if received else 0)
             if checkpoints is not None:
                 state.save(checkpoints)
             if snapshots is not None and self.snapshot_every and state.step == self.steps:

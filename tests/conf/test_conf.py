@@ -125,6 +125,11 @@ def test_every_experiment_trains_and_samples_for_two_steps(experiment: str, tmp_
     assert instantiate(node).sample(model, (2, *model.event_shape), seed=0).x.isfinite().all()
 
 
+def test_an_evaluation_may_name_values_of_its_own_config() -> None:
+    config = OmegaConf.create({"kept": False, "evaluation": {"memorization": "${kept}"}})
+    assert common.views_of(config.evaluation)["memorization"] is False
+
+
 @pytest.mark.parametrize("experiment", [name for name in names("experiment") if not name.endswith("classifier")])
 def test_debug_lays_over_every_experiment(experiment: str) -> None:
     config = compose(f"experiment={experiment}", "debug=minute")
