@@ -33,7 +33,7 @@ REFUSALS = (ValueError, TypeError, OSError, ImportError, DivergenceError, HydraE
 
 
 def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """`hydra.main` over conf/<config_name>.yaml; a wrong input ends in one line on stderr and exit status 2.
+    """`hydra.main` over conf/<config_name>.yaml; a wrong input ends in one line on stderr and exit status 1.
 
     HYDRA_FULL_ERROR=1 shows the traceback instead. In a sweep a failed job leaves its reason in its result.json.
     """
@@ -68,6 +68,8 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                 if full_error:
                     raise
                 sys.exit(refusal(error))
+            finally:
+                os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))
 
         return run
 
@@ -162,6 +164,7 @@ def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
         "features": {name: instantiate(named("extractor", name), trust) for name in settings.features},
         "references": dict(settings.references),
         "memorization": settings.memorization,
+        "batch_size": settings.batch_size,
     }
 
 

@@ -22,7 +22,7 @@ from score_sde.evaluation import Evaluation, evaluate
 from score_sde.run import instantiate
 from score_sde.training import write_atomically
 
-OWN = ("samplers", "metrics", "features", "references", "memorization")
+OWN = ("samplers", "metrics", "features", "references", "memorization", "batch_size")
 
 
 @common.main("evaluate")
@@ -40,7 +40,7 @@ def main(config: DictConfig) -> None:
     labels, data = guiding.labels_of(config.label), run.data()
     evaluation = evaluate(
         guiding.guided(config, run, model), data, samplers, num_samples=count, seed=config.seed,
-        metrics=settings.metrics, batch_size=config.batch_size,
+        metrics=settings.metrics,
         condition={"label": guiding.turns(labels, count)} if labels else None, **common.views_of(settings, run.trust),
     )  # fmt: skip
     if distributed.is_main():

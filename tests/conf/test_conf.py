@@ -25,7 +25,16 @@ import train  # noqa: E402
 
 AUTO = {"sigma_max": 10.0, "sigma_data": 2.0}
 # Sizes at which every network that has them trains on 8x8 digits in no time.
-SMALL = {"width": 16, "multipliers": "[1,2]", "blocks": 1, "attention": "[4]", "depth": 2, "heads": 2, "patch": 2}
+SMALL = {
+    "width": 16,
+    "multipliers": "[1,2]",
+    "dilations": "[1,1]",
+    "blocks": 1,
+    "attention": "[4]",
+    "depth": 2,
+    "heads": 2,
+    "patch": 2,
+}
 
 
 def names(group: str) -> list[str]:
