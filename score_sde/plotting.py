@@ -310,7 +310,7 @@ def solvers_against_calls(ax: Axes, table: pd.DataFrame, column: str, label: str
         lines += ax.plot(part["calls"], part[column], color=colour, marker=marker, markersize=4.5, linewidth=1.5,
                          label={"untuned": "best untuned"}.get(str(kind), str(kind)))  # fmt: skip
     floor = table.loc[table["calls"] == 0, column].mean()
-    if floor > 0:
+    if floor > 1e-6 * table[column].max():  # a distance to the converged solution is 0 for itself, but for rounding
         ax.axhline(floor, color=INK, linestyle="--", linewidth=1, label="converged solution")
     ax.set_xticks(sorted({*table["calls"]} - {0}))
     _log_axis(ax, "y")
