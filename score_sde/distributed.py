@@ -8,6 +8,7 @@ rows, or is keyed by sample; no result depends, beyond rounding, on how many pro
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,12 @@ def start() -> None:
         _read_slurm()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(_end)  # or gloo's threads now and then abort a process that has done its work
+
+
+def _end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _read_slurm() -> None:
