@@ -185,15 +185,20 @@ def reconstruction_error(model: ScoreModel, x: Tensor, **options: Any) -> Tensor
 
 
 def slerp(a: Tensor, b: Tensor, fractions: Tensor | Sequence[float]) -> Tensor:
-    """Spherical interpolation sin((1 - f) o) / sin o a + sin(f o) / sin o b, o the angle between a and b, per sample.
+    """Spherical interpolation sin((1 - f) o) / sin o a + sin(f o) / sin o b, o the angle between a and b, per sample;
+    on a line where sin o vanishes.
 
     Shapes (batch, *event) and (F,) give (F, batch, *event). Source: Shoemake 1985; White 2016, arXiv:1609.04468.
     """
     f = torch.as_tensor(fractions, dtype=torch.float64, device=a.device).reshape(-1, *[1] * a.ndim)
     u, v = a.double(), b.double()
     cosine = nn.functional.cosine_similarity(u.flatten(1), v.flatten(1)).clamp(-1, 1)
-    angle = cosine.acos().clamp_min(1e-9).reshape(-1, *[1] * (a.ndim - 1))
-    return ((((1 - f) * angle).sin() * u + (f * angle).sin() * v) / angle.sin()).to(a.dtype)
+    angle = cosine.acos().reshape(-1, *[1] * (a.ndim - 1))
+    straight = angle.sin() < 1e-6
+    sine = torch.where(straight, 1, angle.sin())
+    of_a = torch.where(straight, 1 - f, ((1 - f) * angle).sin() / sine)
+    of_b = torch.where(straight, f, (f * angle).sin() / sine)
+    return (of_a * u + of_b * v).to(a.dtype)
 
 
 def interpolate(model: ScoreModel, a: Tensor, b: Tensor, fractions: Tensor | Sequence[float], **options: Any) -> Tensor:

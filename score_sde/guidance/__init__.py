@@ -8,7 +8,7 @@ noise, after 500 ancestral steps. The posterior's own score has 0.01 / 0.01 ther
 
 from score_sde.guidance.base import Guided
 from score_sde.guidance.conditional import Autoguidance, Classifier, ClassifierFree, DynamicThreshold
-from score_sde.guidance.editing import below, interpolate, jump_back, sdedit, slerp, translate
+from score_sde.guidance.editing import below, interpolate, jump_back, sdedit, translate
 from score_sde.guidance.observed import DPS, MMPS, DiffPIR, Observed, PiGDM, Replacement
 from score_sde.guidance.operators import (
     TASKS,
@@ -55,7 +55,6 @@ __all__ = [
     "interpolate",
     "jump_back",
     "sdedit",
-    "slerp",
     "task_operator",
     "translate",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from score_sde.grid import Grid
+from score_sde.likelihood import slerp
 from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
@@ -112,17 +113,5 @@ def interpolate(
     Source: Song et al. 2021 (DDIM), https://arxiv.org/abs/2010.02502, appendix D.5.
     """
     a, b = (ode.encode(model, v, condition=condition).x for v in (x, y))
-    frames = [ode.sample(model, x.shape, x_init=slerp(a, b, share), condition=condition).x for share in shares]
-    return torch.stack(frames)
-
-
-def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """sin((1 - u) w) / sin(w) a + sin(u w) / sin(w) b, w the angle between each a and b; on a line where w vanishes."""
-    flat = torch.nn.functional.cosine_similarity(a.flatten(1).double(), b.flatten(1).double(), dim=1)
-    angle = flat.clamp(-1, 1).acos().view(-1, *[1] * (a.ndim - 1))
-    sine = angle.sin()
-    straight = sine < 1e-6
-    safe = torch.where(straight, 1, sine)
-    of_a = torch.where(straight, 1 - share, ((1 - share) * angle).sin() / safe)
-    of_b = torch.where(straight, share, (share * angle).sin() / safe)
-    return of_a.to(a) * a + of_b.to(b) * b
+    codes = slerp(a, b, shares)
+    return torch.stack([ode.sample(model, x.shape, x_init=code, condition=condition).x for code in codes])

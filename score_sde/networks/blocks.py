@@ -11,12 +11,14 @@ Ho et al. 2020, arXiv:2006.11239; Song et al. 2021, arXiv:2011.13456; Dhariwal &
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from score_sde.networks.embedding import zeroed
 from score_sde.networks.resample import BlurredConv, Double, Halve, conv
@@ -217,6 +219,13 @@ def rescaled(x: Tensor, style: Style) -> Tensor:
 def divisor(number: int, most: int) -> int:
     """The greatest divisor of a number up to `most`, at least 1."""
     return next(count for count in range(max(most, 1), 0, -1) if number % count == 0)
+
+
+def caller(network: nn.Module) -> Callable[..., Tensor]:
+    """(layer, *inputs) -> layer(*inputs); in training with `checkpointing`, one that keeps the inputs and computes again."""
+    if network.checkpointing and network.training and torch.is_grad_enabled():
+        return partial(checkpoint, use_reentrant=False)
+    return lambda layer, *inputs: layer(*inputs)
 
 
 def glorot(network: nn.Module) -> None:

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from score_sde.networks.blocks import attend, glorot
+from score_sde.networks.blocks import attend, caller, glorot
 from score_sde.networks.embedding import Embedding, check_shape, context_of, grid_shape, positive, zeroed
 
 __all__ = ["SIZES", "DiT", "patches", "positions", "unpatched"]
@@ -101,9 +100,9 @@ class DiT(nn.Module):
         embedded = self.embedding(c_noise, label, augment)
         context = context_of(context, self.null_context, len(x))
         h = self.first(patches(x, self.patch)) + self.positions
-        again = self.checkpointing and self.training and torch.is_grad_enabled()
+        run = caller(self)
         for block in self.blocks:
-            h = checkpoint(block, h, embedded, context, use_reentrant=False) if again else block(h, embedded, context)
+            h = run(block, h, embedded, context)
         scale, shift = self.modulation(embedded)[:, None].chunk(2, dim=-1)
         return unpatched(self.last(self.norm(h) * (1 + scale) + shift), self.patch, self.event_shape[1:])
 

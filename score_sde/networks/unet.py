@@ -10,14 +10,14 @@ Presets: `ddpm` (Ho et al. 2020, arXiv:2006.11239), `ddpmpp` and `ncsnpp` (Song 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from score_sde.networks.blocks import Block, Head, PyramidIn, PyramidOut, Resample, Style, glorot
+from score_sde.networks.blocks import Block, Head, PyramidIn, PyramidOut, Resample, Style, caller
+from score_sde.networks.blocks import glorot as glorot_weights
 from score_sde.networks.embedding import Embedding, check_shape, context_of, grid_shape, positive
 from score_sde.networks.magnitude import MPBlock, MPConcatenate, MPEmbedding, MPInput, MPOutput
 
@@ -174,7 +174,7 @@ class UNet(nn.Module):
             self.last = None if progressive_output == "skip" else Head(h, outward, style)
         self.null_context = None if context_width is None else nn.Parameter(torch.randn(1, context_width))
         if glorot:
-            _glorot(self)
+            glorot_weights(self)
 
     def forward(
         self,
@@ -187,7 +187,7 @@ class UNet(nn.Module):
         check_shape(x, self.event_shape)
         embedded = self.embedding(c_noise, label, augment)
         context = context_of(context, self.null_context, len(x))
-        run = self._recomputed if self.checkpointing and self.training and torch.is_grad_enabled() else _called
+        run = caller(self)
         h, pyramid = self.first(x), x
         skips = [h]
         for i, layer in enumerate(self.down):
@@ -203,10 +203,6 @@ class UNet(nn.Module):
             if str(i) in self.outward:
                 output, h = self.outward[str(i)](output, h)
         return output if self.last is None else self.last(h)  # type: ignore[return-value]
-
-    @staticmethod
-    def _recomputed(layer: nn.Module, *inputs: Any) -> Tensor:
-        return checkpoint(layer, *inputs, use_reentrant=False)
 
     @classmethod
     def ddpm(cls, event_shape: Sequence[int], **changes: Any) -> UNet:
@@ -276,13 +272,6 @@ class Concatenate(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a, b], dim=1)
-
-
-def _called(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    return layer(*inputs)
-
-
-_glorot = glorot
 
 
 def _check_pyramids(inward: str | None, outward: str | None, magnitude_preserving: bool, resample: str) -> None:

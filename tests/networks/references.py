@@ -1,4 +1,4 @@
-"""Independent restatements to compare with: resampling by zeros and taps, and the forward pass of score_sde_pytorch."""
+"""Weights that leave nothing silent, resampling by zeros and taps, and the forward pass of score_sde_pytorch, restated."""
 
 from __future__ import annotations
 
@@ -6,8 +6,17 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import conv2d, group_norm, linear, pad, silu
+
+
+def awake(network: nn.Module, seed: int = 1) -> nn.Module:
+    """Noise added to every parameter, so that nothing is silent."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return network
 
 
 def upfirdn(x: Tensor, taps: Sequence[float], up: int, down: int, before: int, after: int) -> Tensor:

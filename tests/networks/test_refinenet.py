@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from references import awake
 from torch.nn.functional import avg_pool1d, elu, interpolate, max_pool1d
 
 from score_sde import DiscreteSDE, LearnedScore, PublishedNoise
@@ -11,14 +12,6 @@ from score_sde.networks import NCSNv2
 from score_sde.networks.refinenet import CRP, RCU, Fuse, ResidualBlock
 
 SMALL = {"width": 4, "multipliers": (1, 2, 2), "dilations": (1, 1, 2)}
-
-
-def awake(network: torch.nn.Module) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return network
 
 
 def test_ncsnv2_counted_layer_by_layer() -> None:

@@ -6,20 +6,13 @@ import math
 
 import pytest
 import torch
+from references import awake
 
 from score_sde.networks import DiT
 from score_sde.networks.transformer import SIZES, DiTBlock, patches, positions, unpatched
 
 EVENTS = {"signal": ((2, 12), 3), "image": ((2, 4, 6), 2), "video": ((2, 3, 4, 6), (1, 2, 3))}
 TINY = {"width": 12, "depth": 2, "heads": 2}
-
-
-def awake(network: torch.nn.Module) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return network
 
 
 def test_presets_have_the_published_number_of_parameters() -> None:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from references import upfirdn
+from references import awake, upfirdn
 from torch import Tensor, nn
 
 from score_sde import LearnedScore, Noise
@@ -50,15 +50,6 @@ OPTIONS = {
     "learned variance": {"learned_variance": True},
     "checkpointing": {"checkpointing": True, "dropout": 0.3},
 }
-
-
-def awake(network: nn.Module, seed: int = 1) -> nn.Module:
-    """Noise added to every parameter, so that nothing is silent."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return network
 
 
 def batch(event: tuple[int, ...], size: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,16 +17,9 @@ from score_sde.tuning import untuned
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import page  # noqa: E402
+from typed import script  # noqa: E402
 
 QUICK = ["target=ring", "budgets=[5,12]", "seeds=[0,1]", "num_samples=60", "metrics=[sliced_w2,mode_spread]"]
-
-
-def script(*arguments: str, cwd: Path, code: int = 0) -> str:
-    command = [sys.executable, str(ROOT / "scripts/compare.py"), *arguments]
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if code == 0 else done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +34,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "+own.broken.grid=churn",
     ]
     samplers = "samplers=[ddim,heun,ancestral,annealed_langevin,adaptive_ode,tuned]"
-    script(*QUICK, samplers, *own, f"tables={home}", "output=out", cwd=home)
+    script("compare", *QUICK, samplers, *own, f"tables={home}", "output=out", cwd=home)
     return home / "out"
 
 
@@ -91,7 +83,7 @@ def test_a_killed_run_is_taken_up_where_it_was(compared: Path, tmp_path: Path) -
     lines = cells.read_text().splitlines()
     ddim = next(i for i, line in enumerate(lines) if json.loads(line).get("nfe") == 5)
     cells.write_text("\n".join(lines[:ddim] + lines[ddim + 1 :]) + "\n" + '{"key": "cut')
-    script(*QUICK, "samplers=[ddim,heun]", f"output={compared}", cwd=tmp_path)
+    script("compare", *QUICK, "samplers=[ddim,heun]", f"output={compared}", cwd=tmp_path)
     again = cells.read_text().splitlines()
     assert len(again) == len(lines) + 1
     timeless = [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in (again[-1], lines[ddim])]
@@ -109,7 +101,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_input_ends_in_one_line_and_leaves_nothing(case: str, tmp_path: Path) -> None:
     arguments, message = WRONG[case]
-    error = script(*arguments, "num_samples=40", cwd=tmp_path, code=1)
+    error = script("compare", *arguments, "num_samples=40", cwd=tmp_path, code=1)
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from typed import script
 
 from score_sde import Run
 
@@ -18,14 +16,6 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 NETWORK = ["network=unet", "network.width=8", "network.multipliers=[1]", "network.blocks=1", "network.attention=[]"]
 TINY = ["trainer.steps=2", "trainer.batch_size=4", "trainer.progress=false", "num_samples=8", "sampler.grid.steps=2",
         "evaluation.samplers=null", "evaluation.metrics=[sliced_w2]", "evaluation.memorization=false"]  # fmt: skip
-
-
-def script(name: str, *arguments: str, cwd: Path, code: int = 0) -> str:
-    """Runs a script with one thread; its output, or what it wrote to stderr where it is to fail."""
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments]
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done.stderr if code else done.stdout
 
 
 @pytest.fixture(scope="module")

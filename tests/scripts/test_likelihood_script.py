@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from score_sde.run import Run, build_model, instantiate
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import likelihood  # noqa: E402
+from typed import script  # noqa: E402
 
 DIGITS = {"_target_": "score_sde.data.files.digits", "dequantize": True}
 RING = {"_target_": "score_sde.data.base.TargetStream", "target": {"_target_": "score_sde.targets.ring"}}
@@ -32,14 +31,6 @@ def untrained(path: Path, data: dict, shape: list[int]) -> Run:
     weights = build_model(run.config).state_dict()
     run.checkpoints.save(0, {"weights": weights, "ema": weights}, {"step": 0})
     return run
-
-
-def script(run: Run, *options: str, code: int = 0) -> str:
-    command = [sys.executable, str(ROOT / "scripts/likelihood.py"), f"run={run.path}", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=run.path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if code == 0 else done.stderr
 
 
 @pytest.mark.parametrize("dequantize", [True, False])
@@ -60,8 +51,8 @@ def test_integers_come_back_from_the_scale_of_the_model(dequantize: bool) -> Non
 def test_bits_of_the_digits_under_a_gaussian(tmp_path: Path) -> None:
     """Each pixel is N(0, 1 / 4) to the untrained model."""
     run = untrained(tmp_path, DIGITS, [1, 8, 8])
-    out = script(run, "count=8", "steps=60", "method=adams", "draws=2", "dequantization=variational", "ood=[inverted]",
-                 "bound=64")  # fmt: skip
+    out = script("likelihood", f"run={run.path}", "count=8", "steps=60", "method=adams", "draws=2",
+                 "dequantization=variational", "ood=[inverted]", "bound=64", cwd=tmp_path)  # fmt: skip
     table = pd.read_csv(run.path / "likelihood.csv")
     assert list(table["set"].unique()) == ["held out", "inverted"]
     x = run.data().reference(8).x.double()
@@ -78,7 +69,7 @@ def test_bits_of_the_digits_under_a_gaussian(tmp_path: Path) -> None:
 
 def test_densities_of_points_stand_beside_the_true_ones(tmp_path: Path) -> None:
     run = untrained(tmp_path, RING, [2])
-    script(run, "count=6", "ood=[uniform]", "method=dopri5")
+    script("likelihood", f"run={run.path}", "count=6", "ood=[uniform]", "method=dopri5", cwd=tmp_path)
     table = pd.read_csv(run.path / "likelihood.csv")
     x = run.data().reference(6).x.double()
     found = table[table["set"] == "held out"]

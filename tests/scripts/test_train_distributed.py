@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from typed import script
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["trainer.steps=6", "trainer.batch_size=16", "trainer.checkpoint_every=3", "trainer.log_every=1", "num_samples=40",
@@ -19,15 +17,6 @@ TINY = ["trainer.steps=6", "trainer.batch_size=16", "trainer.checkpoint_every=3"
         "trainer.snapshot_every=3"]  # fmt: skip
 
 pytestmark = pytest.mark.slow
-
-
-def script(name: str, *arguments: str, cwd: Path, processes: int = 1, code: int = 0) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "scripts" / f"{name}.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if code == 0 else done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from typed import script
 
 from score_sde.tuning import TunedTable
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["iterations=10", "starts=2", "samples=64", "num_samples=50", "seeds=[0,1]"]
-
-
-def script(name: str, *arguments: str, cwd: Path, code: int = 0) -> str:
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if code == 0 else done.stderr
 
 
 def test_a_target_is_tuned_and_measured_beside_spectrum_and_untuned(tmp_path: Path) -> None:
