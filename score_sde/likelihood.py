@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from score_sde.adaptive import PAIRS, Norm, PerSample, integrate, mixed_tolerance, whole_lanes
+from score_sde.memory import keep_freed_memory
 from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS as SCIPY
 from score_sde.score import ScoreModel
@@ -426,6 +427,7 @@ def _integrate(
     flow: _Flow, start: Tensor, ends: tuple[float, float], method: str, rtol: float, atol: float, steps: int | None
 ) -> tuple[Tensor, Tensor]:
     """The state at ends[1] and the calls of the model for each sample."""
+    keep_freed_memory()
     ids, before = torch.arange(len(start), device=start.device), flow.calls
     if method in ON_DEVICE:
         first = abs(ends[1] - ends[0]) * min(0.2, (rtol + atol) ** (1 / 5))

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from score_sde import grid as grids
 from score_sde.cuda_graph import GraphedMoves
 from score_sde.grid import Grid
+from score_sde.memory import keep_freed_memory
 from score_sde.noise import BatchNoise, NoiseSource, Stream
 from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel
@@ -115,6 +116,7 @@ def begin(
         ValueError: the shape is not (batch, *event_shape), x_init has another, or both seed and noise are given.
         TypeError: a condition's name is unknown to the model, or noise is no noise source.
     """
+    keep_freed_memory()
     condition = dict(condition or {})
     model.check(shape, condition)
     if seed is not None and noise is not None:

@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,7 +68,7 @@ class Sizes:
     network: tuple[int, ...] = (16, 3, 32, 32)
     width: int = 32
     multipliers: tuple[int, ...] = (1, 2, 4, 6)  # 9.6 M parameters
-    network_steps: int = 4
+    network_steps: int = 10
     table: int = 1000
     ode: tuple[int, ...] = (4096, 65_536)
     rounds: int = 9
@@ -98,11 +99,15 @@ def elapsed(work: Callable[[], object], device: torch.device) -> float:
 def race(
     contenders: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, progress: bool = False
 ) -> pd.DataFrame:
-    """Seconds of each contender in each round, a column each; one round before the first warms up."""
-    rows = []
+    """Seconds of each contender in each round, a column each; one round before the first warms up.
+
+    Each round has an order of its own, so that coming after another (its caches, its sleeping threads) favours nobody.
+    """
+    rows, order = [], random.Random(0)
     for _ in tqdm(range(rounds + 1), desc="rounds", disable=not progress, delay=1.0, leave=False):
-        rows.append({name: elapsed(work, device) for name, work in contenders.items()})
-    return pd.DataFrame(rows[1:])
+        turn = order.sample(list(contenders), len(contenders))
+        rows.append({name: elapsed(contenders[name], device) for name in turn})
+    return pd.DataFrame(rows[1:], columns=list(contenders))
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
@@ -281,8 +286,8 @@ def against_the_network(sizes: Sizes, device: torch.device, progress: bool = Fal
     x = _images(sizes.network, device)
     rows, found = [], entries(sizes.network_steps)
     if device.type == "cuda":
-        longer = entries(10 * sizes.network_steps)  # past the moves that a graph is captured in
-        graphed = entries(10 * sizes.network_steps, cuda_graph=True)
+        longer = entries(4 * sizes.network_steps)  # past the moves that a graph is captured in
+        graphed = entries(4 * sizes.network_steps, cuda_graph=True)
         found = longer | {f"{name}, CUDA graph": entry for name, entry in graphed.items()}
     for name, entry in tqdm(found.items(), desc="network", disable=not progress, leave=False):
         rows.append({"sampler": name} | _beside_network(entry.sampler, model, x, max(1, sizes.rounds // 3), device))

@@ -59,7 +59,7 @@ class ChainRow(NamedTuple):
 
 
 class _Chain(Step):
-    """`steps` moves of a Markov chain, each with one call, and one call for the score at the start."""
+    """`steps` moves of a Markov chain; the calls that they take are the subclass's `calls`."""
 
     role: ClassVar[Literal["predictor", "corrector"]] = "corrector"
 
@@ -67,7 +67,7 @@ class _Chain(Step):
         self.ratio = _check_ratio(self, ratio)
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"{type(self).__name__} takes a whole number steps >= 1, got steps={steps}")
-        self.repeats, self.calls = steps, steps + 1
+        self.repeats = steps
 
 
 class MetropolisLangevin(_Chain):
@@ -86,6 +86,7 @@ class MetropolisLangevin(_Chain):
 
     def __init__(self, ratio: float = 0.1, steps: int = 1) -> None:
         super().__init__(ratio, steps)
+        self.calls = steps + 1  # one for each proposal, one for the start
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
         return [ChainRow(*row) for row in zip(t.tolist(), (self.ratio * sde.sigma(t) ** 2).tolist(), strict=True)]
@@ -111,10 +112,11 @@ class MetropolisLangevin(_Chain):
 class KineticLangevin(_Chain):
     """Underdamped Langevin by the splitting OBABO: half an Ornstein-Uhlenbeck step of v, leapfrog, the other half.
 
-    v ~ N(0, I) at each visit (the chain's state is x alone), then `steps` times: v <- e v + sqrt(1 - e^2) z; v <- v +
-    h/2 score; x <- x + h v; v <- v + h/2 score(x); v <- e v + sqrt(1 - e^2) z', with e = persistence^{1/2}. Velocities
-    are in the unit in which x moves by h v, h = sqrt(2 ratio) sigma_t. v / (1 - h^2 / (4 v)) is the stationary variance
-    on N(0, v I), whatever the persistence and the number of steps.
+    v ~ N(0, I) at each visit (the chain's state is x alone), then `steps` times: v <- v + h/2 score; x <- x + h v; v <- v
+    + h/2 score(x); v <- e v + sqrt(1 - e^2) z, e = persistence: the two halves between two leapfrogs in one, and nothing
+    after the last move of x, since v is forgotten. Velocities are in the unit in which x moves by h v, h = sqrt(2 ratio)
+    sigma_t. v / (1 - h^2 / (4 v)) is the stationary variance on N(0, v I), whatever the persistence and the number of
+    steps.
     Source: Bussi & Parrinello 2007, https://arxiv.org/abs/0803.4083; Leimkuhler & Matthews 2013.
 
     Args:
@@ -129,7 +131,7 @@ class KineticLangevin(_Chain):
         super().__init__(ratio, steps)
         if not 0 <= persistence < 1:
             raise ValueError(f"KineticLangevin's persistence lies in [0, 1), got {persistence}")
-        self.persistence = float(persistence)
+        self.persistence, self.calls = float(persistence), steps
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
         h = math.sqrt(2 * self.ratio) * sde.sigma(t)
@@ -139,13 +141,12 @@ class KineticLangevin(_Chain):
         self, row: ChainRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
     ) -> tuple[Tensor, History]:
         t, h = row
-        keep, fresh = math.sqrt(self.persistence), math.sqrt(1 - self.persistence)
-        v, score = draw(0), evaluate(x, t).score
+        keep, fresh = self.persistence, math.sqrt(1 - self.persistence**2)
+        v = draw(0)
         for k in range(self.repeats):
-            v = keep * v + fresh * draw(2 * k + 1) + h / 2 * score
+            push = h / 2 * evaluate(x, t).score
+            v = v + push if k == 0 else keep * (v + push) + fresh * draw(k) + push
             x = x + h * v
-            score = evaluate(x, t).score
-            v = keep * (v + h / 2 * score) + fresh * draw(2 * k + 2)
         return x, history
 
 

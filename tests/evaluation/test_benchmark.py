@@ -16,9 +16,12 @@ CPU = torch.device("cpu")
 
 def test_contenders_take_turns() -> None:
     order: list[str] = []
-    frame = race({name: lambda name=name: order.append(name) for name in "abc"}, 2, CPU)
-    assert order == list("abc") * 3  # one round to warm up
-    assert frame.shape == (2, 3)
+    frame = race({name: lambda name=name: order.append(name) for name in "abcde"}, 2, CPU)
+    rounds = [order[i : i + 5] for i in (0, 5, 10)]  # one to warm up
+    assert [sorted(turn) for turn in rounds] == [list("abcde")] * 3
+    assert len({tuple(turn) for turn in rounds}) > 1
+    assert list(frame) == list("abcde")
+    assert frame.shape == (2, 5)
 
 
 def test_time_is_in_seconds() -> None:

@@ -41,7 +41,7 @@ def test_one_kinetic_step_is_the_overdamped_step():
         torch.tensor([[0.7]], dtype=torch.float64),
         torch.tensor([[0.3]], dtype=torch.float64),
     )
-    with_fresh_v = kinetic.advance(row, x, (), model, lambda k: z)[0]  # persistence 0: v is draw(1)
+    with_fresh_v = kinetic.advance(row, x, (), model, lambda k: z)[0]
     torch.testing.assert_close(with_fresh_v, over.advance(other, x, (), model, lambda k: z)[0], rtol=1e-12, atol=1e-12)
 
 
