@@ -149,6 +149,8 @@ class Move:
 class Renoise(Carry):
     """x_s = alpha_s / alpha_t x + G z for s noisier than t: the exact forward transition."""
 
+    point_mass = True
+
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> tuple[Tensor, Sequence[Tensor], Tensor]:
         scale, std = sde.transition_kernel(times[0], s)
         return scale, [], std

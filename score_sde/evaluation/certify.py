@@ -56,7 +56,8 @@ class Certificate:
         declared, measured: order of convergence, global (ODE) or weak (SDE); nan for correctors and where no order
             shows.
         calls, counted: network calls a move, declared and counted.
-        point_mass: largest relative error of mean or standard deviation over a run on data that are one point.
+        claims_point_mass: whether it declares that it carries data at one point exactly (`Step.point_mass`).
+        point_mass: largest relative error of mean or standard deviation over a run on such data; nan where not affine.
         exact: the polynomials that are integrated exactly, as (prediction, clock, degree), or None.
         bias: DataFrame with the columns steps, calls, mean, std: signed errors at the end on data N(1, 0.5^2), the
             mean's in data std, the std's relative; nan for a step that is not affine in x.
@@ -72,6 +73,7 @@ class Certificate:
     measured: float
     calls: int
     counted: float
+    claims_point_mass: bool
     point_mass: float
     exact: tuple[str, str, int] | None
     bias: pd.DataFrame = field(repr=False)
@@ -84,6 +86,8 @@ class Certificate:
         faults = []
         if not math.isnan(self.declared) and not abs(self.measured - self.declared) <= 0.3:
             faults.append(f"order {self.measured:.2f}, declared {self.declared:g}")
+        if self.claims_point_mass and self.point_mass > EXACT:
+            faults.append(f"a point mass is missed by {self.point_mass:.2g}, declared exact (point_mass)")
         if self.counted != self.calls:
             faults.append(f"{self.counted:g} calls a move, declared {self.calls}")
         if not self.batch_independent:
@@ -521,8 +525,8 @@ def certify(
     else:
         stationary = stationary_variance(step, sde)
     return Certificate(
-        name or type(step).__name__, step.role, stochastic, declared, measured, step.calls, counted, residual, exact,
-        table, is_batch_independent(step, sde), stationary,
+        name or type(step).__name__, step.role, stochastic, declared, measured, step.calls, counted, step.point_mass,
+        residual, exact, table, is_batch_independent(step, sde), stationary,
     )  # fmt: skip
 
 

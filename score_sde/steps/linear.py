@@ -124,6 +124,7 @@ class Carry(LinearStep):
     """x_s = alpha_s / alpha_t x: the scaled variable x / alpha stays where it is, at no network call."""
 
     calls = 0
+    point_mass = False
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         return sde.alpha(s) / sde.alpha(times[0]), [], torch.zeros_like(s)
@@ -134,6 +135,8 @@ class EulerMaruyama(LinearStep):
 
     Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. 6 and appendix E.
     """
+
+    point_mass = False
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         t = times[0]
@@ -146,6 +149,8 @@ class ProbabilityFlowEuler(LinearStep):
 
     Source: Song et al. 2021, eq. 13.
     """
+
+    point_mass = False
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         t = times[0]
@@ -160,6 +165,8 @@ class ReverseDiffusion(LinearStep):
     r = sqrt(1 - beta_i) and G^2 = beta_i for DDPM's, r = 1 and G^2 = sigma_i^2 - sigma_{i-1}^2 for SMLD's.
     Source: Song et al. 2021, eq. 46 and algorithms 2, 3.
     """
+
+    point_mass = False
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         t = times[0]
@@ -208,7 +215,7 @@ class Ancestral(LinearStep):
     def __init__(self, variance: str = "posterior") -> None:
         if variance not in ("posterior", "forward"):
             raise ValueError(f"Ancestral's variance is 'posterior' or 'forward', got {variance!r}")
-        self.variance = variance
+        self.variance, self.point_mass = variance, variance == "posterior"
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         t = times[0]

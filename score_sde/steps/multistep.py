@@ -101,6 +101,7 @@ class AdamsBashforth(LinearStep):
     def __init__(self, order: int = 3, prediction: str = "velocity", clock: str | None = None) -> None:
         self.memory = self.order = _check_order(self, order)
         self.prediction = _check_prediction(self, prediction, PREDICTIONS)
+        self.point_mass = prediction in ("denoised", "noise")  # the others vary along a point mass's path
         if clock is not None and clock not in CLOCKS:
             raise ValueError(f"AdamsBashforth's clock is one of {', '.join(CLOCKS)}; got {clock!r}")
         self.clock = clock or self.natural[prediction]
@@ -210,6 +211,7 @@ class ExponentialAdams(LinearStep):
         self.eta, self.weights = float(eta), weights
         self.prediction = _check_prediction(self, prediction, ("denoised", "noise"))
         self.order = self.memory if eta == 0 else min(self.memory, 2)
+        self.point_mass = prediction == "denoised" or eta == 0
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
         return output_of(self.prediction, sde, t)

@@ -33,6 +33,8 @@ class Step(ABC):
     Attributes:
         role: "predictor" (s less noisy than t) or "corrector" (s = t).
         order: for an ODE step the global order of convergence, for an SDE step the weak order.
+        point_mass: whether a predictor carries data at one point exactly, N(alpha_t x_0, sigma_t^2 I) to N(alpha_s x_0,
+            sigma_s^2 I) over every move of a run; a step that does not says so.
         calls: network calls a move.
         needs_density: whether `advance` also asks `evaluate.log_prob(x, t)`, which only a model with a density has.
         presets: constructor arguments by the name under which they are known; each is certified.
@@ -40,6 +42,7 @@ class Step(ABC):
 
     role: ClassVar[Literal["predictor", "corrector"]] = "predictor"
     order: int = 1
+    point_mass: bool = True
     calls: int = 1
     needs_density: bool = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -36,6 +36,8 @@ class Tabulated(LinearStep):
         ValueError: the table's lengths do not fit, its levels do not decrease, or a number is not finite.
     """
 
+    point_mass = False  # numbers of a file make no claim
+
     def __init__(self, table: str | Path | Table) -> None:
         source = _read(Path(table)) if isinstance(table, str | Path) else table
         unknown, missing = source.keys() - {"levels", "a", "b", "c", "output"}, {"levels", "a", "b"} - source.keys()

@@ -14,7 +14,7 @@ from score_sde import DDIM, VPSDE, EulerMaruyama, ExponentialAdams, Heun, Karras
 from score_sde.evaluation import Certificate, Certificates, certify, certify_all
 from score_sde.evaluation.certify import _mixture_paths, bias, discover, measured_order, moments, ode_error, uneven
 from score_sde.steps import AdamsBashforth, LangevinCorrector
-from score_sde.steps.linear import Coefficients
+from score_sde.steps.linear import Coefficients, noise_ratio
 from score_sde.steps.multistep import lagrange, quadrature
 
 SDE = VPSDE()
@@ -33,7 +33,7 @@ def known() -> dict[str, Certificate]:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_keeps_what_its_class_declares(name, known):
-    # Order within 0.3, calls a move, no coupling of samples: the published batch norm alone couples, and says so.
+    # Order within 0.3, the point mass, calls a move, no coupling of samples: the published batch norm alone couples.
     expected = ["samples of a batch are coupled"] if name == "Langevin norms per batch" else []
     assert known[name].faults == expected
 
@@ -43,6 +43,7 @@ def test_a_point_mass_is_exact_to_the_last_digits_but_where_a_method_cannot(know
     plain = {name for name in STEPS if name.startswith(("Adams velocity", "Adams score"))}
     euler = {"EulerMaruyama", "ProbabilityFlowEuler", "ReverseDiffusion", "Ancestral fixed-large", "AdamsBashforth"}
     assert inexact == plain | euler | {"SDE-DPM-Solver 2M"}
+    assert inexact == {name for name, c in known.items() if c.role == "predictor" and not c.claims_point_mass}
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,19 @@ class WrongNoise(DDIM):
         return a, b, c * sde.sigma(times[0]) / sde.sigma(s)
 
 
+class MyAncestral(LinearStep):
+    """A user's own ancestral step with the same slip, which declares nothing."""
+
+    def coefficients(self, sde, times, s) -> Coefficients:
+        t = times[0]
+        ratio, scale = noise_ratio(sde, t, s), sde.sigma(s) / sde.sigma(t)
+        return sde.alpha(t) / sde.alpha(s) * scale**2, [sde.alpha(s) * ratio], sde.sigma(t) * ratio.sqrt()
+
+
+class MyApproximateAncestral(MyAncestral):
+    point_mass = False
+
+
 def test_the_published_third_order_multistep_solver_is_of_second_order():
     published, repaired = certify(Published3M(), SDE, budgets=(5,)), certify(Repaired3M(), SDE, budgets=(5,))
     assert abs(published.measured - 2) < 0.2
@@ -145,9 +159,14 @@ def test_a_sigma_t_in_the_place_of_sigma_s_is_exposed():
     assert abs(nodes.measured - 1) < 0.1
     assert nodes.faults == [f"order {nodes.measured:.2f}, declared 2"]
     assert nodes.point_mass < 1e-12  # a point mass alone would not have shown it
-    noise, right = certify(WrongNoise(1.0), SDE, budgets=(5,)), certify(DDIM(1.0), SDE, budgets=(5,))
-    assert noise.point_mass > 0.05 > 1e-12 > right.point_mass  # and the order alone would not have shown this one
-    assert noise.faults == []
+    right = certify(DDIM(1.0), SDE, budgets=(5,))
+    assert (right.faults, right.point_mass < 1e-12) == ([], True)
+    for step in (WrongNoise(1.0), MyAncestral()):
+        noise = certify(step, SDE, budgets=(5,))
+        assert noise.point_mass > 0.05
+        assert abs(noise.measured - noise.declared) < 0.3  # the order alone would not have shown this one
+        assert noise.faults == [f"a point mass is missed by {noise.point_mass:.2g}, declared exact (point_mass)"]
+    assert certify(MyApproximateAncestral(), SDE, budgets=(5,)).faults == []  # "Ancestral fixed-large", and says so
 
 
 def test_a_wrong_number_of_calls_and_a_coupled_batch_are_exposed():

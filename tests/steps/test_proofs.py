@@ -34,11 +34,8 @@ from score_sde.sampler import Renoise, Sampler
 from score_sde.score import ExactScore, ScoreModel
 from score_sde.sde import SDE, VESDE, VPSDE, RectifiedFlow
 from score_sde.steps import (
-    Ancestral,
     EulerMaruyama,
     LinearStep,
-    ProbabilityFlowEuler,
-    ReverseDiffusion,
     StagedStep,
     Step,
     Tabulated,
@@ -46,18 +43,6 @@ from score_sde.steps import (
 from score_sde.steps.corrected import CorrectedStep
 
 SOLVERS = {name: step for name, step in PREDICTORS.items() if step.calls > 0}
-
-
-def approximate(step: Step) -> bool:
-    """The steps that make an error even on a single point, each for a reason of its own; all others must be exact."""
-    if isinstance(step, (EulerMaruyama, ProbabilityFlowEuler, ReverseDiffusion)):  # first order in time, not in lambda
-        return True
-    if isinstance(step, Ancestral) and step.variance == "forward":  # too much noise, by design
-        return True
-    prediction, eta = getattr(step, "prediction", "denoised"), getattr(step, "eta", 0.0)
-    if prediction in ("velocity", "score"):  # neither is constant along a point mass's path
-        return True
-    return prediction == "noise" and eta > 0
 
 
 def stochastic(step: Step) -> bool:
@@ -97,13 +82,13 @@ def residual_on_a_point(step: Step, sde, make_grid) -> float:
 # --- 1: a point mass --------------------------------------------------------------------------------------------------
 
 
-@each({name: step for name, step in SOLVERS.items() if not approximate(step)})
+@each({name: step for name, step in SOLVERS.items() if step.point_mass})
 def test_a_point_mass_is_carried_exactly(sde, step):
     """From p_t of a point, every step of a run has mean alpha_s x_0 and standard deviation sigma_s."""
     assert residual_on_a_point(step, sde, log_snr_between(-3.5, 3.0, 7)) < 1e-12
 
 
-@each({name: step for name, step in SOLVERS.items() if approximate(step)})
+@each({name: step for name, step in SOLVERS.items() if not step.point_mass})
 def test_the_steps_said_to_be_approximate_are(step):
     assert residual_on_a_point(step, VPSDE(), log_snr_between(-3.5, 3.0, 7)) > 1e-4
 
