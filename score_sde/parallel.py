@@ -87,8 +87,8 @@ class ParallelSampler:
         progress: bool = False, dtype: torch.dtype | None = None,
     ) -> ParallelResult:  # fmt: skip
         """Draws samples; arguments as `Sampler.sample` has them, and the trajectory likewise over the grid's times."""
-        start = begin(model, shape, seed, noise, x_init, condition, dtype)
         times, rows = self._rows(model.sde)
+        start = begin(model, shape, seed, noise, x_init, condition, dtype, times[0].item())
         clock = time.perf_counter()
         per_sample = PerSample(model, start.model.condition, len(start.x))
         run = _Windows(per_sample, rows, times, start, self.window or len(rows), self.tolerance, trajectory)

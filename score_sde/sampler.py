@@ -1,6 +1,6 @@
-r"""The one loop: noise at t_max, then at each grid time a predictor, a corrector or both, then Tweedie's formula.
+r"""The one loop: a start at t_0, then at each grid time a predictor, a corrector or both, then Tweedie's formula.
 
-    x(t_max) ~ N(0, prior_std^2 I);  x <- corrector(x, t_i);  x <- predictor(x, t_i, t_{i+1});  ...;  x <- D(x, t_N).
+    x <- the model's start at t_0;  x <- corrector(x, t_i);  x <- predictor(x, t_i, t_{i+1});  ...;  x <- D(x, t_N).
 
 All coefficients are computed before the first network call, in float64 on the CPU; in the loop nothing waits for the
 device. Where a grid goes up (towards noise) the move is a draw of the exact forward transition.
@@ -108,9 +108,9 @@ class Start:
 
 def begin(
     model: ScoreModel, shape: Sequence[int], seed: int | None, noise: NoiseSource | None, x_init: Tensor | None,
-    condition: Mapping[str, Any] | None, dtype: torch.dtype | None,
+    condition: Mapping[str, Any] | None, dtype: torch.dtype | None, t: float | None = None,
 ) -> Start:  # fmt: skip
-    """Checks a request for samples and draws the start from the prior at t_max, unless `x_init` gives it.
+    """Checks a request for samples and draws the model's start at t (t_max if left out), unless `x_init` gives it.
 
     Raises:
         ValueError: the shape is not (batch, *event_shape), x_init has another, or both seed and noise are given.
@@ -132,7 +132,8 @@ def begin(
     device = model.device if x_init is None else x_init.device
     dtype = dtype or (torch.get_default_dtype() if x_init is None else x_init.dtype)
     stream = (noise or BatchNoise(seed)).open(shape, dtype, device)
-    x = model.start(stream(0, 0)) if x_init is None else x_init.to(dtype)
+    t = model.sde.t_max if t is None else t
+    x = model.start_at(stream(0, 0), t) if x_init is None else x_init.to(dtype)
     return Start(x, stream, CountedModel(model, condition))
 
 
@@ -211,7 +212,8 @@ class Sampler:
             shape: (batch, *event_shape).
             seed: of one generator for the batch (`BatchNoise`); None takes one from the operating system.
             noise: another noise source, e.g. `SampleNoise(range(batch))`.
-            x_init: start here instead of at N(0, prior_std^2 I); sets the dtype and device.
+            x_init: start here instead of where the model does at the grid's first time: at t_max the prior
+                (`ScoreModel.start`), below it the Gaussian of that level (`ScoreModel.start_at`); sets the dtype and device.
             condition: named conditions for the model.
             trajectory: keep the state at every grid time.
             progress: show a bar.
@@ -220,13 +222,13 @@ class Sampler:
         Raises:
             ValueError, TypeError: see `begin` and `grid.check`; nothing has been computed then.
         """
-        start = begin(model, shape, seed, noise, x_init, condition, dtype)
+        times = grids.check(self.grid(model.sde), model.sde)
+        start = begin(model, shape, seed, noise, x_init, condition, dtype, times[0].item())
         for step in (self.predictor, self.corrector):
             if step is not None and step.needs_density and not hasattr(model, "log_prob"):
                 raise ValueError(f"{type(step).__name__} needs a model with a density log_prob(x, t), which "
                                  f"{type(model).__name__} has not: use ExactScore or EnergyScore (network=conservative), "
                                  "or UnadjustedLangevin")  # fmt: skip
-        times = grids.check(self.grid(model.sde), model.sde)
         moves = self.plan(model.sde, times)
         model.prepare(times.tolist())
         clock = time.perf_counter()

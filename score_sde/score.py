@@ -79,15 +79,38 @@ class ScoreModel(ABC):
         """Standard normal noise turned into a draw of the prior at t_max: prior_std z."""
         return z * self.sde.prior_std
 
+    def start_at(self, z: Tensor, t: float) -> Tensor:
+        """Where a grid that begins at t starts: alpha E[x_0] + sqrt(alpha^2 Var x_0 + sigma^2) z; at t_max, `start`."""
+        if t >= self.sde.t_max - 1e-9 * (self.sde.t_max - self.sde.t_min):
+            return self.start(z)
+        alpha, sigma = _kernel(self.sde, t)
+        mean, variance = self.clean_moments(z)
+        return (alpha * mean + (alpha**2 * variance + sigma**2) ** 0.5 * z.double()).to(z)
+
+    def clean_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """E[x_0] and Var x_0, element by element in float64, for which `start` stands: those it has with alpha and sigma
+        of t_max in the formula of `start_at`."""
+        alpha, sigma = _kernel(self.sde, self.sde.t_max)
+        mean, std = self._start_law(like)
+        return mean / alpha, ((std**2 - sigma**2) / alpha**2).clamp_min(0)
+
     def log_terminal(self, x: Tensor) -> Tensor:
         """log-density in nats of x(t_max) at x, shape (batch,) in float64: the Gaussian that sampling starts from."""
-        zero = torch.zeros((1, *x.shape[1:]), dtype=torch.float64, device=x.device)
-        loc = self.start(zero)  # the start is affine in its noise, so two points give its moments
-        law = torch.distributions.Normal(loc, self.start(zero + 1) - loc)
-        return law.log_prob(x.double()).flatten(1).sum(1)
+        return torch.distributions.Normal(*self._start_law(x)).log_prob(x.double()).flatten(1).sum(1)
+
+    def _start_law(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the start, affine in its noise, from two points."""
+        zero = torch.zeros((1, *like.shape[1:]), dtype=torch.float64, device=like.device)
+        mean = self.start(zero)
+        return mean, self.start(zero + 1) - mean
 
     def prepare(self, times: Iterable[float]) -> None:  # noqa: B027
         """Tabulates what depends on time alone; called by a sampler with its whole grid before the first step."""
+
+
+def _kernel(sde: SDE, t: float) -> tuple[float, float]:
+    """alpha and sigma at t."""
+    return sde.alpha(t).item(), sde.sigma(t).item()
 
 
 def is_batched(t: Time) -> bool:
@@ -153,6 +176,11 @@ class LearnedScore(nn.Module, ScoreModel):
         self.check(x.shape, condition)
         return self._network(x, self._level(t)[2], condition)[0]
 
+    def clean_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """0 and data_std^2: what the network was scaled for, where the prior at t_max knows of noise alone."""
+        zero = like.new_zeros((), dtype=torch.float64)
+        return zero, zero + self.data_std**2
+
     def prepare(self, times: Iterable[float]) -> None:
         t = torch.as_tensor(list(times), dtype=torch.float64)
         columns = (self.sde.alpha(t), self.sde.sigma(t), *self.parameterization.row(self.sde, t))
@@ -208,17 +236,16 @@ class ExactScore(ScoreModel):
         if is_batched(t):
             alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         else:
-            alpha, sigma = self.sde.alpha(float(t)).item(), self.sde.sigma(float(t)).item()
+            alpha, sigma = _kernel(self.sde, float(t))
         return Prediction(x, self.target.denoise(x, alpha, sigma), alpha, sigma)
 
     def log_prob(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
         """log p_t(x) in nats, shape (batch,), for a time shared by the batch."""
-        alpha, sigma = (float(part(float(t))) for part in (self.sde.alpha, self.sde.sigma))
-        return self.target.marginal(alpha, sigma).log_prob(x)
+        return self.target.marginal(*_kernel(self.sde, float(t))).log_prob(x)
 
     def start(self, z: Tensor) -> Tensor:
         """alpha E[x_0] + sqrt(alpha^2 Var x_0 + sigma^2) z at t_max."""
-        alpha, sigma = (part(self.sde.t_max).item() for part in (self.sde.alpha, self.sde.sigma))
+        alpha, sigma = _kernel(self.sde, self.sde.t_max)
         return alpha * self.target.mean.to(z) + math.hypot(alpha * self.target.std, sigma) * z
 
     def log_terminal(self, x: Tensor) -> Tensor:
@@ -268,20 +295,12 @@ class ReparameterizedScore(ScoreModel):
         self.model.prepare(columns[2].tolist())
 
     def start(self, z: Tensor) -> Tensor:
-        """The draw of the prior at this t_max that the model's own start stands for.
+        """The model's own start at the noise level of this t_max, on this path."""
+        _, _, inner, ratio = self._level(self.sde.t_max)
+        return (self.model.start_at(z.double(), float(inner)) / ratio).to(z)
 
-        The model starts at mean + spread z, taken for alpha E[x_0] + sqrt(alpha^2 Var x_0 + sigma^2) z at its t_max;
-        the same two moments are put on this path. At equal noise levels this is alpha' / alpha times its own start.
-        """
-        double = z.new_zeros(z.shape, dtype=torch.float64)
-        mean = self.model.start(double)
-        spread = self.model.start(double + 1) - mean
-        alpha, sigma, alpha_here, sigma_here = (
-            part(sde.t_max).item() for sde in (self.model.sde, self.sde) for part in (sde.alpha, sde.sigma)
-        )
-        variance = ((spread**2 - sigma**2) / alpha**2).clamp_min(0)
-        scale = (alpha_here**2 * variance + sigma_here**2).sqrt()
-        return (alpha_here / alpha * mean + scale * z.double()).to(z)
+    def clean_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.clean_moments(like)
 
     def _level(self, t: Time) -> tuple[Coefficient, Coefficient, Time, Coefficient]:
         """alpha and sigma here, the model's time of the same noise level, and its alpha over this one."""

@@ -81,6 +81,15 @@ def test_at_tolerance_zero_it_is_the_sequential_run(
             assert found.rounds <= expected.nfe + 1
 
 
+def test_a_grid_that_begins_below_t_max_starts_as_the_sequential_run(model: ExactScore) -> None:
+    levels = partial(grid.tabulated, steps=10, levels="stable_diffusion_xl", stretch=False)
+    expected, found = (
+        sampler.sample(model, (12, 2), seed=3, dtype=DOUBLE)
+        for sampler in (Sampler(DDIM(), levels), ParallelSampler(DDIM(), levels, tolerance=0.0))
+    )
+    torch.testing.assert_close(found.x, expected.x, rtol=1e-9, atol=1e-9)
+
+
 def test_the_tolerance_buys_rounds_and_the_error_falls_with_it(model: ExactScore) -> None:
     long = partial(grid.log_snr, steps=200)
     expected = Sampler(DDIM(), long).sample(model, (32, 2), seed=2, dtype=DOUBLE)

@@ -146,3 +146,14 @@ def test_a_path_inside_the_models_range_keeps_its_times_and_starts_at_its_own_ma
     z = torch.randn(4, 2, dtype=DOUBLE)
     expected = LAW.mean + (LAW.std**2 + 9.0) ** 0.5 * z
     torch.testing.assert_close(model.start(z), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_learned_model_starts_below_its_own_t_max_with_the_spread_of_its_data() -> None:
+    class Network(nn.Module):
+        def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+            return x
+
+    own = LearnedScore(Network(), VESDE(), Karras(2.0), (2,))
+    z = torch.randn(4, 2, dtype=DOUBLE)
+    torch.testing.assert_close(reparameterize(own, KarrasSDE(0.1, 3.0)).start(z), 13.0**0.5 * z)
+    torch.testing.assert_close(reparameterize(own, KarrasSDE(0.1, 50.0)).start(z), 50.0 * z)
