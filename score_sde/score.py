@@ -324,6 +324,16 @@ class ReparameterizedScore(ScoreModel):
         return f"reparameterize({self.model!r}, {self.sde!r})"
 
 
+class ReparameterizedDensity(ReparameterizedScore):
+    """A `ReparameterizedScore` of a model with a density."""
+
+    def log_prob(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
+        """log p_t(x) = log p(r x) + d log r at the model's time, r = alpha / alpha'; shape (batch,), t shared by it."""
+        _, _, inner, ratio = self._level(float(t))
+        size = math.prod(self.event_shape)
+        return self.model.log_prob(ratio * x, inner, **condition) + size * math.log(ratio)  # type: ignore[attr-defined]
+
+
 def reparameterize(model: ScoreModel, sde: SDE, outside: str = "restrict") -> ScoreModel:
     """A model of one SDE seen in another's coordinates, a score model again, for every sampler and solver.
 
@@ -341,13 +351,14 @@ def reparameterize(model: ScoreModel, sde: SDE, outside: str = "restrict") -> Sc
             of a copy of `sde` to the common range, and samplers stay inside; "refuse" raises.
 
     Returns:
-        The model on the new path. Called with a float t outside its range it raises ValueError; where t is a tensor,
-        samples outside the range come out as NaN.
+        The model on the new path, with a `log_prob` if it has one itself. Called with a float t outside its range it
+        raises ValueError; where t is a tensor, samples outside the range come out as NaN.
 
     Raises:
         ValueError: the two ranges of noise levels have nothing in common, or one is refused.
     """
-    return ReparameterizedScore(model, sde, outside)
+    kind = ReparameterizedDensity if hasattr(model, "log_prob") else ReparameterizedScore
+    return kind(model, sde, outside)
 
 
 def _common_range(known: SDE, sde: SDE, outside: str) -> SDE:

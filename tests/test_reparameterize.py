@@ -31,6 +31,7 @@ from score_sde import (
 )
 from score_sde.adaptive import AdaptiveODE
 from score_sde.score import reparameterize
+from score_sde.steps import MetropolisLangevin
 
 DOUBLE = torch.float64
 LAW = GaussianMixture(
@@ -63,6 +64,28 @@ def test_an_exact_model_on_another_path_is_that_paths_exact_model(own: SDE, ther
         torch.testing.assert_close(getattr(model(x, at), view), getattr(exact(x, at), view), rtol=1e-7, atol=1e-9)
     z = torch.randn(5, 2, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
     torch.testing.assert_close(model.start(z), exact.start(z), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("there", PATHS, ids=name)
+@pytest.mark.parametrize("own", [VPSDE(), VESDE(), RectifiedFlow()], ids=name)
+def test_the_density_on_another_path_is_that_of_its_exact_model(own: SDE, there: SDE) -> None:
+    model = reparameterize(ExactScore(LAW, own), there)
+    exact = ExactScore(LAW, model.sde)
+    x, t = points(model.sde, 5)
+    for at in t.tolist():
+        torch.testing.assert_close(model.log_prob(x, at), exact.log_prob(x, at), rtol=1e-7, atol=1e-7)
+
+
+def test_metropolis_steps_take_another_path_exactly_where_the_model_has_a_density() -> None:
+    sampler = Sampler(DDIM(), partial(grid.log_snr, steps=8), MetropolisLangevin())
+    own = ExactScore(LAW, VPSDE())
+    model = reparameterize(own, KarrasSDE(*((-own.sde.half_log_snr(t)).exp().item() for t in (1e-3, 1.0))))
+    z = torch.randn(8, 2, generator=torch.Generator().manual_seed(3), dtype=DOUBLE)
+    here, there = (sampler.sample(m, z.shape, x_init=m.start(z), seed=1).x for m in (own, model))
+    torch.testing.assert_close(there, here, rtol=1e-7, atol=1e-7)
+    learned = reparameterize(LearnedScore(nn.Identity(), VPSDE(), Noise(), (2,)), VESDE())
+    with pytest.raises(ValueError, match="a density log_prob"):
+        sampler.sample(learned, (8, 2), seed=1)
 
 
 @pytest.mark.parametrize("parameterization", [Noise(), Velocity(), Karras(0.5)], ids=lambda p: type(p).__name__)
