@@ -32,7 +32,7 @@ class Evaluation:
 
     Attributes:
         samples: by sampler.
-        table: the columns sampler, nfe, seconds, metric, value, floor and ratio.
+        table: the columns sampler, nfe, seconds, metric, value, floor, ratio and count, the number of samples measured.
         nearest: by sampler, the samples nearest to a training image and those images, (2, n, C, H, W).
         references: what made each reference of features.
     """
@@ -44,24 +44,27 @@ class Evaluation:
 
     def mean_ratio(self, metric: str) -> float:
         """The metric's ratio to its floor, averaged over samplers: the one number that a sweep compares."""
-        return float(self.table.loc[self.table["metric"] == metric, "ratio"].mean())
+        named = self.table["metric"].str.split(" @ ").str[0] == metric  # at the floor's count, see `Reference.compare`
+        return float(self.table.loc[named, "ratio"].mean())
 
     def flat(self) -> dict[str, float]:
         """{"<sampler>/<metric>": value, "<sampler>/<metric>/floor": ..., "<sampler>/nfe": ...} for a result.json."""
         flat: dict[str, float] = {}
         for row in self.table.to_dict("records"):
             name = f"{row['sampler']}/{row['metric']}"
-            flat |= {name: row["value"], f"{name}/floor": row["floor"], f"{row['sampler']}/nfe": row["nfe"]}
+            floor = {f"{name}/floor": row["floor"]} if math.isfinite(row["floor"]) else {}
+            flat |= {name: row["value"], **floor, f"{row['sampler']}/nfe": row["nfe"]}
         return flat
 
     def report(self) -> dict[str, Any]:
-        """Everything but the images, as JSON writes it: by sampler its cost and each metric's value, floor and ratio."""
+        """Everything but the images, as JSON writes it: by sampler its cost and each metric's figures."""
         report: dict[str, Any] = {}
         for row in self.table.to_dict("records"):
             entry = report.setdefault(
                 row["sampler"], {"nfe": int(row["nfe"]), "seconds": row["seconds"], "metrics": {}}
             )
-            entry["metrics"][row["metric"]] = {name: _finite_or_none(row[name]) for name in ("value", "floor", "ratio")}
+            figures = {name: _finite_or_none(row[name]) for name in ("value", "floor", "ratio")}
+            entry["metrics"][row["metric"]] = {**figures, "count": int(row["count"])}
         return {"samplers": report, "references": self.references}
 
 
@@ -94,7 +97,7 @@ def evaluate(
         ValueError: no such metric, or what `Reference.of` refuses.
     """
     yardstick = _yardstick(data, num_samples, metrics, seed)
-    views: list[View] = [lambda x: yardstick(x[: yardstick.n])]
+    views: list[View] = [lambda x: yardstick(x[: yardstick.n]).assign(count=yardstick.n)]
     if classifier_data is not None:
         views.append(_classifier_view(classifier_data, num_samples, model.device))
     made = [Reference.of(_finite(data, name), extractor, num_samples, path=(references or {}).get(name),
@@ -113,7 +116,7 @@ def evaluate(
         tables.append(table.assign(sampler=name, nfe=nfe, seconds=seconds))
         if neighbours:
             near[name] = neighbours.pictures
-    order = ["sampler", "nfe", "seconds", "metric", "value", "floor", "ratio"]
+    order = ["sampler", "nfe", "seconds", "metric", "value", "floor", "ratio", "count"]
     table = pd.concat(tables, ignore_index=True)[order]
     return Evaluation(samples, table, near, [dict(reference.made_of) for reference in made])
 
@@ -170,7 +173,8 @@ class _MemorizationView:
         value, floor = ([near.memorised.double().mean().item(), near.distance[:, 0].median().item()]
                         if near else [math.nan] * 2 for near in (found, self.held_out))  # fmt: skip
         table = pd.DataFrame({"metric": ["memorised", "nearest training image"], "value": value, "floor": floor})
-        return table.assign(ratio=(table["value"] / table["floor"]).where(table["floor"] > 0))
+        ratio = (table["value"] / table["floor"]).where(table["floor"] > 0)
+        return table.assign(ratio=ratio, count=len(found.distance))
 
 
 class _DigitView:
@@ -183,7 +187,8 @@ class _DigitView:
     def __call__(self, samples: Tensor) -> pd.DataFrame:
         table = digit_report(self.classifier, samples.clamp(-1, 1), self.held_out.x, self.train.x)
         accuracy = self.classifier.accuracy(self.held_out.x, self.held_out.condition["label"])
-        row = pd.DataFrame({"metric": ["classifier accuracy on held-out"], "value": [accuracy], "floor": [accuracy]})
+        row = pd.DataFrame({"metric": "classifier accuracy on held-out", "value": accuracy, "floor": accuracy,
+                            "count": [len(self.held_out.x)]})  # fmt: skip
         table = pd.concat([table, row], ignore_index=True)
         return table.assign(ratio=table["value"] / table["floor"])
 

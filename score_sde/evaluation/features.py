@@ -106,7 +106,7 @@ def digit_report(
         confidence: the class probability above which an image counts as recognised.
 
     Returns:
-        The columns metric, value and floor (the same for held-out digits) with the rows
+        The columns metric, value, floor (the same for held-out digits) and count (of samples) with the rows
 
         - `confident`: share of images whose largest class probability is above `confidence`;
         - `classes`: number of classes among those images;
@@ -123,4 +123,5 @@ def digit_report(
         return [sure.double().mean().item(), len(label[sure].unique()), distance]
 
     names = ["confident", "classes", classifier.feature_space]
-    return pd.DataFrame({"metric": names, "value": view(samples), "floor": view(held_out)})
+    counts = [len(samples), len(samples), n]
+    return pd.DataFrame({"metric": names, "value": view(samples), "floor": view(held_out), "count": counts})

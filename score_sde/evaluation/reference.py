@@ -1,7 +1,8 @@
 """Features of real images, computed once: what samples are held against, and the floor of every figure.
 
-For n samples, n training and n test images: value = d(samples, train), floor = d(test, train), at the same n, since most
-distances depend on it. Where no test set is held out, two disjoint parts of the training set take the two places.
+value = d(samples, train) of n each, n as asked for (papers take 50,000), and floor = d(test, train) of m <= n each, as
+many as are held out. Most distances depend on the count: every figure states its own, and where m < n the value at m
+stands beside the floor. Where no test set is held out, two disjoint parts of the training set give the floor.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ __all__ = ["FeatureView", "Reference", "feature_metrics"]
 
 @dataclass(frozen=True)
 class Reference:
-    """Features (n, F) of training and test images, the extractor that gave them, and what made them.
+    """Features of training (n, F) and test images (m, F), the extractor that gave them, and what made them.
 
-    `made_of` names the data (by hash), their shape, the extractor and its settings, the count, and whether the test
+    `made_of` names the data (by hash), their shape, the extractor and its settings, both counts, and whether the test
     images are held out or a part of the training set.
     """
 
@@ -52,7 +53,7 @@ class Reference:
         Args:
             data: what training and test images come from.
             extractor: fitted to the training images where it has to be.
-            count: of each, at most; fewer where the data have fewer.
+            count: of training and of test images, at most; fewer where the data have fewer.
             path: a folder that `save` wrote.
             device: where features are computed.
 
@@ -78,27 +79,33 @@ class Reference:
         _write(Path(path), self.extractor, self.train, self.test)
         (Path(path) / "made_of.json").write_text(json.dumps(self.made_of, indent=2, sort_keys=True) + "\n")
 
-    @property
-    def count(self) -> int:
-        """How many real images of each kind it holds."""
-        return int(self.made_of["count"])
-
     @cached_property
     def _floors(self) -> dict[int, dict[str, float]]:
         return {}
 
     def compare(self, features: Tensor) -> pd.DataFrame:
-        """Every metric of features (n, F) of samples: the columns metric, value, floor and ratio (value / floor).
+        """Every metric of features of samples: the columns metric, value, floor, ratio (value / floor) and count.
 
-        n' = min(n, `count`) of each are compared. KID, which is 0 in the mean for exact samples, has no ratio.
+        As many samples as training images are compared, n; where fewer test images are at hand, m, the rows of count n
+        have no floor, and rows "<metric> @ m" have the value and the floor of count m. KID, which is 0 in the mean for
+        exact samples, has no ratio.
         """
-        n = min(len(features), self.count)
-        if n not in self._floors:
-            self._floors[n] = feature_metrics(self.test[:n], self.train[:n], self.extractor)
-        values = feature_metrics(features[:n], self.train[:n], self.extractor)
-        table = pd.DataFrame({"metric": list(values), "value": values.values(), "floor": self._floors[n].values()})
-        signed = table["metric"].str.startswith("KID")
-        return table.assign(ratio=(table["value"] / table["floor"]).where(~signed))
+        n = min(len(features), len(self.train))
+        m = min(n, len(self.test))
+        if m not in self._floors:
+            self._floors[m] = feature_metrics(self.test[:m], self.train[:m], self.extractor)
+        if m == n:
+            return self._rows(features[:n], self._floors[n])
+        beside = self._rows(features[:m], self._floors[m])
+        beside["metric"] += f" @ {m}"
+        return pd.concat([self._rows(features[:n], {}), beside], ignore_index=True)
+
+    def _rows(self, features: Tensor, floors: Mapping[str, float]) -> pd.DataFrame:
+        count = len(features)
+        values = pd.Series(feature_metrics(features, self.train[:count], self.extractor))
+        table = pd.DataFrame({"value": values, "floor": pd.Series(floors, values.index, dtype=float)})
+        table["ratio"] = (table["value"] / table["floor"]).where(~table.index.str.startswith("KID"))
+        return table.assign(count=count).rename_axis("metric").reset_index()
 
 
 def feature_metrics(samples: Tensor, real: Tensor, extractor: Extractor) -> dict[str, float]:
@@ -117,7 +124,7 @@ class FeatureView:
         self.reference = reference
 
     def __call__(self, samples: Tensor) -> pd.DataFrame:
-        """The columns of `Reference.compare` for samples (n, C, H, W) in [-1, 1].
+        """The rows of `Reference.compare` for samples (n, C, H, W) in [-1, 1].
 
         Raises ValueError for samples of another shape than the reference's images.
         """
@@ -130,14 +137,15 @@ class FeatureView:
 
 
 def _made_of(data: TensorData, extractor: Extractor, count: int) -> dict[str, Any]:
-    whole = data.count("train") if data.has_test else data.count("train") // 2
-    n = min(count, whole, data.count("test") if data.has_test else whole)
-    if n < 6:
+    train, rest = data.count("train"), data.count("test") if data.has_test else data.count("train") // 2
+    test = min(count, rest)
+    if test < 6:
         raise ValueError(
-            f"a reference needs 6 real images of each kind at least, not {n}: raise count, or hold out more"
+            f"a reference needs 6 real images of each kind at least, not {test}: raise count, or hold out more"
         )
-    return {"data": data.fingerprint, "event_shape": list(data.event_shape), **extractor.settings(), "count": n,
-            "floor": "held-out images" if data.has_test else "another part of the training set", "version": 1}  # fmt: skip
+    return {"data": data.fingerprint, "event_shape": list(data.event_shape), **extractor.settings(), "floor_count": test,
+            "count": min(count, train),
+            "floor": "held-out images" if data.has_test else "another part of the training set", "version": 2}  # fmt: skip
 
 
 def _check(expected: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
@@ -152,9 +160,10 @@ def _compute(
     title: str | None,
 ) -> None:  # fmt: skip
     extractor.to(device).fit(data)
-    n = made_of["count"]
-    other = ("test", slice(n)) if data.has_test else ("train", slice(n, 2 * n))
-    train, test = (extract(extractor, stored_images(data, *rows), title=title) for rows in (("train", slice(n)), other))
+    m = made_of["floor_count"]
+    rest = ("test", slice(m)) if data.has_test else ("train", slice(m, 2 * m))
+    parts = ("train", slice(made_of["count"])), rest
+    train, test = (extract(extractor, stored_images(data, *rows), title=title) for rows in parts)
     _write(folder, extractor, train, test)
 
 

@@ -84,6 +84,20 @@ def test_the_report_is_json_and_names_what_made_the_references(evaluation):
     assert report["samplers"]["fresh"]["metrics"]["KID (6 principal components)"]["ratio"] is None
     assert report["references"][0]["data"] == data.fingerprint
     assert report["references"][0]["count"] == 90
+    assert report["samplers"]["fresh"]["metrics"]["sliced_w2"]["count"] == 50  # two disjoint draws of 100 held out
+
+
+def test_a_ratio_is_taken_where_value_and_floor_have_one_count():
+    data = TensorData(images(100, 0), held_out=0.2)
+    found = evaluate(Model(), data, {"fresh": Given(images(60, 1))}, num_samples=60, metrics=["sliced_w2"],
+                     features={"pca": PCA(6)}, progress=False)  # fmt: skip
+    metric = "FD (6 principal components)"
+    beside = of(found, "fresh", f"{metric} @ 20")
+    assert found.mean_ratio(metric) == beside["value"] / beside["floor"]
+    flat = found.flat()
+    assert f"fresh/{metric}/floor" not in flat
+    assert flat[f"fresh/{metric} @ 20/floor"] == beside["floor"]
+    assert json.loads(json.dumps(found.report()))["samplers"]["fresh"]["metrics"][metric]["count"] == 60
 
 
 def test_samples_do_not_depend_on_the_batches():

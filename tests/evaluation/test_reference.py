@@ -25,6 +25,7 @@ from score_sde.evaluation import (
     Pixels,
     Reference,
     frechet_distance,
+    kid,
     reference,
 )
 from score_sde.evaluation.extractors import extract, quantized, stored_images
@@ -99,7 +100,7 @@ def test_a_classifier_learns_and_keeps_with_its_weights():
 def test_a_reference_gives_value_and_floor_at_one_count():
     given = data()
     made = Reference.of(given, PCA(8), 60)
-    assert (made.count, len(made.train), len(made.test)) == (60, 60, 60)
+    assert (len(made.train), len(made.test)) == (60, 60)
     samples = given.plain("train", slice(100, 150)).x
     table = FeatureView(made)(samples).set_index("metric")
     parts = (samples, given.plain("train", slice(50)).x, given.plain("test", slice(50)).x)
@@ -118,13 +119,31 @@ def test_a_reference_gives_value_and_floor_at_one_count():
         FeatureView(made)(torch.zeros(9, 3, 16, 16))
 
 
+def test_the_test_set_s_size_bounds_the_floor_and_not_the_samples():
+    """CIFAR-10 has 10,000 test images, and the papers' FID is of 50,000 samples."""
+    given = data()
+    made = Reference.of(given, PCA(8), 200)
+    samples = torch.rand(200, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    table = FeatureView(made)(samples).set_index("metric")
+    x, train = extract(made.extractor, quantized(samples)), made.train
+    for metric, distance in {"FD": frechet_distance, "KID": kid}.items():
+        whole, beside = (table.loc[f"{metric} (8 principal components){at}"] for at in ("", " @ 80"))
+        assert whole["value"] == pytest.approx(distance(x, train))
+        assert beside["value"] == pytest.approx(distance(x[:80], train[:80]))
+        assert beside["floor"] == pytest.approx(distance(made.test, train[:80]))
+        assert np.isnan([whole["floor"], whole["ratio"]]).all()
+        assert (whole["count"], beside["count"]) == (200, 80)
+    assert beside["value"] != whole["value"]
+    assert (made.made_of["count"], made.made_of["floor_count"]) == (200, 80)
+    assert set(FeatureView(made)(samples[:70])["count"]) == {70}
+
+
 def test_without_a_test_set_the_floor_is_between_two_parts_of_the_training_set():
     given = TensorData(bars(100, 0)[0], dequantize=False)
     made = Reference.of(given, Pixels(), 1000)
-    assert made.count == 50
     assert "another part" in made.made_of["floor"]
-    together = torch.cat([made.train, made.test]).sort(dim=0).values
-    torch.testing.assert_close(together, given.plain("train").x.flatten(1).sort(dim=0).values)
+    torch.testing.assert_close(made.train, given.plain("train").x.flatten(1))
+    torch.testing.assert_close(made.test, made.train[50:])  # held against the first 50
 
 
 def test_a_reference_is_computed_once_and_refused_for_other_data_count_or_features(tmp_path, monkeypatch):
