@@ -357,7 +357,7 @@ def reparameterize(model: ScoreModel, sde: SDE, outside: str = "restrict") -> Sc
     Raises:
         ValueError: the two ranges of noise levels have nothing in common, or one is refused.
     """
-    kind = ReparameterizedDensity if hasattr(model, "log_prob") else ReparameterizedScore
+    kind = ReparameterizedDensity if hasattr(type(model), "log_prob") else ReparameterizedScore
     return kind(model, sde, outside)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from score_sde import DDIM, VPSDE, ExactScore, GaussianMixture, LearnedScore, Sampler, grid
 from score_sde.evaluation.certify import stationary_variance
+from score_sde.guidance import Classifier
 from score_sde.parameterization import Denoised
 from score_sde.steps import KineticLangevin, LangevinCorrector, MetropolisLangevin, UnadjustedLangevin
 
@@ -83,6 +84,9 @@ def test_metropolis_needs_a_density():
     sampler = Sampler(DDIM(), partial(grid.log_snr, steps=3), MetropolisLangevin())
     with pytest.raises(ValueError, match=r"needs a model with a density log_prob\(x, t\), which LearnedScore has not"):
         sampler.sample(LearnedScore(Net(), SDE, Denoised(), (1,)), (4, 1), seed=0)
+    guided = Classifier(ExactScore(ONE, SDE), lambda x, t: -x.square().sum(1))  # its log_prob is the label's
+    with pytest.raises(ValueError, match="which Classifier has not"):
+        sampler.sample(guided, (4, 1), seed=0)
     assert sampler.sample(ExactScore(ONE, SDE), (4, 1), seed=0).nfe == 3 * (1 + 2) + 1
 
 
