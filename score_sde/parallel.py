@@ -133,6 +133,7 @@ class _Windows:
         self.evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.ids = torch.arange(len(x), device=x.device)
         self.base = torch.zeros_like(self.ids)
+        self.low = self.high = 0  # the least and the greatest of it
         self.x = x
         first = self._call(x, self.base, self.ids)
         self.evaluations += model.calls
@@ -176,7 +177,9 @@ class _Windows:
         self.base = self.base + stride
         done = self.base == self.count
         self.rounds += 1
-        arrived = int(done.sum())  # the round's one wait for the device beside the choice of points
+        under_way = torch.where(done, self.count, self.base).amin(), torch.where(done, 0, self.base).amax()
+        # The round's one wait for the device beside the choice of points.
+        arrived, self.low, self.high = torch.stack([done.sum(), *under_way]).tolist()
         if arrived:
             self._put_away(done)
         return arrived
@@ -229,7 +232,7 @@ class _Windows:
         """Keeps the noise of all moves that some window needs, drawn in the sequential sampler's order and keys."""
         if not any(self.noisy):
             return
-        low, high = int(self.base.min()), min(int(self.base.max()) + self.window, self.count)
+        low, high = self.low, min(self.high + self.window, self.count)
         kept = self.noise[low - self.noise_from :]
         fresh = range(self.noise_from + len(self.noise), high)
         drawn = [self.stream(2 * i + 1, 0)[self.ids] if self.noisy[i] else torch.zeros_like(self.x) for i in fresh]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from score_sde import (
     DDIM,
@@ -134,6 +135,28 @@ def test_evaluations_are_counted() -> None:
     model = Affine()
     result = ParallelSampler(DDIM(), STEPS, 6, 1e-4).sample(model, (5, 3, 2), seed=0)
     assert result.nfe == math.ceil(model.seen / 5)
+
+
+class Scalars(TorchDispatchMode):
+    """Counts the scalars that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_round_with_noise_waits_for_no_scalar() -> None:
+    counts, rounds = [], []
+    for tolerance in (0.0, 0.1):
+        with Scalars() as scalars:
+            rounds.append(ParallelSampler(DDIM(1.0), STEPS, 6, tolerance).sample(Affine(), (5, 3, 2), seed=0).rounds)
+        counts.append(scalars.count)
+    assert rounds[0] > rounds[1] + 5
+    assert counts[0] == counts[1]  # those of the tables
 
 
 def test_what_has_no_linear_rows_is_refused() -> None:
