@@ -201,7 +201,7 @@ class ExponentialAdams(LinearStep):
         "SDE-DPM-Solver 2M": {"order": 2, "eta": 1.0, "prediction": "noise"},
     }
 
-    def __init__(self, order: int = 2, eta: float = 0.0, prediction: str = "denoised", weights: str = "exact") -> None:
+    def __init__(self, order: int = 3, eta: float = 0.0, prediction: str = "denoised", weights: str = "exact") -> None:
         self.memory = _check_order(self, order)
         if not 0 <= eta < float("inf"):
             raise ValueError(f"ExponentialAdams needs a noise strength eta >= 0, got eta={eta}")
@@ -262,7 +262,7 @@ class RectifiedAdams(LinearStep):
         **{f"rectified Adams {k}": {"order": k} for k in (1, 2, 3, 4)}
     }
 
-    def __init__(self, order: int = 2) -> None:
+    def __init__(self, order: int = 3) -> None:
         self.memory = self.order = _check_order(self, order)
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
