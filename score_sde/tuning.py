@@ -28,15 +28,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from score_sde import grid as grids
-from score_sde.ode import ProbabilityFlowODE
+from score_sde.adaptive import AdaptiveODE
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ScoreModel
-from score_sde.sde import SDE, VPSDE, Time, as_time, derivative
+from score_sde.sde import SDE, VPSDE, RectifiedFlow, Time, as_time, derivative
+from score_sde.steps import IPNDM, AdamsBashforth, ExponentialAdams, RectifiedAdams, UniPC
 from score_sde.steps.linear import Coefficients, LinearRow, LinearStep
-from score_sde.steps.multistep import lagrange, quadrature
 
 METHODS = ("coefficients", "grid")
+
+CONVERGED = AdaptiveODE("dopri5", rtol=1e-5, atol=1e-5, final="denoise")
+"""What a table is fitted to, and held against: the probability-flow ODE, with the error of each sample controlled."""
 
 
 # --- the table and its sampler ----------------------------------------------------------------------------------------
@@ -160,33 +163,29 @@ class TunedSampler(Sampler):
 # --- untuned solvers as tables ----------------------------------------------------------------------------------------
 
 
-def exponential_weights(half_log_snr: Tensor, order: int) -> Tensor:
-    """Exponential Adams (DDIM, multistep DPM-Solver++): D extrapolated in lambda; at the end, D itself."""
-    weights = torch.zeros(len(half_log_snr), len(half_log_snr), dtype=torch.float64)
-    for i, h in enumerate(half_log_snr.diff()):
-        nodes = half_log_snr[: i + 1].flip(0)[:order]
-        fractions, gauss = quadrature(h)
-        kernel = gauss * (-h * fractions).exp()
-        for k, basis in enumerate(lagrange(nodes, half_log_snr[i + 1] - h * fractions)):
-            weights[i, i - k] = (kernel * basis).sum() / kernel.sum()
-    return _closed(weights)
+def as_table(step: LinearStep, half_log_snr: Tensor, to_zero: bool = False) -> TunedTable:
+    """The table of a deterministic step that carries a point mass exactly, with its calls at these levels.
 
-
-def velocity_weights(half_log_snr: Tensor, order: int) -> Tensor:
-    """Adams-Bashforth on the rectified path, x = (1 - t) x_0 + t eps: the velocity extrapolated in t, down to t = 0.
-
-    With x_k = t_k / t_0 x_0 + sum_j P_kj D_j and v_k = (x_k - D_k) / t_k the rows P follow the solver, and
-    (1 - r_i) w_i = P_{i+1} - r_i P_i, r_i = t_{i+1} / t_i.
+    Every state of such a run is a linear form x_i = c_i x_0 + sum_j P_ij D_j, and so is every output N_j = u D_j + w eps_j,
+    eps_j = (x_j - alpha_j D_j) / sigma_j. Hence kappa_i = c_i sigma_0 / sigma_i and, with the module's r_i,
+    (alpha_{i+1} - r_i alpha_i) w_i = P_{i+1} - r_i P_i. The coefficients are taken on the rectified path, alpha = 1 - t
+    and sigma = t. The last move ends at the last D, or `to_zero` carries the step itself on to t = 0.
     """
+    calls, sde = len(half_log_snr), RectifiedFlow()
     t = torch.cat([torch.sigmoid(-half_log_snr), half_log_snr.new_zeros(1)])
-    unit, P = torch.eye(len(half_log_snr), dtype=torch.float64), [torch.zeros_like(half_log_snr)]
-    for i, h in enumerate(t.diff()):
-        nodes = t[: i + 1].flip(0)[:order]
-        fractions, gauss = quadrature(h)
-        shares = [h * (gauss * basis).sum() for basis in lagrange(nodes, t[i] + h * fractions)]
-        P.append(P[i] + sum(share * (P[i - k] - unit[i - k]) / t[i - k] for k, share in enumerate(shares)))
-    r = (t[1:] / t[:-1]).unsqueeze(1)
-    return _closed((torch.stack(P[1:]) - r * torch.stack(P[:-1])) / (1 - r))
+    unit, x, outputs = torch.eye(calls + 1, dtype=torch.float64), [], list[Tensor]()  # the forms: x_0, D_0, D_1, ...
+    x.append(unit[0])
+    for i, row in enumerate(step.plan(sde, t[:-1], t[1:]) if to_zero else step.plan(sde, t[:-2], t[1:-1])):
+        (u, w), D = row.output, unit[i + 1]
+        outputs.insert(0, u * D + w * (x[i] - (1 - t[i]) * D) / t[i])
+        x.append(row.a * x[i] + sum(b * N for b, N in zip(row.b, outputs, strict=False)))
+    if not to_zero:
+        x.append(unit[calls])
+    c, P = torch.stack(x)[:, 0], torch.stack(x)[:, 1:]
+    r = (c[1:] / c[:-1]).unsqueeze(1)
+    alpha = (1 - t).unsqueeze(1)
+    noise = torch.cat([c.new_ones(1), c[1:-1] * t[0] / t[1:-1]])
+    return TunedTable(half_log_snr, _closed((P[1:] - r * P[:-1]) / (alpha[1:] - r * alpha[:-1])), noise)
 
 
 def _closed(weights: Tensor) -> Tensor:
@@ -207,10 +206,15 @@ def _of_time(grid: Callable[..., Tensor], sde: SDE, steps: int) -> Tensor:
     return sde.half_log_snr(times)
 
 
-RULES: dict[str, Callable[[Tensor], Tensor]] = {
-    **{f"exponential Adams {k}": partial(exponential_weights, order=k) for k in (1, 2, 3)},
-    **{f"velocity Adams {k}": partial(velocity_weights, order=k) for k in (2, 3)},
+RULES: dict[str, Callable[[Tensor], TunedTable]] = {
+    **{f"exponential Adams {k}": partial(as_table, ExponentialAdams(k)) for k in (1, 2, 3)},
+    **{f"velocity Adams {k}": partial(as_table, RectifiedAdams(k), to_zero=True) for k in (2, 3)},
+    **{f"noise Adams {k}": partial(as_table, AdamsBashforth(k, "noise")) for k in (2, 3)},
+    **{f"UniPC {k}": partial(as_table, UniPC(k)) for k in (2, 3)},
+    "iPNDM 4": partial(as_table, IPNDM(4)),
 }
+"""From the levels of the calls to the table: DDIM (exponential Adams 1), multistep DPM-Solver++, LMS and others."""
+
 GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
     "rectified": _rectified,
     **{
@@ -226,7 +230,7 @@ def untuned(sde: SDE, steps: int) -> dict[str, TunedTable]:
         raise ValueError(f"a solver makes a whole number steps >= 1 of network calls, got steps={steps}")
     span = Span.of(sde)
     levels = {name: span.inside(grid(sde, int(steps))) for name, grid in GRIDS.items()}
-    return {f"{rule} on {grid}": TunedTable(at, RULES[rule](at)) for rule in RULES for grid, at in levels.items()}
+    return {f"{rule} on {grid}": RULES[rule](at) for rule in RULES for grid, at in levels.items()}
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------------
@@ -348,7 +352,8 @@ class Samples(Protocol):
 def tune(
     model: ScoreModel, steps: int, *, method: str = "coefficients", samples: int | None = None, iterations: int = 800,
     starts: int = 12, seed: int = 0, teacher: Samples | None = None, robust: float = 0.02,
-    batch_size: int | None = None, minutes: float | None = None, progress: bool = True,
+    batch_size: int | None = None, minutes: float | None = None, pairs: tuple[Pairs, Pairs] | None = None,
+    progress: bool = True,
 ) -> TunedTable:  # fmt: skip
     """The best table found for this model and this number of network calls.
 
@@ -366,32 +371,33 @@ def tune(
         iterations: of the full fit; the candidates' take as many again. At most so many of Nelder-Mead's.
         starts: candidates that are fitted.
         seed: of the starting points.
-        teacher: what the samples shall come close to; by default the probability-flow ODE at tolerance 1e-5, denoised.
+        teacher: what the samples shall come close to; `CONVERGED` unless given.
         robust: below this many data standard deviations per dimension the loss is quadratic in the error, above it
             grows as the root.
         batch_size: points at a time; by default 2^12 numbers' worth, 64 to 512.
-        minutes: cut the iterations so that fitting takes about so long, for large networks. The machine's speed then
-            decides how many there are; None gives the same table for the same seed everywhere.
+        minutes: cut the iterations so that fitting takes about so long, for large networks; the converged solution comes
+            before. The machine's speed then decides how many there are; None gives the same table everywhere.
+        pairs: what `converged_pairs` returned, which serves every number of calls; samples, seed, teacher, robust and
+            batch_size are its own then.
         progress: show bars.
 
     Raises:
         ValueError: an option is unknown or not positive, or the SDE cannot be used.
     """
-    dimension = math.prod(model.event_shape)
-    samples = min(max(2**16 // dimension, 1024), 4096) if samples is None else samples
-    batch_size = min(max(2**12 // dimension, 64), 512) if batch_size is None else batch_size
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}")
-    if min(samples, iterations, batch_size, starts) < 1 or not robust > 0 or not (minutes is None or minutes > 0):
-        raise ValueError("samples, iterations, starts, batch_size, robust and minutes are positive, "
-                         f"got {samples=}, {iterations=}, {starts=}, {batch_size=}, {robust=}, {minutes=}")  # fmt: skip
+    if min(iterations, starts) < 1 or not (minutes is None or minutes > 0):
+        raise ValueError(f"iterations, starts and minutes are positive, got {iterations=}, {starts=}, {minutes=}")
     candidates = untuned(model.sde, steps)
-    fit, validation = _pairs(model, samples, seed, teacher, robust, batch_size, progress)
+    fit, validation = pairs or converged_pairs(
+        model, samples=samples, seed=seed, teacher=teacher, robust=robust, batch_size=batch_size, progress=progress
+    )
     losses = _losses(candidates, validation, progress)
     best = min(losses, key=losses.__getitem__)
     if method == "grid":
         with tqdm(total=iterations, desc="tuning", disable=not progress) as bar:
-            tuned = {f"tuned from {best}": _fit_grid(fit, candidates[best], RULES[_rule(best)], iterations, bar)}
+            tuned = {f"tuned from {best}": _fit_grid(
+                fit, candidates[best], RULES[_rule(best)], iterations, bar, minutes)}  # fmt: skip
     else:
         if minutes is not None:
             iterations = min(iterations, _affordable(fit, candidates[best], minutes, starts))
@@ -399,14 +405,24 @@ def tune(
     return _chosen(candidates | tuned, losses | _losses(tuned, validation), best, method)
 
 
-def _pairs(
-    model: ScoreModel, samples: int, seed: int, teacher: Samples | None, robust: float, batch_size: int, progress: bool
-) -> tuple[Pairs, Pairs]:
-    """Starting points and the teacher's endpoints, to fit on and to validate."""
+def converged_pairs(
+    model: ScoreModel, *, samples: int | None = None, seed: int = 0, teacher: Samples | None = None,
+    robust: float = 0.02, batch_size: int | None = None, progress: bool = True,
+) -> tuple[Pairs, Pairs]:  # fmt: skip
+    """Starting points and the teacher's endpoints, to fit on and to validate; arguments as `tune` has them.
+
+    Raises:
+        ValueError: an option is not positive.
+    """
+    dimension = math.prod(model.event_shape)
+    samples = min(max(2**16 // dimension, 1024), 4096) if samples is None else samples
+    batch_size = min(max(2**12 // dimension, 64), 512) if batch_size is None else batch_size
+    if min(samples, batch_size) < 1 or not robust > 0:
+        raise ValueError(f"samples, batch_size and robust are positive, got {samples=}, {batch_size=}, {robust=}")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(samples + (samples + 1) // 2, *model.event_shape, generator=generator)
     x = model.start(noise.to(model.device))
-    teacher, parts = teacher or ProbabilityFlowODE(final="denoise"), x.split(1024)
+    teacher, parts = teacher or CONVERGED, x.split(1024)
     bar = tqdm(parts, desc="converged solution", disable=not progress, delay=2)
     y = torch.cat([teacher.sample(model, part.shape, x_init=part).x for part in bar])
     unit = (y - y.mean(0)).square().mean().sqrt().item() or 1.0
@@ -469,7 +485,7 @@ def _random(span: Span, calls: int, count: int, seed: int) -> dict[str, TunedTab
         inner = low + (high - low) * torch.rand(calls - 1, generator=generator, dtype=torch.float64)
         levels = span.inside(torch.cat([inner.new_tensor([span.first]), inner.sort().values]))
         rule = ("velocity Adams 2", "exponential Adams 2")[k % 2]
-        tables[f"{rule} on random levels {k + 1}"] = TunedTable(levels, RULES[rule](levels))
+        tables[f"{rule} on random levels {k + 1}"] = RULES[rule](levels)
     return tables
 
 
@@ -502,7 +518,7 @@ def tune_spectrum(
     eigenvalues: Tensor | Sequence[float], steps: int, *, sde: SDE | None = None, method: str = "grid",
     iterations: int = 400, progress: bool = True,
 ) -> TunedTable:  # fmt: skip
-    """The table that is best for Gaussian data with this covariance spectrum: no network, no samples, seconds.
+    """A table that is good for Gaussian data with this covariance spectrum: no network, no samples, seconds.
 
     Along an eigenvector of variance v the denoiser is D = alpha v / (alpha^2 v + sigma^2) x, so a table multiplies a
     start of variance alpha^2 v + sigma^2 by a number. The sum of (std - sqrt v)^2 over the spectrum is minimised, the
@@ -513,7 +529,8 @@ def tune_spectrum(
         steps: network calls of a sample.
         sde: `VPSDE()` if left out.
         method: "grid" fits the levels under Adams on the rectified path, which carries over to data that are not
-            Gaussian; "coefficients" all numbers, far better on Gaussian data and often far worse on others.
+            Gaussian (on Gaussian data an untuned solver of another rule may be nearer); "coefficients" all numbers, far
+            better on Gaussian data and often far worse on others.
         iterations: at most so many of the optimiser.
         progress: show a bar.
 
@@ -576,25 +593,30 @@ def _fit_exactly(pairs: Pairs, start: TunedTable, iterations: int, bar: tqdm) ->
 
 
 def _fit_grid(
-    pairs: Pairs, start: TunedTable, rule: Callable[[Tensor], Tensor], iterations: int, bar: tqdm
-) -> TunedTable:
-    """Nelder-Mead over the levels."""
+    pairs: Pairs, start: TunedTable, rule: Callable[[Tensor], TunedTable], iterations: int, bar: tqdm,
+    minutes: float | None = None,
+) -> TunedTable:  # fmt: skip
+    """Nelder-Mead over the levels, from its first simplex on for so many minutes at most."""
     span, whole = Span.of(pairs.model.sde), replace(pairs, batch_size=1024)
 
     def table(z: np.ndarray) -> TunedTable:
-        levels = span.inside(span.levels(torch.from_numpy(z)))
-        return TunedTable(levels, rule(levels))
+        return rule(span.inside(span.levels(torch.from_numpy(z))))
 
     gaps = span.vector(start)[: len(start.weights)].numpy()
     simplex = gaps + 0.5 * np.eye(len(gaps) + 1, len(gaps), -1)
-    result = minimize(lambda z: whole.loss(table(z)), gaps, method="Nelder-Mead", callback=_show(bar),
+    result = minimize(lambda z: whole.loss(table(z)), gaps, method="Nelder-Mead", callback=_show(bar, minutes),
                       options={"maxiter": iterations, "initial_simplex": simplex})  # fmt: skip
     return table(result.x)
 
 
-def _show(bar: tqdm) -> Callable[[Any], None]:
+def _show(bar: tqdm, minutes: float | None = None) -> Callable[[Any], None]:
+    """What scipy calls after each iteration; it ends the search when its time is over."""
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
     def callback(intermediate_result: Any) -> None:
         bar.set_postfix(loss=f"{intermediate_result.fun:.4g}", refresh=False)
         bar.update()
+        if time.monotonic() > end:
+            raise StopIteration
 
     return callback

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from score_sde.tuning import (
     Span,
     TunedSampler,
     TunedTable,
-    _pairs,
+    converged_pairs,
     endpoints,
     tune,
     tune_spectrum,
@@ -72,16 +73,30 @@ def test_any_table_carries_a_point_mass_exactly(sde: SDE) -> None:
     assert ((result.trajectory[:-1] - exact) / sigma[0]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_exponential_tables_are_the_sampler_of_that_name(model: ExactScore, order: int) -> None:
+@pytest.mark.parametrize("rule", [name for name in RULES if "velocity" not in name])
+def test_the_table_of_a_step_is_the_sampler_of_that_step(model: ExactScore, rule: str) -> None:
+    """On another SDE than the one in whose coordinates the table was written."""
     times = grid.uniform(model.sde, steps=CALLS - 1)[:-1]
     levels = model.sde.half_log_snr(torch.cat([times, times.new_tensor([1.2e-3])]))
-    table = TunedTable(levels, RULES[f"exponential Adams {order}"](levels))
-    sampler = Sampler(ExponentialAdams(order), lambda sde: sde.time_at(levels).clamp(max=1.0))
+    sampler = Sampler(RULES[rule].args[0], lambda sde: sde.time_at(levels).clamp(max=1.0))
     x = model.start(torch.randn(20, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
-    ours, theirs = (s.sample(model, x.shape, x_init=x) for s in (TunedSampler(table), sampler))
+    ours, theirs = (s.sample(model, x.shape, x_init=x) for s in (TunedSampler(RULES[rule](levels)), sampler))
     assert ours.nfe == theirs.nfe == CALLS
     assert (ours.x - theirs.x).abs().max() < 1e-9
+
+
+def test_one_teaching_serves_every_number_of_calls(model: ExactScore) -> None:
+    pairs = converged_pairs(model, samples=16, seed=3, progress=False)
+    for calls in (1, 2):
+        options = {"samples": 16, "seed": 3, "iterations": 3, "starts": 2, "progress": False}
+        alone, taught = (tune(model, calls, pairs=given, **options) for given in (None, pairs))
+        assert torch.equal(alone.weights, taught.weights)
+
+
+def test_a_search_over_grids_ends_with_its_time(model: ExactScore) -> None:
+    began = time.monotonic()
+    tune(model, 4, method="grid", samples=64, iterations=10**6, minutes=0.01, progress=False)
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("order", [2, 3])
@@ -143,9 +158,8 @@ def test_never_worse_than_the_best_untuned(model: ExactScore, method: str, itera
 
 
 def test_validation_starts_are_none_of_the_fit_s(model: ExactScore) -> None:
-    fit, validation = _pairs(
-        model, 60, 0, Sampler(ExponentialAdams(2), partial(grid.log_snr, steps=10)), 0.1, 16, False
-    )
+    teacher = Sampler(ExponentialAdams(2), partial(grid.log_snr, steps=10))
+    fit, validation = converged_pairs(model, samples=60, teacher=teacher, progress=False)
     assert (len(fit.x), len(validation.x)) == (60, 30)
     assert (torch.cdist(fit.x, validation.x) > 0).all()
 

@@ -22,10 +22,9 @@ from tqdm import tqdm
 
 from score_sde.data import generator
 from score_sde.evaluation.metrics import Yardstick, frechet_distance, mode_spread, sliced_w2
-from score_sde.ode import ProbabilityFlowODE
 from score_sde.score import ScoreModel
 from score_sde.targets import GaussianMixture, Target
-from score_sde.tuning import Samples, TunedSampler, TunedTable, untuned
+from score_sde.tuning import CONVERGED, Samples, TunedSampler, TunedTable, untuned
 
 
 def endpoint_error(x: Tensor, y: Tensor) -> float:
@@ -73,7 +72,7 @@ class Course:
         law: of the data, for the sliced W2 over its floor and the spread within the modes of a mixture; may be None.
         num_samples: for each seed.
         seeds: of the starting points.
-        teacher: the converged solution; by default the ODE at tolerance 1e-5, denoised.
+        teacher: the converged solution; by default `tuning.CONVERGED`.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Course:
         if num_samples < 2 or not seeds:
             raise ValueError(f"a course has num_samples >= 2 and a seed at least, got {num_samples} and {list(seeds)}")
         self.model, self.law = model, law
-        teacher = teacher or ProbabilityFlowODE(final="denoise")
+        teacher = teacher or CONVERGED
         self.starts, self.ends = {}, {}
         for seed in tqdm(seeds, desc="converged solution", disable=not progress, delay=2):
             noise = torch.randn(num_samples, *model.event_shape, generator=generator(seed, "course"))
