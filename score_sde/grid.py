@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 
 import torch
@@ -213,17 +214,26 @@ def respaced(sde: SDE, steps: int, spacing: str = "trailing") -> Tensor:
 # --- noise on the way: grids that go up as well as down ---------------------------------------------------------------
 
 
-def churn(sde: SDE, base: Grid, S_churn: float = 40.0, S_min: float = 0.05, S_max: float = 50.0) -> Tensor:
+def _based(base: Callable[..., Tensor], steps: int | None) -> Grid:
+    """The base grid, with `steps` in the place of its own where they are given."""
+    return base if steps is None else partial(base, steps=steps)
+
+
+def churn(
+    sde: SDE, base: Callable[..., Tensor], S_churn: float = 40.0, S_min: float = 0.05, S_max: float = 50.0,
+    steps: int | None = None,
+) -> Tensor:  # fmt: skip
     """EDM's stochastic sampler as a grid: before each move from a level in [S_min, S_max], up to (1 + gamma) times it.
 
     gamma = min(S_churn / N, sqrt(2) - 1), N the levels of the base grid; upward moves are the exact forward transition
     (S_noise = 1) and no level exceeds the SDE's noisiest. Use a one-step predictor: an upward move ends every history.
+    `steps`, where given, are the base's.
     Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 2; the defaults are table 5's for
     ImageNet-64.
     """
     if not (S_churn >= 0 and 0 <= S_min <= S_max):
         raise ValueError(f"churn needs S_churn >= 0 and 0 <= S_min <= S_max, got {S_churn=}, {S_min=}, {S_max=}")
-    times = check(base(sde), sde)
+    times = check(_based(base, steps)(sde), sde)
     level = -sde.half_log_snr(times)
     gamma = min(S_churn / len(times), math.sqrt(2) - 1)
     inside = (level.exp() >= S_min) & (level.exp() <= S_max)
@@ -233,23 +243,26 @@ def churn(sde: SDE, base: Grid, S_churn: float = 40.0, S_min: float = 0.05, S_ma
     return torch.stack([times, raised], 1).flatten()[torch.stack([torch.ones_like(grown), grown], 1).flatten()]
 
 
-def restart(sde: SDE, base: Grid, intervals: Sequence[tuple[float, float, int, int]] = ((0.06, 0.3, 3, 2),)) -> Tensor:
-    """Restart sampling as a grid: from the level nearest `low`, up to `high` by exact noise and down again in `steps`
-    Karras steps, `repeats` times, for each interval (low, high, steps, repeats).
+def restart(
+    sde: SDE, base: Callable[..., Tensor], intervals: Sequence[tuple[float, float, int, int]] = ((0.06, 0.3, 3, 2),),
+    steps: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Restart sampling as a grid: from the level nearest `low`, up to `high` by exact noise and down again in `down`
+    Karras steps, `repeats` times, for each interval (low, high, down, repeats); `steps` are the base's, as in `churn`.
 
     Source: Xu et al. 2023, https://arxiv.org/abs/2306.14878, algorithm 1.
     """
-    times = check(base(sde), sde)
+    times = check(_based(base, steps)(sde), sde)
     levels = (-sde.half_log_snr(times)).exp()
     jumps: dict[int, Tensor] = {}
-    for low, high, steps, repeats in intervals:
+    for low, high, down, repeats in intervals:
         place = int((levels - low).abs().argmin())
         bottom = levels[place].item()
         if not bottom < high <= levels.max().item() or repeats < 1:
-            raise ValueError("a restart interval is (low, high, steps, repeats), low < high within the grid's levels "
-                             f"and repeats >= 1; got {(low, high, steps, repeats)}")  # fmt: skip
-        down = (high ** (1 / 7) + _fractions(steps) * (bottom ** (1 / 7) - high ** (1 / 7))) ** 7
-        inner = sde.time_at(-down[:-1].log())
+            raise ValueError("a restart interval is (low, high, down, repeats), low < high within the grid's levels "
+                             f"and repeats >= 1; got {(low, high, down, repeats)}")  # fmt: skip
+        fall = (high ** (1 / 7) + _fractions(down) * (bottom ** (1 / 7) - high ** (1 / 7))) ** 7
+        inner = sde.time_at(-fall[:-1].log())
         jumps[place] = torch.cat(
             [jumps.get(place, times[:0]), torch.cat([inner, times[place : place + 1]]).repeat(repeats)]
         )

@@ -205,3 +205,10 @@ def test_moments_follow_the_recursion_of_the_std():
 def test_what_makes_no_grid_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("grown", [grid.churn, grid.restart])
+def test_steps_are_the_bases(grown):
+    own = grown(KarrasSDE(), partial(grid.karras, steps=9, rho=5.0))
+    assert torch.equal(grown(KarrasSDE(), partial(grid.karras, steps=4, rho=5.0), steps=9), own)
+    assert torch.equal(grown(KarrasSDE(), partial(grid.karras, rho=5.0), steps=9), own)
