@@ -172,17 +172,18 @@ class SDE(ABC):
         return f"{type(self).__name__}({options})"
 
 
-def _positive_and_ordered(owner: object, low_name: str, low: float, high_name: str, high: float) -> None:
-    if not 0 < low < high < math.inf:
-        raise ValueError(f"{type(owner).__name__} needs 0 < {low_name} < {high_name}, "
-                         f"got {low_name}={low} and {high_name}={high}")  # fmt: skip
+def _positive_and_ordered(owner: str, **ends: float) -> None:
+    (low_name, low), (high_name, high) = ends.items()
+    if isinstance(low, str) or isinstance(high, str) or not 0 < low < high < math.inf:
+        raise ValueError(f"{owner} needs numbers 0 < {low_name} < {high_name}, "
+                         f"got {low_name}={low!r} and {high_name}={high!r}")  # fmt: skip
 
 
 class _LinearBeta(SDE):
     """Mean of the VP family: log alpha(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2."""
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> None:
-        _positive_and_ordered(self, "beta_min", beta_min, "beta_max", beta_max)
+        _positive_and_ordered(type(self).__name__, beta_min=beta_min, beta_max=beta_max)
         self.beta_min, self.beta_max, self.t_min = float(beta_min), float(beta_max), float(t_min)
 
     def beta(self, t: Time) -> Tensor:
@@ -275,7 +276,7 @@ class VESDE(SDE):
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 1e-5) -> None:
-        _positive_and_ordered(self, "sigma_min", sigma_min, "sigma_max", sigma_max)
+        _positive_and_ordered(type(self).__name__, sigma_min=sigma_min, sigma_max=sigma_max)
         self.sigma_min, self.sigma_max, self.t_min = float(sigma_min), float(sigma_max), float(t_min)
         self._log_ratio = math.log(self.sigma_max / self.sigma_min)
 
@@ -358,7 +359,7 @@ class KarrasSDE(SDE):
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
-        _positive_and_ordered(self, "sigma_min", sigma_min, "sigma_max", sigma_max)
+        _positive_and_ordered(type(self).__name__, sigma_min=sigma_min, sigma_max=sigma_max)
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
         self.t_min, self.t_max = self.sigma_min, self.sigma_max
 
@@ -493,9 +494,9 @@ class DiscreteSDE(SDE):
     @classmethod
     def geometric(cls, sigma_min: float = 0.01, sigma_max: float = 50.0, num_steps: int = 1000) -> DiscreteSDE:
         """SMLD's geometric sequence sigma_i = exp(linspace(log sigma_min, log sigma_max, num_steps))."""
-        if not 0 < sigma_min < sigma_max or num_steps < 2:
-            raise ValueError(f"a geometric ladder needs 0 < sigma_min < sigma_max and num_steps >= 2, "
-                             f"got {sigma_min=}, {sigma_max=}, {num_steps=}")  # fmt: skip
+        _positive_and_ordered("a geometric ladder", sigma_min=sigma_min, sigma_max=sigma_max)
+        if num_steps < 2:
+            raise ValueError(f"a geometric ladder needs num_steps >= 2, got {num_steps}")
         return cls.smld(torch.linspace(math.log(sigma_min), math.log(sigma_max), num_steps, dtype=torch.float64).exp())
 
     @classmethod
@@ -517,8 +518,7 @@ class DiscreteSDE(SDE):
         """
         if not 0 < overlap < 0.99:
             raise ValueError(f"the share of samples in which neighbours overlap lies in (0, 0.99), got {overlap=}")
-        if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"a geometric ladder needs 0 < sigma_min < sigma_max, got {sigma_min=}, {sigma_max=}")
+        _positive_and_ordered("a geometric ladder", sigma_min=sigma_min, sigma_max=sigma_max)
         root = math.sqrt(2 * math.prod(event_shape))
         low, high = 0.0, 50.0  # of gamma - 1: the share falls from 0.997 to nothing
         for _ in range(200):
