@@ -20,7 +20,7 @@ from torch.nn.functional import conv1d, conv2d, conv3d, linear, silu
 from score_sde.networks.blocks import Style, attend
 from score_sde.networks.embedding import check_augment, rows
 
-__all__ = ["MPBlock", "MPConcatenate", "MPConv", "MPEmbedding", "MPInput", "MPOutput", "mp_silu", "mp_sum", "unit"]
+__all__ = ["MPBlock", "MPConcatenate", "MPConv", "MPEmbedding", "MPInput", "MPOutput", "mp_silu", "mp_sum", "on_sphere", "unit"]
 
 # The largest magnitude that an activation may take: only outliers in half precision ever come near it.
 CLIP = 256.0
@@ -30,6 +30,11 @@ def unit(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """x over its root mean square along `dim`."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return x / (1e-4 + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)
+
+
+def on_sphere(weight: Tensor) -> Tensor:
+    """A weight (outward, ...) with filters of unit root mean square."""
+    return unit(weight, tuple(range(1, weight.ndim)))
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -58,14 +63,13 @@ class MPConv(nn.Module):
 
     def normalised(self) -> Tensor:
         """The weight with filters of unit root mean square; in training it is also written back so."""
-        dims = tuple(range(1, self.weight.ndim))
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 # Through .data, which the compiler does not know: a graph that waits for its backward pass keeps the
                 # weight, which is equal up to rounding.
                 weight = self.weight if torch.compiler.is_compiling() else self.weight.data
-                weight.copy_(unit(weight, dims))
-        return unit(self.weight, dims)
+                weight.copy_(on_sphere(weight))
+        return on_sphere(self.weight)
 
 
 class MPEmbedding(nn.Module):

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from score_sde import distributed
+from score_sde.networks.magnitude import MPConv, on_sphere
 from score_sde.score import LearnedScore
 
 __all__ = ["STRATEGIES", "Replicated", "Sharded", "Single", "seen_through", "strategy"]
@@ -70,6 +71,8 @@ class Single:
 
 class Replicated(Single):
     """Whole weights on each process; gradients are averaged while they are computed."""
+
+    unreached: Sequence[nn.Parameter] = ()
 
     def connect(self, loss: Callable[[], Tensor]) -> nn.Module:
         # DDP waits for the gradient of every parameter: those that no loss reaches are kept from it.
@@ -122,8 +125,13 @@ class Sharded(Single):
                 fully_shard(block, mesh=mesh)
         self.parameters = list(self.network.parameters())
         self.held = [nn.Parameter(p.detach().to_local(), p.requires_grad) for p in self.parameters]  # type: ignore[attr-defined]
+        filters = {id(module.weight) for module in self.network.modules() if isinstance(module, MPConv)}
+        self.filters = [w for w, p in zip(self.held, self.parameters, strict=True) if id(p) in filters and len(w)]
 
+    @torch.no_grad()
     def gradients(self) -> list[Tensor]:
+        for weight in self.filters:  # what `MPConv` wrote was a gathered copy; a shard holds whole filters
+            weight.copy_(on_sphere(weight))
         for weight, parameter in zip(self.held, self.parameters, strict=True):
             weight.grad = None if parameter.grad is None else parameter.grad.to_local()  # type: ignore[attr-defined]
         return super().gradients()

@@ -19,6 +19,7 @@ import torch
 from score_sde import Sampler, distributed, grid
 from score_sde.data import Batch, TensorData
 from score_sde.networks import MLP
+from score_sde.networks.magnitude import MPConv
 from score_sde.parameterization import Noise
 from score_sde.score import LearnedScore
 from score_sde.sde import VPSDE
@@ -58,9 +59,10 @@ def model() -> LearnedScore:
 
 
 def train(
-    directory: Path, steps: int = 12, poisoned: int = -1, terminated: int = -1, idle: bool = False, **options
-) -> TrainingResult:
-    """`idle` gives the network a parameter that no loss reaches."""
+    directory: Path, steps: int = 12, poisoned: int = -1, terminated: int = -1, idle: bool = False, sphere: bool = False,
+    **options,
+) -> TrainingResult:  # fmt: skip
+    """`idle` gives the network a parameter that no loss reaches, `sphere` filters of unit norm, one of them alone."""
     data = Watched(poisoned, terminated)
     settings = {"log_every": 1, "checkpoint_every": 3, "keep_checkpoints": 20, "schedule": "constant", **options}
     objective = DenoisingScoreMatching(label_dropout=0.3)
@@ -69,6 +71,9 @@ def train(
         trained.network.idle = torch.nn.Linear(3, 5)
         torch.nn.init.ones_(trained.network.idle.weight)
         torch.nn.init.ones_(trained.network.idle.bias)
+    if sphere:
+        torch.manual_seed(0)
+        trained.network.blocks[0].branch = torch.nn.Sequential(MPConv(0, 16, 16), MPConv(0, 16, 1), torch.nn.Linear(1, 16))
     result = tiny.trainer(steps, **settings).fit(trained, data, objective, UniformTimes(), directory, resume=True)
     assert all(p.requires_grad for p in trained.parameters())
     (directory / f"read-{distributed.rank()}.json").write_text(json.dumps(data.read))

@@ -30,6 +30,9 @@ JOBS = {
     "continued_fsdp": {"strategy": "fsdp"},
     "terminated": {"terminated": 4},
     "idle": {"idle": True, "weight_decay": 0.1},
+    "sphere": {"sphere": True},
+    "sphere_fsdp": {"sphere": True, "strategy": "fsdp"},
+    "finished": {},
 }
 
 
@@ -51,7 +54,7 @@ def run_jobs(folder: Path, jobs: dict) -> subprocess.Popen:
 def one(tmp_path_factory) -> Path:
     """Runs of this process alone."""
     folder = tmp_path_factory.mktemp("one")
-    for name in ("ddp", "muon", "poisoned", "idle"):
+    for name in ("ddp", "muon", "poisoned", "idle", "sphere"):
         several.train(folder / name, **JOBS[name])
     return folder
 
@@ -62,6 +65,7 @@ def two(tmp_path_factory, one) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for name in ("continued", "continued_fsdp"):
         several.train(folder / name, steps=6)
+    several.train(folder / "finished")
     process = run_jobs(folder, JOBS)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -94,6 +98,16 @@ def test_one_process_resumes_after_two(one, two, tmp_path, name):
     shutil.copytree(two / name, tmp_path / "run")
     several.train(tmp_path / "run")
     assert differences(one / "ddp", tmp_path / "run") < 2e-6
+
+
+@pytest.mark.parametrize("name", ["sphere", "sphere_fsdp"])
+def test_weights_stay_on_the_sphere_however_they_are_spread(one, two, name):
+    assert differences(one / "sphere", two / name) < 2e-6
+
+
+def test_two_processes_take_up_a_run_that_has_nothing_left_to_do(one, two):
+    assert (two / "finished/interrupted-1").read_text() == "12 None"
+    assert differences(one / "ddp", two / "finished") == 0
 
 
 def test_shards_leave_the_same_checkpoint_as_whole_weights(two):
