@@ -21,7 +21,7 @@ from tqdm import trange
 from score_sde.data import Batch, Data
 from score_sde.score import LearnedScore
 from score_sde.training.objective import Objective
-from score_sde.training.state import PRECISIONS, TrainingState
+from score_sde.training.state import PRECISIONS, TrainingState, channels_last
 from score_sde.training.throughput import flops_per_example
 from score_sde.training.times import TimeSampler
 from score_sde.training.trainer import Trainer
@@ -72,7 +72,7 @@ def _bare_step(
     """Forward, backward and AdamW by hand, on the micro-batches that lie ready."""
     network = network.to(device).train()
     if trainer.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        channels_last(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-9, fused=True)
     run = torch.compile(network) if trainer.compile else network
     dtype = PRECISIONS[trainer.precision]

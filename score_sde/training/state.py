@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from score_sde import distributed
 from score_sde.data import Batch, Data, Draws, generator, key
@@ -34,7 +34,7 @@ from score_sde.training.times import Times, TimeSampler
 if TYPE_CHECKING:
     from score_sde.training.trainer import Trainer
 
-__all__ = ["PRECISIONS", "LossScale", "TrainingState", "decays"]
+__all__ = ["PRECISIONS", "LossScale", "TrainingState", "channels_last", "decays"]
 
 T = TypeVar("T")
 
@@ -69,6 +69,14 @@ def decays(trainer: Trainer) -> dict[str, Decay]:
     return kept | {f"ema-{std:g}": PowerFunction(std) for std in trainer.power_emas}
 
 
+def channels_last(module: nn.Module) -> None:
+    """Lays the weights of convolutions over images and video out with their channels last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for weight in module.parameters():
+        if weight.ndim in formats:
+            weight.data = weight.data.contiguous(memory_format=formats[weight.ndim])
+
+
 def joined(parts: Sequence[Losses]) -> Losses:
     """The losses of a process's micro-batches as one."""
     diagnostics = {name: torch.cat([part.diagnostics[name] for part in parts]) for name in parts[0].diagnostics}
@@ -85,7 +93,7 @@ class TrainingState:
         self.trainer, self.objective, self.time_sampler = trainer, objective, time_sampler
         self.seed, self.step, self.model = seed, 0, model.train()
         if trainer.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            channels_last(model)
         hidden = hidden_matrices(model, model.event_shape[0])
         self.place = strategy(trainer.strategy, model, self.device)
         self.view: LearnedScore | None = None

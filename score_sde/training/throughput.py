@@ -6,7 +6,12 @@ Model-FLOPs utilisation = examples per second * FLOPs of forward and backward fo
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from score_sde.data import Batch
@@ -14,38 +19,59 @@ from score_sde.score import LearnedScore
 
 __all__ = ["PEAKS", "flops_per_example", "peak_flops"]
 
-# Dense TFLOP/s without sparsity by NVIDIA's data sheets: 16-bit tensor cores, and float32 without TF32.
+# Dense TFLOP/s without sparsity by NVIDIA's data sheets: 16-bit tensor cores, TF32, and float32 without it.
 PEAKS = {
-    "B200": (2250, 75),
-    "H200": (989, 67),
-    "GH200": (989, 67),
-    "H100 PCIe": (756, 51),
-    "H100": (989, 67),
-    "A100": (312, 19.5),
-    "L40S": (362, 91.6),
-    "L4": (121, 30.3),
-    "A10": (125, 31.2),
-    "RTX 4090": (165, 82.6),
-    "V100": (125, 15.7),
-    "T4": (65, 8.1),
+    "B200": (2250, 1125, 75),
+    "H200": (989, 495, 67),
+    "GH200": (989, 495, 67),
+    "H100 PCIe": (756, 378, 51),
+    "H100 NVL": (835, 418, 60),
+    "H100": (989, 495, 67),
+    "A100": (312, 156, 19.5),
+    "L40S": (362, 183, 91.6),
+    "L40": (181, 90.5, 90.5),
+    "L4": (121, 60, 30.3),
+    "A10": (125, 62.5, 31.2),
+    "RTX 4090": (165, 82.6, 82.6),
+    "V100": (125, 15.7, 15.7),
+    "T4": (65, 8.1, 8.1),
 }
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of a device at a trainer's precision, None where the table does not know it."""
+    """Peak FLOP/s of a device at a trainer's precision, None where the table does not know it.
+
+    "32-true" means TF32 where torch may use it, in convolutions by default (`torch.backends.cudnn.allow_tf32`).
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = next((peaks for part, peaks in PEAKS.items() if part in name), None)
-    return None if known is None else 1e12 * known[precision == "32-true"]
+    known = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+    if known is None:
+        return None
+    tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return 1e12 * (known[0] if precision != "32-true" else known[1] if tf32 else known[2])
 
 
 def flops_per_example(model: LearnedScore, batch: Batch) -> int:
     """FLOPs of the network's forward and backward pass on the first example of a prepared batch.
 
-    What gradient checkpointing computes again is included. Gradients that the parameters hold are left alone.
+    What gradient checkpointing computes again does not count. Gradients that the parameters hold are left alone.
     """
     condition = {name: value[:1] for name, value in batch.condition.items() if name in model.condition_names}
     x, counter = batch.x[:1], FlopCounterMode(display=False)
-    with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.enable_grad(), counter:
+    with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.enable_grad(), _remembering(model), counter:
         output = model.network(x, x.new_zeros(1), **condition)
         torch.autograd.grad(output.float().sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     return counter.get_total_flops()
+
+
+@contextmanager
+def _remembering(model: nn.Module) -> Iterator[None]:
+    """Without gradient checkpointing, which networks announce by an attribute `checkpointing`."""
+    chosen = [module for module in model.modules() if getattr(module, "checkpointing", False)]
+    for module in chosen:
+        module.checkpointing = False
+    try:
+        yield
+    finally:
+        for module in chosen:
+            module.checkpointing = True

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from score_sde.data import Batch, TensorData
-from score_sde.networks import MLP, NCSN
+from score_sde.networks import MLP, NCSN, UNet
 from score_sde.parameterization import Noise
 from score_sde.score import LearnedScore
 from score_sde.sde import VPSDE
 from score_sde.training import Checkpoints, DenoisingScoreMatching, Trainer, UniformTimes, draw
 from score_sde.training.draws import rows_of
 from score_sde.training.optimizers import Optimizer, hidden_matrices
-from score_sde.training.state import LossScale
+from score_sde.training.state import LossScale, channels_last
 from score_sde.training.throughput import flops_per_example, peak_flops
 
 
@@ -141,6 +141,17 @@ def test_channels_last_changes_the_layout_and_not_the_weights():
     assert max((a - b).abs().max() for a, b in zip(first, second, strict=True)) < 1e-4
 
 
+def test_channels_last_of_a_video_network_keeps_its_output():
+    network = UNet((2, 4, 4, 4), width=8, multipliers=(1,), blocks=1, attention=()).eval()
+    x, c_noise = torch.randn(2, 2, 4, 4, 4), torch.zeros(2)
+    nn.init.normal_(network.last[-1].weight)
+    before = network(x, c_noise)
+    channels_last(network)
+    assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in network.parameters() if p.ndim == 5)
+    assert any(not p.is_contiguous() for p in network.parameters())
+    torch.testing.assert_close(network(x, c_noise), before, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_compiled_and_eager_training_agree():
     eager, compiled = (fitted(plain(), tiny.data(), compile=flag) for flag in (False, True))
@@ -160,6 +171,36 @@ def test_flops_are_those_of_forward_and_both_backward_products():
     # Forward 2 * 3 * 50 for each layer; backward twice that, but for the gradient of the input, which nobody asks for.
     assert flops_per_example(model, Batch(torch.zeros(7, 3))) == 300 * (3 + 2)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_flops_are_those_of_the_model_with_or_without_checkpointing():
+    options = {"width": 8, "multipliers": (1,), "blocks": 1, "attention": ()}
+    plain, again = (UNet((1, 4, 4), **options, checkpointing=flag).train() for flag in (False, True))
+    batch = Batch(torch.zeros(1, 1, 4, 4))
+    counts = [flops_per_example(LearnedScore(n, VPSDE(), Noise(), (1, 4, 4)), batch) for n in (plain, again)]
+    assert counts[0] == counts[1] > 0
+    assert again.checkpointing
+
+
+@pytest.mark.parametrize(
+    ("name", "half", "tf32", "single"),
+    [
+        ("NVIDIA L40S", 362, 183, 91.6),
+        ("NVIDIA L40", 181, 90.5, 90.5),
+        ("NVIDIA L4", 121, 60, 30.3),
+        ("NVIDIA H100 80GB HBM3", 989, 495, 67),
+        ("NVIDIA A100-SXM4-80GB", 312, 156, 19.5),
+    ],
+)
+def test_peaks_are_those_of_the_device_at_the_arithmetic_in_use(monkeypatch, name, half, tf32, single):
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(device, "bf16-mixed") == 1e12 * half
+    for allowed, peak in ((True, tf32), (False, single)):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        assert peak_flops(device, "32-true") == 1e12 * peak
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A10G")  # another chip than the A10
+    assert peak_flops(device, "32-true") is None
 
 
 def test_utilisation_is_logged_where_the_peak_is_known():
