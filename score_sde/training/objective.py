@@ -23,7 +23,7 @@ from score_sde.training.draws import draw
 from score_sde.training.times import Times
 from score_sde.training.weighting import SimpleWeighting, Weighting
 
-__all__ = ["DenoisingScoreMatching", "Losses", "Objective", "excess"]
+__all__ = ["DenoisingScoreMatching", "LabelDropout", "Losses", "Objective", "excess"]
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,34 @@ def excess(
     return {name: error.square().flatten(1).mean(1) for name, error in pairs.items()}
 
 
+class LabelDropout:
+    """Leaves conditions out of examples, so that one network learns the conditional and the unconditional score.
+
+    With probability `share` an example's `label` becomes -1, the null class, and its `context` NaN, none (Ho & Salimans
+    2022, https://arxiv.org/abs/2207.12598). Raises ValueError where `share` is outside [0, 1].
+    """
+
+    def __init__(self, share: float) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"label_dropout={share} is a probability: 0 <= label_dropout <= 1")
+        self.share = share
+
+    def __call__(self, given: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        condition, nulls = dict(given), {"label": -1, "context": torch.nan}
+        names = [name for name in nulls if name in condition] if self.share else []
+        if names:
+            first = condition[names[0]]
+            dropped = draw(torch.rand, first.shape[:1], generator, device=first.device) < self.share
+            for name in names:
+                whole = expand(dropped, condition[name]).bool()
+                condition[name] = torch.where(whole, nulls[name], condition[name])
+        return condition
+
+
 class DenoisingScoreMatching:
     """The loss of each example of a batch.
 
-    `label_dropout` is the probability with which an example's `label` is replaced by -1, the null class, and its
-    `context` by NaN, none, so that one network learns the conditional and the unconditional score (Ho & Salimans 2022,
-    https://arxiv.org/abs/2207.12598).
+    `label_dropout` is the probability with which an example's label or context is left out (see `LabelDropout`).
     With `target`, the closed-form law of the (unlabelled) data, the diagnostics are those of `excess`.
     Raises ValueError where `label_dropout` is outside [0, 1].
     """
@@ -80,9 +102,8 @@ class DenoisingScoreMatching:
     def __init__(
         self, weighting: Weighting | None = None, label_dropout: float = 0.0, target: ClosedForm | None = None
     ) -> None:
-        if not 0 <= label_dropout <= 1:
-            raise ValueError(f"label_dropout={label_dropout} is a probability: 0 <= label_dropout <= 1")
-        self.weighting, self.label_dropout, self.target = weighting or SimpleWeighting(), label_dropout, target
+        self.weighting, self.target = weighting or SimpleWeighting(), target
+        self.label_dropout = LabelDropout(label_dropout)
 
     def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
         """Losses in float32; noise and label dropout come from the generator, on the device of the batch."""
@@ -91,7 +112,7 @@ class DenoisingScoreMatching:
         target = model.parameterization.target(sde, t, x0, noise)
         x_t = sde.perturb(x0, t, noise)
         output, c_out = (
-            model.raw(x_t, t, **self._condition(batch, generator)).float(),
+            model.raw(x_t, t, **self.label_dropout(batch.condition, generator)).float(),
             model.parameterization.row(sde, t).c_out,
         )
         weight = times.weight * self.weighting(sde, t) * c_out**2
@@ -99,14 +120,3 @@ class DenoisingScoreMatching:
         # The predicted noise errs by -alpha c_out / sigma times the output's error.
         error = expand(sde.half_log_snr(t).exp() * c_out, output) * (output.detach() - target)
         return Losses(loss, excess(self.target, model, x_t, t, noise, noise - error))
-
-    def _condition(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        condition = dict(batch.condition)
-        if self.label_dropout and condition.keys() & {"label", "context"}:
-            given = condition["label" if "label" in condition else "context"]
-            dropped = draw(torch.rand, given.shape[:1], generator, device=given.device) < self.label_dropout
-            nulls: dict[str, float] = {"label": -1, "context": torch.nan}
-            for name in condition.keys() & nulls.keys():
-                whole = expand(dropped, condition[name]).bool()
-                condition[name] = torch.where(whole, nulls[name], condition[name])
-        return condition

@@ -22,7 +22,7 @@ from score_sde.prediction import Prediction
 from score_sde.score import ClosedForm, LearnedScore, ScoreModel
 from score_sde.sde import SDE, expand
 from score_sde.training.draws import draw
-from score_sde.training.objective import Losses, excess
+from score_sde.training.objective import LabelDropout, Losses, excess
 from score_sde.training.times import Times, TimeSampler
 
 __all__ = [
@@ -250,6 +250,7 @@ class VariationalObjective:
         variance: "small", "large" or "learned" (a network with a variance head, `learned_variance=True`).
         decoder: p(x | x_0); continuous unless given.
         target: the closed-form law of the data where it is known.
+        label_dropout: the probability with which an example's label or context is left out (see `LabelDropout`).
 
     Raises:
         ValueError: an option is unknown, both weights are zero, the model's SDE is no ladder, or its network has no
@@ -258,14 +259,14 @@ class VariationalObjective:
 
     def __init__(
         self, simple: float = 1.0, vlb: float = 0.001, variance: str = "learned", decoder: Decoder | None = None,
-        target: ClosedForm | None = None,
+        target: ClosedForm | None = None, label_dropout: float = 0.0,
     ) -> None:  # fmt: skip
         if variance not in VARIANCES:
             raise ValueError(f"variance is one of {', '.join(VARIANCES)}, got {variance!r}")
         if min(simple, vlb) < 0 or simple + vlb == 0:
             raise ValueError(f"weights are 0 or more and not both 0, got {simple=} and {vlb=}")
         self.simple, self.vlb, self.variance, self.target = simple, vlb, variance, target
-        self.decoder = decoder or ContinuousDecoder()
+        self.decoder, self.label_dropout = decoder or ContinuousDecoder(), LabelDropout(label_dropout)
         self._ladders: dict[SDE, Ladder] = {}
 
     def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
@@ -278,7 +279,7 @@ class VariationalObjective:
                                  "take time_sampler=ladder (LadderTimes) or loss_aware (LossAwareTimes)")  # fmt: skip
         ladder = self._ladders[sde]
         eps = draw(torch.randn, x.shape, generator, device=x.device, dtype=x.dtype)
-        said = model(sde.perturb(x, times.t, eps), times.t, **batch.condition)
+        said = model(sde.perturb(x, times.t, eps), times.t, **self.label_dropout(batch.condition, generator))
         noise = said.noise.float()
         simple = (noise - eps).square().flatten(1).mean(1)
         vlb = ladder.term(x, said, index, self.variance, self.decoder, only_variance=self.simple > 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -249,7 +250,8 @@ def test_training_logs_the_excess_by_noise_level_and_resumes_loss_aware_times_ex
         assert mean == pytest.approx(rows[0][name], rel=0.2)
 
 
-def test_label_dropout_replaces_that_share_by_the_null_class():
+@pytest.mark.parametrize("objective", [DenoisingScoreMatching, partial(VariationalObjective, variance="small")])
+def test_label_dropout_replaces_that_share_by_the_null_class(objective):
     seen = []
 
     class Spy(nn.Module):
@@ -257,12 +259,12 @@ def test_label_dropout_replaces_that_share_by_the_null_class():
             seen.append(label)
             return x
 
-    sde = sdes.VPSDE()
+    sde = sdes.DiscreteSDE.ddpm()
     model = LearnedScore(Spy(), sde, Noise(), (1,))
     batch = Batch(torch.zeros(10_000, 1), {"label": torch.full((10_000,), 7)})
-    times = UniformTimes()(sde, 10_000, generator(0, "times"))
+    times = LadderTimes()(sde, 10_000, generator(0, "times"))
     for share in (0.0, 0.1, 1.0):
-        DenoisingScoreMatching(label_dropout=share)(model, batch, times, generator(0, "noise"))
+        objective(label_dropout=share)(model, batch, times, generator(0, "noise"))
         null = (seen[-1] == -1).double().mean().item()
         assert null == pytest.approx(share, abs=0.015 if 0 < share < 1 else 0)  # five standard errors of 0.003
         assert set(seen[-1].tolist()) <= {-1, 7}
@@ -276,6 +278,7 @@ def test_label_dropout_replaces_that_share_by_the_null_class():
         (lambda: LogNormalTimes(20.0, 0.1).check(sdes.VPSDE()), "move the mean"),
         (lambda: LogNormalTimes(std=0.0), "std=0.0 must be positive"),
         (lambda: DenoisingScoreMatching(label_dropout=1.5), "label_dropout=1.5"),
+        (lambda: VariationalObjective(label_dropout=-0.1), "label_dropout=-0.1"),
         (lambda: KarrasWeighting(0.0), "sigma_data=0.0"),
         (lambda: MinSNRWeighting(-1.0), "gamma=-1.0"),
         (lambda: OneLevelTimes(0.0), "level=0.0"),
