@@ -62,26 +62,30 @@ class Prediction:
     @property
     def noise(self) -> Tensor:
         """E[eps | x_t] = (x - alpha D) / sigma."""
-        return affine(*self._noise_coefficients(1.0))
+        return self.mix(0.0, 1.0)
 
     @property
     def score(self) -> Tensor:
         """grad_x log p_t(x) = -E[eps | x_t] / sigma."""
-        return affine(*self._noise_coefficients(-1 / self.sigma))
+        return self.mix(0.0, -1 / self.sigma)
 
     @property
     def velocity(self) -> Tensor:
         """v = alpha E[eps | x_t] - sigma D (Salimans & Ho 2022)."""
-        p, _, q, _ = self._noise_coefficients(self.alpha)
-        return affine(p - self.sigma * self.c_skip, self.x, q - self.sigma * self.c_out, self.raw)
+        return self.mix(-self.sigma, self.alpha)
 
-    def mix(self, of_denoised: float, of_noise: float) -> Tensor:
+    def mix(self, of_denoised: Coefficient, of_noise: Coefficient) -> Tensor:
         """of_denoised D + of_noise E[eps | x_t]: any rate of change along the path, e.g. dx/dt = alpha' D + sigma' eps."""
-        p, _, q, _ = self._noise_coefficients(of_noise)
-        return affine(p + of_denoised * self.c_skip, self.x, q + of_denoised * self.c_out, self.raw)
+        p, q = self._of_mix(of_denoised, of_noise)
+        return affine(p, self.x, q, self.raw)
 
-    def _noise_coefficients(self, scale: Coefficient) -> tuple[Coefficient, Tensor, Coefficient, Tensor]:
-        """scale * noise as (p, x, q, F) with p x + q F."""
-        p = scale * (1 - self.alpha * self.c_skip) / self.sigma
-        q = -scale * self.alpha * self.c_out / self.sigma
-        return p, self.x, q, self.raw
+    def combine(self, a: Coefficient, b: Coefficient, of_denoised: Coefficient, of_noise: Coefficient) -> Tensor:
+        """a x + b (of_denoised D + of_noise E[eps | x_t]), straight from x and F, the mix itself not formed; a new tensor."""
+        p, q = self._of_mix(of_denoised, of_noise)
+        x = affine(a + b * p, self.x, b * q, self.raw)
+        return x.clone() if x is self.raw else x
+
+    def _of_mix(self, of_denoised: Coefficient, of_noise: Coefficient) -> tuple[Coefficient, Coefficient]:
+        """(p, q) with p x + q F = of_denoised D + of_noise E[eps | x_t]."""
+        p = of_noise * (1 - self.alpha * self.c_skip) / self.sigma + of_denoised * self.c_skip
+        return p, of_denoised * self.c_out - of_noise * self.alpha * self.c_out / self.sigma

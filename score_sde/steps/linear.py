@@ -101,9 +101,12 @@ class LinearStep(Step):
         self, row: LinearRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
     ) -> tuple[Tensor, History]:
         for k in range(self.repeats):
-            outputs = (evaluate(x, row.t).mix(*row.output), *history) if row.b else ()
-            x = combine(x, row.a, row.b, outputs)
-            history = outputs[: self.memory - 1]  # what the next move needs beside its own
+            if self.memory == 1 and row.b:  # the output is not kept, so it need not be formed
+                x = evaluate(x, row.t).combine(row.a, row.b[0], *row.output)
+            else:
+                outputs = (evaluate(x, row.t).mix(*row.output), *history) if row.b else ()
+                x = combine(x, row.a, row.b, outputs)
+                history = outputs[: self.memory - 1]  # what the next move needs beside its own
             if isinstance(row.c, Tensor) or row.c != 0.0:
                 x = accumulate(x, (row.c,), (draw(k),))
         return x, history

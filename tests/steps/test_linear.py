@@ -10,18 +10,23 @@ import torch
 from closed_forms import F64
 from scipy.integrate import quad, solve_ivp
 
+from score_sde.parameterization import Denoised, Karras, Noise, Velocity
+from score_sde.prediction import Prediction
 from score_sde.sampler import Renoise
+from score_sde.score import LearnedScore
 from score_sde.sde import SDE, VESDE, VPSDE, DiscreteSDE, KarrasSDE
 from score_sde.steps import (
     DDIM,
+    IPNDM,
     Ancestral,
     EulerMaruyama,
     ExponentialAdams,
     LinearStep,
     ProbabilityFlowEuler,
+    RectifiedAdams,
     ReverseDiffusion,
 )
-from score_sde.steps.linear import Carry
+from score_sde.steps.linear import Carry, LinearRow
 
 
 def row(step: LinearStep, sde: SDE, t: float, s: float):
@@ -215,3 +220,33 @@ def test_impossible_settings_are_refused(build, message):
     with pytest.raises(ValueError, match=message) as refusal:
         build()
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "parameterization", [Noise(), Denoised(), Velocity(), Karras(0.5)], ids=lambda p: type(p).__name__
+)
+@pytest.mark.parametrize("step", [DDIM(), EulerMaruyama(), IPNDM(1), RectifiedAdams(1)], ids=lambda s: type(s).__name__)
+def test_a_step_without_memory_need_not_form_what_it_weighs(step, parameterization):
+    """(a + b p) x + b q F is a x + b N, N = p x + q F, for floats and for a time per sample."""
+
+    class Bent(torch.nn.Module):
+        def forward(self, x, c_noise):
+            return x.sin() + 1
+
+    model, t = LearnedScore(Bent(), VPSDE(), parameterization, (3,)), torch.tensor([0.5], dtype=F64)
+    (row,) = step.plan(model.sde, t, t - 0.1)
+    x, z = torch.randn(2, 2, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    said = model(x, 0.5)
+    expected = row.a * x + row.b[0] * (row.output[0] * said.denoised + row.output[1] * said.noise) + row.c * z
+    for evaluate in (model, lambda x, t: model(x, torch.full((2,), t, dtype=F64))):
+        found, _ = step.advance(row, x, (), evaluate, lambda k: z)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_noise_is_not_added_into_the_networks_own_output():
+    x, output = torch.ones(2, 3), torch.zeros(2, 3)
+    said = Prediction(x, output, 0.6, 0.8)
+    row = LinearRow(0.5, 0.0, (1.0,), 0.3)  # x_s = D + c z
+    moved, _ = DDIM().advance(row, x, (), lambda x, t: said, lambda k: torch.ones(2, 3))
+    torch.testing.assert_close(moved, torch.full((2, 3), 0.3))
+    assert not output.any()
