@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
         found = {name: found[name] for name in config.steps}
     if config.step is not None:
         found = {str(config.step.get("_target_")): instantiate(config.step, trust)}
-    result = certify_all(instantiate(config.sde, trust), found, list(config.budgets), progress=True)
+    result = certify_all(common.sde_of(config), found, list(config.budgets), progress=True)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "certificates.csv", result.table.to_csv(index=False))

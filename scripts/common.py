@@ -23,7 +23,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from score_sde import distributed
+from score_sde import SDE, distributed
+from score_sde.data import Data, measure_sigma_max
 from score_sde.run import Run, instantiate
 from score_sde.training import DivergenceError
 
@@ -138,20 +139,69 @@ def _separate_hydra() -> Iterator[None]:
         instance.hydra = own
 
 
-def sampler_config(node: str | DictConfig) -> DictConfig:
-    """A sampler's config from its name or its node, whose predictor, corrector and grid may be names too."""
+class NoTablesError(ValueError):
+    """A folder holds no tables of the pattern that a sampler names."""
+
+
+def sampler_config(node: str | DictConfig, folder: Path | None = None) -> DictConfig:
+    """A sampler's config from its name or its node, whose parts may be names too, and its `table` a pattern in a folder.
+
+    Raises ValueError for a name that is unknown and a pattern that fits no file.
+    """
     node = named("sampler", node) if isinstance(node, str) else OmegaConf.create(node)
-    for part in ("predictor", "corrector", "grid"):
+    for part in ("predictor", "corrector", "corrector_where", "grid"):
         if isinstance(node.get(part), str):
             node[part] = named(f"sampler/{part}", node[part])
+    if is_pattern(node.get("table")):
+        tables = tables_of(folder, node.table)
+        node.table = str(tables[max(tables)])
     return node
 
 
-def samplers_of(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
+def is_pattern(table: Any) -> bool:
+    """Whether a sampler's table is found in a folder, as tuned-*.json is."""
+    return isinstance(table, str) and "*" in table
+
+
+def tables_of(folder: Path | None, pattern: str) -> dict[int, Path]:
+    """{calls: file} of the tables that scripts/tune.py left in a folder under names such as tuned-<calls>.json.
+
+    Raises NoTablesError where there are none, ValueError where there is no folder.
+    """
+    name = pattern.replace("*", "<calls>")
+    if folder is None:
+        raise ValueError(f"a sampler's table {name} needs a run that was tuned: give sampler.table=<file>")
+    found = {file.stem.rpartition("-")[2]: file for file in folder.glob(pattern)}
+    tables = {int(calls): file for calls, file in found.items() if calls.isdigit()}
+    if not tables:
+        of = f"run={folder}" if (folder / "config.yaml").is_file() else "target=<name> sde=<name>"
+        raise NoTablesError(f"{folder} holds no tables {name}: make one with python scripts/tune.py {of} steps=6")
+    return dict(sorted(tables.items()))
+
+
+def tuned_folder(config: DictConfig) -> Path:
+    """Where scripts/tune.py leaves its tables: the run's directory, or outputs/tuned/<target>/<sde>."""
+    if config.run:
+        return Path(config.run)
+    chosen = HydraConfig.get().runtime.choices
+    names = (chosen.get(part) or config[part]._target_.rpartition(".")[2] for part in ("target", "sde"))
+    return Path("outputs", "tuned", *names)
+
+
+def samplers_of(config: DictConfig, trust: Sequence[str] = (), folder: Path | None = None) -> dict[str, Any]:
     """name -> sampler: those that `evaluation.samplers` names in conf/sampler, or the run's own `sampler` for null."""
     names = config.evaluation.samplers
     nodes = {config.choices.sampler: config.sampler} if names is None else {name: name for name in names}
-    return {name: instantiate(sampler_config(node), trust) for name, node in nodes.items()}
+    return {name: instantiate(sampler_config(node, folder), trust) for name, node in nodes.items()}
+
+
+def sde_of(config: DictConfig, data: Data | None = None) -> SDE:
+    """The SDE of a config, its `sigma_max: auto` written into it: measured from the data, as in training; 50 without."""
+    if config.sde.get("sigma_max") == "auto":
+        config.sde.sigma_max = 50.0 if data is None else round(measure_sigma_max(data), 4)
+        source = "as nothing is trained here" if data is None else "measured from the data"
+        print(f"sde.sigma_max: auto is {config.sde.sigma_max:g}, {source}")
+    return instantiate(config.sde, config.trust)
 
 
 def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:

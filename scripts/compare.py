@@ -6,7 +6,6 @@ Leaves comparison.csv (every run), summary.csv (means over seeds), figures, samp
 from __future__ import annotations
 
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,12 +19,11 @@ import page
 import pandas as pd
 import restoring
 import torch
-from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from score_sde import ExactScore, ScoreModel, plotting
-from score_sde.data import TargetStream, measure_sigma_max
+from score_sde.data import TargetStream
 from score_sde.evaluation import compare, judge, known_metrics, load_samples, ranking, winners
 from score_sde.evaluation.comparison import metrics_of
 from score_sde.run import instantiate
@@ -43,8 +41,11 @@ def main(config: DictConfig) -> None:
     models, reference = models_and_reference(config)
     metrics = list(config.metrics or [m for m in DEFAULT_METRICS if m in known_metrics(reference)])
     folder = Path(config.output)
+    samplers, absent = contestants(config)
+    for line in absent:
+        print(line)
     table = compare(
-        models, contestants(config), budgets=list(config.budgets), reference=reference, seeds=list(config.seeds),
+        models, samplers, budgets=list(config.budgets), reference=reference, seeds=list(config.seeds),
         num_samples=config.num_samples, metrics=metrics, seed=config.seed, pairs=config.pairs,
         batch_size=config.batch_size, processes=config.processes, directory=folder,
     )  # fmt: skip
@@ -54,7 +55,7 @@ def main(config: DictConfig) -> None:
     write_atomically(folder / "comparison.csv", table.to_csv(index=False))
     write_atomically(folder / "summary.csv", summary.to_csv(index=False))
     report = page.Page(*heading(config, table))
-    write(report, config, table, summary, reference, folder)
+    write(report, config, table, summary, reference, folder, absent)
     write_atomically(folder / "report.html", report.html())
     common.show(ranking(table))
     for line in advice(table):
@@ -73,14 +74,14 @@ def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
     if bool(config.run) == bool(target):
         raise ValueError("compare what? give either run=<directory> or target=<name>, e.g. target=ring")
     if target:
-        target = instantiate(target)
-        if config.sde.get("sigma_max") == "auto":
-            config.sde.sigma_max = round(measure_sigma_max(TargetStream(target)), 4)
-        return ExactScore(target, instantiate(config.sde)), target
+        target = instantiate(target, config.trust)
+        return ExactScore(target, common.sde_of(config, TargetStream(target))), target
     run = common.open_run(config)
-    data = run.data()
+    data, model = run.data(), run.model().to(common.device_of(config.device))
     reference = data.target if data.target is not None else data.reference(2 * config.num_samples).x
-    return run.model().to(common.device_of(config.device)), reference
+    if getattr(model.network, "num_classes", None) is not None:
+        print(f"{run.path} knows {model.network.num_classes} labels: sampled without, against data of all of them")
+    return model, reference
 
 
 def models_and_reference(config: DictConfig) -> tuple[dict[str, ScoreModel], Any]:
@@ -93,32 +94,33 @@ def models_and_reference(config: DictConfig) -> tuple[dict[str, ScoreModel], Any
     return {"learned": model, "exact": ExactScore(reference, model.sde)}, reference
 
 
-def contestants(config: DictConfig) -> dict[str, Any]:
-    """name -> sampler, those of conf/sampler and the user's own; `tuned` is a mapping of tables."""
-    named: dict[str, Any] = {}
-    for name in config.samplers:
-        named[name] = tuned(config) if name == "tuned" else instantiate(common.sampler_config(name), config.trust)
-    own = {name: instantiate(common.sampler_config(node), config.trust) for name, node in config.own.items()}
-    return named | own
+def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:
+    """name -> sampler, those of conf/sampler and the user's own, and a line for each left out for want of its tables.
 
-
-def tuned(config: DictConfig) -> dict[int, Any]:
-    """{calls: sampler} from `tables`: a mapping, or a folder of files tuned-<calls>.json; the run's own if left out.
-
-    Raises ValueError where there are none.
+    Raises ValueError where none is left.
     """
-    if isinstance(config.tables, DictConfig):
-        files = {int(calls): str(path) for calls, path in config.tables.items()}
-    else:
-        home = Path("outputs", "tuned", str(HydraConfig.get().runtime.choices.target))
-        folder = Path(config.tables or config.run or home)
-        found = ((re.fullmatch(r"tuned-(\d+)", file.stem), file) for file in sorted(folder.glob("tuned-*.json")))
-        files = {int(match[1]): str(file) for match, file in found if match}
-        if not files:
-            raise ValueError(f"{folder} holds no tables tuned-<calls>.json for sampler tuned: make them with "
-                             "scripts/tune.py steps=<calls>, or give tables=<folder>")  # fmt: skip
-    node = common.named("sampler", "tuned")
-    return {calls: instantiate(OmegaConf.merge(node, {"table": file})) for calls, file in sorted(files.items())}
+    found: dict[str, Any] = {}
+    absent: list[str] = []
+    for name, given in [*((name, name) for name in config.samplers), *config.own.items()]:
+        node = common.named("sampler", given) if isinstance(given, str) else given
+        try:
+            found[name] = contestant(node, config)
+        except common.NoTablesError as error:
+            absent.append(f"{name} is left out: {error}")
+    if absent and not found:
+        raise ValueError(absent[0])
+    return found, absent
+
+
+def contestant(node: DictConfig, config: DictConfig) -> Any:
+    """A config's sampler; {calls: sampler} where its `table` is a pattern, of `tables` or of the run's or target's folder."""
+    if not common.is_pattern(node.get("table")):
+        return instantiate(common.sampler_config(node), config.trust)
+    files = config.tables
+    if not isinstance(files, DictConfig):
+        files = common.tables_of(Path(files or common.tuned_folder(config)), node.table)
+    made = {int(calls): OmegaConf.merge(node, {"table": str(file)}) for calls, file in files.items()}
+    return {calls: instantiate(made[calls], config.trust) for calls in sorted(made)}
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -133,11 +135,13 @@ def heading(config: DictConfig, table: pd.DataFrame) -> tuple[str, str]:
 
 
 def write(
-    report: page.Page, config: DictConfig, table: pd.DataFrame, summary: pd.DataFrame, reference: Any, folder: Path
-) -> None:
+    report: page.Page, config: DictConfig, table: pd.DataFrame, summary: pd.DataFrame, reference: Any, folder: Path,
+    absent: list[str],
+) -> None:  # fmt: skip
     """All sections; every figure is also saved in the folder."""
     metrics = metrics_of(table)
-    report.add("What to take", page.bullets(advice(table)), page.table(winners(table), {"budget": "calls allowed"}),
+    report.add("What to take", page.bullets([*advice(table), *absent]),
+               page.table(winners(table), {"budget": "calls allowed"}),
                page.text("A sampler is there (excess at most 1) when each metric is within 1.25 of its noise floor, within "
                          "two standard errors of it, or within 1.25 of the best that any sampler reaches on this model."),
                page.folded("Every sampler: its fewest calls", page.table(ranking(table))))  # fmt: skip
@@ -184,8 +188,9 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Itera
         caption = f"{name}, lower is better. {blue} Band: the noise floor, between exact draws. Crosses: diverged."
         yield (f"{metric}_calls", f"{name[0].upper()}{name[1:]} against calls", caption,
                plotting.comparison_multiples(runs, metric=metric))  # fmt: skip
-    yield (f"{metrics[0]}_seconds", "Quality against seconds", f"{blue} One thread; other work on the machine shows.",
-           plotting.comparison_multiples(runs, metric=metrics[0], against="seconds"))  # fmt: skip
+        yield (f"{metric}_seconds", f"{name[0].upper()}{name[1:]} against seconds",
+               f"{blue} One thread; other work on the machine shows.",
+               plotting.comparison_multiples(runs, metric=metric, against="seconds"))  # fmt: skip
     if runs["endpoint_error"].notna().any():
         yield ("endpoint_error", "Paired endpoint error", "Deterministic samplers: from the same starting noise, the root "
                "mean square distance to where the converged probability-flow ODE ends, in standard deviations of the data. "

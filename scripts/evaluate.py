@@ -76,11 +76,11 @@ def write(
 def _samplers(config: DictConfig, run: Run) -> dict[str, Any]:
     """The one `sampler` that is given, or those that the settings name."""
     if "sampler" not in config:
-        return common.samplers_of(run.config, run.trust)
+        return common.samplers_of(run.config, run.trust, run.path)
     if config.samplers is not None:
         raise ValueError("give either sampler=<one> with its settings, or samplers=[<names>]")
     name = HydraConfig.get().runtime.choices.sampler
-    return {name: instantiate(common.sampler_config(config.sampler), run.trust)}
+    return {name: instantiate(common.sampler_config(config.sampler, run.path), run.trust)}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from score_sde.evaluation.posterior import (
 )
 from score_sde.evaluation.restoration import LEARNED, OWN, Restoration, compare_restorations
 from score_sde.guidance import TASKS, task_operator
-from score_sde.run import instantiate
 
 PRIORS = ("fields", "ring", "gaussian", "gaussian64")
 
@@ -47,7 +46,7 @@ def run_task(config: DictConfig) -> Path:
     folder = Path(config.output)
     if config.run:
         return on_images(config, options, folder)
-    problem = problem_of(config.task, config.restoration, instantiate(config.sde))
+    problem = problem_of(config.task, config.restoration, common.sde_of(config))
     return on_posterior(config, problem, options, folder)
 
 

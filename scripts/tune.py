@@ -7,15 +7,16 @@ from typing import Any
 
 import common
 import figures
+import pandas as pd
 import torch
 from compare import model_and_reference
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
 from score_sde import ScoreModel, plotting
 from score_sde.data import generator
 from score_sde.evaluation.coupled import Course, best_of_each, course_table
 from score_sde.targets import Target
+from score_sde.training import write_atomically
 from score_sde.tuning import TunedTable, tune, tune_spectrum
 
 OPTIONS = ("method", "samples", "iterations", "starts", "seed", "robust", "batch_size", "minutes")
@@ -30,9 +31,7 @@ def main(config: DictConfig) -> None:
         raise ValueError("tune for what? give either run=<directory> or target=<name>, e.g. target=ring")
     steps = list(config.steps) if isinstance(config.steps, ListConfig) else [config.steps]
     model, reference = model_and_reference(config)
-    folder = Path(
-        config.output or config.run or Path("outputs", "tuned", str(HydraConfig.get().runtime.choices.target))
-    )
+    folder = Path(config.output or common.tuned_folder(config))
     folder.mkdir(parents=True, exist_ok=True)
     tables = {}
     for calls in steps:
@@ -70,9 +69,19 @@ def validation(table: TunedTable) -> None:
         print(f"{losses[name]:10.4g}  {name}{'  <- chosen' if name == table.record['chosen'] else ''}")
 
 
-def report(table: Any, folder: Path) -> None:
-    """tuning.csv with every solver and seed, tuning.png, and the best of each kind on the screen."""
-    table.to_csv(folder / "tuning.csv", index=False)
+def merged(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The table, after the rows of an earlier one for kinds and calls that it has not itself."""
+    if not path.exists():
+        return table
+    old, keys = pd.read_csv(path), ["kind", "calls"]
+    kept = ~pd.MultiIndex.from_frame(old[keys]).isin(pd.MultiIndex.from_frame(table[keys]))
+    return pd.concat([old[kept], table], ignore_index=True)
+
+
+def report(table: pd.DataFrame, folder: Path) -> None:
+    """tuning.csv with every solver and seed, those of earlier calls too, tuning.png, and the best of each kind shown."""
+    table = merged(folder / "tuning.csv", table)
+    write_atomically(folder / "tuning.csv", table.to_csv(index=False))
     best = best_of_each(table)
     common.show(best)
     names = [name for name in LABELS if name in best and name != "median"]

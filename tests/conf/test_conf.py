@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import hydra
 import numpy as np
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from score_sde import ExactScore, targets
+from score_sde import ExactScore, sde, steps, targets
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import TargetStream
-from score_sde.run import build_model, instantiate
+from score_sde.run import build_model, instantiate, trusted
 from score_sde.tuning import untuned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,27 +64,102 @@ def compose(*overrides: str) -> DictConfig:
 @pytest.mark.parametrize("name", names("sde"))
 @pytest.mark.parametrize("sampler", names("sampler"))
 def test_every_sampler_takes_two_steps_on_every_sde(name: str, sampler: str, tmp_path: Path) -> None:
-    node = common.sampler_config(sampler)
-    if "grid" in node and "steps" in node.grid:
-        node.grid.steps = 2
     model = ExactScore(targets.make("ring"), instantiate(option("sde", name)))
-    if OmegaConf.is_missing(node, "table"):
-        node.table = str(tmp_path / "table.json")
-        untuned(model.sde, 2)["velocity Adams 2 on rectified"].save(node.table)
+    for kind in ("tuned", "spectrum"):
+        untuned(model.sde, 2)["velocity Adams 2 on rectified"].save(tmp_path / f"{kind}-2.json")
+    node = common.sampler_config(sampler, tmp_path)
+    if "grid" in node:
+        node.grid.steps = 2
     built = instantiate(node)
     built.check(model.sde)
     assert built.sample(model, (3, 2), seed=0).x.isfinite().all()
 
 
-@pytest.mark.parametrize("part", ["predictor", "corrector", "grid"])
+def composed(*overrides: str) -> DictConfig:
+    """What scripts/sample.py makes of a command line."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("sample", overrides=list(overrides)).sampler
+
+
+def gridded() -> list[str]:
+    return [name for name in names("sampler") if "grid" in common.named("sampler", name)]
+
+
+@pytest.mark.parametrize("part", ["predictor", "corrector", "corrector_where", "grid"])
 def test_every_part_of_a_sampler_goes_by_its_name(part: str) -> None:
-    base = {"_target_": "score_sde.sampler.Sampler", "predictor": "ddim", "grid": "log_snr"}
+    base = {"_target_": "score_sde.sampler.Sampler", "predictor": "ddim", "corrector": "langevin", "grid": "log_snr"}
     for name in names(f"sampler/{part}"):
         model = ExactScore(targets.make("ring"), instantiate(option("sde", "ddpm" if name == "respaced" else "vp")))
         node = common.sampler_config(OmegaConf.create({**base, part: name}))
-        if "steps" in node.grid:
-            node.grid.steps = 2
+        node.grid.steps = 2
         assert instantiate(node).sample(model, (3, 2), seed=0).x.isfinite().all(), name
+
+
+GRIDS = {name: common.named("sampler/grid", name) for name in names("sampler/grid")}
+
+
+@pytest.mark.parametrize("sampler", gridded())
+def test_every_sampler_runs_on_every_grid(sampler: str) -> None:
+    ring = targets.make("ring")
+    models = {"vp": ExactScore(ring, sde.VPSDE()), "ddpm": ExactScore(ring, sde.DiscreteSDE.ddpm())}
+    node, own = common.named("sampler", sampler), OmegaConf.load(CONF / f"sampler/{sampler}.yaml").grid
+    for grid, chosen in GRIDS.items():
+        model = models["ddpm" if grid == "respaced" else "vp"]  # a sub-ladder is of a ladder
+        node.grid = OmegaConf.merge(chosen, own, {"steps": 2})  # a sampler's own values stand, as with sampler/grid=
+        built = instantiate(node)
+        if sampler == "parallel" and grid in ("churn", "restart"):  # works on all times at once
+            with pytest.raises(ValueError, match="only decreases"):
+                built.check(model.sde)
+        else:
+            assert built.sample(model, (3, 2), seed=0).x.isfinite().all(), grid
+
+
+@pytest.mark.parametrize("sampler", [name for name in gridded() if name != "parallel"])
+def test_every_sampler_takes_a_corrector_and_where_it_acts(sampler: str) -> None:
+    bare = composed(f"sampler={sampler}")
+    assert (bare.corrector_where, bare.cuda_graph) == (None, False)
+    parts = ["sampler/corrector=metropolis_langevin", "sampler/corrector_where=every", "sampler/grid=churn"]
+    built = instantiate(composed(f"sampler={sampler}", *parts, "sampler.grid.steps=2"))
+    assert isinstance(built.corrector, steps.MetropolisLangevin)
+    assert built.corrector_where(sde.VPSDE(), torch.arange(5)).tolist() == [True, False, True, False, True]
+    built.check(sde.VPSDE())
+
+
+def test_every_predictor_is_a_sampler_of_that_name() -> None:
+    assert set(names("sampler/predictor")) <= set(names("sampler"))
+
+
+@pytest.mark.parametrize(
+    "group", ["sampler", "sampler/predictor", "sampler/corrector", "sampler/corrector_where", "sampler/grid"]
+)
+def test_every_argument_of_a_sampler_s_part_is_shown(group: str) -> None:
+    for name in names(group):
+        node = common.named(group, name)
+        arguments = inspect.signature(trusted(node["_target_"])).parameters
+        hidden = set(arguments) - set(node) - ({"sde", "times"} if node.get("_partial_") else set())
+        assert not hidden, f"{name} hides {hidden}"
+
+
+def test_a_sampler_s_table_is_that_of_the_most_calls(tmp_path: Path) -> None:
+    for calls in (2, 9, 10):
+        (tmp_path / f"tuned-{calls}.json").touch()
+    (tmp_path / "tuned-of-old.json").touch()
+    assert common.sampler_config("tuned", tmp_path).table == str(tmp_path / "tuned-10.json")
+    with pytest.raises(common.NoTablesError, match=r"spectrum-<calls>.json: make one with python scripts/tune.py"):
+        common.sampler_config("spectrum", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in names("sde") if common.named("sde", name).get("sigma_max") == "auto"]
+)
+def test_a_scale_that_nothing_has_measured_is_no_number(name: str) -> None:
+    with pytest.raises(InstantiationException) as refusal:
+        instantiate(common.named("sde", name))
+    assert "needs numbers 0 < sigma_min < sigma_max" in common.one_line(refusal.value)
+    config = OmegaConf.create({"sde": common.named("sde", name), "trust": []})
+    assert float(common.sde_of(config).prior_std) == pytest.approx(50.0)
+    config.sde.sigma_max = "auto"
+    assert common.sde_of(config, TargetStream(targets.make("ring"))).prior_std == pytest.approx(8.0 + 6 * 0.2, abs=0.5)
 
 
 @pytest.mark.parametrize("name", names("target"))
@@ -184,4 +261,4 @@ def test_every_config_file_names_what_it_builds() -> None:
     for file in CONF.rglob("*.yaml"):
         group = file.parent.relative_to(CONF).parts
         if group and group[0] not in ("experiment", "debug", "hydra", "evaluation"):
-            assert "_target_: " in file.read_text(), file
+            assert "_target_: " in file.read_text() or "  - base/fixed_grid@_here_" in file.read_text(), file

@@ -7,16 +7,22 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import hydra
 import pandas as pd
 import pytest
+from omegaconf import DictConfig
 
-from score_sde import VPSDE
+from score_sde import VPSDE, LearnedScore, networks
+from score_sde.parameterization import Noise
 from score_sde.tuning import untuned
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
+import compare  # noqa: E402
 import page  # noqa: E402
+import restoring  # noqa: E402
 from typed import script  # noqa: E402
 
 QUICK = ["target=ring", "budgets=[5,12]", "seeds=[0,1]", "num_samples=60", "metrics=[sliced_w2,mode_spread]"]
@@ -62,7 +68,7 @@ def test_the_page_stands_alone(compared: Path) -> None:
     html = (compared / "report.html").read_text()
     figures = {file.name for file in compared.glob("*.png")}
     assert figures == {"ratios.png", "sliced_w2_calls.png", "mode_spread_calls.png", "sliced_w2_seconds.png",
-                       "endpoint_error.png", "samples.png"}  # fmt: skip
+                       "mode_spread_seconds.png", "endpoint_error.png", "samples.png"}  # fmt: skip
     assert html.count("src=") == html.count('src="data:image/png;base64,') == len(figures)
     bare = re.sub(r"base64,[A-Za-z0-9+/=]+", "", html)
     assert not re.search(r"https?:|//\w+\.|@import|<link|<script src", bare)
@@ -83,7 +89,8 @@ def test_a_killed_run_is_taken_up_where_it_was(compared: Path, tmp_path: Path) -
     lines = cells.read_text().splitlines()
     ddim = next(i for i, line in enumerate(lines) if json.loads(line).get("nfe") == 5)
     cells.write_text("\n".join(lines[:ddim] + lines[ddim + 1 :]) + "\n" + '{"key": "cut')
-    script("compare", *QUICK, "samplers=[ddim,heun]", f"output={compared}", cwd=tmp_path)
+    said = script("compare", *QUICK, "samplers=[ddim,heun,tuned]", f"output={compared}", cwd=tmp_path)
+    assert "tuned is left out: outputs/tuned/ring/vp holds no tables" in said
     again = cells.read_text().splitlines()
     assert len(again) == len(lines) + 1
     timeless = [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in (again[-1], lines[ddim])]
@@ -91,7 +98,7 @@ def test_a_killed_run_is_taken_up_where_it_was(compared: Path, tmp_path: Path) -
 
 
 WRONG = {
-    "no tables": (["target=ring", "samplers=[tuned]"], "holds no tables tuned-<calls>.json"),
+    "no tables": (["target=ring", "samplers=[tuned]"], "outputs/tuned/ring/vp holds no tables tuned-<calls>.json"),
     "unknown metric": (["target=ring", "metrics=[fid]"], "unknown metric 'fid'"),
     "nothing can run": (["target=ring", "samplers=[annealed_langevin]", "budgets=[3]"], "no sampler could run"),
     "untrusted code": (["target=ring", "+own.x._target_=os.system"], "is refused"),
@@ -106,6 +113,38 @@ def test_a_wrong_input_ends_in_one_line_and_leaves_nothing(case: str, tmp_path: 
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+def composed(*arguments: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return hydra.compose("compare", list(arguments))
+
+
+def test_a_law_and_an_sde_of_the_user_s_own_are_trusted_by_name(tmp_path: Path, monkeypatch) -> None:
+    code = """\
+from score_sde import RectifiedFlow, targets
+def law(): return targets.make("ring")
+class Own(RectifiedFlow): pass
+"""
+    (tmp_path / "own_law.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["~sde", "+sde={_target_: own_law.Own}", "~target", "+target={_target_: own_law.law}"]
+    with pytest.raises(ValueError, match="trust its module: 'own_law'"):
+        compare.model_and_reference(composed(*own))
+    model, law = compare.model_and_reference(composed(*own, "trust=[own_law]"))
+    assert (type(model.sde).__name__, model.target) == ("Own", law)
+    options = ["task=linear", "restoration.prior=ring", "restoration.methods=[exact]", "restoration.samplers=[ddim]"]
+    few = ["budgets=[3]", "seeds=[0]", "num_samples=50", f"output={tmp_path / 'out'}"]
+    restoring.run_task(composed(*own, "trust=[own_law]", *options, *few))
+
+
+def test_labels_of_a_run_are_said_to_be_left_out(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = LearnedScore(networks.MLP(event_shape=(2,), width=8, depth=1, num_classes=3), VPSDE(), Noise(), (2,))
+    data = SimpleNamespace(target="law")
+    run = SimpleNamespace(path="runs/labelled", data=lambda: data, model=lambda: model)
+    monkeypatch.setattr(compare.common, "open_run", lambda config: run)
+    compare.model_and_reference(composed("run=runs/labelled", "device=cpu"))
+    assert "runs/labelled knows 3 labels: sampled without" in capsys.readouterr().out
 
 
 def test_cells_of_a_table_are_escaped_and_sorted_by_value() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,12 +13,15 @@ from typed import script
 from score_sde.tuning import TunedTable
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+import tune  # noqa: E402
+
 QUICK = ["iterations=10", "starts=2", "samples=64", "num_samples=50", "seeds=[0,1]"]
 
 
 def test_a_target_is_tuned_and_measured_beside_spectrum_and_untuned(tmp_path: Path) -> None:
     said = script("tune", "target=ring", "steps=[2,3]", *QUICK, cwd=tmp_path)
-    folder = tmp_path / "outputs/tuned/ring"
+    folder = tmp_path / "outputs/tuned/ring/vp"
     assert {f"{kind}-{n}.json" for kind in ("tuned", "spectrum") for n in (2, 3)} < set(os.listdir(folder))
     table = pd.read_csv(folder / "tuning.csv")
     assert set(zip(table["kind"], table["calls"], strict=True)) == {
@@ -26,6 +30,21 @@ def test_a_target_is_tuned_and_measured_beside_spectrum_and_untuned(tmp_path: Pa
     assert set(table["seed"]) == {0, 1}
     assert (folder / "tuning.png").exists()
     assert "tuning.csv" in said
+    quick = ["budgets=[2,4]", "seeds=[0]", "num_samples=40", "metrics=[sliced_w2]", "pairs=0", "output=compared"]
+    script("compare", "target=ring", "samplers=[tuned,spectrum]", *quick, cwd=tmp_path)
+    compared = pd.read_csv(tmp_path / "compared/comparison.csv")
+    assert sorted(zip(compared["sampler"], compared["nfe"], strict=True)) == [
+        ("spectrum", 2), ("spectrum", 3), ("tuned", 2), ("tuned", 3)]  # fmt: skip
+
+
+def test_figures_of_earlier_calls_are_kept(tmp_path: Path) -> None:
+    rows = [("tuned", 2, 0.5), ("untuned", 2, 0.6), ("untuned", 4, 0.7)]
+    old = pd.DataFrame(rows, columns=["kind", "calls", "endpoint"])
+    assert tune.merged(tmp_path / "tuning.csv", old) is old
+    old.to_csv(tmp_path / "tuning.csv", index=False)
+    new = pd.DataFrame([("tuned", 4, 0.1), ("untuned", 4, 0.2)], columns=old.columns)
+    both = tune.merged(tmp_path / "tuning.csv", new)
+    assert both.to_numpy().tolist() == [*map(list, rows[:2]), ["tuned", 4, 0.1], ["untuned", 4, 0.2]]
 
 
 def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path) -> None:
@@ -35,9 +54,9 @@ def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path) -> None:
     script("train", f"hydra.run.dir={run}", *tiny, cwd=tmp_path)
     script("tune", f"run={run}", "steps=2", *QUICK, cwd=tmp_path)
     assert len(TunedTable.load(run / "tuned-2.json").noise) == 2
-    table = f"sampler.table={run / 'tuned-2.json'}"
-    said = script("sample", f"run={run}", "sampler=tuned", table, "num_samples=5", cwd=tmp_path)
-    assert "2 network calls each" in said
+    assert "2 network calls each" in script("sample", f"run={run}", "sampler=tuned", "num_samples=5", cwd=tmp_path)
+    script("evaluate", f"run={run}", "samplers=[tuned,spectrum]", "num_samples=20", cwd=tmp_path)
+    assert set(pd.read_csv(run / "evaluation.csv")["sampler"]) == {"tuned", "spectrum"}
 
 
 @pytest.mark.parametrize(
