@@ -1,4 +1,4 @@
-"""Decoded once, mapped ever after: folders of arrays keyed by the hash of what they were made of.
+"""Decoded once, mapped ever after: folders of arrays, found by what they were made of, known by what they hold.
 
 An entry appears whole, by one rename, or not at all; a lock lets one process decode while the others wait for it.
 They lie under $SCORE_SDE_CACHE, or ~/.cache/score_sde, and may be deleted at any time.
@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["cached", "content", "digest", "mapped", "root", "stamps"]
+__all__ = ["Stored", "cached", "content", "digest", "hash_of", "mapped", "root", "stamps", "stored"]
 
 
 def root() -> Path:
@@ -53,6 +53,37 @@ def cached(kind: str, made_of: Mapping[str, Any], write: Callable[[Path], None])
     return entry
 
 
+class Stored(NamedTuple):
+    """An array, mapped from a file, and the hash of its content where it was taken when the file was written."""
+
+    x: Tensor
+    fingerprint: str | None
+
+
+def stored(kind: str, made_of: Mapping[str, Any], write: Callable[[Path], None]) -> dict[str, Stored]:
+    """The arrays that `write(folder)` leaves as .npy files, by name; see `cached`.
+
+    `made_of` only finds them: the same content made of other files, e.g. of a copy, has the same fingerprint.
+    """
+
+    def write_and_hash(folder: Path) -> None:
+        write(folder)
+        hashes = {file.stem: hash_of(mapped(file)) for file in folder.glob("*.npy")}
+        (folder / "fingerprints.json").write_text(json.dumps(hashes) + "\n")
+
+    entry = cached(kind, {**made_of, "version": 2}, write_and_hash)
+    hashes = json.loads((entry / "fingerprints.json").read_text())
+    return {name: Stored(mapped(entry / f"{name}.npy"), hashed) for name, hashed in hashes.items()}
+
+
+def hash_of(x: Tensor) -> str:
+    """The hash of the type, shape and values of an array."""
+    hashed = hashlib.blake2b(repr((x.dtype, tuple(x.shape))).encode(), digest_size=16)
+    for block in x.split(4096):
+        hashed.update(block.contiguous().numpy().data)
+    return hashed.hexdigest()
+
+
 def _fill(entry: Path, made_of: Mapping[str, Any], write: Callable[[Path], None]) -> None:
     for left_behind in entry.parent.glob(f"{entry.name}.partial-*"):  # by a process that was killed
         shutil.rmtree(left_behind, ignore_errors=True)
@@ -79,13 +110,13 @@ def _locked(descriptor: int) -> Iterator[None]:
 
 
 def stamps(files: Sequence[Path]) -> str:
-    """The hash of path, size and time of change of all files, what keys entries made of many."""
+    """The hash of path, size and time of change of all files, what finds entries made of large ones at once."""
     found = [(os.path.abspath(file), os.stat(file)) for file in files]
     return digest([[path, stat.st_size, stat.st_mtime_ns] for path, stat in found])
 
 
 def content(files: Sequence[Path]) -> list[list[str]]:
-    """[name, hash of the content] of each file, what keys entries made of a few files."""
+    """[name, hash of the content] of each file, what finds entries made of a few."""
     return [[file.name, _hash(file)] for file in files]
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from score_sde.data.cache import cached, mapped
+from score_sde.data.cache import stored
 from score_sde.data.tensor import Examples
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Decoder:
         return replace(self, height=height, width=width, fit="exact")
 
     def stated(self) -> dict[str, Any]:
-        """What keys a cache entry: the settings, and a version that any change of the rules raises."""
+        """What finds a cache entry: the settings, and a version that any change of the rules raises."""
         return {**asdict(self), "rules": 1}
 
     def __call__(self, source: Source, name: str) -> tuple[np.ndarray[Any, Any], list[str]]:
@@ -164,7 +164,7 @@ class Images:
         count: how many.
         read: gives (source, name) of each, in order.
         labels: their classes, or None.
-        made_of: what keys the cache entry beside the rules, e.g. paths, sizes and times of the files.
+        made_of: what finds the cache entry beside the rules, e.g. the hash of paths, sizes and times of the files.
     """
 
     title: str
@@ -183,9 +183,9 @@ def decoded(kind: str, images: Images, decoder: Decoder) -> Examples:
         raise ValueError(f"{images.title} holds no images")
     settled = decoder.settled(*next(iter(images.read())))
     made_of = {"images": images.made_of, "decoder": settled.stated()}
-    entry = cached(kind, made_of, lambda folder: _decode(images, settled, folder))
+    array = stored(kind, made_of, lambda folder: _decode(images, settled, folder))["images"]
     labels = None if images.labels is None else torch.from_numpy(images.labels.astype(np.int64))
-    return Examples(mapped(entry / "images.npy"), labels, entry.name)
+    return Examples(array.x, labels, array.fingerprint)
 
 
 def _decode(images: Images, decoder: Decoder, folder: Path) -> None:

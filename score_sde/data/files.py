@@ -8,10 +8,9 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
 
 from score_sde.data.augment import Augment
-from score_sde.data.cache import stamps
+from score_sde.data.cache import Stored, mapped, stamps, stored
 from score_sde.data.decode import SUFFIXES, Decoder, Images, Size, decoded
 from score_sde.data.tensor import Examples, TensorData
 
@@ -48,41 +47,57 @@ def load_file(
 ) -> TensorData:
     """Examples (N, *event) from a .npy file, or from the array `x` (and `labels`) of a .npz file.
 
-    A .npy file is mapped, an .npz file read as a whole. `test` and `test_labels` name arrays of held-out examples, e.g.
-    x_test and y_test. `channels_last` takes images (N, height, width, channels).
+    A .npy file is mapped, an .npz file unpacked into the cache by the first call, and mapped. `test` and `test_labels`
+    name arrays of held-out examples, e.g. x_test and y_test. `channels_last` takes images (N, height, width, channels).
     Raises ValueError for other or damaged files, missing arrays, and what `TensorData` refuses; FileNotFoundError for
     no file.
     """
     path = Path(path)
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"{path} is no .npy or .npz file: save the array with numpy.save or numpy.savez")
-    arrays = {x: _mapped(path)} if path.suffix == ".npy" else _unzipped(path)
-    missing = [name for name in (x, labels, test, test_labels) if name is not None and name not in arrays]
-    if missing:
-        raise ValueError(f"{path} has no array {', '.join(missing)}, only {', '.join(arrays)}: set x= and labels=")
+    wanted = [name for name in (x, labels, test, test_labels) if name is not None]
+    moved = (x, test) if channels_last else ()
+    arrays = _unpacked(path, wanted, moved) if path.suffix == ".npz" else _mapped(path, x, wanted, moved)
 
     def examples(images: str, classes: str | None) -> Examples:
-        given = torch.as_tensor(np.moveaxis(arrays[images], -1, 1) if channels_last else arrays[images])
-        return Examples(given, torch.as_tensor(arrays[classes]) if classes else None)
+        return Examples(arrays[images].x, arrays[classes].x if classes else None, arrays[images].fingerprint)
 
     train = examples(x, labels)
     return TensorData(train.x, train.labels, test=examples(test, test_labels) if test else None, dequantize=dequantize,
-                      levels=levels, held_out=held_out, flip=flip, augment=augment, seed=seed)  # fmt: skip
+                      levels=levels, held_out=held_out, flip=flip, augment=augment, seed=seed,
+                      fingerprint=train.fingerprint)  # fmt: skip
 
 
-def _mapped(path: Path) -> np.ndarray:
+def _mapped(path: Path, x: str, wanted: Sequence[str], moved: Sequence[str | None]) -> dict[str, Stored]:
+    """The one array of a .npy file, its last axis taken second where it is to be `moved`."""
+    _check_names(path, wanted, [x])
     try:
-        return np.load(path, mmap_mode="c", allow_pickle=False)
-    except ValueError as error:
+        array = mapped(path)
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} holds no array of numbers, or is damaged: save it again ({error})") from error
+    return {x: Stored(array.movedim(-1, 1) if x in moved else array, None)}
 
 
-def _unzipped(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged: save it again ({error})") from error
+def _unpacked(path: Path, wanted: Sequence[str], moved: Sequence[str | None]) -> dict[str, Stored]:
+    """The wanted arrays of a .npz file, in the cache, the last axis of the `moved` ones taken second."""
+
+    def write(folder: Path) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                _check_names(path, wanted, arrays.files)
+                for i, name in enumerate(wanted):
+                    array = np.moveaxis(arrays[name], -1, 1) if name in moved else arrays[name]
+                    np.save(folder / f"{i}.npy", np.ascontiguousarray(array))
+        except (BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is damaged: save it again ({error})") from error
+
+    found = stored("npz", {"file": stamps([path]), "arrays": wanted, "moved": moved}, write)
+    return {name: found[str(i)] for i, name in enumerate(wanted)}
+
+
+def _check_names(path: Path, wanted: Sequence[str], known: Sequence[str]) -> None:
+    if missing := [name for name in wanted if name not in known]:
+        raise ValueError(f"{path} has no array {', '.join(missing)}, only {', '.join(known)}: set x= and labels=")
 
 
 def image_folder(

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from score_sde.data.augment import Augment
-from score_sde.data.cache import cached, content, mapped
+from score_sde.data.cache import content, stored
 from score_sde.data.tensor import Examples, TensorData
 
 __all__ = ["cifar10", "fashion_mnist", "mnist"]
@@ -122,8 +122,8 @@ def _decoded(kind: str, files: Iterable[Path], read: Callable[[str], tuple[Array
             np.save(folder / f"{part}.npy", np.ascontiguousarray(images))
             np.save(folder / f"{part}_labels.npy", classes.astype(np.int64))
 
-    entry = cached(kind, {"files": content(list(files)), "version": 1}, write)
-    train, test = (Examples(mapped(entry / f"{part}.npy"), mapped(entry / f"{part}_labels.npy"), entry.name)
+    arrays = stored(kind, {"files": content(list(files))}, write)
+    train, test = (Examples(arrays[part].x, arrays[f"{part}_labels"].x, arrays[part].fingerprint)
                    for part in ("train", "test"))  # fmt: skip
     return train, test
 

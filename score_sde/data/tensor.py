@@ -9,7 +9,6 @@ Integers are read as they are and scaled, mirrored and augmented where the model
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from score_sde.data.augment import Augment, mirrored
 from score_sde.data.base import Batch, Data
-from score_sde.data.cache import digest
+from score_sde.data.cache import digest, hash_of
 from score_sde.data.keyed import ALL, Draws, generator
 
 __all__ = ["Examples", "TensorData"]
@@ -28,7 +27,7 @@ PARTS = ("train", "test")
 
 
 class Examples(NamedTuple):
-    """Examples (N, *event), their integer labels (N,), and a hash that stands for them in the keys of caches."""
+    """Examples (N, *event), their integer labels (N,), and the hash of x where it is known, see `cache.hash_of`."""
 
     x: Tensor
     labels: Tensor | None = None
@@ -65,7 +64,7 @@ class TensorData(Data):
         held_out: the fraction set aside.
         flip: mirror half of the training images left to right, at random.
         augment: of training images; each batch then has the condition `augment`, (batch, 9).
-        fingerprint: a hash that stands for the examples in the keys of caches; that of their bytes if left out.
+        fingerprint: the hash of x where it is known (see `cache.hash_of`), so that it need not be read for it.
 
     Raises:
         ValueError: no examples, values that are not finite or not in 0..levels-1, integers without `dequantize`, labels
@@ -154,7 +153,8 @@ class TensorData(Data):
     def fingerprint(self) -> str:
         """A hash of the training and test examples, their labels and the split between them."""
         sets = {id(rows.given): rows.given for rows in self._parts.values()}.values()
-        known = [[given.fingerprint or _hash(given.x), _hash(given.labels)] for given in sets]
+        known = [[given.fingerprint or hash_of(given.x), given.labels is not None and hash_of(given.labels)]
+                 for given in sets]  # fmt: skip
         return digest([known, self.size, self.dequantize is None, self.levels])
 
     def _read(self, part: str, rows: slice, source: torch.Generator) -> Batch:
@@ -187,15 +187,6 @@ def _spread(x: Tensor, levels: int) -> Tensor:
 
 def _tensor(labels: Tensor | np.ndarray[Any, Any] | None) -> Tensor | None:
     return None if labels is None else torch.as_tensor(labels)
-
-
-def _hash(x: Tensor | None) -> str | None:
-    if x is None:
-        return None
-    hashed = hashlib.blake2b(repr((x.dtype, tuple(x.shape))).encode(), digest_size=16)
-    for block in x.split(4096):
-        hashed.update(block.contiguous().numpy().data)
-    return hashed.hexdigest()
 
 
 def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from score_sde.data import image_folder
+from score_sde.data import image_folder, load_file
 from score_sde.data.cache import cached, mapped
+from score_sde.evaluation import Pixels, Reference
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +28,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 def pictures(folder: Path, count: int = 5) -> Path:
     folder.mkdir(exist_ok=True)
     for i in range(count):
-        Image.fromarray(np.full((6, 6, 3), i, np.uint8)).save(folder / f"{i}.png")
+        noise = np.random.default_rng(i).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
     return folder
 
 
@@ -65,7 +68,37 @@ def test_a_changed_image_or_setting_is_another_entry(tmp_path, cache):
     os.utime(folder / "0.png", (1, 1))
     changed = image_folder(folder, 6)
     assert changed.fingerprint != first
-    assert (changed.examples().x[:, 0].amax((1, 2)) == 1).sum() == 1
+    assert (changed.examples().x[:, 0].amin((1, 2)) == 1).sum() == 1
+
+
+def test_a_fingerprint_is_of_the_content_wherever_it_came_from(tmp_path):
+    """A reference stored on one machine serves on another, whose folder has another path and other times."""
+    folder = pictures(tmp_path / "pictures", 12)
+    data = image_folder(folder)
+    copied = image_folder(shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy))
+    os.utime(folder / "0.png", (1, 1))
+    arrays = np.stack([np.asarray(Image.open(folder / f"{i}.png")) for i in sorted(range(12), key=str)])
+    np.savez_compressed(tmp_path / "a.npz", x=arrays)
+    np.save(tmp_path / "a.npy", arrays.transpose(0, 3, 1, 2))
+    same = [image_folder(folder), load_file(tmp_path / "a.npz", channels_last=True, dequantize=False),
+            load_file(tmp_path / "a.npy", dequantize=False)]  # fmt: skip
+    assert {other.fingerprint for other in (copied, *same)} == {data.fingerprint}
+    Reference.of(data, Pixels(), 6).save(tmp_path / "reference")
+    assert len(Reference.of(copied, Pixels(), 6, path=tmp_path / "reference").train) == 6
+
+
+def test_an_npz_file_is_unpacked_once_and_a_changed_one_again(tmp_path, monkeypatch):
+    x = np.arange(24, dtype=np.uint8).reshape(6, 4)
+    np.savez_compressed(tmp_path / "a.npz", x=x, y=np.arange(6), other=x)
+    first = load_file(tmp_path / "a.npz", labels="y", dequantize=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda *_: pytest.fail("unpacked again"))
+        again = load_file(tmp_path / "a.npz", labels="y", dequantize=False)
+    assert torch.equal(again.plain("train").x, first.plain("train").x)
+    assert sorted(again.batch(0, 6).x[:, 0].tolist()) == x[:, 0].tolist()
+    np.savez_compressed(tmp_path / "a.npz", x=x + 100, y=np.arange(6))
+    os.utime(tmp_path / "a.npz", (1, 1))
+    assert load_file(tmp_path / "a.npz", labels="y", dequantize=False).fingerprint != first.fingerprint
 
 
 def test_a_folder_that_cannot_be_written_says_so(monkeypatch, tmp_path):
