@@ -131,6 +131,11 @@ class TensorData(Data):
             x, condition["augment"] = self.augment(x, draws)
         return Batch(x, condition)
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether training sees images mirrored left to right."""
+        return self.flip or self.augment is not None
+
     def examples(self) -> Batch:
         """Every training example once, scaled and dequantised as for training, not augmented."""
         return self._read("train", ALL, generator(self.seed, "examples"))

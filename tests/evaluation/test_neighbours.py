@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from score_sde.data import TensorData
+from score_sde.data import Augment, TensorData
 from score_sde.evaluation import density_coverage, kid, nearest, precision_recall
 
 
@@ -87,3 +87,17 @@ def test_copies_of_training_examples_are_found_out():
     assert torch.equal(copies.index[:, 0], torch.arange(10))
     assert (nearest(train[:10], data).distance[:, 0] == 0).all()  # exact, where |x|^2 + |y|^2 - 2 xy is not
     assert not nearest(data.plain("test").x, data).memorised.any()
+
+
+@pytest.mark.parametrize("training", [{"flip": True}, {"augment": Augment()}])
+def test_a_mirrored_copy_is_a_copy_where_training_mirrors(training):
+    x = normal(50, 1, 6, 6, seed=0)
+    x[0] = x[0] + x[0].flip(-1)  # the same both ways round, which is one example and not two
+    data = TensorData(x, **training)
+    train = data.plain("train").x
+    found = nearest(train.flip(-1), data)
+    assert found.memorised.all()
+    assert torch.equal(found.index[:, 0], torch.arange(50))
+    assert (found.distance[:, 0] == 0).all()
+    assert nearest(train, data).memorised.all()
+    assert nearest(train.flip(-1), TensorData(x)).memorised.sum() == 1
