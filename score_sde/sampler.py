@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from score_sde.score import ScoreModel
 from score_sde.sde import SDE
 from score_sde.steps.linear import Carry, LinearRow
 from score_sde.steps.step import Draw, History, Step
+from score_sde.steps.tabulated import Table, Tabulated
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,12 @@ class Sampler:
         self.predictor, self.grid, self.corrector, self.cuda_graph = predictor, grid, corrector, cuda_graph
         self.final = check_option("final", final, FINALS)
         self.corrector_first, self.corrector_where = corrector_first, corrector_where
+
+    @classmethod
+    def tabulated(cls, table: str | Path | Table) -> Sampler:
+        """A table of scalars on the table's own grid (see `Tabulated`), then Tweedie's formula unless it ends at level 0."""
+        step = Tabulated(table)
+        return cls(step, step.grid, final="denoise" if step.levels[-1] > 0 else "none")
 
     @torch.no_grad()
     def sample(

@@ -5,6 +5,8 @@ In the scaled variable y = x / alpha a linear step depends on noise levels l = s
     y_s = a y_t + sum_k b_k N_k + c z,      N = u D + w eps,
 
 and D and eps are the same in y as in x. So a table of (l, a, b, c, (u, w)) serves every SDE whose levels reach its own.
+Where its last level is 0 the last move ends at clean data, y = x. A file of scripts/tune.py is such a table: with
+s = kappa l, the noise in its states, a = s_{i+1} / s_i, b = (1 - a) w.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class Tabulated(LinearStep):
     Args:
         table: a .json or .npz file, or a mapping, with `levels` (N + 1 decreasing noise levels sigma / alpha), `a` (N),
             `b` (N lists, the newest output's weight first; row i has at most i + 1), and where they are not all 0 and
-            (1, 0), `c` (N) and `output` (N pairs (u, w)).
+            (1, 0), `c` (N) and `output` (N pairs (u, w)); or a .json file of scripts/tune.py.
 
     Raises:
         ValueError: the table's lengths do not fit, its levels do not decrease, or a number is not finite.
@@ -53,8 +55,8 @@ class Tabulated(LinearStep):
         if len(self.b) != moves or len(self.outputs) != moves:
             raise ValueError(f"a table of {moves + 1} levels has {moves} rows, "
                              f"got {len(self.b)} of b and {len(self.outputs)} of output")  # fmt: skip
-        if moves < 1 or not (self.levels > 0).all() or not (self.levels.diff() < 0).all():
-            raise ValueError("a table's levels are positive and decrease, from noise to data")
+        if moves < 1 or not (self.levels >= 0).all() or not (self.levels.diff() < 0).all():
+            raise ValueError("a table's levels are positive and decrease, from noise to data; the last may be 0")
         self.memory = max(map(len, self.b))
 
     @classmethod
@@ -82,14 +84,15 @@ class Tabulated(LinearStep):
             raise ValueError(f"a table is a .json or .npz file, got {path.name!r}")
 
     def grid(self, sde: SDE) -> Tensor:
-        """The times at which the SDE has the table's levels: `Sampler(step, step.grid)`."""
-        times = sde.time_at(-self.levels.log())
+        """The times at which the SDE has the table's levels, t_min for 0: `Sampler(step, step.grid)`."""
+        times = sde.time_at(-self._levels(sde).log())
         self._refuse_other(sde, times[:-1], times[1:])
         return times
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[LinearRow]:
         self._refuse_other(sde, t, s)
-        ends = zip(sde.alpha(t).tolist(), sde.alpha(s).tolist(), strict=True)
+        reached = torch.where(self.levels[1:] > 0, sde.alpha(s), 1.0)
+        ends = zip(sde.alpha(t).tolist(), reached.tolist(), strict=True)
         rows = zip(t.tolist(), self.a, self.b, self.c, self.outputs, ends, strict=True)
         return [LinearRow(time, a * end / start, tuple(w * end for w in b), c * end, (output[0], output[1]))
                 for time, a, b, c, output, (start, end) in rows]  # fmt: skip
@@ -97,22 +100,37 @@ class Tabulated(LinearStep):
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         raise NotImplementedError("a table's rows are numbers, not functions of time: see `plan`")
 
+    def _levels(self, sde: SDE) -> Tensor:
+        """The levels at which the SDE stops: t_min's for 0."""
+        return torch.where(self.levels > 0, self.levels, (-sde.half_log_snr(sde.t_min)).exp())
+
     def _refuse_other(self, sde: SDE, t: Tensor, s: Tensor) -> None:
-        levels = [(-sde.half_log_snr(part)).exp() for part in (t, s)]
-        own = (self.levels[:-1], self.levels[1:])
+        levels, stops = [(-sde.half_log_snr(part)).exp() for part in (t, s)], self._levels(sde)
+        own = (stops[:-1], stops[1:])
         if len(t) != len(self.a) or not all(torch.allclose(x, y, rtol=1e-6) for x, y in zip(levels, own, strict=True)):
             first, last = self.levels[0].item(), self.levels[-1].item()
             raise ValueError(f"this table goes over its own {len(self.a)} moves, levels {first:.6g} to {last:.6g}: "
                              "use its grid (grid=step.grid) and an SDE that reaches them")  # fmt: skip
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Table:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     if path.suffix == ".json":
-        return dict(json.loads(path.read_text()))
+        table = dict(json.loads(path.read_text()))
+        return _tuned(**table) if "half_log_snr" in table else table
     raise ValueError(f"a table is a .json or .npz file, got {path.name!r}")
+
+
+def _tuned(
+    half_log_snr: Sequence[float], noise: Sequence[float], weights: Sequence[Sequence[float]], record: Any
+) -> Table:
+    """A file of scripts/tune.py (`score_sde.tuning.TunedTable`) in this module's terms."""
+    levels = np.append(np.exp(-np.asarray(half_log_snr)), 0.0)
+    left = np.append(noise, 0.0) * levels
+    a = left[1:] / left[:-1]
+    return {"levels": levels, "a": a, "b": [(1 - r) * np.asarray(row[::-1]) for r, row in zip(a, weights, strict=True)]}
 
 
 def _column(values: Sequence[float], length: int | None, name: str) -> list[float]:

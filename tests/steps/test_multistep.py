@@ -12,11 +12,23 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from score_sde import VESDE, VPSDE, ExactScore, GaussianMixture, LearnedScore, RectifiedFlow, Sampler, grid
+from score_sde import VESDE, VPSDE, DiscreteSDE, ExactScore, GaussianMixture, LearnedScore, RectifiedFlow, Sampler, grid
+from score_sde.evaluation import certify
 from score_sde.noise import BatchNoise
 from score_sde.parameterization import Flow
 from score_sde.prediction import Prediction
-from score_sde.steps import IPNDM, AdamsBashforth, ExponentialAdams, LangevinCorrector, SASolver, Tabulated, UniPC
+from score_sde.steps import (
+    DDIM,
+    IPNDM,
+    AdamsBashforth,
+    ExponentialAdams,
+    LangevinCorrector,
+    SASolver,
+    Step,
+    Tabulated,
+    UniPC,
+)
+from score_sde.tuning import TunedSampler, TunedTable
 
 SDE = VPSDE()
 TIMES = torch.tensor([0.55, 0.6, 0.68, 0.8], dtype=torch.float64)  # newest first
@@ -295,6 +307,56 @@ def test_a_table_serves_every_path_with_its_levels():
         scale = sde.alpha(table.grid(sde)[0]).item()
         x[sde] = Sampler(table, table.grid).sample(ExactScore(MIXTURE, sde), (6, 2), x_init=scale * level * start).x
     torch.testing.assert_close(x[SDE], x[other], rtol=1e-7, atol=1e-7)
+
+
+def test_a_tuned_table_is_a_table(tmp_path):
+    """One that ends at clean data, with another noise in its states than its levels have."""
+    levels = torch.tensor([SDE.half_log_snr(1.0), -2.0, 0.5, 2.0], dtype=torch.float64)
+    noise = torch.tensor([1.0, 1.1, 0.9, 0.7], dtype=torch.float64)
+    weights = torch.tensor([[1, 0, 0, 0], [-0.5, 1.5, 0, 0], [0.25, -0.75, 1.5, 0], [0, 0.25, -0.5, 1.25]]).double()
+    tuned = TunedTable(levels, weights, noise)
+    tuned.save(tmp_path / "tuned-4.json")
+    sampler = Sampler.tabulated(tmp_path / "tuned-4.json")
+    for sde in (SDE, DiscreteSDE.ddpm(), VESDE(sigma_min=1e-3, sigma_max=200.0)):
+        model = ExactScore(MIXTURE, sde)
+        found = sampler.sample(model, (6, 2), seed=1, dtype=torch.float64)
+        if sde is SDE:
+            expected = TunedSampler(tuned).sample(model, (6, 2), seed=1, dtype=torch.float64)
+            torch.testing.assert_close(found.x, expected.x, rtol=1e-9, atol=1e-9)
+        assert found.nfe == 4
+        assert found.x.isfinite().all()
+
+
+def test_a_sampler_from_a_table_ends_with_tweedie(tmp_path):
+    times = grid.log_snr(SDE, steps=6)
+    Tabulated.of(UniPC(3), SDE, times).save(tmp_path / "table.npz")
+    run = {"seed": 5, "dtype": torch.float64}
+    model = ExactScore(MIXTURE, SDE)
+    found = Sampler.tabulated(tmp_path / "table.npz").sample(model, (6, 2), **run)
+    expected = Sampler(UniPC(3), lambda sde: times).sample(model, (6, 2), **run)
+    torch.testing.assert_close(found.x, expected.x, rtol=1e-9, atol=1e-9)
+    assert found.nfe == expected.nfe == 7
+
+
+@pytest.mark.parametrize("step", [DDIM(0.5), AdamsBashforth(3, "noise"), ExponentialAdams(2, eta=1.0)], ids=repr)
+def test_a_table_of_a_step_has_its_certificate(step):
+    class Table(Step):
+        """The step, by way of a table for each grid."""
+
+        order, point_mass, prediction = step.order, step.point_mass, getattr(step, "prediction", "denoised")
+
+        def plan(self, sde, t, s):
+            return Tabulated.of(step, sde, torch.cat([t, s[-1:]])).plan(sde, t, s)
+
+        def advance(self, row, x, history, evaluate, draw):
+            return step.advance(row, x, history, evaluate, draw)
+
+    own, by_table = (certify(which, SDE, "a step", budgets=(5,)) for which in (step, Table()))
+    assert by_table.faults == own.faults == []
+    assert by_table.measured == pytest.approx(own.measured, abs=1e-3)
+    assert (by_table.exact, by_table.batch_independent) == (own.exact, own.batch_independent)
+    np.testing.assert_allclose(by_table.bias["std"], own.bias["std"], rtol=1e-8)
+    assert max(by_table.point_mass, own.point_mass) < 1e-12
 
 
 def test_a_table_refuses_what_is_not_its_own(tmp_path):
