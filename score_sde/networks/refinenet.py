@@ -29,8 +29,8 @@ from torch.nn.functional import (
     pad,
 )
 
+from score_sde.networks.blocks import caller
 from score_sde.networks.embedding import Embedding, check_shape, grid_shape, positive, zeroed
-from score_sde.networks.ncsn import InstanceNormPlus
 from score_sde.networks.resample import Halve, conv
 
 __all__ = ["NCSNv2"]
@@ -46,6 +46,7 @@ class NCSNv2(nn.Module):
         dilations: of the stages; a stage but the first with 1 halves the grid, one with more does not.
         conditional: whether norms are told the noise level, and label (CondInstanceNorm++).
         frequencies, num_classes: of the embedding, where conditional.
+        checkpointing: in training, keep only each block's input and compute the block again in the backward pass.
 
     Raises:
         ValueError: the lists differ in length, the sides cannot be halved, or an unconditional network has classes.
@@ -60,6 +61,7 @@ class NCSNv2(nn.Module):
         conditional: bool = False,
         frequencies: int = 32,
         num_classes: int | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         positive(width=width, stages=len(multipliers))
@@ -70,7 +72,7 @@ class NCSNv2(nn.Module):
             raise ValueError(f"num_classes={num_classes}: labels need conditional=True")
         halvings = sum(dilation == 1 for dilation in dilations[1:])
         channels, *sides = grid_shape(tuple(event_shape), multiple=2**halvings)
-        self.event_shape, self.num_classes = tuple(event_shape), num_classes
+        self.event_shape, self.num_classes, self.checkpointing = tuple(event_shape), num_classes, checkpointing
         dims, told = len(sides), 2 * width if conditional else None
         self.embedding = Embedding(2 * width, frequencies, num_classes) if conditional else None
         widths = [width * multiplier for multiplier in multipliers]
@@ -91,15 +93,38 @@ class NCSNv2(nn.Module):
         embedded = None if self.embedding is None else self.embedding(c_noise, label)
         if embedded is None and label is not None:
             raise ValueError("a label was given to a network without classes: set num_classes, or drop the label")
-        h, stages = self.first(x), []
+        run, h, stages = caller(self), self.first(x), []
         for i, block in enumerate(self.encoder):
-            h = block(h, embedded)
+            h = run(block, h, embedded)
             if i % 2:
                 stages.append(h)
         coarser: list[Tensor] = []
         for refine in self.decoder:
-            coarser = [refine([stages.pop(), *coarser], embedded)]
+            coarser = [run(refine, [stages.pop(), *coarser], embedded)]
         return self.last(elu(self.norm(coarser[0], embedded)))
+
+
+class InstanceNormPlus(nn.Module):
+    """InstanceNorm++, gamma [(h - mu_c) / s_c + alpha (mu_c - m) / v] + beta; (gamma, alpha, beta) start at (1, 1, 0).
+
+    mu_c, s_c: mean and std of channel c over its points; m, v: mean and std of the mu_c. (gamma, alpha, beta) are linear
+    in an embedding of that width, or learned numbers where `embedding` is None (NCSNv2).
+    """
+
+    def __init__(self, channels: int, embedding: int | None) -> None:
+        super().__init__()
+        self.modulation: nn.Module | nn.Parameter = (
+            nn.Parameter(torch.zeros(3 * channels)) if embedding is None else zeroed(nn.Linear(embedding, 3 * channels))
+        )
+
+    def forward(self, h: Tensor, embedded: Tensor | None) -> Tensor:
+        modulation = self.modulation(embedded) if isinstance(self.modulation, nn.Module) else self.modulation[None]
+        gamma, alpha, beta = modulation[(..., *[None] * (h.ndim - 2))].chunk(3, dim=1)
+        variance, mean = torch.var_mean(h, dim=tuple(range(2, h.ndim)), correction=0, keepdim=True)
+        mean_variance, grand_mean = torch.var_mean(mean, dim=1, correction=0, keepdim=True)
+        instance = (h - mean) * (variance + 1e-5).rsqrt()
+        channel = (mean - grand_mean) * (mean_variance + 1e-5).rsqrt()
+        return (1 + gamma) * (instance + (1 + alpha) * channel) + beta
 
 
 class ResidualBlock(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 from score_sde.networks import MLP, NCSN, DiT, NCSNv2, UNet
 from score_sde.networks.blocks import Attention, Style
 from score_sde.networks.embedding import Embedding
-from score_sde.networks.ncsn import InstanceNormPlus
+from score_sde.networks.refinenet import InstanceNormPlus
 
 SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.0}
 REFINE = {"width": 4, "multipliers": (1, 2, 2), "dilations": (1, 1, 2), "conditional": True}
@@ -39,7 +39,6 @@ NETWORKS = {
     "dit signal": lambda **options: DiT((2, 16), patch=4, width=16, depth=2, heads=2, **options),
     "dit video": lambda **options: DiT((1, 3, 4, 6), patch=(1, 2, 2), width=16, depth=1, heads=2, **options),
     "ncsn": lambda **options: NCSN((1, 8, 8), width=8, **options),
-    "conditional ncsnv2": lambda **options: NCSNv2((1, 8, 8), **REFINE, **options),
     "conditional ncsnv2 signal": lambda **options: NCSNv2((2, 8), **REFINE, **options),
     "conditional ncsnv2 video": lambda **options: NCSNv2((1, 2, 4, 4), **REFINE, **options),
     "ncsn colour": lambda **options: NCSN((3, 16, 12), width=8, **options),
@@ -134,7 +133,7 @@ def test_x_of_another_shape_is_refused(make):
         (lambda: UNet((2,)), "use networks.MLP for vectors"),
         (lambda: UNet((1, 10, 8), multipliers=(1, 2, 2)), "multiples of 4"),
         (lambda: UNet((1, 8, 8), attention=(16,)), r"attention=\[16\] must name image heights of this U-Net: \[8, 4\]"),
-        (lambda: NCSN((1, 6, 8)), "multiples of 4"),
+        (lambda: NCSN((1, 7, 8)), "multiples of 2"),
         (lambda: MLP((2,), width=0), "width=0 must be a positive integer"),
         (lambda: MLP((2,), num_classes=0), "num_classes=0"),
     ],

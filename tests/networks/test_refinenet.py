@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from references import awake
@@ -95,6 +97,21 @@ def test_a_stage_halves_the_grid_or_dilates() -> None:
     for norm, conv in zip(halving.norms, halving.convs, strict=True):
         h_ = conv(elu(norm(h if conv is halving.convs[0] else h_, None)))  # noqa: F821
     torch.testing.assert_close(halving(h, None), (full + h_).unflatten(2, (4, 2)).mean(3))
+
+
+@pytest.mark.parametrize("network", [NCSNv2, partial(NCSNv2, conditional=True)])
+def test_checkpointing_changes_no_gradient_and_keeps_less(network) -> None:
+    grads, kept = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        built, sizes = awake(network((1, 8, 8), **SMALL, checkpointing=checkpointing)).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            loss = built(torch.ones(2, 1, 8, 8), torch.zeros(2)).square().sum()
+        loss.backward()
+        grads.append([parameter.grad for parameter in built.parameters()])
+        kept.append(sum(sizes))
+    torch.testing.assert_close(*grads)
+    assert kept[1] < kept[0] / 3
 
 
 @pytest.mark.parametrize(
