@@ -35,8 +35,10 @@ def load_file(
     *,
     x: str = "x",
     labels: str | None = None,
+    context: str | None = None,
     test: str | None = None,
     test_labels: str | None = None,
+    test_context: str | None = None,
     channels_last: bool = False,
     dequantize: bool | None = None,
     levels: int = 256,
@@ -45,26 +47,29 @@ def load_file(
     augment: Augment | None = None,
     seed: int = 0,
 ) -> TensorData:
-    """Examples (N, *event) from a .npy file, or from the array `x` (and `labels`) of a .npz file.
+    """Examples (N, *event) from a .npy file, or from the array `x` (and `labels`, `context`) of a .npz file.
 
-    A .npy file is mapped, an .npz file unpacked into the cache by the first call, and mapped. `test` and `test_labels`
-    name arrays of held-out examples, e.g. x_test and y_test. `channels_last` takes images (N, height, width, channels).
+    A .npy file is mapped, an .npz file unpacked into the cache by the first call, and mapped. `test`, `test_labels` and
+    `test_context` name arrays of held-out examples, e.g. x_test. `channels_last` takes images (N, height, width,
+    channels), `context` tokens (N, tokens, width) to attend to.
     Raises ValueError for other or damaged files, missing arrays, and what `TensorData` refuses; FileNotFoundError for
     no file.
     """
     path = Path(path)
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"{path} is no .npy or .npz file: save the array with numpy.save or numpy.savez")
-    wanted = [name for name in (x, labels, test, test_labels) if name is not None]
+    wanted = [name for name in (x, labels, context, test, test_labels, test_context) if name is not None]
     moved = (x, test) if channels_last else ()
     arrays = _unpacked(path, wanted, moved) if path.suffix == ".npz" else _mapped(path, x, wanted, moved)
 
-    def examples(images: str, classes: str | None) -> Examples:
-        return Examples(arrays[images].x, arrays[classes].x if classes else None, arrays[images].fingerprint)
+    def examples(images: str, *conditions: str | None) -> Examples:
+        classes, tokens = (arrays[name].x if name else None for name in conditions)
+        return Examples(arrays[images].x, classes, arrays[images].fingerprint, tokens)
 
-    train = examples(x, labels)
-    return TensorData(train.x, train.labels, test=examples(test, test_labels) if test else None, dequantize=dequantize,
-                      levels=levels, held_out=held_out, flip=flip, augment=augment, seed=seed,
+    train = examples(x, labels, context)
+    held = examples(test, test_labels, test_context) if test else None
+    return TensorData(train.x, train.labels, context=train.context, test=held, dequantize=dequantize, levels=levels,
+                      held_out=held_out, flip=flip, augment=augment, seed=seed,
                       fingerprint=train.fingerprint)  # fmt: skip
 
 

@@ -27,11 +27,18 @@ PARTS = ("train", "test")
 
 
 class Examples(NamedTuple):
-    """Examples (N, *event), their integer labels (N,), and the hash of x where it is known, see `cache.hash_of`."""
+    """Examples (N, *event), integer labels (N,), the hash of x where it is known, tokens (N, tokens, width) to attend to."""
 
     x: Tensor
     labels: Tensor | None = None
     fingerprint: str | None = None
+    context: Tensor | None = None
+
+    @property
+    def conditions(self) -> dict[str, Tensor]:
+        """By the names under which networks know them."""
+        given = {"label": self.labels, "context": self.context}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class Rows(NamedTuple):
@@ -42,10 +49,9 @@ class Rows(NamedTuple):
 
     def read(self, places: Tensor | slice) -> Batch:
         index = self.order[places]
-        labels = self.given.labels
         # Five times faster than indexing with brackets: a row is copied as one piece.
         x = self.given.x.index_select(0, index)
-        return Batch(x, {} if labels is None else {"label": labels[index]})
+        return Batch(x, {name: value.index_select(0, index) for name, value in self.given.conditions.items()})
 
 
 class TensorData(Data):
@@ -57,6 +63,7 @@ class TensorData(Data):
 
     Args:
         x, labels: the examples, perhaps mapped from a file: batches read no more than their rows.
+        context: tokens (N, tokens, width) that a network of that context_width attends to, NaN for an example without.
         test: held-out examples of the same kind.
         seed: of the order and of what `reference` draws.
         dequantize: whether integers get uniform noise.
@@ -68,7 +75,7 @@ class TensorData(Data):
 
     Raises:
         ValueError: no examples, values that are not finite or not in 0..levels-1, integers without `dequantize`, labels
-            that do not match, `held_out` outside [0, 1) or beside `test`, a test set of other events, `flip` or
+            or a context that do not match, `held_out` outside [0, 1) or beside `test`, a test set of other events, `flip` or
             `augment` for what is no image (channels, height, width), or both of them.
     """
 
@@ -77,6 +84,7 @@ class TensorData(Data):
         x: Tensor | np.ndarray[Any, Any],
         labels: Tensor | np.ndarray[Any, Any] | None = None,
         *,
+        context: Tensor | None = None,
         test: Examples | None = None,
         seed: int = 0,
         dequantize: bool | None = None,
@@ -86,7 +94,7 @@ class TensorData(Data):
         augment: Augment | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        train = _checked(Examples(torch.as_tensor(x), _tensor(labels), fingerprint), dequantize, levels)
+        train = _checked(Examples(torch.as_tensor(x), _tensor(labels), fingerprint, context), dequantize, levels)
         self.dequantize = None if train.x.is_floating_point() else dequantize
         self.levels, self.seed, self.event_shape = levels, seed, tuple(train.x.shape[1:])
         self.flip, self.augment = flip, augment
@@ -110,8 +118,8 @@ class TensorData(Data):
     def _test_rows(self, test: Examples) -> Rows:
         if tuple(test.x.shape[1:]) != self.event_shape:
             raise ValueError(f"the test set has events {tuple(test.x.shape[1:])}, the training set {self.event_shape}")
-        if (test.labels is None) != (self.num_classes is None):
-            raise ValueError("training and test set must both have labels, or neither")
+        if test.conditions.keys() != self._parts["train"].given.conditions.keys():
+            raise ValueError("training and test set must both have labels, or neither; and so with context")
         if test.labels is not None and int(test.labels.max()) >= (self.num_classes or 0):
             raise ValueError(f"the test set has class {int(test.labels.max())}, the training set classes 0 to "
                              f"{(self.num_classes or 0) - 1}")  # fmt: skip
@@ -158,8 +166,7 @@ class TensorData(Data):
     def fingerprint(self) -> str:
         """A hash of the training and test examples, their labels and the split between them."""
         sets = {id(rows.given): rows.given for rows in self._parts.values()}.values()
-        known = [[given.fingerprint or hash_of(given.x), given.labels is not None and hash_of(given.labels)]
-                 for given in sets]  # fmt: skip
+        known = [[given.fingerprint or hash_of(given.x), *map(hash_of, given.conditions.values())] for given in sets]
         return digest([known, self.size, self.dequantize is None, self.levels])
 
     def _read(self, part: str, rows: slice, source: torch.Generator) -> Batch:
@@ -198,7 +205,12 @@ def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:
     """The examples, float32 or integers, once their scale and labels are found to fit."""
     as_given = _checked_scale(given.x, dequantize, levels) is not None
     labels = None if given.labels is None else _checked_labels(given.labels, len(given.x))
-    return Examples(given.x if as_given else given.x.float(), labels, given.fingerprint)
+    tokens = given.context
+    if tokens is not None and (tokens.ndim != 3 or len(tokens) != len(given.x) or not tokens.is_floating_point()):
+        raise ValueError(f"context must be floats ({len(given.x)}, tokens, width); got {tokens.dtype} of shape "
+                         f"{tuple(tokens.shape)}")  # fmt: skip
+    x, tokens = (given.x if as_given else given.x.float()), None if tokens is None else tokens.float()
+    return Examples(x, labels, given.fingerprint, tokens)
 
 
 def _checked_scale(x: Tensor, dequantize: bool | None, levels: int) -> bool | None:

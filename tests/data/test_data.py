@@ -171,6 +171,25 @@ def test_unusable_data_are_refused(build, message):
         build()
 
 
+def test_each_example_keeps_its_context(tmp_path):
+    x = np.random.default_rng(0).normal(size=(6, 3))
+    arrays = {"x": x, "tokens": np.stack([x, -x], axis=1), "held": x[:2], "held_tokens": np.zeros((2, 1, 3))}
+    np.savez(tmp_path / "a.npz", **arrays)
+    data = load_file(tmp_path / "a.npz", context="tokens", test="held", test_context="held_tokens")
+    batch = ready(data, 0, 4)
+    assert torch.equal(batch.condition["context"], torch.stack([batch.x, -batch.x], dim=1))
+    assert data.reference(2).condition["context"].shape == (2, 1, 3)
+    without = load_file(tmp_path / "a.npz")
+    assert without.batch(0, 4).condition == {}
+    assert without.fingerprint != load_file(tmp_path / "a.npz", context="tokens").fingerprint
+    with pytest.raises(ValueError, match="and so with context"):
+        load_file(tmp_path / "a.npz", context="tokens", test="held")
+    with pytest.raises(
+        ValueError, match=r"context must be floats \(6, tokens, width\); got torch.float64 of shape \(6, 3\)"
+    ):
+        load_file(tmp_path / "a.npz", context="x")
+
+
 def test_files_give_their_arrays(tmp_path):
     x, y = np.random.default_rng(0).normal(size=(6, 3)), np.array([0, 1, 2, 0, 1, 2])
     np.save(tmp_path / "a.npy", x)
