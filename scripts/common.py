@@ -188,11 +188,16 @@ def tuned_folder(config: DictConfig) -> Path:
     return Path("outputs", "tuned", *names)
 
 
-def samplers_of(config: DictConfig, trust: Sequence[str] = (), folder: Path | None = None) -> dict[str, Any]:
-    """name -> sampler: those that `evaluation.samplers` names in conf/sampler, or the run's own `sampler` for null."""
+def sampler_nodes(config: DictConfig, folder: Path | None = None) -> dict[str, DictConfig]:
+    """name -> config: those that `evaluation.samplers` names in conf/sampler, or the run's own `sampler` for null."""
     names = config.evaluation.samplers
     nodes = {config.choices.sampler: config.sampler} if names is None else {name: name for name in names}
-    return {name: instantiate(sampler_config(node, folder), trust) for name, node in nodes.items()}
+    return {name: sampler_config(node, folder) for name, node in nodes.items()}
+
+
+def samplers_of(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
+    """name -> sampler, likewise."""
+    return {name: instantiate(node, trust) for name, node in sampler_nodes(config).items()}
 
 
 def sde_of(config: DictConfig, data: Data | None = None) -> SDE:

@@ -39,7 +39,7 @@ def run_task(config: DictConfig) -> Path:
         raise ValueError(f"count and draws are at least 1, got {config.count} and {config.draws}")
     run = common.open_run(config)
     model = run.model(ema=config.ema, step=config.step).to(common.device_of(config.device))
-    sampler = instantiate(common.sampler_config(config.sampler), run.trust)
+    sampler = instantiate(common.sampler_config(config.sampler, run.path), run.trust)
     sampler.check(model.sde)
     edit = {"class": relabelled, "interpolate": interpolated}.get(config.task, restored)
     before, after, columns = edit(config, run, model, sampler)

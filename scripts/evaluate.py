@@ -32,7 +32,8 @@ def main(config: DictConfig) -> None:
     settings = run.config.evaluation = OmegaConf.merge(
         common.named("evaluation", "default"), run.config.evaluation, given
     )
-    samplers = _samplers(config, run)
+    nodes = _sampler_nodes(config, run)
+    samplers = {name: instantiate(node, run.trust) for name, node in nodes.items()}
     model = run.model(ema=config.ema, step=config.step).to(common.device_of(config.device))
     for sampler in samplers.values():
         sampler.check(model.sde)
@@ -44,13 +45,15 @@ def main(config: DictConfig) -> None:
         condition={"label": guiding.turns(labels, count)} if labels else None, **common.views_of(settings, run.trust),
     )  # fmt: skip
     if distributed.is_main():
-        write(run, config, data, model, samplers, evaluation, Path(config.output or run.path))
+        asked = {name: OmegaConf.to_container(node, resolve=True) for name, node in nodes.items()}
+        write(run, config, data, model, samplers, asked, evaluation, Path(config.output or run.path))
 
 
 def write(
-    run: Run, config: DictConfig, data: Data, model: Any, samplers: dict[str, Any], evaluation: Evaluation, folder: Path
-) -> None:
-    """evaluation.json, the same as a table, the samples and their figures."""
+    run: Run, config: DictConfig, data: Data, model: Any, samplers: dict[str, Any], asked: dict[str, Any],
+    evaluation: Evaluation, folder: Path,
+) -> None:  # fmt: skip
+    """evaluation.json with all that was `asked` for, the same as a table, the samples and their figures."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     (folder / "figures").mkdir(exist_ok=True)
     common.save_samples(folder / "samples", evaluation.samples)
@@ -60,9 +63,10 @@ def write(
     if not drawn:
         figures.draw(run, model, data, evaluation, samplers, config.seed)
     step = run.checkpoints.latest() if config.step is None else config.step
+    settings = {"samplers": asked, "guidance": OmegaConf.to_container(config.guidance), "threshold": config.threshold}
     report = {"run": str(run.path), "step": step, "ema": config.ema, "seed": config.seed,
               "label": guiding.labels_of(config.label), "num_samples": len(next(iter(evaluation.samples.values()))),
-              **evaluation.report()}  # fmt: skip
+              "settings": settings, **evaluation.report()}  # fmt: skip
     write_atomically(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     write_atomically(folder / "evaluation.csv", evaluation.table.to_csv(index=False))
     common.show(evaluation.table)
@@ -73,14 +77,14 @@ def write(
     print(f"\n{folder}: evaluation.json, evaluation.csv, samples/, figures/")
 
 
-def _samplers(config: DictConfig, run: Run) -> dict[str, Any]:
-    """The one `sampler` that is given, or those that the settings name."""
+def _sampler_nodes(config: DictConfig, run: Run) -> dict[str, DictConfig]:
+    """Of the one `sampler` that is given, or of those that the settings name."""
     if "sampler" not in config:
-        return common.samplers_of(run.config, run.trust, run.path)
+        return common.sampler_nodes(run.config, run.path)
     if config.samplers is not None:
         raise ValueError("give either sampler=<one> with its settings, or samplers=[<names>]")
     name = HydraConfig.get().runtime.choices.sampler
-    return {name: instantiate(common.sampler_config(config.sampler, run.path), run.trust)}
+    return {name: common.sampler_config(config.sampler, run.path)}
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from score_sde.data import generator
 from score_sde.evaluation.coupled import Course, best_of_each, course_table
 from score_sde.targets import Target
 from score_sde.training import write_atomically
-from score_sde.tuning import TunedTable, tune, tune_spectrum
+from score_sde.tuning import Pairs, TunedTable, converged_pairs, tune, tune_spectrum
 
-OPTIONS = ("method", "samples", "iterations", "starts", "seed", "robust", "batch_size", "minutes")
+TEACHING = ("samples", "seed", "robust", "batch_size")
+FITTING = ("method", "iterations", "starts", "seed", "minutes")
 LABELS = {"endpoint": "endpoint error / data std", "median": "median endpoint error / data std",
           "energy": "energy distance to converged", "frechet": "Fréchet distance to converged",
           "sliced_w2": "sliced W2 / noise floor"}  # fmt: skip
@@ -33,9 +34,11 @@ def main(config: DictConfig) -> None:
     model, reference = model_and_reference(config)
     folder = Path(config.output or common.tuned_folder(config))
     folder.mkdir(parents=True, exist_ok=True)
+    options = {name: config[name] for name in TEACHING}
+    pairs = None if config.spectrum else converged_pairs(model, **options)
     tables = {}
     for calls in steps:
-        for kind, table in fitted(model, reference, calls, config).items():
+        for kind, table in fitted(model, reference, calls, pairs, config).items():
             path = folder / f"{kind}-{calls}.json"
             table.save(path)
             tables[kind, calls] = table
@@ -47,10 +50,12 @@ def main(config: DictConfig) -> None:
         report(course_table(course, tables), folder)
 
 
-def fitted(model: ScoreModel, reference: Any, calls: int, config: DictConfig) -> dict[str, TunedTable]:
-    """The tuned table unless spectrum=true, and beside it the network-free one."""
-    options = {name: config[name] for name in OPTIONS}
-    tables = {} if config.spectrum else {"tuned": tune(model, calls, **options)}
+def fitted(
+    model: ScoreModel, reference: Any, calls: int, pairs: tuple[Pairs, Pairs] | None, config: DictConfig
+) -> dict[str, TunedTable]:
+    """The tuned table, unless there are no pairs to fit it to, and beside it the network-free one."""
+    options = {name: config[name] for name in FITTING}
+    tables = {} if pairs is None else {"tuned": tune(model, calls, pairs=pairs, **options)}
     return tables | {"spectrum": tune_spectrum(spectrum_of(reference, config), calls, sde=model.sde)}
 
 

@@ -35,6 +35,7 @@ def test_one_json_and_a_sample_sheet(run: Path, tmp_path: Path) -> None:
     out = script("evaluate", f"run={run}", *arguments, f"output={tmp_path / 'out'}", cwd=tmp_path)
     report = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert (report["num_samples"], report["seed"], report["step"]) == (12, 0, 2)
+    assert report["settings"]["samplers"]["heun"]["grid"]["steps"] == 3
     heun = report["samplers"]["heun"]
     assert heun["nfe"] == 7
     assert {"sliced_w2", "FD (pixels)", "KID (pixels)", "memorised"} <= set(heun["metrics"])
