@@ -64,7 +64,6 @@ FILES: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "fashion_mnist": (idx, ["data/augment=edm", "data.flip=false"]),
     "cifar10": (cifar, ["data.labels=true"]),
     "folder": (folder, ["data.size=[4,6]"]),
-    "image_folder": (folder, ["data.size=4"]),
     "file": (array, []),
     "parquet": (parquet, []),
     "huggingface": (huggingface, ["data/augment=edm", "data.flip=false"]),
