@@ -22,8 +22,13 @@ from score_sde.networks.embedding import Embedding, check_shape, context_of, gri
 
 __all__ = ["SIZES", "DiT", "patches", "positions", "unpatched"]
 
-# Depth, width and heads of Peebles & Xie, table 1.
-SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
+# Peebles & Xie, table 1.
+SIZES: dict[str, dict[str, Any]] = {
+    "s": {"depth": 12, "width": 384, "heads": 6},
+    "b": {"depth": 12, "width": 768, "heads": 12},
+    "l": {"depth": 24, "width": 1024, "heads": 16},
+    "xl": {"depth": 28, "width": 1152, "heads": 16},
+}
 
 
 class DiT(nn.Module):
@@ -108,11 +113,14 @@ class DiT(nn.Module):
 
     @classmethod
     def preset(cls, event_shape: Sequence[int], size: str = "b", patch: int | Sequence[int] = 2, **changes: Any) -> DiT:
-        """DiT-S, B, L or XL of a patch size: 33 M, 130 M, 458 M or 675 M parameters (Peebles & Xie 2023, table 4)."""
+        """DiT-S, B, L or XL of a patch size: 33 M, 130 M, 458 M or 675 M parameters (Peebles & Xie 2023, table 4).
+
+        A change of None leaves what the size has.
+        """
         if size not in SIZES:
             raise ValueError(f"size={size!r} must be one of {', '.join(SIZES)}")
-        depth, width, heads = SIZES[size]
-        return cls(event_shape, patch, **{"depth": depth, "width": width, "heads": heads, **changes})
+        given = {name: value for name, value in changes.items() if value is not None}
+        return cls(event_shape, patch, **{**SIZES[size], **given})
 
 
 class DiTBlock(nn.Module):

@@ -232,11 +232,15 @@ class UNet(nn.Module):
         return _preset(cls, event_shape, _ADM, changes)
 
     @classmethod
-    def edm2(cls, event_shape: Sequence[int], size: str = "s", **changes: Any) -> UNet:
-        """EDM2 of size xs to xxl, 125 M to 1.5 G parameters with 1,000 classes (Karras et al. 2024, table 2)."""
+    def edm2(cls, event_shape: Sequence[int], size: str = "s", width: int | None = None, **changes: Any) -> UNet:
+        """EDM2 of size xs to xxl, 125 M to 1.5 G parameters with 1,000 classes (Karras et al. 2024, table 2).
+
+        A width that is given takes the place of the size's.
+        """
         if size not in EDM2_WIDTHS:
             raise ValueError(f"size={size!r} must be one of {', '.join(EDM2_WIDTHS)}")
-        return _preset(cls, event_shape, _EDM2 | {"width": EDM2_WIDTHS[size]}, changes, features=1.0)
+        usual = _EDM2 | {"width": EDM2_WIDTHS[size] if width is None else width}
+        return _preset(cls, event_shape, usual, changes, features=1.0)
 
 
 _DDPM: dict[str, Any] = {

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
-from test_conf import CONF, common, compose, names
+import torch
+from test_conf import CONF, SMALL, common, compose, names, trained_for_two_steps
 
 from score_sde import Sampler, grid
 from score_sde.run import instantiate
@@ -39,3 +43,20 @@ def test_a_recipe_of_images_names_its_source_and_what_was_reported_and_measured(
     assert "https://arxiv.org/abs/" in header
     assert "The paper: " in header or "o paper reports" in header
     assert "not run" in header or "Measured" in header
+
+
+@pytest.mark.parametrize("network", ["unet", "dit_s"])
+def test_a_context_goes_from_a_file_to_the_network(network: str, tmp_path: Path) -> None:
+    source = np.random.default_rng(0)
+    images, tokens = source.normal(size=(24, 1, 8, 8)), source.normal(size=(24, 3, 5))
+    np.savez(tmp_path / "a.npz", x=images, tokens=tokens)
+    small = [f"network.{key}={value}" for key, value in SMALL.items() if key in compose(f"network={network}").network]
+    config = compose(
+        f"network={network}", *small, "network.context_width=5", "data=file", f"data.path={tmp_path / 'a.npz'}",
+        "data.context=tokens", "objective.label_dropout=0.5", "trainer.steps=2", "trainer.batch_size=8",
+        "trainer.progress=false",
+    )  # fmt: skip
+    model = trained_for_two_steps(config, tmp_path)
+    x, context = torch.zeros(2, 1, 8, 8), torch.tensor(tokens[:2]).float()
+    with torch.no_grad():
+        assert not torch.equal(model(x, 0.5, context=context).denoised, model(x, 0.5).denoised)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from pathlib import Path
 
+import hydra
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from score_sde.networks import MLP, NCSN, DiT, NCSNv2, UNet
 from score_sde.networks.blocks import Attention, Style
 from score_sde.networks.embedding import Embedding
 from score_sde.networks.refinenet import InstanceNormPlus
+from score_sde.networks.transformer import SIZES
+from score_sde.networks.unet import EDM2_WIDTHS
+from score_sde.run import instantiate
 
 SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.0}
 REFINE = {"width": 4, "multipliers": (1, 2, 2), "dilations": (1, 1, 2), "conditional": True}
@@ -141,6 +148,34 @@ def test_x_of_another_shape_is_refused(make):
 def test_impossible_networks_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+TARGETS = {"unet": UNet, "dit_b": DiT, "ncsn": NCSN, "ncsnv2": NCSNv2, "mlp": MLP}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_its_config_names_every_option_with_its_default(name):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        given = OmegaConf.to_container(hydra.compose(f"network/{name}").network)
+    known = dict(list(inspect.signature(TARGETS[name].__init__).parameters.items())[1:])
+    assert given.keys() - {"_target_", "size"} == known.keys()
+    if name == "unet":
+        tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        assert all(tuples[key] == parameter.default for key, parameter in known.items() if key != "event_shape")
+
+
+@pytest.mark.parametrize("name", ["dit_s", "dit_b", "dit_l", "dit_xl", *(f"edm2_{size}" for size in EDM2_WIDTHS)])
+def test_a_size_gives_what_its_config_leaves_open(name):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        node = hydra.compose(f"network/{name}").network
+    node.event_shape = [3, 64, 64]
+    fewer = {"width": 96, **({"heads": 3} if "heads" in node else {})}
+    with torch.device("meta"):
+        usual, changed = (instantiate({**node, **changes}).first.weight.shape[0] for changes in ({}, fewer))
+    kind, size = name.split("_")
+    assert usual == (SIZES[size]["width"] if kind == "dit" else EDM2_WIDTHS[size])
+    assert changed == 96
 
 
 def test_embedding_tells_close_and_distant_noise_levels_apart():
