@@ -1,4 +1,7 @@
-"""Ends a run in order: a first SIGTERM or Ctrl-C is noted for the loop to see, a second has its usual effect."""
+"""Ends a run in order: a first signal is noted for the loop to see, a second has its usual effect.
+
+SIGTERM, Ctrl-C, and the warnings of schedulers before a limit or a preemption: SIGUSR1, SIGUSR2.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["interrupts"]
+__all__ = ["hand_on", "interrupts"]
+
+NOTED = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 @contextmanager
 def interrupts() -> Iterator[list[signal.Signals]]:
-    """A list in which the first SIGTERM or SIGINT appears; outside the main thread signals are left alone."""
+    """A list in which the first such signal appears; outside the main thread signals are left alone."""
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    usual = {number: signal.getsignal(number) for number in NOTED}
 
     def restore() -> None:
         for number, handler in usual.items():
@@ -34,3 +39,9 @@ def interrupts() -> Iterator[list[signal.Signals]]:
         yield received
     finally:
         restore()
+
+
+def hand_on(number: signal.Signals) -> None:
+    """Lets a launcher's own handler of a signal have it, once the run has ended: submitit requeues the job there."""
+    if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler):
+        signal.raise_signal(number)
