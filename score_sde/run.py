@@ -77,15 +77,11 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, config: DictConfig | Mapping[str, Any], trust: Sequence[str] = ()) -> Run:
-        """Writes `config`, resolved, as the config.yaml of a directory. Raises OmegaConf's error where it has holes."""
-        from omegaconf import OmegaConf
-
-        tree = config if OmegaConf.is_config(config) else OmegaConf.create(dict(config))
-        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        """A new run with a config (see `save_config`). Raises ValueError where the directory has another's checkpoints."""
         run = cls(path, trust)
-        if distributed.is_main():
-            run.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+        if run.checkpoints.latest() is not None:
+            raise ValueError(f"{path} has checkpoints of another run: open it with Run.open, or choose a new directory")
+        run.save_config(config)
         return run
 
     @classmethod
@@ -111,6 +107,16 @@ class Run:
         if not isinstance(config, DictConfig):
             raise ValueError(f"{self.path / 'config.yaml'} holds no mapping: restore it from the run's .hydra folder")
         return config
+
+    def save_config(self, config: DictConfig | Mapping[str, Any]) -> None:
+        """Writes a config, resolved, to config.yaml in one instant. Raises OmegaConf's error where it has holes."""
+        from omegaconf import OmegaConf
+
+        tree = config if OmegaConf.is_config(config) else OmegaConf.create(dict(config))
+        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        if distributed.is_main():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
 
     def model(self, ema: bool | float = True, step: int | None = None) -> LearnedScore:
         """The trained model on the CPU, in evaluation mode: averaged weights of the latest checkpoint by default.

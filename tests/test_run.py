@@ -94,6 +94,13 @@ def test_a_directory_that_is_no_run_is_named(tmp_path):
         Run.create(tmp_path, CONFIG).model()
 
 
+def test_a_directory_with_checkpoints_keeps_its_configuration(run):
+    before = (run.path / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"has checkpoints of another run: open it with Run.open, or choose a new"):
+        Run.create(run.path, CONFIG | {"seed": 9})
+    assert (run.path / "config.yaml").read_text() == before
+
+
 def test_weights_of_another_network_are_refused(run, tmp_path):
     narrow = CONFIG | {"network": CONFIG["network"] | {"width": 4}}
     other = Run.create(tmp_path, narrow)

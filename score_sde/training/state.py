@@ -259,7 +259,7 @@ class TrainingState:
         self._load(self.place.held, checkpoints.weights(step, ema=False))  # last, for it fills the model itself
         for name, part in self.optimizer.parts.items():
             part.load_state_dict(self._converted(state[name], self.place.part))
-        if self.loss_scale is not None:
+        if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.scale.fill_(state["loss_scale"])
             self.loss_scale.good_steps.fill_(state["good_steps"])
         self.time_sampler.load_state_dict(state.get("times", {}))

@@ -69,9 +69,9 @@ def _remembering(model: nn.Module) -> Iterator[None]:
     """Without gradient checkpointing, which networks announce by an attribute `checkpointing`."""
     chosen = [module for module in model.modules() if getattr(module, "checkpointing", False)]
     for module in chosen:
-        module.checkpointing = False
+        module.__dict__["checkpointing"] = False
     try:
         yield
     finally:
         for module in chosen:
-            module.checkpointing = True
+            module.__dict__["checkpointing"] = True

@@ -192,16 +192,18 @@ class Trainer:
         *,
         seed: int = 0,
         resume: bool = False,
+        on_start: Callable[[], None] | None = None,
         on_sample: SampleHook | None = None,
         on_evaluate: EvaluateHook | None = None,
     ) -> TrainingResult:
         """Trains `model` in place, leaving metrics.jsonl and checkpoints in `directory`, or nothing where it is None.
 
+        `on_start()` is called once nothing is left to refuse, before the first step and before anything is written.
         Every `sample_every` steps `on_sample(step, model, averaged_model)` is called, both models in evaluation mode;
         every `evaluate_every` steps `on_evaluate(step, model, averaged_model)`, whose numbers join the row of metrics.
-        Of several processes all train and call the hooks, and the main one writes. SIGTERM and Ctrl-C end the run after
-        the step at hand, with a checkpoint; a second one ends it at once. With `resume` the run continues from the
-        latest checkpoint, on any number of processes, or starts where none was written yet.
+        Of several processes all train and call the hooks, and the main one writes. SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2
+        end the run after the step at hand, with a checkpoint; a second one has its usual effect. With `resume` the run
+        continues from the latest checkpoint, on any number of processes, or starts where none was written yet.
 
         Raises:
             ValueError: model, data and times do not fit; the directory has checkpoints and `resume` is False; the
@@ -220,6 +222,8 @@ class Trainer:
             raise ValueError(f"{directory} has checkpoints up to step {last}: resume it, or choose a new directory")
         if checkpoints is not None and last is not None:
             state.restore(checkpoints, last)
+        if on_start is not None:
+            on_start()
         if folder is not None and snapshots is not None and distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             snapshots.remove_after(state.step)

@@ -31,6 +31,7 @@ from score_sde.training import (
     UniformTimes,
     checkpoint,
 )
+from score_sde.training.interrupt import NOTED, hand_on
 
 
 def weights(directory: Path, step: int | None = None, ema: bool = True) -> dict[str, torch.Tensor]:
@@ -84,7 +85,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, uninterrupted, die
     assert [row["step"] for row in rows(tmp_path)] == [row["step"] for row in rows(uninterrupted)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", NOTED)
 def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, uninterrupted, number):
     before = signal.getsignal(number)
     result = tiny.train(tmp_path, data=Interrupting(17, signals=number))
@@ -93,6 +94,28 @@ def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, uninterrupted, 
     assert signal.getsignal(number) is before
     assert tiny.train(tmp_path, resume=True).interrupted is None
     assert_same_weights(tmp_path, uninterrupted)
+
+
+def test_a_launcher_s_own_handler_has_its_signal_once_the_run_has_ended(tmp_path):
+    heard, usual = [], signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
+    try:
+        result = tiny.train(tmp_path, data=Interrupting(17, signals=signal.SIGUSR2))
+        assert heard == []
+        hand_on(result.interrupted)
+        assert heard == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, usual)
+    hand_on(signal.SIGUSR2)  # the system's, which would end this process, is left alone
+
+
+def test_what_follows_a_refusal_has_not_begun(tmp_path):
+    begun = []
+    tiny.train(tmp_path, on_start=lambda: begun.append(1))
+    assert begun == [1]
+    for options in ({}, {"resume": True, "seed": 1}):
+        with pytest.raises(ValueError, match=r"checkpoints up to step 40|seed=1"):
+            tiny.train(tmp_path, on_start=lambda: begun.append(2), **options)
+    assert begun == [1]
 
 
 def test_a_signal_while_samples_are_drawn_also_writes_a_checkpoint(tmp_path):
