@@ -2,36 +2,46 @@
 
 python scripts/train.py [experiment=digits] [sde=ve] [trainer.steps=2000] ...    see conf/train.yaml
 python scripts/train.py resume=outputs/toy/2026-01-01_12-00-00                   continues a run
+python scripts/train.py resume=auto hydra.run.dir=runs/mine ...                  starts it, or continues it where it was
 torchrun --nproc-per-node 8 scripts/train.py ...                                 eight GPUs, to the weights of one
+
+SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2 end a run after the step at hand, with a checkpoint.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import common
 import figures
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from score_sde import LearnedScore, Sampler, distributed
+from score_sde import LearnedScore, Prediction, Sampler, ScoreModel, distributed
 from score_sde.classifier import NoisyClassifier
-from score_sde.data import Data, generator, measure_sigma_data, measure_sigma_max
-from score_sde.evaluation import Evaluation, evaluate, known_metrics, score_error
+from score_sde.data import Data, TensorData, generator, measure_sigma_data, measure_sigma_max
+from score_sde.evaluation import Evaluation, Reference, evaluate, known_metrics, score_error
 from score_sde.evaluation.classification import accuracy_by_noise
+from score_sde.guidance import Guided
 from score_sde.run import Run, build_model, instantiate
+from score_sde.training.interrupt import hand_on
+
+# What the weights, and the order of examples, are nothing without: a run goes on with its own.
+FIXED = ("network", "sde", "parameterization", "data", "event_shape", "seed", "trainer.batch_size")
 
 
 @common.main("train")
 def main(config: DictConfig) -> float:
-    run, resume = _continued(config) if config.resume else (None, False)
-    config = run.config if run else config
-    trust = tuple(config.trust)
+    run, resumes = opened(config)
+    config, trust = run.config, run.trust
     data: Data = instantiate(config.data, trust)
-    if run is None:
+    if not resumes:
         fill_in(config, data, HydraConfig.get().runtime.choices)
     model = build_model(config, trust)
     parts = {name: instantiate(config[name], trust) for name in ("objective", "time_sampler", "trainer")}
@@ -40,12 +50,27 @@ def main(config: DictConfig) -> float:
     parts["trainer"].check(model, data, parts["time_sampler"])
     for sampler in (preview, *samplers.values()):
         sampler.check(model.sde)
+    views = common.views_of(config.evaluation, trust)
     check_metrics(config, data)
-    run = run or Run.create(HydraConfig.get().runtime.output_dir, config, trust)
+    check_references(config, data, views)
+    periodic = config.evaluation.get("num_periodic") or config.num_samples
+
+    @cache
+    def labels(count: int) -> dict[str, Tensor]:
+        return labels_of(config, data, count)
+
+    def measure(model: LearnedScore, samplers: Mapping[str, Any], count: int, progress: bool) -> Evaluation:
+        return evaluate(
+            model, data, samplers, num_samples=count, seed=config.seed, metrics=config.evaluation.metrics,
+            condition=labels(count), progress=progress, **views,
+        )  # fmt: skip
 
     def on_sample(step: int, raw: LearnedScore, averaged: LearnedScore) -> None:
+        count = config.num_previews
         for name, shown in (("raw", raw), ("ema", averaged)):
-            samples, *_ = distributed.sample(preview, shown, config.num_previews, seed=config.seed, batch_size=250)
+            samples, *_ = distributed.sample(
+                preview, shown, count, seed=config.seed, batch_size=250, condition=labels(count)
+            )
             if not distributed.is_main():
                 continue
             if tuple(data.event_shape) == (2,):
@@ -56,31 +81,40 @@ def main(config: DictConfig) -> float:
             figures.save(picture, run.samples / f"step-{step:09d}-{name}.png")
 
     def on_evaluate(step: int, raw: LearnedScore, averaged: LearnedScore) -> dict[str, float]:
-        table = evaluate(
-            averaged, data, {"preview": preview}, num_samples=config.num_samples, seed=config.seed,
-            metrics=config.evaluation.metrics, progress=False,
-        ).table  # fmt: skip
+        table = measure(averaged, {"preview": preview}, periodic, False).table
         return {f"eval/{metric}": value for metric, value in zip(table["metric"], table["value"], strict=True)}
 
     trained = parts["trainer"].fit(
-        model, data, parts["objective"], parts["time_sampler"], run.path, seed=config.seed, resume=resume,
-        on_sample=on_sample, on_evaluate=on_evaluate,
+        model, data, parts["objective"], parts["time_sampler"], run.path, seed=config.seed, resume=resumes,
+        on_start=partial(run.save_config, config), on_sample=on_sample, on_evaluate=on_evaluate,
     )  # fmt: skip
     if trained.interrupted:
         print(f"interrupted at step {trained.step}; continue with: python scripts/train.py resume={run.path}")
+        hand_on(trained.interrupted)
         sys.exit(128 + trained.interrupted)
     averaged = trained.model.eval().requires_grad_(False)
-    return finish(run, averaged, data, samplers, config)
+    if isinstance(averaged, NoisyClassifier):
+        return finish_classifier(run, averaged, data, config)
+    evaluation = measure(averaged, samplers, config.num_samples, config.trainer.progress)
+    return finish(run, Labelled(averaged, labels) if labels(1) else averaged, data, evaluation, samplers, config)
 
 
-def finish(run: Run, model: LearnedScore, data: Data, samplers: dict[str, Any], config: DictConfig) -> float:
-    """Samples, metrics, figures and result.json; returns the number that a sweep minimises."""
-    if isinstance(model, NoisyClassifier):
-        return finish_classifier(run, model, data, config)
-    evaluation: Evaluation = evaluate(
-        model, data, samplers, num_samples=config.num_samples, seed=config.seed, metrics=config.evaluation.metrics,
-        progress=config.trainer.progress, **common.views_of(config.evaluation, run.trust),
-    )  # fmt: skip
+class Labelled(Guided):
+    """A model that knows nothing without labels, for figures: row i of a batch has label i of `labels(batch)`."""
+
+    def __init__(self, model: LearnedScore, labels: Callable[[int], dict[str, Tensor]]) -> None:
+        super().__init__(model)
+        self.labels = labels
+
+    def __call__(self, x: Tensor, t: Any, **condition: Any) -> Prediction:
+        own = {name: value.to(x.device) for name, value in self.labels(len(x)).items()}
+        return self.model(x, t, **{**own, **condition})
+
+
+def finish(
+    run: Run, model: ScoreModel, data: Data, evaluation: Evaluation, samplers: dict[str, Any], config: DictConfig
+) -> float:
+    """Samples, figures and result.json; returns the number that a sweep minimises."""
     score = evaluation.mean_ratio(config.evaluation.objective)
     if not distributed.is_main():
         return score
@@ -156,23 +190,71 @@ def check_metrics(config: DictConfig, data: Data) -> None:
             raise ValueError(f"{name}={config[name]} must be at least 1")
 
 
-def _continued(config: DictConfig) -> tuple[Run, bool]:
-    """The run to resume, with the values given on the command line over its own.
+def check_references(config: DictConfig, data: Data, views: Mapping[str, Any]) -> None:
+    """Refuses, with ValueError or FileNotFoundError, features and references that do not fit the data or one another."""
+    features, references = views["features"], views["references"]
+    for name in features.keys() | references.keys():
+        if name not in features:
+            raise ValueError(f"evaluation.references names {name!r}: add it to evaluation.features={[*features]}")
+        if not isinstance(data, TensorData) or len(data.event_shape) != 3:
+            raise ValueError(f"the features {name!r} are for finite sets of images: set evaluation.features=[]")
+    if references and config.evaluation.get("num_periodic"):
+        raise ValueError("evaluation.references hold num_samples images: leave them or evaluation.num_periodic out")
+    for name, path in references.items():
+        Reference.of(data, features[name], config.num_samples, path=path)
 
-    Raises ValueError for a config group other than the run's own: another model cannot take up its weights.
+
+def labels_of(config: DictConfig, data: Data, count: int) -> dict[str, Tensor]:
+    """`label` (count,) for samples: those of the first training examples, whose order the seed of the data decides.
+
+    Empty where the data have none, or the network learns to do without one (`objective.label_dropout`).
     """
-    run = Run.open(config.resume, tuple(config.trust))
-    dotlist = []
-    for override in HydraConfig.get().overrides.task:
-        name, _, value = override.partition("=")
-        if name in run.config.choices:
-            if str(run.config.choices[name]) != value:
-                raise ValueError(f"{override} differs from the run's own {name}={run.config.choices[name]}: "
-                                 "start a new run, or leave it out")  # fmt: skip
-        elif name not in ("resume", "trust"):
-            dotlist.append(override.lstrip("+"))
-    merged = OmegaConf.merge(run.config, OmegaConf.from_dotlist(dotlist))
-    return Run.create(run.path, merged, run.trust), True  # type: ignore[arg-type]
+    if data.num_classes is None or config.objective.get("label_dropout"):
+        return {}
+    batches = [data.batch(step, 100).condition["label"] for step in range(-(-count // 100))]
+    return {"label": torch.cat(batches)[:count]}
+
+
+def opened(config: DictConfig) -> tuple[Run, bool]:
+    """The run of this command with its config, and whether it goes on from checkpoints.
+
+    Raises ValueError where `resume` is `auto` and the output directory has no name of its own.
+    """
+    automatic, trust, folder = config.resume == "auto", tuple(config.trust), Path(HydraConfig.get().runtime.output_dir)
+    if automatic and folder == Path.cwd():
+        raise ValueError("resume=auto goes on in the folder that it started in: name it, hydra.run.dir=<folder>")
+    known = distributed.agree(Run(folder).checkpoints.latest()) if automatic else config.resume
+    if known is None:
+        run = Run(folder, trust)
+        run.config = config
+    else:
+        run = Run.open(folder if automatic else config.resume, trust)
+        run.config = continued(run.config, HydraConfig.get().overrides.task)
+    return run, known is not None
+
+
+def continued(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config of a run to resume, with the values given on the command line over its own.
+
+    Raises ValueError for another config group, or another value of what is FIXED. What was `auto` has been measured.
+    """
+    given: dict[str, str] = {}
+    for override in overrides:
+        name, _, value = override.lstrip("+").partition("=")
+        if name in own.choices:
+            _same(name, own.choices[name] or "null", value)
+        elif name not in ("resume", "trust") and value != "auto" and not name.startswith("~"):
+            given[name] = value
+    merged = OmegaConf.merge(own, OmegaConf.from_dotlist([f"{name}={value}" for name, value in given.items()]))
+    for name in given:
+        if name in FIXED or name.partition(".")[0] in FIXED:
+            _same(name, *(OmegaConf.select(config, name) for config in (own, merged)))
+    return merged  # type: ignore[return-value]
+
+
+def _same(name: str, own: Any, given: Any) -> None:
+    if own != given:
+        raise ValueError(f"{name}={given} differs from the run's own {name}={own}: start a new run, or leave it out")
 
 
 if __name__ == "__main__":

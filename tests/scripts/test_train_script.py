@@ -1,0 +1,193 @@
+"""scripts/train.py: what a run may be resumed with, jobs that are started again by the same command, labelled data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from typed import ROOT, script
+
+from score_sde.data import TargetStream, TensorData, digits
+from score_sde.evaluation import Pixels, Reference
+from score_sde.targets import make
+from score_sde.training import Checkpoints
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import train
+
+TINY = ["trainer.batch_size=16", "trainer.checkpoint_every=20", "trainer.log_every=10", "num_samples=40",
+        "trainer.progress=false", "trainer.sample_every=0", "evaluation.samplers=[ddim]",
+        "evaluation.metrics=[sliced_w2]", "trainer.schedule=constant"]  # fmt: skip
+
+OWN = OmegaConf.create({
+    "network": {"width": 32, "event_shape": [2]}, "sde": {"sigma_max": 7.5}, "data": {"path": "a"}, "seed": 0,
+    "trainer": {"batch_size": 8, "steps": 10}, "choices": {"sde": "ve", "debug": None}, "resume": None,
+})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "override", ["network.width=64", "+network.depth=3", "sde=vp", "sde.sigma_max=5", "data.path=b", "seed=1",
+                 "trainer.batch_size=16", "debug=minute"],
+)  # fmt: skip
+def test_a_run_goes_on_with_its_own_model_data_and_batches(override: str) -> None:
+    name = override.lstrip("+").partition("=")[0]
+    with pytest.raises(ValueError, match=rf"{name}=.* differs from the run's own {name}=.*: start a new run, or leave"):
+        train.continued(OWN, ["trainer.steps=20", override])
+
+
+def test_other_values_and_those_it_has_already_are_taken() -> None:
+    same = ["sde=ve", "~debug", "debug=null", "network.width=32", "sde.sigma_max=auto", "seed=0", "resume=auto"]
+    assert train.continued(OWN, same) == OWN
+    changed = train.continued(OWN, ["trainer.steps=20", "+trainer.compile=true"])
+    assert changed.trainer == {"batch_size": 8, "steps": 20, "compile": True}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 400 steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    script("train", f"hydra.run.dir={folder}", *TINY, "trainer.steps=400", cwd=folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments", [["resume={run}", "trainer.batch_size=64"], ["resume={run}", "trainer.power_emas=[0.1]"],
+                  ["hydra.run.dir={run}", "seed=3"], ["resume=auto", "hydra.run.dir={run}", "network.width=8"]],
+)  # fmt: skip
+def test_what_is_refused_leaves_the_run_as_it_was(whole: Path, arguments: list[str]) -> None:
+    before = {file: file.read_bytes() for file in whole.rglob("*") if file.is_file()}
+    error = script("train", *[a.format(run=whole) for a in arguments], cwd=whole, code=1)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert {file: file.read_bytes() for file in whole.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_a_killed_job_started_again_by_the_same_command_ends_like_one_that_was_not(
+    whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    command = ["resume=auto", f"hydra.run.dir={run}", *TINY, "trainer.steps=400"]
+    saved, deadline = Checkpoints(run / "checkpoints"), time.monotonic() + 120
+    job = subprocess.Popen([sys.executable, str(ROOT / "scripts/train.py"), *command], cwd=tmp_path)
+    while saved.latest() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    job.send_signal(number)
+    assert job.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+    assert 0 < saved.latest() < 400
+    script("train", *command, cwd=tmp_path)
+    for name in ("weights", "ema"):
+        file = f"checkpoints/step-000000400/{name}.safetensors"
+        assert (run / file).read_bytes() == (whole / file).read_bytes()
+    assert json.loads((run / "result.json").read_text())["step"] == 400
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_job_again_where_a_process_died(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+               str(ROOT / "scripts/train.py"), "resume=auto", f"hydra.run.dir={run}", *TINY, "trainer.steps=400"]  # fmt: skip
+    job = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    saved, deadline = Checkpoints(run / "checkpoints"), time.monotonic() + 120
+    while saved.latest() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert job.wait(200) == 0
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(10, 401, 10))
+
+
+def test_automatic_resumption_asks_for_a_folder_of_a_fixed_name(tmp_path: Path) -> None:
+    error = script("train", "resume=auto", *TINY, cwd=tmp_path, code=1)
+    assert "resume=auto goes on in the folder that it started in: name it, hydra.run.dir=<folder>" in error
+    assert os.listdir(tmp_path) == []
+
+
+STRICT = """
+from score_sde.networks import MLP
+class Strict(MLP):
+    def forward(self, x, c_noise, label):
+        assert (label >= 0).all()
+        return super().forward(x, c_noise, label)
+"""
+
+
+def test_a_model_that_is_trained_with_labels_alone_is_never_asked_without_one(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "strict.py").write_text(STRICT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    own = [
+        "trust=[strict]",
+        "network._target_=strict.Strict",
+        "network.num_classes=10",
+        "data=digits",
+        "data.labels=true",
+    ]
+    looks = [
+        "trainer.steps=4",
+        "trainer.log_every=2",
+        "trainer.evaluate_every=2",
+        "trainer.sample_every=2",
+        "num_previews=4",
+    ]
+    views = ["evaluation.features=[pixels]", "evaluation.num_periodic=12", "evaluation.batch_size=7"]
+    run = tmp_path / "run"
+    script("train", f"hydra.run.dir={run}", *TINY, *own, *looks, *views, cwd=tmp_path)
+    assert (run / "figures/noise_to_data.gif").exists()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all({"eval/sliced_w2", "eval/FD (pixels)", "eval/memorised"} <= row.keys() for row in rows)
+    assert np.load(run / "samples/ddim.npy").shape == (40, 1, 8, 8)
+
+
+def test_labels_of_samples_have_the_frequencies_of_the_data() -> None:
+    data = TensorData(torch.zeros(1000, 2), (torch.arange(1000) % 4 == 0).long(), seed=1)
+    plain, dropping = (OmegaConf.create({"objective": {"label_dropout": p}}) for p in (0.0, 0.1))
+    labels = train.labels_of(plain, data, 1000)["label"]
+    assert labels.sum() == 250
+    assert torch.equal(train.labels_of(plain, data, 130)["label"], labels[:130])
+    assert train.labels_of(dropping, data, 10) == {}
+    assert train.labels_of(plain, TargetStream(make("ring")), 10) == {}
+
+
+REFUSED = {
+    "an extra that is missing": (["data=digits", "evaluation.features=[inception]"], "torch_fidelity is not installed: pip"),
+    "features of points": (["evaluation.features=[pca]"], "'pca' are for finite sets of images: set evaluation.features=[]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_end_of_a_run_needs_is_there_before_it_begins(case: str, tmp_path: Path) -> None:
+    arguments, message = REFUSED[case]
+    error = script("train", f"hydra.run.dir={tmp_path / 'run'}", *arguments, *TINY, cwd=tmp_path, code=1)
+    assert message in error
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_references_are_those_of_the_features_and_the_data(tmp_path: Path) -> None:
+    data, pixels = digits(), Pixels()
+    Reference.of(data, pixels, 40).save(tmp_path)
+    config = OmegaConf.create({"num_samples": 40, "evaluation": {"num_periodic": None}})
+
+    def check(references: dict, **changed) -> None:
+        views = {"features": {"pixels": pixels}, "references": references}
+        train.check_references(OmegaConf.merge(config, changed), data, views)
+
+    check({"pixels": str(tmp_path)})
+    for references, changed, message in (
+        ({"pxels": "a"}, {}, r"evaluation.references names 'pxels': add it to evaluation.features=\['pixels'\]"),
+        ({"pixels": str(tmp_path)}, {"num_samples": 30}, "count=40, not 30"),
+        ({"pixels": str(tmp_path)}, {"evaluation": {"num_periodic": 9}}, "num_periodic out"),
+        ({"pixels": "nowhere"}, {}, "nowhere"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            check(references, **changed)
