@@ -20,7 +20,18 @@ from torch.nn.functional import conv1d, conv2d, conv3d, linear, silu
 from score_sde.networks.blocks import Style, attend
 from score_sde.networks.embedding import check_augment, rows
 
-__all__ = ["MPBlock", "MPConcatenate", "MPConv", "MPEmbedding", "MPInput", "MPOutput", "mp_silu", "mp_sum", "on_sphere", "unit"]
+__all__ = [
+    "MPBlock",
+    "MPConcatenate",
+    "MPConv",
+    "MPEmbedding",
+    "MPInput",
+    "MPOutput",
+    "mp_silu",
+    "mp_sum",
+    "on_sphere",
+    "unit",
+]
 
 # The largest magnitude that an activation may take: only outliers in half precision ever come near it.
 CLIP = 256.0

@@ -73,7 +73,9 @@ def train(
         torch.nn.init.ones_(trained.network.idle.bias)
     if sphere:
         torch.manual_seed(0)
-        trained.network.blocks[0].branch = torch.nn.Sequential(MPConv(0, 16, 16), MPConv(0, 16, 1), torch.nn.Linear(1, 16))
+        trained.network.blocks[0].branch = torch.nn.Sequential(
+            MPConv(0, 16, 16), MPConv(0, 16, 1), torch.nn.Linear(1, 16)
+        )
     result = tiny.trainer(steps, **settings).fit(trained, data, objective, UniformTimes(), directory, resume=True)
     assert all(p.requires_grad for p in trained.parameters())
     (directory / f"read-{distributed.rank()}.json").write_text(json.dumps(data.read))
