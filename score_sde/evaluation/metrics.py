@@ -181,18 +181,18 @@ def kid(x: Tensor, y: Tensor) -> float:
     """
     x, y = _pair(x, y)
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / x.shape[1] + 1) ** 3
+    def pairs(a: Tensor, b: Tensor) -> float:
+        blocks = a.split(max(1, 2**22 // len(b)))
+        return sum(((block @ b.T / x.shape[1] + 1) ** 3).sum().item() for block in blocks)
 
     def within(a: Tensor) -> float:
         n = len(a)
         own = ((a.square().sum(dim=1) / x.shape[1] + 1) ** 3).sum().item()
-        return (sum(kernel(block, a).sum().item() for block in a.split(1000)) - own) / (n * (n - 1))
+        return (pairs(a, a) - own) / (n * (n - 1))
 
     if min(len(x), len(y)) < 2:
         raise ValueError("KID leaves out the pairs of a point with itself: give 2 samples of each at least")
-    across = sum(kernel(block, y).sum().item() for block in x.split(1000)) / (len(x) * len(y))
-    return within(x) + within(y) - 2 * across
+    return within(x) + within(y) - 2 * pairs(x, y) / (len(x) * len(y))
 
 
 METRICS: dict[str, Metric] = {"sliced_w2": sliced_w2, "w2": w2, "energy": energy_distance, "mmd": mmd}
