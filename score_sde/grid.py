@@ -191,7 +191,7 @@ def respaced(sde: SDE, steps: int, spacing: str = "trailing") -> Tensor:
 
     "leading": N / n i; "trailing": N - 1 - N / n i (both n = steps + 1 levels, the first without the noisiest, the
     second without the cleanest); "linspace": both ends. With a final Tweedie step every level is one call. "leading"
-    starts below t_max, from noise that is too strong for its level: the published default, kept for comparison.
+    begins below t_max; its published start has noise too strong for that level, x_init = model.start(z).
     Source: Lin et al. 2024, https://arxiv.org/abs/2305.08891, table 2 and section 3.3.
 
     Raises:

@@ -111,6 +111,8 @@ class TunedTable:
 class _Straight(LinearStep):
     """The rows of a table; the last, on the way to t_min, ends at the clean estimate itself."""
 
+    point_mass = False  # its mean is carried, the noise is kappa times the level's
+
     def __init__(self, table: TunedTable) -> None:
         self.table, self.memory = table, len(table.weights)
 

@@ -55,7 +55,7 @@ def sampled_law(sampler: Sampler, model: ScoreModel) -> Law:
     x, z = torch.cat([nothing[:1], unit, nothing[1:]]), torch.cat([nothing, unit])
     times = grids.check(sampler.grid(model.sde), model.sde)
     law = Law(torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64))
-    law = law.then(model.start(z))
+    law = law.then(model.start_at(z, times[0].item()))
     _check_affine(model, x, times[len(times) // 2].item())
 
     def draw(k: int) -> Tensor:

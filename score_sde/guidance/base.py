@@ -41,6 +41,9 @@ class Guided(ScoreModel):
     def start(self, z: Tensor) -> Tensor:
         return self.model.start(z)
 
+    def clean_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.clean_moments(like)
+
     def prepare(self, times: Iterable[float]) -> None:
         self.model.prepare(times)
 

@@ -110,6 +110,8 @@ class Replacement(Observed):
         operator = _operator(self)
         return x + operator.pseudo_inverse(alpha * self.y.to(z) - operator(x - sigma * z))
 
+    clean_moments = ScoreModel.clean_moments  # of its own start
+
 
 class DiffPIR(Observed):
     """D' = argmin_u |y - A u|^2 / (2 noise_std^2) + lam alpha^2 / (2 sigma^2) |u - D|^2, a proximal step from D.

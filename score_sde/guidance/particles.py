@@ -81,8 +81,9 @@ class TwistedParticles:
         """
         PiGDM(model, self.operator, self.y, self.noise_std, self.data_std)  # refuses what does not fit
         count = shape[0]
-        start = begin(model, (self.particles or count, *shape[1:]), seed, noise, x_init, condition, dtype)
         times = grids.check(self.grid(model.sde), model.sde)
+        shape = (self.particles or count, *shape[1:])
+        start = begin(model, shape, seed, noise, x_init, condition, dtype, times[0].item())
         rows = self.step.plan(model.sde, times[:-1], times[1:])
         if (times.diff() > 0).any() or any(row.c <= 0 for row in rows):
             raise ValueError(f"TwistedParticles needs a falling grid and a step with noise, got {self.step!r}")

@@ -165,3 +165,12 @@ def test_refusals(make_it, error, message):
         make_it(Labelled(RING, SDE))
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_guided_network_starts_where_its_model_does_on_grids_below_t_max():
+    torch.manual_seed(0)
+    model = LearnedScore(MLP((2,), width=8, depth=1, num_classes=3), VESDE(sigma_max=20.0), Noise(sigma_data=3.0), (2,))
+    guided, z = ClassifierFree(model, 1.0), points()
+    torch.testing.assert_close(guided.start_at(z, 0.4), model.start_at(z, 0.4), rtol=0, atol=0)
+    sigma = model.sde.sigma(0.4).item()
+    torch.testing.assert_close(guided.start_at(z, 0.4), (9 + sigma**2) ** 0.5 * z)
