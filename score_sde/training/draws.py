@@ -1,7 +1,8 @@
 """Global draws, then rows: what is random in a loss is drawn for the whole batch, of which a process keeps its rows.
 
 So any number of processes, and any cut of a batch into micro-batches, gives an example the same time, noise and label
-dropout. Masks that a network draws itself (dropout) cannot follow: they are keyed by (seed, step, process).
+dropout. The exception is what a network draws itself: masks of `nn.Dropout` come from (seed, step, process), one
+micro-batch after the other, since a mask for each row of the whole batch would cost every process all of its draws.
 """
 
 from __future__ import annotations
