@@ -87,16 +87,16 @@ def _unpacked(path: Path, wanted: Sequence[str], moved: Sequence[str | None]) ->
     """The wanted arrays of a .npz file, in the cache, the last axis of the `moved` ones taken second."""
 
     def write(folder: Path) -> None:
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                _check_names(path, wanted, arrays.files)
-                for i, name in enumerate(wanted):
-                    array = np.moveaxis(arrays[name], -1, 1) if name in moved else arrays[name]
-                    np.save(folder / f"{i}.npy", np.ascontiguousarray(array))
-        except (BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path} is damaged: save it again ({error})") from error
+        with np.load(path, allow_pickle=False) as arrays:
+            _check_names(path, wanted, arrays.files)
+            for i, name in enumerate(wanted):
+                array = np.moveaxis(arrays[name], -1, 1) if name in moved else arrays[name]
+                np.save(folder / f"{i}.npy", np.ascontiguousarray(array))
 
-    found = stored("npz", {"file": stamps([path]), "arrays": wanted, "moved": moved}, write)
+    try:
+        found = stored("npz", {"file": stamps([path]), "arrays": wanted, "moved": moved}, write)
+    except (BadZipFile, zlib.error, TypeError) as error:
+        raise ValueError(f"{path} holds no arrays of numbers, or is damaged: save it again ({error})") from error
     return {name: found[str(i)] for i, name in enumerate(wanted)}
 
 

@@ -141,12 +141,18 @@ def half_zip(folder):
     return load_file(folder / "a.npz")
 
 
+def words(folder):
+    np.savez(folder / "a.npz", x=np.array(["a", "b"]))
+    return load_file(folder / "a.npz")
+
+
 REFUSED = {
     "truncated": (broken, r"b\.png cannot be read as an image: remove or replace it"),
     "no image": (text, r"a\.jpg cannot be read as an image"),
     "floats": (floats, r"a\.tif holds 32-bit floats"),
     "32 bits": (deep, r"a\.tif holds 32-bit integers up to 70000"),
-    "damaged npz": (half_zip, r"a\.npz is damaged"),
+    "damaged npz": (half_zip, r"a\.npz holds no arrays of numbers, or is damaged"),
+    "npz of words": (words, r"a\.npz holds no arrays of numbers"),
     "no folder": (lambda folder: image_folder(folder / "none", 8), "none does not exist"),
     "channels": (lambda folder: Decoder(4, 4, 2), "channels=2"),
     "fit": (lambda folder: Decoder(4, 4, fit="pad"), "fit='pad' must be"),
