@@ -1,4 +1,4 @@
-"""Decoded once, mapped ever after: folders of arrays, found by what they were made of, known by what they hold.
+"""Decoded once, mapped ever after: folders of arrays, keyed by the hash of what they were made of.
 
 An entry appears whole, by one rename, or not at all; a lock lets one process decode while the others wait for it.
 They lie under $SCORE_SDE_CACHE, or ~/.cache/score_sde, and may be deleted at any time.
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Stored", "cached", "content", "digest", "hash_of", "mapped", "root", "stamps", "stored"]
+__all__ = ["Stored", "cached", "content", "digest", "hash_of", "mapped", "root", "stored"]
 
 
 def root() -> Path:
@@ -63,7 +63,7 @@ class Stored(NamedTuple):
 def stored(kind: str, made_of: Mapping[str, Any], write: Callable[[Path], None]) -> dict[str, Stored]:
     """The arrays that `write(folder)` leaves as .npy files, by name; see `cached`.
 
-    `made_of` only finds them: the same content made of other files, e.g. of a copy, has the same fingerprint.
+    The same arrays made of other files, e.g. of another format, have the same fingerprint.
     """
 
     def write_and_hash(folder: Path) -> None:
@@ -109,15 +109,18 @@ def _locked(descriptor: int) -> Iterator[None]:
     yield
 
 
-def stamps(files: Sequence[Path]) -> str:
-    """The hash of path, size and time of change of all files, what finds entries made of large ones at once."""
+def content(files: Sequence[Path]) -> str:
+    """The hash of the names and contents of files, in their order, what keys entries made of them.
+
+    It is kept under their paths, sizes and times of change: files are read again only where these differ.
+    """
     found = [(os.path.abspath(file), os.stat(file)) for file in files]
-    return digest([[path, stat.st_size, stat.st_mtime_ns] for path, stat in found])
+    stamps = digest([[path, stat.st_size, stat.st_mtime_ns] for path, stat in found])
 
+    def write(folder: Path) -> None:
+        (folder / "content").write_text(digest([[file.name, _hash(file)] for file in files]))
 
-def content(files: Sequence[Path]) -> list[list[str]]:
-    """[name, hash of the content] of each file, what finds entries made of a few."""
-    return [[file.name, _hash(file)] for file in files]
+    return (cached("contents", {"files": stamps}, write) / "content").read_text()
 
 
 def _hash(file: Path) -> str:

@@ -84,7 +84,7 @@ class Decoder:
         return replace(self, height=height, width=width, fit="exact")
 
     def stated(self) -> dict[str, Any]:
-        """What finds a cache entry: the settings, and a version that any change of the rules raises."""
+        """What keys a cache entry: the settings, and a version that any change of the rules raises."""
         return {**asdict(self), "rules": 1}
 
     def __call__(self, source: Source, name: str) -> tuple[np.ndarray[Any, Any], list[str]]:
@@ -164,7 +164,7 @@ class Images:
         count: how many.
         read: gives (source, name) of each, in order.
         labels: their classes, or None.
-        made_of: what finds the cache entry beside the rules, e.g. the hash of paths, sizes and times of the files.
+        made_of: what keys the cache entry beside the rules, e.g. the hash of the files.
     """
 
     title: str

@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from score_sde.data.augment import Augment
-from score_sde.data.cache import Stored, mapped, stamps, stored
+from score_sde.data.cache import Stored, content, mapped, stored
 from score_sde.data.decode import SUFFIXES, Decoder, Images, Size, decoded
 from score_sde.data.tensor import Examples, TensorData
 
@@ -94,7 +94,7 @@ def _unpacked(path: Path, wanted: Sequence[str], moved: Sequence[str | None]) ->
                 np.save(folder / f"{i}.npy", np.ascontiguousarray(array))
 
     try:
-        found = stored("npz", {"file": stamps([path]), "arrays": wanted, "moved": moved}, write)
+        found = stored("npz", {"file": content([path]), "arrays": wanted, "moved": moved}, write)
     except (BadZipFile, zlib.error, TypeError) as error:
         raise ValueError(f"{path} holds no arrays of numbers, or is damaged: save it again ({error})") from error
     return {name: found[str(i)] for i, name in enumerate(wanted)}
@@ -154,7 +154,7 @@ def _folder(root: Path, labels: bool, classes: Sequence[str] | None = None) -> t
     number = {name: i for i, name in enumerate(names)}
     given = np.array([number[folder] for folder in folders]) if labels else None
     pairs = [(file, str(file)) for file in paths]
-    return Images(str(root), len(paths), lambda: pairs, given, {"files": stamps(paths)}), names
+    return Images(str(root), len(paths), lambda: pairs, given, {"files": content(paths)}), names
 
 
 def _like(examples: Examples, channels: int, fit: str) -> Decoder:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from score_sde.data.augment import Augment
-from score_sde.data.cache import stamps
+from score_sde.data.cache import content
 from score_sde.data.decode import Decoder, Images, Size, Source, decoded
 from score_sde.data.tensor import TensorData
 
@@ -113,7 +113,7 @@ def _parquet_images(path: Path, image: str, label: str | None) -> Images:
     if label:
         classes = np.concatenate([table.read([label]).column(0).to_numpy() for table in tables])
     count = sum(table.metadata.num_rows for table in tables)
-    return Images(str(path), count, read, _integers(classes, label, path), {"files": stamps(files), "image": image})
+    return Images(str(path), count, read, _integers(classes, label, path), {"files": content(files), "image": image})
 
 
 def _readable(parquet: Any, file: Path, columns: list[str]) -> Any:
@@ -177,7 +177,10 @@ def _dataset_images(dataset: Any, image: str, label: str | None, title: str) -> 
             yield (given["bytes"] or Path(given["path"])), f"{title} row {row}"
 
     classes = dataset.with_format("numpy")[label][:] if label else None
-    made_of = {"fingerprint": dataset._fingerprint, "files": stamps([Path(f["filename"]) for f in dataset.cache_files])}
+    made_of = {
+        "fingerprint": dataset._fingerprint,
+        "files": content([Path(f["filename"]) for f in dataset.cache_files]),
+    }
     return Images(title, len(dataset), read, _integers(classes, label, title), {**made_of, "image": image})
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from score_sde.data import image_folder, load_file
+from score_sde.data import Decoder, image_folder, load_file
 from score_sde.data.cache import cached, mapped
 from score_sde.evaluation import Pixels, Reference
 
@@ -71,12 +71,21 @@ def test_a_changed_image_or_setting_is_another_entry(tmp_path, cache):
     assert (changed.examples().x[:, 0].amin((1, 2)) == 1).sum() == 1
 
 
-def test_a_fingerprint_is_of_the_content_wherever_it_came_from(tmp_path):
+def test_a_copied_or_touched_folder_is_not_decoded_again(tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "pictures")
+    first = image_folder(folder, 6).fingerprint
+    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)
+    os.utime(folder / "0.png", (1, 1))
+    monkeypatch.setattr(Decoder, "__call__", lambda *_: pytest.fail("decoded again"))
+    assert image_folder(folder, 6).fingerprint == image_folder(copy, 6).fingerprint == first
+
+
+def test_a_fingerprint_is_of_the_content_wherever_it_came_from(tmp_path, monkeypatch):
     """A reference stored on one machine serves on another, whose folder has another path and other times."""
     folder = pictures(tmp_path / "pictures", 12)
     data = image_folder(folder)
+    monkeypatch.setenv("SCORE_SDE_CACHE", str(tmp_path / "of another machine"))
     copied = image_folder(shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy))
-    os.utime(folder / "0.png", (1, 1))
     arrays = np.stack([np.asarray(Image.open(folder / f"{i}.png")) for i in sorted(range(12), key=str)])
     np.savez_compressed(tmp_path / "a.npz", x=arrays)
     np.save(tmp_path / "a.npy", arrays.transpose(0, 3, 1, 2))
