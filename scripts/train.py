@@ -186,9 +186,10 @@ def check_metrics(config: DictConfig, data: Data) -> None:
             raise ValueError(f"unknown metric {name!r}; for these data: {', '.join(known)}")
     if config.evaluation.objective not in chosen:
         raise ValueError(f"evaluation.objective={config.evaluation.objective} is not among evaluation.metrics: add it")
-    for name in ("num_samples", "num_previews"):
-        if config[name] < 1:
-            raise ValueError(f"{name}={config[name]} must be at least 1")
+    for name in ("num_samples", "num_previews", "evaluation.num_periodic"):
+        count = OmegaConf.select(config, name)
+        if count is not None and count < 1:
+            raise ValueError(f"{name}={count} must be at least 1")
 
 
 def check_references(config: DictConfig, data: Data, views: Mapping[str, Any]) -> None:

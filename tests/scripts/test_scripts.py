@@ -107,6 +107,7 @@ WRONG = {
     "wrong weights": ("train", ["target.weights=[1,2]"], "weights are 8 non-negative numbers"),
     "unknown metric": ("train", ["evaluation.metrics=[fid]"], "unknown metric 'fid'"),
     "no samples": ("train", ["num_samples=0"], "must be at least 1"),
+    "no samples on the way": ("train", ["evaluation.num_periodic=0"], "num_periodic=0 must be at least 1"),
     "nothing to sample with": ("train", ["sampler.predictor=null"], "a predictor, a corrector or both"),
     "untrusted code": ("train", ["sde._target_=os.system"], "is refused"),
     "no run named": ("sample", [], "give run=<directory>"),
