@@ -60,7 +60,12 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                 sys.exit(refusal(error))
 
         def run() -> None:
+            before = dict(os.environ)
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            # A job that submitit starts elsewhere finds these scripts' own modules.
+            os.environ["PYTHONPATH"] = os.pathsep.join(
+                filter(None, [str(Path(__file__).parent), before.get("PYTHONPATH")])
+            )
             logging.getLogger("matplotlib").setLevel(logging.WARNING)
             join()
             try:
@@ -70,7 +75,8 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                     raise
                 sys.exit(refusal(error))
             finally:
-                os.environ["HYDRA_FULL_ERROR"] = str(int(full_error))
+                os.environ.clear()
+                os.environ.update(before)
 
         return run
 
@@ -124,6 +130,7 @@ def named(group: str, name: str) -> DictConfig:
         config = hydra.compose(f"{group}/{name}")
     for part in group.split("/"):
         config = config[part]
+    OmegaConf.set_struct(config, False)  # open to the names that a user adds
     return config
 
 

@@ -54,6 +54,9 @@ def guided(config: DictConfig, run: Run, model: LearnedScore) -> ScoreModel:
     Raises ValueError for an unknown label, a guidance without its label or run, and one that restores observations.
     """
     labels = labels_of(config.label)
+    if not labels and "label" in model.condition_names and not OmegaConf.select(run.config, "objective.label_dropout"):
+        raise ValueError("this network knows nothing without labels (objective.label_dropout=0 in its run): "
+                         "give label=<number>, or several as label=[0,1,2]")  # fmt: skip
     node: dict[str, Any] = OmegaConf.to_container(config.guidance, resolve=False)  # type: ignore[assignment]
     others = [_other(node, run, model)] if "run" in node else []
     if isinstance(node.get("negative"), int):

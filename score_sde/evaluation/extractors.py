@@ -204,4 +204,5 @@ def _needed(module: str, extra: str | None) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         install = f"'score_sde[{extra}]'" if extra else "torch-fidelity torchvision"
-        raise ImportError(f"{module.partition('.')[0]} is not installed: pip install {install}") from error
+        raise ImportError(f"{module.partition('.')[0]} is not installed: pip install {install}, or take "
+                          "evaluation.features=[pca]") from error  # fmt: skip

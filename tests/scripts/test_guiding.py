@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from score_sde.training import DenoisingScoreMatching, NoisyCrossEntropy, Traine
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import guiding  # noqa: E402
+from typed import script  # noqa: E402
 
 NETWORKS = {
     "labelled": {"_target_": "score_sde.networks.MLP", "event_shape": [1, 8, 8], "width": 16, "depth": 1,
@@ -36,14 +35,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         name: trained(tmp_path_factory.mktemp(name), network, "score_sde.sde.VPSDE")
         for name, network in NETWORKS.items()
-    } | {"elsewhere": trained(tmp_path_factory.mktemp("ve"), NETWORKS["classifier"], "score_sde.sde.VESDE")}
+    } | {
+        "elsewhere": trained(tmp_path_factory.mktemp("ve"), NETWORKS["classifier"], "score_sde.sde.VESDE"),
+        "always labelled": trained(tmp_path_factory.mktemp("all"), NETWORKS["labelled"], "score_sde.sde.VPSDE", 0.0),
+    }
 
 
-def trained(folder: Path, network: dict, sde: str) -> str:
+def trained(folder: Path, network: dict, sde: str, dropout: float = 0.1) -> str:
     config = OmegaConf.create({
         "data": {"_target_": "score_sde.data.digits", "labels": "num_classes" in network}, "network": network,
         "sde": {"_target_": sde}, "parameterization": {"_target_": "score_sde.parameterization.Karras"},
-        "event_shape": [1, 8, 8], "seed": 0,
+        "event_shape": [1, 8, 8], "seed": 0, "objective": {"label_dropout": dropout},
     })  # fmt: skip
     run, model = Run.create(folder, config), build_model(config)
     objective = NoisyCrossEntropy() if isinstance(model, NoisyClassifier) else DenoisingScoreMatching()
@@ -100,6 +102,7 @@ WRONG = {
     "a classifier of another process": (
         "plain", ["label=3", "guidance=classifier", "guidance.run={elsewhere}"], "one process and event shape"),
     "a posterior sampler": ("plain", ["label=3", "guidance=mmps"], "use scripts/edit.py"),
+    "a network that knows nothing without labels": ("always labelled", [], "give label=<number>"),
     "bad interval": ("labelled", ["label=3", "guidance.interval=[2,1]"], "0 <= low < high"),
 }  # fmt: skip
 
@@ -113,15 +116,13 @@ def test_wrong_inputs_are_refused_in_one_line(runs, case):
     assert "\n" not in str(refusal.value)
 
 
-def script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts/sample.py"), *arguments, "num_samples=4", "sampler.grid.steps=2"]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-
-
 def test_as_a_user_types_it(runs, tmp_path):
-    done = script(f"run={runs['labelled']}", "label=[3,4]", "guidance.scale=2", "batch_size=3", cwd=tmp_path)
-    assert "4 network calls each" in done.stdout, done.stderr
+    few = ["num_samples=4", "sampler.grid.steps=2"]
+    out = script(
+        "sample", f"run={runs['labelled']}", "label=[3,4]", "guidance.scale=2", "batch_size=3", *few, cwd=tmp_path
+    )
+    assert "4 network calls each" in out
     assert np.load(Path(runs["labelled"]) / "samples/default-labels/samples.npy").shape == (4, 1, 8, 8)
-    done = script(f"run={runs['classifier']}", cwd=tmp_path)
-    assert done.stderr.startswith("error: this is a classifier p(label | x_t)")
-    assert done.stderr.count("\n") == 1
+    error = script("sample", f"run={runs['classifier']}", *few, cwd=tmp_path, code=1)
+    assert error.startswith("error: this is a classifier p(label | x_t)")
+    assert error.count("\n") == 1
