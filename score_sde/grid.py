@@ -7,6 +7,7 @@ x / alpha, whose level is s(t) = sigma(t) / alpha(t) = exp(-lambda(t)). Bind the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,15 +29,16 @@ def check(times: Tensor, sde: SDE) -> Tensor:
     if not torch.isfinite(sde.half_log_snr(times)).all():
         raise ValueError(f"a grid's times must have a finite noise level in {sde!r}; got times from "
                          f"{times.max().item():g} to {times.min().item():g}")  # fmt: skip
-    if times[-1] >= times[0]:
-        raise ValueError(f"a grid runs from noise to data, its times decrease; got {times[0].item():g} first and "
-                         f"{times[-1].item():g} last: reverse it")  # fmt: skip
-    if (times.diff() == 0).any():
+    listed = times.tolist()
+    if listed[-1] >= listed[0]:
+        raise ValueError(f"a grid runs from noise to data, its times decrease; got {listed[0]:g} first and "
+                         f"{listed[-1]:g} last: reverse it")  # fmt: skip
+    if any(t == s for t, s in itertools.pairwise(listed)):
         raise ValueError("a grid has two equal times in a row: remove one")
-    slack = 1e-9 * (sde.t_max - sde.t_min)
-    if times.max() > sde.t_max + slack or times.min() < sde.t_min - slack:
+    slack, high, low = 1e-9 * (sde.t_max - sde.t_min), max(listed), min(listed)
+    if high > sde.t_max + slack or low < sde.t_min - slack:
         raise ValueError(f"a grid lies in [t_min, t_max] = [{sde.t_min:g}, {sde.t_max:g}], "
-                         f"got times from {times.max().item():g} to {times.min().item():g}")  # fmt: skip
+                         f"got times from {high:g} to {low:g}")  # fmt: skip
     return times
 
 

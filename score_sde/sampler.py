@@ -299,5 +299,7 @@ def _advance(
 
 
 def _rows(step: Step, sde: SDE, t: Tensor, s: Tensor, mask: Tensor) -> dict[int, tuple[Step, LinearRow]]:
+    if mask.all():
+        return dict(enumerate((step, row) for row in step.plan(sde, t, s)))
     chosen = mask.nonzero().squeeze(-1).tolist()
     return {i: (step, row) for i, row in zip(chosen, step.plan(sde, t[mask], s[mask]) if chosen else [], strict=True)}

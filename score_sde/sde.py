@@ -193,7 +193,7 @@ class _LinearBeta(SDE):
     def log_alpha(self, t: Time) -> Tensor:
         """log alpha(t) = -1/2 int_0^t beta."""
         t = as_time(t)
-        return -t * (t * (self.beta_max - self.beta_min) / 4 + self.beta_min / 2)
+        return t * (t * ((self.beta_min - self.beta_max) / 4) - self.beta_min / 2)
 
     def alpha(self, t: Time) -> Tensor:
         return self.log_alpha(t).exp()
@@ -236,7 +236,7 @@ class VPSDE(_LinearBeta):
 
     def time_at(self, half_log_snr: Time) -> Tensor:
         # sigma^2 / alpha^2 = exp(-2 lambda) gives log alpha = -softplus(-2 lambda) / 2.
-        return self._time_at_log_alpha(-torch.nn.functional.softplus(-2 * as_time(half_log_snr), threshold=1e9) / 2)
+        return self._time_at_log_alpha(-0.5 * torch.nn.functional.softplus(-2 * as_time(half_log_snr), threshold=1e9))
 
 
 class SubVPSDE(_LinearBeta):

@@ -64,7 +64,7 @@ class Sizes:
     """How much is measured; `quick()` is for tests."""
 
     loop: tuple[int, ...] = (64, 3, 32, 32)
-    steps: int = 40
+    steps: int = 100
     network: tuple[int, ...] = (16, 3, 32, 32)
     width: int = 32
     multipliers: tuple[int, ...] = (1, 2, 4, 6)  # 9.6 M parameters

@@ -11,6 +11,7 @@ the variance of the exact forward transition from s to t.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -51,11 +52,18 @@ def accumulate(x: Tensor, weights: Sequence[Scalar], outputs: Sequence[Tensor]) 
     return x
 
 
-def chain_length(t: Tensor, s: Tensor) -> Tensor:
-    """For each move t[i] -> s[i], how many evaluations it may use: those since the last break t[i] != s[i - 1]."""
-    index = torch.arange(len(t))
-    broken = torch.cat([torch.ones(1, dtype=torch.bool), t[1:] != s[:-1]])
-    return index - torch.where(broken, index, 0).cummax(0).values + 1
+def by_history(t: Tensor, s: Tensor, memory: int) -> dict[int, list[int]]:
+    """The moves t[i] -> s[i] by the number of evaluations each may use, `memory` at most: those since the last break.
+
+    A break is a move that does not begin where the one before it ended.
+    """
+    found: dict[int, list[int]] = {}
+    depth, before = 0, math.nan
+    for move, (here, there) in enumerate(zip(t.tolist(), s.tolist(), strict=True)):
+        depth = min(depth + 1, memory) if here == before else 1
+        found.setdefault(depth, []).append(move)
+        before = there
+    return found
 
 
 class LinearStep(Step):
@@ -87,13 +95,12 @@ class LinearStep(Step):
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[LinearRow]:
         rows: dict[int, LinearRow] = {}
         output = [part.expand(len(t)) for part in self.output(sde, t)]
-        age = chain_length(t, s).clamp(max=self.memory)
-        for depth in age.unique().tolist():
-            moves = (age == depth).nonzero().squeeze(-1)
-            times = torch.stack([t[moves - k] for k in range(depth)])
-            a, b, c = self.coefficients(sde, times, s[moves])
-            table = finite(self, sde, t[moves], [t[moves], a, c, *(part[moves] for part in output), *b])
-            for move, (at, a_, c_, u, w, *b_) in zip(moves.tolist(), table, strict=True):
+        for depth, moves in by_history(t, s, self.memory).items():
+            i = torch.tensor(moves)
+            times = t[i - torch.arange(depth).unsqueeze(1)]
+            a, b, c = self.coefficients(sde, times, s[i])
+            table = finite(self, sde, times[0], [times[0], a, c, *(part[i] for part in output), *b])
+            for move, (at, a_, c_, u, w, *b_) in zip(moves, table, strict=True):
                 rows[move] = LinearRow(at, a_, tuple(b_), c_, (u, w))
         return [rows[move] for move in range(len(t))]
 
