@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from score_sde import distributed
 from score_sde.data import Batch, Data, Draws, generator, key
+from score_sde.memory import keep_freed_memory
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
 from score_sde.training.draws import rows_of
@@ -89,6 +90,7 @@ class TrainingState:
     def __init__(
         self, trainer: Trainer, model: LearnedScore, objective: Objective, time_sampler: TimeSampler, seed: int
     ) -> None:
+        keep_freed_memory()
         self.device = distributed.device(trainer.device)
         self.trainer, self.objective, self.time_sampler = trainer, objective, time_sampler
         self.seed, self.step, self.model = seed, 0, model.train()

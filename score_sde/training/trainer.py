@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 from score_sde import distributed
 from score_sde.data import Data
-from score_sde.memory import keep_freed_memory
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
 from score_sde.training.interrupt import interrupts
@@ -212,7 +211,6 @@ class Trainer:
             DivergenceError: more than `max_nonfinite` non-finite steps. No checkpoint is written of that state.
         """
         distributed.start()
-        keep_freed_memory()
         self.check(model, data, time_sampler)
         folder = None if directory is None else Path(directory)
         checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", self.keep_checkpoints)
