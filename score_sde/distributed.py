@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 8 scripts/train.py ...        srun --ntasks-per-node 8 python scripts/train.py ...
 
 The rule of the package: what is random is drawn for the whole batch from a keyed generator and each process takes its
-rows, or is keyed by sample; no result depends, beyond rounding, on how many processes made it. The one exception is
-training with dropout, whose masks are each process's own.
+rows, or is keyed by sample; no result depends, beyond rounding, on how many processes made it. Dropout is keyed
+so too (`networks.Dropout`); the masks of a network of one's own with `torch.nn.Dropout` are each process's.
 """
 
 from __future__ import annotations

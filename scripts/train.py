@@ -4,7 +4,6 @@ python scripts/train.py [experiment=digits] [sde=ve] [trainer.steps=2000] ...   
 python scripts/train.py resume=outputs/toy/2026-01-01_12-00-00                   continues a run
 python scripts/train.py resume=auto hydra.run.dir=runs/mine ...                  starts it, or continues it where it was
 torchrun --nproc-per-node 8 scripts/train.py ...                                 eight GPUs, to the weights of one
-                                                                                 (but for the masks of dropout)
 
 SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2 end a run after the step at hand, with a checkpoint.
 """

@@ -1,5 +1,6 @@
 """Networks F(x, c_noise, label) -> (the shape of x): plain modules that know nothing of SDEs. Each starts at F = 0."""
 
+from score_sde.networks.dropout import Dropout
 from score_sde.networks.encoder import Encoder
 from score_sde.networks.energy import Conservative
 from score_sde.networks.mlp import MLP
@@ -8,4 +9,4 @@ from score_sde.networks.refinenet import NCSNv2
 from score_sde.networks.transformer import DiT
 from score_sde.networks.unet import UNet
 
-__all__ = ["MLP", "NCSN", "Conservative", "DiT", "Encoder", "NCSNv2", "UNet"]
+__all__ = ["MLP", "NCSN", "Conservative", "DiT", "Dropout", "Encoder", "NCSNv2", "UNet"]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from score_sde.networks.dropout import Dropout
 from score_sde.networks.embedding import zeroed
 from score_sde.networks.resample import BlurredConv, Double, Halve, conv
 
@@ -89,7 +90,7 @@ class Block(nn.Module):
         adaptive = style.modulation == "scale_shift"
         self.norm = style.norm(outward, affine=not adaptive)
         self.modulation = nn.Linear(style.embedding, 2 * outward if adaptive else outward)
-        self.end = nn.Sequential(nn.SiLU(), nn.Dropout(style.dropout), zeroed(style.conv(outward, outward)))
+        self.end = nn.Sequential(nn.SiLU(), Dropout(style.dropout), zeroed(style.conv(outward, outward)))
         same = inward == outward and not (style.project_skip and scale is not None)
         self.skip = nn.Identity() if same else style.conv(inward, outward, size=1)
         self.attention = Attention(outward, style) if attends else None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, conv3d, linear, silu
 
 from score_sde.networks.blocks import Style, attend
+from score_sde.networks.dropout import Dropout
 from score_sde.networks.embedding import check_augment, rows
 
 __all__ = [
@@ -158,7 +159,7 @@ class MPBlock(nn.Module):
         self.skip = nn.Identity() if inward == outward else MPConv(style.dims, inward, outward, size=1)
         self.begin = MPConv(style.dims, inward if decoder else outward, outward)
         self.modulation, self.gain = MPConv(0, style.embedding, outward), nn.Parameter(torch.zeros(()))
-        self.dropout, self.end = nn.Dropout(style.dropout), MPConv(style.dims, outward, outward)
+        self.dropout, self.end = Dropout(style.dropout), MPConv(style.dims, outward, outward)
         self.attention = MPAttention(outward, style) if attends else None
         self.cross = MPCrossAttention(outward, style) if attends and style.context_width else None
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from score_sde.networks.blocks import attend, caller, glorot
+from score_sde.networks.dropout import Dropout
 from score_sde.networks.embedding import Embedding, check_shape, context_of, grid_shape, positive, zeroed
 
 __all__ = ["SIZES", "DiT", "patches", "positions", "unpatched"]
@@ -132,13 +133,13 @@ class DiTBlock(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = zeroed(nn.Linear(width, 6 * width))
         self.qkv = nn.Linear(width, 3 * width)
-        self.project = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
+        self.project = nn.Sequential(nn.Linear(width, width), Dropout(dropout))
         self.query = self.keys_values = self.cross = None
         if context_width is not None:
             self.query, self.keys_values = nn.Linear(width, width), nn.Linear(context_width, 2 * width)
             self.cross = zeroed(nn.Linear(width, width))
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width), nn.Dropout(dropout)
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width), Dropout(dropout)
         )
 
     def forward(self, h: Tensor, embedded: Tensor, context: Tensor | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """Global draws, then rows: what is random in a loss is drawn for the whole batch, of which a process keeps its rows.
 
-So any number of processes, and any cut of a batch into micro-batches, gives an example the same time, noise and label
-dropout. The exception is what a network draws itself: masks of `nn.Dropout` come from (seed, step, process), one
-micro-batch after the other, since a mask for each row of the whole batch would cost every process all of its draws.
+So any number of processes, and any cut of a batch into micro-batches, gives an example the same time, noise, label
+dropout and, by a key for each layer and example, the same masks of `networks.Dropout`. The exception is what a network of
+one's own draws otherwise: masks of `torch.nn.Dropout` come from (seed, step, process), one micro-batch after the other.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from score_sde import distributed
 from score_sde.data import Batch, Data, Draws, generator, key
 from score_sde.memory import keep_freed_memory
+from score_sde.networks.dropout import Dropout, keyed
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
 from score_sde.training.draws import rows_of
@@ -102,6 +103,7 @@ class TrainingState:
         self.optimizer = Optimizer(trainer.optimizer, self.place.held, hidden, trainer.betas, trainer.weight_decay)
         self.averages = {name: EMA(self.place.held, decay) for name, decay in decays(trainer).items()}
         self.loss_scale = LossScale(self.device) if trainer.precision == "16-mixed" else None
+        self.dropouts = [module for module in self.place.network.modules() if isinstance(module, Dropout)]
         self.window = Window(self.device)
         self.nonfinite, self.reported, self.flops = 0, 0, 0
         self.peak = trainer.peak_flops or peak_flops(self.device, trainer.precision)
@@ -157,16 +159,23 @@ class TrainingState:
         if self.view is None:
             self.view = self._connected(batches[0], rows[0], times, source)
         torch.manual_seed(key(self.seed, "dropout", self.step, *([distributed.rank()] if distributed.rank() else [])))
-        found = [
-            self._differentiated(batch, part, times, source, last=part is rows[-1])
-            for batch, part in zip(batches, rows, strict=True)
-        ]
+        keys = self._dropout_keys()
+        found = []
+        for batch, part in zip(batches, rows, strict=True):
+            with keyed(self.dropouts, keys[:, part]):
+                found.append(self._differentiated(batch, part, times, source, last=part is rows[-1]))
         self._update(joined(found), times.u[distributed.share(size)])
         if type(self.time_sampler).update is not TimeSampler.update:  # gathering waits for the device
             self.time_sampler.update(times, distributed.gather(joined(found).loss))
         for average in self.averages.values():
             average.update(self.place.held, size, self.step * size)
         self.step += 1
+
+    def _dropout_keys(self) -> Tensor:
+        """int32 of shape (layers, batch): what this step's masks of each layer are made of, for every example."""
+        whole, shape = torch.iinfo(torch.int32), (len(self.dropouts), self.trainer.batch_size)
+        source = generator(self.seed, "dropout", self.step)
+        return torch.randint(whole.min, whole.max, shape, generator=source, dtype=torch.int32).to(self.device)
 
     def _connected(self, batch: Batch, rows: slice, times: Times, source: torch.Generator) -> LearnedScore:
         """The model as the objective sees it, its network distributed and compiled."""

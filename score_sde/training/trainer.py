@@ -4,9 +4,8 @@
 
 What step n draws (data, times, noise, dropout) is keyed by (seed, n) alone: a run resumed from a checkpoint continues
 to the weights of an uninterrupted one, bit for bit on one CPU type and thread count. Any number of processes, started
-by `torchrun` or SLURM, and any `accumulate` give the weights of one, to rounding, where the network has no dropout: its
-masks depend on the process and the micro-batch (see `distributed` and `draws`). Between two lines of metrics.jsonl
-nothing waits for the device.
+by `torchrun` or SLURM, and any `accumulate` give the weights of one, to rounding (see `distributed` and
+`draws`). Between two lines of metrics.jsonl nothing waits for the device.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 
 from score_sde import Sampler, distributed, grid
 from score_sde.data import Batch, TensorData
-from score_sde.networks import MLP
+from score_sde.networks import MLP, Dropout
 from score_sde.networks.magnitude import MPConv
 from score_sde.parameterization import Noise
 from score_sde.score import LearnedScore
@@ -55,6 +55,7 @@ def model() -> LearnedScore:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         network = MLP((2,), width=16, depth=2, frequencies=4, num_classes=50)
+        network.blocks[0].branch.insert(1, Dropout(0.2))
     return LearnedScore(network, VPSDE(), Noise(), (2,))
 
 

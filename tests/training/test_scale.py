@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from score_sde.data import Batch, TensorData
-from score_sde.networks import MLP, NCSN, UNet
+from score_sde.networks import MLP, NCSN, Dropout, UNet
 from score_sde.parameterization import Noise
 from score_sde.score import LearnedScore
 from score_sde.sde import VPSDE
@@ -33,9 +33,9 @@ def pictures() -> TensorData:
 
 
 def plain() -> LearnedScore:
-    """The tiny model without dropout, whose masks are no function of the example."""
+    """The tiny model, whose dropout has a mask for each example instead of torch's."""
     model = tiny.model()
-    model.network.blocks[0].branch[1].p = 0.0
+    model.network.blocks[0].branch[1] = Dropout(0.2)
     return model
 
 
