@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, group_norm, linear, pad, silu
 
+from score_sde.networks.dropout import Dropout, keyed
+
 
 def awake(network: nn.Module, seed: int = 1) -> nn.Module:
     """Noise added to every parameter, so that nothing is silent."""
@@ -163,3 +165,20 @@ class Song:
             return output
         h = self.layer(silu(self.norm(h)))
         return self.layer(self.conv(h, x.shape[1]))
+
+
+def compiled_equals_eager(network: nn.Module, x: Tensor, c_noise: Tensor, **conditions: Tensor) -> None:
+    """In one graph, without a break: outputs and gradients, the masks of dropout included; traced, not generated."""
+    torch._dynamo.reset()
+    layers = [module for module in network.modules() if isinstance(module, Dropout)]
+    keys = torch.arange(len(layers) * len(x), dtype=torch.int32).view(len(layers), len(x))
+    found = []
+    for run in (network, torch.compile(network, backend="aot_eager", fullgraph=True)):
+        network.zero_grad()
+        with keyed(layers, keys):
+            output = run(x, c_noise, **conditions)
+            output.square().mean().backward()
+        gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+        found.append((output.detach(), torch.cat(gradients)))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4 * eager.abs().max().item())

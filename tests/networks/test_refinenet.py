@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from references import awake
+from references import awake, compiled_equals_eager
 from torch.nn.functional import avg_pool1d, elu, interpolate, max_pool1d
 
 from score_sde import DiscreteSDE, LearnedScore, PublishedNoise
@@ -130,3 +130,11 @@ def test_impossible_networks_are_refused(options, message) -> None:
         NCSNv2((1, 6, 8), 4, (1, 2, 2), (1, 1, 1))
     with pytest.raises(ValueError, match="without classes"):
         NCSNv2((1, 8, 8), **SMALL)(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"conditional": True}, {"conditional": True, "checkpointing": True}])
+@pytest.mark.parametrize("event", [(2, 8), (2, 8, 12), (1, 4, 4, 8)], ids=["signal", "image", "video"])
+def test_every_option_compiles_to_the_eager_outputs_and_gradients(event, options) -> None:
+    torch.manual_seed(0)
+    compiled_equals_eager(awake(NCSNv2(event, **SMALL, **options)), torch.randn(3, *event), torch.linspace(-2, 1, 3))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from references import awake
+from references import awake, compiled_equals_eager
 
 from score_sde.networks import DiT
 from score_sde.networks.transformer import SIZES, DiTBlock, patches, positions, unpatched
@@ -144,3 +144,13 @@ def test_compiled_equals_eager() -> None:
     torch.testing.assert_close(
         torch.compile(network)(x, c_noise, label), network(x, c_noise, label), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"dropout": 0.3, "checkpointing": True}])
+@pytest.mark.parametrize(("event", "patch"), EVENTS.values(), ids=EVENTS)
+def test_every_option_compiles_to_the_eager_outputs_and_gradients(event, patch, options) -> None:
+    torch.manual_seed(0)
+    network = awake(DiT(event, patch=patch, **TINY, num_classes=3, context_width=5, **options))
+    conditions = {"label": torch.tensor([0, 2, -1]), "context": torch.randn(3, 4, 5)}
+    compiled_equals_eager(network, torch.randn(3, *event), torch.linspace(-2, 1, 3), **conditions)

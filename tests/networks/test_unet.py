@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from references import awake, upfirdn
+from references import awake, compiled_equals_eager, upfirdn
 from torch import Tensor, nn
 
 from score_sde import LearnedScore, Noise
@@ -405,6 +405,22 @@ def test_cosine_attention_ignores_the_length_of_queries() -> None:
     away = layer(x) * math.hypot(0.7, 0.3) - 0.7 * x
     scaled = layer(5 * x) * math.hypot(0.7, 0.3) - 3.5 * x
     torch.testing.assert_close(away, scaled, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("event", EVENTS.values(), ids=EVENTS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_compiles_to_the_eager_outputs_and_gradients(event, options) -> None:
+    torch.manual_seed(0)
+    network = awake(UNet(event, **{**SMALL, **options}, num_classes=3, context_width=5, augment_width=9))
+    conditions = {"label": torch.tensor([0, 2, -1]), "context": torch.randn(3, 4, 5), "augment": torch.randn(3, 9)}
+    compiled_equals_eager(network, *batch(event), **conditions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_every_preset_compiles_to_the_eager_outputs_and_gradients(preset) -> None:
+    compiled_equals_eager(awake(preset((3, 8, 8), **SMALL)), *batch((3, 8, 8)))
 
 
 @pytest.mark.slow
