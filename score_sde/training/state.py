@@ -174,8 +174,8 @@ class TrainingState:
     def _dropout_keys(self) -> Tensor:
         """int32 of shape (layers, batch): what this step's masks of each layer are made of, for every example."""
         whole, shape = torch.iinfo(torch.int32), (len(self.dropouts), self.trainer.batch_size)
-        source = generator(self.seed, "dropout", self.step)
-        return torch.randint(whole.min, whole.max, shape, generator=source, dtype=torch.int32).to(self.device)
+        source = generator(self.seed, "dropout", self.step, device=self.device)  # a copy from the host would wait
+        return torch.randint(whole.min, whole.max, shape, generator=source, dtype=torch.int32, device=self.device)
 
     def _connected(self, batch: Batch, rows: slice, times: Times, source: torch.Generator) -> LearnedScore:
         """The model as the objective sees it, its network distributed and compiled."""
