@@ -30,7 +30,7 @@ class Dropout(nn.Dropout):
     keys: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or self.keys is None:
+        if not self.training or self.keys is None or self.p in (0, 1):
             return super().forward(x)
         return torch.where(kept(self.keys, x.shape[1:], self.p), x / (1 - self.p), 0.0)
 

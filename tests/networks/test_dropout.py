@@ -56,3 +56,10 @@ def test_without_keys_and_in_evaluation_it_is_torch_s():
     ours = layer.train()(x)
     torch.manual_seed(1)
     assert torch.equal(ours, torch.nn.functional.dropout(x, 0.5))
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_all_or_nothing_needs_no_mask(p):
+    layer, x = Dropout(p).train(), torch.ones(2, 3)
+    with keyed([layer], keys(2)[None]):
+        assert torch.equal(layer(x), (1 - p) * x)
