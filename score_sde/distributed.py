@@ -10,8 +10,10 @@ so too (`networks.Dropout`); the masks of a network of one's own with `torch.nn.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -43,8 +45,12 @@ def start() -> None:
 
 
 def _end() -> None:
+    """Parts from the group, after what still holds on to it; the pause lets its threads let go of their last tensors,
+    for which they need an interpreter that is not yet ending."""
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.2)
 
 
 def _read_slurm() -> None:
