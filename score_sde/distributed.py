@@ -40,13 +40,19 @@ def start() -> None:
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
         _read_slurm()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import torch.distributed.nn.functional  # read later, as DDP does, its default arguments hold the group for ever
+
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(_end)  # or gloo's threads now and then abort a process that has done its work
+        atexit.register(_end)
 
 
 def _end() -> None:
-    """Parts from the group, after what still holds on to it; the pause lets its threads let go of their last tensors,
-    for which they need an interpreter that is not yet ending."""
+    """Parts from the group while the interpreter lives.
+
+    A thread of gloo that lets go of the last hold on a tensor of Python's when the interpreter is ending aborts the
+    process ("terminate called without an active exception"). A group that nothing holds joins its threads; the
+    caches of DTensor, that is FSDP, hold it: for them the pause.
+    """
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()

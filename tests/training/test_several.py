@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import parting
 import pytest
 import several
 import torch
@@ -174,6 +175,16 @@ def test_one_of_two_processes_is_killed_and_the_run_resumed(tmp_path, resumed_by
     several.train(tmp_path / "whole", steps=target)
     assert differences(tmp_path / "whole", tmp_path / "killed", target) < 1e-4
     assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(1, target + 1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names from /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    process = torchrun(parting.__file__, tmp_path)
+    assert process.wait(timeout=120) == 0
+    for rank in (0, 1):
+        during, after = json.loads((tmp_path / f"threads-{rank}").read_text())
+        assert any("gloo" in name for name in during)
+        assert not any("gloo" in name for name in after)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, tmp_path):
