@@ -33,8 +33,8 @@ from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, VPSDE, RectifiedFlow, Time, as_time, derivative
-from score_sde.steps import IPNDM, AdamsBashforth, ExponentialAdams, RectifiedAdams, UniPC
-from score_sde.steps.linear import Coefficients, LinearRow, LinearStep
+from score_sde.steps import IPNDM, AdamsBashforth, ExponentialAdams, RectifiedAdams, Tabulated, UniPC
+from score_sde.steps.linear import LinearStep
 
 METHODS = ("coefficients", "grid")
 
@@ -85,12 +85,15 @@ class TunedTable:
         """half_log_snr, weights and noise."""
         return self.half_log_snr, self.weights, self.noise
 
+    def contents(self) -> dict[str, Any]:
+        """What a file of the table holds."""
+        rows = [row[: i + 1] for i, row in enumerate(self.weights.tolist())]
+        return {"half_log_snr": self.half_log_snr.tolist(), "noise": self.noise.tolist(), "weights": rows,
+                "record": self.record}  # fmt: skip
+
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON, its numbers to the last bit."""
-        rows = [row[: i + 1] for i, row in enumerate(self.weights.tolist())]
-        table = {"half_log_snr": self.half_log_snr.tolist(), "noise": self.noise.tolist(), "weights": rows,
-                 "record": self.record}  # fmt: skip
-        Path(path).write_text(json.dumps(table, indent=1) + "\n")
+        Path(path).write_text(json.dumps(self.contents(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> TunedTable:
@@ -106,24 +109,6 @@ class TunedTable:
         rows = [row + [0.0] * (calls - len(row)) for row in table["weights"]]
         number = partial(torch.tensor, dtype=torch.float64)
         return cls(number(table["half_log_snr"]), number(rows), number(table["noise"]), table["record"])
-
-
-class _Straight(LinearStep):
-    """The rows of a table; the last, on the way to t_min, ends at the clean estimate itself."""
-
-    point_mass = False  # its mean is carried, the noise is kappa times the level's
-
-    def __init__(self, table: TunedTable) -> None:
-        self.table, self.memory = table, len(table.weights)
-
-    def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[LinearRow]:
-        a, b = _straight(sde, t, self.table.noise)
-        rows = (b.unsqueeze(1) * self.table.weights).tolist()
-        return [LinearRow(time, scale, tuple(row[i::-1]), 0.0)
-                for i, (time, scale, row) in enumerate(zip(t.tolist(), a.tolist(), rows, strict=True))]  # fmt: skip
-
-    def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
-        raise NotImplementedError("a table's rows are numbers, not functions of time: see `plan`")
 
 
 def _straight(sde: SDE, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +131,8 @@ class TunedSampler(Sampler):
 
     def __init__(self, table: TunedTable | str | Path) -> None:
         self.table = table if isinstance(table, TunedTable) else TunedTable.load(table)
-        super().__init__(_Straight(self.table), self._times, final="none")
+        self.step = Tabulated(self.table.contents())
+        super().__init__(self.step, self._times, final="none")
 
     def _times(self, sde: SDE) -> Tensor:
         """The times of the calls, and t_min in the place of the end.
@@ -159,7 +145,7 @@ class TunedSampler(Sampler):
         if abs(own[0].item() - first) > 1e-3 or own[-1].item() >= last:
             raise ValueError(f"this table's calls lie at half log SNR {own[0].item():.4g} to {own[-1].item():.4g}, "
                              f"{sde!r} is sampled from {first:.4g} to {last:.4g}: tune one for it")  # fmt: skip
-        return torch.cat([own.new_tensor([sde.t_max]), sde.time_at(own[1:]), own.new_tensor([sde.t_min])])
+        return self.step.grid(sde)
 
 
 # --- untuned solvers as tables ----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Tabulated(LinearStep):
     Args:
         table: a .json or .npz file, or a mapping, with `levels` (N + 1 decreasing noise levels sigma / alpha), `a` (N),
             `b` (N lists, the newest output's weight first; row i has at most i + 1), and where they are not all 0 and
-            (1, 0), `c` (N) and `output` (N pairs (u, w)); or a .json file of scripts/tune.py.
+            (1, 0), `c` (N) and `output` (N pairs (u, w)); or what scripts/tune.py writes.
 
     Raises:
         ValueError: the table's lengths do not fit, its levels do not decrease, or a number is not finite.
@@ -42,6 +42,7 @@ class Tabulated(LinearStep):
 
     def __init__(self, table: str | Path | Table) -> None:
         source = _read(Path(table)) if isinstance(table, str | Path) else table
+        source = _tuned(**source) if "half_log_snr" in source else source
         unknown, missing = source.keys() - {"levels", "a", "b", "c", "output"}, {"levels", "a", "b"} - source.keys()
         if unknown or missing:
             raise ValueError("a table has levels, a, b and may have c and output; "
@@ -118,15 +119,14 @@ def _read(path: Path) -> Table:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     if path.suffix == ".json":
-        table = dict(json.loads(path.read_text()))
-        return _tuned(**table) if "half_log_snr" in table else table
+        return dict(json.loads(path.read_text()))
     raise ValueError(f"a table is a .json or .npz file, got {path.name!r}")
 
 
 def _tuned(
     half_log_snr: Sequence[float], noise: Sequence[float], weights: Sequence[Sequence[float]], record: Any
 ) -> Table:
-    """A file of scripts/tune.py (`score_sde.tuning.TunedTable`) in this module's terms."""
+    """The numbers of a `score_sde.tuning.TunedTable` in this module's terms."""
     levels = np.append(np.exp(-np.asarray(half_log_snr)), 0.0)
     left = np.append(noise, 0.0) * levels
     a = left[1:] / left[:-1]
