@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from score_sde import SDE, distributed
-from score_sde.data import Data, measure_sigma_max
+from score_sde.data import Data, measure_sigma_data, measure_sigma_max
 from score_sde.run import Run, instantiate
 from score_sde.training import DivergenceError
 
@@ -207,12 +207,25 @@ def samplers_of(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]
     return {name: instantiate(node, trust) for name, node in sampler_nodes(config).items()}
 
 
+def fill_auto(config: DictConfig, data: Data) -> None:
+    """Writes the scales that the config leaves `auto` into it, measured from the data."""
+    measures = {
+        ("sde", "sigma_max"): functools.partial(measure_sigma_max, quantile=config.get("sigma_max_quantile", 1.0)),
+        ("parameterization", "sigma_data"): measure_sigma_data,
+    }
+    for (group, name), measure in measures.items():
+        if config.get(group, {}).get(name) == "auto":
+            config[group][name] = round(measure(data), 4)
+            print(f"{group}.{name}: auto is {config[group][name]:g}, measured from the data")
+
+
 def sde_of(config: DictConfig, data: Data | None = None) -> SDE:
     """The SDE of a config, its `sigma_max: auto` written into it: measured from the data, as in training; 50 without."""
-    if config.sde.get("sigma_max") == "auto":
-        config.sde.sigma_max = 50.0 if data is None else round(measure_sigma_max(data), 4)
-        source = "as nothing is trained here" if data is None else "measured from the data"
-        print(f"sde.sigma_max: auto is {config.sde.sigma_max:g}, {source}")
+    if data is not None:
+        fill_auto(config, data)
+    elif config.sde.get("sigma_max") == "auto":
+        config.sde.sigma_max = 50.0
+        print("sde.sigma_max: auto is 50, as nothing is trained here")
     return instantiate(config.sde, config.trust)
 
 

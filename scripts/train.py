@@ -25,7 +25,7 @@ from torch import Tensor
 
 from score_sde import LearnedScore, Prediction, Sampler, ScoreModel, distributed
 from score_sde.classifier import NoisyClassifier
-from score_sde.data import Data, TensorData, generator, measure_sigma_data, measure_sigma_max
+from score_sde.data import Data, TensorData, generator
 from score_sde.evaluation import Evaluation, Reference, evaluate, known_metrics, score_error
 from score_sde.evaluation.classification import accuracy_by_noise
 from score_sde.guidance import Guided
@@ -165,14 +165,7 @@ def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str]) -> None:
     config.event_shape = list(data.event_shape)
     if data.target is None:
         config.target = None
-    measures = {
-        ("sde", "sigma_max"): partial(measure_sigma_max, quantile=config.sigma_max_quantile),
-        ("parameterization", "sigma_data"): measure_sigma_data,
-    }
-    for (group, name), measure in measures.items():
-        if config[group].get(name) == "auto":
-            config[group][name] = round(measure(data), 4)
-            print(f"{group}.{name}: auto is {config[group][name]:g}, measured from the data")
+    common.fill_auto(config, data)
     config.choices = {group: name for group, name in choices.items() if "hydra" not in group}
 
 
