@@ -117,6 +117,8 @@ class Sharded(Single):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard  # a second, for those who need it
 
+        # A warning meant for those who write into a network's output, which nothing here does.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(device.type, (distributed.count(),))
         self.device, self.network = device, copy.deepcopy(model.network).to(device)
         blocks = [block for parent in self.network.modules() if isinstance(parent, nn.ModuleList) for block in parent]
