@@ -339,7 +339,7 @@ class Samples(Protocol):
 
 def tune(
     model: ScoreModel, steps: int, *, method: str = "coefficients", samples: int | None = None, iterations: int = 800,
-    starts: int = 12, seed: int = 0, teacher: Samples | None = None, robust: float = 0.02,
+    starts: int = 12, seed: int = 0, teacher: Samples | None = None, robust: float = 0.07,
     batch_size: int | None = None, minutes: float | None = None, pairs: tuple[Pairs, Pairs] | None = None,
     progress: bool = True,
 ) -> TunedTable:  # fmt: skip
@@ -395,7 +395,7 @@ def tune(
 
 def converged_pairs(
     model: ScoreModel, *, samples: int | None = None, seed: int = 0, teacher: Samples | None = None,
-    robust: float = 0.02, batch_size: int | None = None, progress: bool = True,
+    robust: float = 0.07, batch_size: int | None = None, progress: bool = True,
 ) -> tuple[Pairs, Pairs]:  # fmt: skip
     """Starting points and the teacher's endpoints, to fit on and to validate; arguments as `tune` has them.
 
