@@ -168,7 +168,7 @@ def sample(
     parts, nfe, seconds = [torch.empty(0, *model.event_shape)], 0, 0.0
     for indices in _mine(batches, progress):
         named = {name: value[indices.to(value.device)].to(model.device) for name, value in (condition or {}).items()}
-        noise, shape = SampleNoise((seed << 32) + indices), (len(indices), *model.event_shape)
+        noise, shape = SampleNoise.of_run(seed, indices), (len(indices), *model.event_shape)
         bar = progress is not None and is_main() and len(batches) == 1
         result = sampler.sample(model, shape, noise=noise, condition=named, progress=bar)
         parts.append(result.x.cpu())

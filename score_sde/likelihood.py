@@ -101,7 +101,8 @@ def log_likelihood(
     Args:
         model: the score model; a network should be in evaluation mode.
         x: real-valued data, shape (batch, *event_shape). Closed-form models deserve float64.
-        divergence: "exact" (one vector-Jacobian product a dimension), "hutchinson" (Rademacher probes, unbiased) or
+        divergence: "exact" (one vector-Jacobian product a dimension), "hutchinson" (Rademacher probes, unbiased but for the
+            truncation, which is no linear function of the trace) or
             "hutch++" (the trace within a sketched range, Hutchinson for the rest; Meyer et al. 2021, algorithm 1).
         probes: random vectors a sample, fixed along its path; two or more give a standard error.
         method: "dopri5", "tsit5" or "bosh3", on the device, with an error and a step size for each sample, which no
@@ -222,11 +223,13 @@ def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int], bin_width: float)
     return -log_prob / (math.prod(event_shape) * math.log(2)) - math.log2(bin_width)
 
 
-def dequantize(codes: Tensor, generator: torch.Generator, *, bin_width: float, low: float) -> Tensor:
-    """low + bin_width (codes + u), u uniform on [0, 1): float32 data of integer codes 0, 1, 2, ..."""
+def dequantize(
+    codes: Tensor, generator: torch.Generator, *, bin_width: float, low: float, dtype: torch.dtype = torch.float32
+) -> Tensor:  # fmt: skip
+    """low + bin_width (codes + u), u uniform on [0, 1): data of integer codes 0, 1, 2, ..."""
     _check_codes(codes)
     u = torch.rand(codes.shape, generator=generator, device=codes.device, dtype=torch.float64)
-    return (low + bin_width * (codes + u)).float()
+    return (low + bin_width * (codes + u)).to(dtype)
 
 
 class GaussianDequantizer(nn.Module):
@@ -263,7 +266,7 @@ class GaussianDequantizer(nn.Module):
                 u, log_q = self(eps)
                 x = low + bin_width * (codes + u)
                 with torch.no_grad():
-                    slope = alpha * model((alpha * x).float(), model.sde.t_min).score.double()
+                    slope = alpha * model((alpha * x).to(_dtype(model)), model.sde.t_min).score.double()
                 loss = (log_q - (slope * x).flatten(1).sum(1)).mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -278,6 +281,8 @@ def discrete_log_likelihood(
     """A lower bound on log P(codes), in nats: log mean_k p(x_k) bin_width^d / q(u_k).
 
     x_k = low + bin_width (codes + u_k), u_k uniform unless a dequantizer is given; more draws raise it to log P.
+    The draws share their probes: an estimated trace leaves the bound right in the mean, where probes of their own would
+    lift it, as the draws are averaged as densities.
     Source: Theis et al. 2016, section 3.1; Burda et al. 2016, https://arxiv.org/abs/1509.00519, eq. 8.
 
     Args:
@@ -294,17 +299,23 @@ def discrete_log_likelihood(
         raise ValueError(f"draws is a positive number of dequantisations, got {draws}")
     generator = torch.Generator(codes.device).manual_seed(seed)
     terms = []
-    for draw in range(draws):
+    for _ in range(draws):
         if dequantizer is None:
-            x, log_q = dequantize(codes, generator, bin_width=bin_width, low=low), 0.0
+            x, log_q = dequantize(codes, generator, bin_width=bin_width, low=low, dtype=_dtype(model)), 0.0
         else:
             eps = torch.randn(codes.shape, generator=generator, device=codes.device, dtype=torch.float64)
             with torch.no_grad():
                 u, log_q = dequantizer(eps)
-            x = (low + bin_width * (codes + u)).float()
-        terms.append(log_likelihood(model, x, seed=seed + draw, **options).log_prob - log_q)
+            x = (low + bin_width * (codes + u)).to(_dtype(model))
+        terms.append(log_likelihood(model, x, seed=seed, **options).log_prob - log_q)
     volume = math.prod(codes.shape[1:]) * math.log(bin_width)
     return torch.stack(terms).logsumexp(0) - math.log(draws) + volume
+
+
+def _dtype(model: ScoreModel) -> torch.dtype:
+    """Of the model's weights; float32 where it has none."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
 
 # --- the flow ---------------------------------------------------------------------------------------------------------
@@ -413,8 +424,8 @@ def _terminal_law(model: ScoreModel, terminal: str | HasLogProb) -> Callable[[Te
 def _trace(divergence: str, probes: int, x: Tensor, seed: int | Sequence[int]) -> Trace:
     if divergence == "exact":
         return ExactTrace(x.flatten(1))
-    seeds = [(seed << 32) + i for i in range(len(x))] if isinstance(seed, int) else seed
-    stream = SampleNoise(seeds).open((len(x), math.prod(x.shape[1:])), x.dtype, x.device)
+    noise = SampleNoise.of_run(seed, range(len(x))) if isinstance(seed, int) else SampleNoise(seed)
+    stream = noise.open((len(x), math.prod(x.shape[1:])), x.dtype, x.device)
     kind, needed = (Hutchinson, probes) if divergence == "hutchinson" else (HutchPlusPlus, 2 * probes)
     return kind(torch.stack([stream(0, draw) for draw in range(needed)]).sign())
 

@@ -59,6 +59,12 @@ class SampleNoise(NoiseSource):
             raise ValueError(f"seeds are one integer a sample, got {seeds.dtype} of shape {tuple(seeds.shape)}")
         self.seeds = seeds.to(torch.int64)
 
+    @classmethod
+    def of_run(cls, seed: int, samples: Iterable[int] | Tensor) -> SampleNoise:
+        """The noise of samples 0, 1, 2, ... of the run `seed` (which counts modulo 2^32), in whatever batch they are."""
+        samples = torch.as_tensor(samples if isinstance(samples, Tensor) else list(samples), dtype=torch.int64)
+        return cls(samples + (((seed + 2**31) % 2**32 - 2**31) << 32))
+
     def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:
         if len(self.seeds) != shape[0]:
             raise ValueError(f"SampleNoise has {len(self.seeds)} seeds for a batch of {shape[0]}: give one a sample")

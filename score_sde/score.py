@@ -234,6 +234,7 @@ class ExactScore(ScoreModel):
         alpha: Coefficient
         sigma: Coefficient
         if is_batched(t):
+            t = as_time(t).double()
             alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         else:
             alpha, sigma = _kernel(self.sde, float(t))
@@ -332,6 +333,10 @@ class ReparameterizedDensity(ReparameterizedScore):
         _, _, inner, ratio = self._level(float(t))
         size = math.prod(self.event_shape)
         return self.model.log_prob(ratio * x, inner, **condition) + size * math.log(ratio)  # type: ignore[attr-defined]
+
+    def log_terminal(self, x: Tensor) -> Tensor:
+        """log p_{t_max}(x) of the model itself, as `ExactScore` has it."""
+        return self.log_prob(x.double(), self.sde.t_max)
 
 
 def reparameterize(model: ScoreModel, sde: SDE, outside: str = "restrict") -> ScoreModel:

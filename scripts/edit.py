@@ -65,7 +65,7 @@ def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> E
     method = instantiate(config.guidance, (*run.trust, "score_sde.guidance"))
     guided = method(model, operator, y.repeat_interleave(config.draws, 0).to(model.device), config.noise_std)
     count = len(y) * config.draws
-    noise = SampleNoise((config.seed << 32) + torch.arange(count))
+    noise = SampleNoise.of_run(config.seed, range(count))
     result = sampler.sample(guided, (count, *model.event_shape), noise=noise, progress=True)
     after = result.x.cpu().unflatten(0, (len(y), config.draws))
     print(f"{type(guided).__name__}: {result.nfe} network calls a draw, {result.seconds:.1f} s")

@@ -295,6 +295,22 @@ def test_importance_weighted_dequantisation_rises_to_the_mass_of_the_bin():
     assert (true - eight).sum() < 0.5 * (true - one).sum()
 
 
+def test_draws_share_their_probes_or_their_mean_would_lift_the_bound():
+    model, codes = ExactScore(targets.make("ring"), VPSDE()), torch.tensor([[2, 3], [5, 4]])
+    options = {"bin_width": 0.5, "low": -2.0, "divergence": "hutchinson", "method": "adams", "steps": 24}
+    center = {"dequantizer": lambda eps: (torch.full_like(eps, 0.5), 0.0)}  # the same point in every draw
+    one, four = (discrete_log_likelihood(model, codes, draws=k, **center, **options) for k in (1, 4))
+    torch.testing.assert_close(four, one)
+
+
+def test_codes_are_taken_in_the_network_s_precision():
+    model = LearnedScore(MLP((2,), width=8, depth=1).double(), VPSDE(), Noise(), (2,))
+    codes, options = torch.tensor([[2, 3]]), {"bin_width": 0.5, "low": -2.0}
+    found = discrete_log_likelihood(model, codes, method="adams", steps=24, **options)
+    assert found.isfinite().all()
+    GaussianDequantizer((2,)).fit(model, codes, steps=1, **options)
+
+
 def test_a_fitted_dequantiser_tightens_the_bound():
     model, codes, true = bins()
     options = {"bin_width": 1.0, "low": -5.0}

@@ -152,3 +152,10 @@ def test_torchs_global_generator_is_left_alone(source):
 def test_wrong_seeds_are_refused(use, message):
     with pytest.raises(ValueError, match=message):
         use()
+
+
+def test_the_noise_of_a_run_is_keyed_by_seed_and_sample_for_any_seed():
+    assert torch.equal(SampleNoise.of_run(7, [0, 3]).seeds, torch.tensor([7 << 32, (7 << 32) + 3]))
+    seeds = [0, 1, -1, 2**31 - 1, 2**31, 3_000_000_000]
+    keys = torch.cat([SampleNoise.of_run(seed, range(3)).seeds for seed in seeds])
+    assert len(keys.unique()) == 3 * len(seeds)

@@ -74,6 +74,7 @@ def test_the_density_on_another_path_is_that_of_its_exact_model(own: SDE, there:
     x, t = points(model.sde, 5)
     for at in t.tolist():
         torch.testing.assert_close(model.log_prob(x, at), exact.log_prob(x, at), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(model.log_terminal(x), exact.log_terminal(x), rtol=1e-7, atol=1e-7)
 
 
 def test_metropolis_steps_take_another_path_exactly_where_the_model_has_a_density() -> None:

@@ -106,6 +106,8 @@ def mmd(
     Source: Gretton et al. 2012, A kernel two-sample test, equations 3 (unbiased) and 5 (biased).
     """
     x, y = (_thin(v, max_points) for v in _pair(x, y))
+    if len(y) < 2 or (unbiased and len(x) < 2):
+        raise ValueError(f"mmd compares two points or more, got {len(x)} and {len(y)}")
     if bandwidths is None:
         median = torch.pdist(y[:1000]).median().item()
         bandwidths = [median / 4**i for i in range(3)]

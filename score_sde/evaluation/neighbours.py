@@ -61,8 +61,9 @@ def _radii(x: Tensor, k: int) -> Tensor:
 
 
 def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Distances between rows of x and all of y, block by block in bounded memory."""
-    size = max(1, 2**24 // len(y))
+    """Distances between rows of x and all of y, block by block in bounded memory; about y's mean, or digits are lost."""
+    size, center = max(1, 2**24 // len(y)), y.double().mean(0)
+    x, y = x.double() - center, y.double() - center
     for start in range(0, len(x), size):
         yield slice(start, start + size), torch.cdist(x[start : start + size], y)
 

@@ -173,7 +173,7 @@ def compare_restorations(
 
 def _drawn(case: Restoration, sampler: Any, model: ScoreModel, seed: int) -> SampleResult:
     count = len(case.truth) * case.draws
-    noise = SampleNoise((seed << 32) + torch.arange(count))
+    noise = SampleNoise.of_run(seed, range(count))
     clock = time.perf_counter()
     result = sampler.sample(model, (count, *case.model.event_shape), noise=noise)
     return SampleResult(result.x, result.nfe, time.perf_counter() - clock, None, result.times)

@@ -66,7 +66,8 @@ class _Extrapolated(Guided):
     def _rescaled(self, guided: Prediction, near: Prediction) -> Prediction:
         clean = guided.denoised
         dims = tuple(range(1, clean.ndim))
-        ratio = near.denoised.std(dims, keepdim=True) / clean.std(dims, keepdim=True)
+        wanted, found = (v.std(dims, correction=0, keepdim=True) for v in (near.denoised, clean))
+        ratio = torch.where(found > 0, wanted / found, 1.0)  # one element, or a constant D, has nothing to scale
         return denoised(guided, clean * (self.rescale * ratio + 1 - self.rescale))
 
 

@@ -46,7 +46,7 @@ def jump_back(sde: SDE, base: Grid, length: int = 10, repeats: int = 10) -> Tens
 
 
 def below(sde: SDE, base: Grid, time: float) -> Tensor:
-    """The base grid from `time` down: `time` itself and the base's times below it.
+    """The base grid from `time` down: `time` itself and what follows the base's last descent through it.
 
     Raises:
         ValueError: the time does not lie above the grid's end, within (t_min, t_max].
@@ -54,7 +54,8 @@ def below(sde: SDE, base: Grid, time: float) -> Tensor:
     times = base(sde)
     if not times[-1].item() < time <= sde.t_max:
         raise ValueError(f"a start at time={time:g} must lie in ({times[-1].item():g}, {sde.t_max:g}]")
-    return torch.cat([times.new_tensor([time]), times[times < time]])
+    first = int((times >= time).nonzero()[-1]) + 1 if (times >= time).any() else 0
+    return torch.cat([times.new_tensor([time]), times[first:]])
 
 
 def sdedit(

@@ -27,7 +27,8 @@ from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
 from score_sde.sampler import SampleResult, begin
 from score_sde.score import ScoreModel
-from score_sde.steps.linear import Ancestral, LinearStep
+from score_sde.sde import SDE
+from score_sde.steps.linear import Ancestral, LinearRow, LinearStep
 
 
 class TwistedParticles:
@@ -84,7 +85,7 @@ class TwistedParticles:
         times = grids.check(self.grid(model.sde), model.sde)
         shape = (self.particles or count, *shape[1:])
         start = begin(model, shape, seed, noise, x_init, condition, dtype, times[0].item())
-        rows = self.step.plan(model.sde, times[:-1], times[1:])
+        rows = [_of_denoised(row, model.sde) for row in self.step.plan(model.sde, times[:-1], times[1:])]
         if (times.diff() > 0).any() or any(row.c <= 0 for row in rows):
             raise ValueError(f"TwistedParticles needs a falling grid and a step with noise, got {self.step!r}")
         model.prepare(times.tolist())
@@ -96,11 +97,11 @@ class TwistedParticles:
             log_weights = log_weights + log_twist - (0.0 if twist is None else twist)
             last = i == len(rows)
             if last:
-                x = (clean + push)[_systematic(log_weights.softmax(0), start.noise(i, 0), count)]
+                x = (clean + push)[_systematic(log_weights.softmax(0), start.noise(i + 1, 0), count)]
                 break
-            chosen, log_weights = self._resampled(log_weights, start.noise(i, 0))
+            chosen, log_weights = self._resampled(log_weights, start.noise(i + 1, 0))
             x, clean, push, twist = x[chosen], clean[chosen], push[chosen], log_twist[chosen]
-            row, z = rows[i], start.noise(i, 1)
+            row, z = rows[i], start.noise(i + 1, 1)
             move = row.b[0] * push / row.c
             log_weights = log_weights - (move**2 / 2 + move * z).flatten(1).double().sum(1)
             x = row.a * x + row.b[0] * clean + row.c * (move + z)
@@ -129,3 +130,9 @@ def _systematic(weights: Tensor, noise: Tensor, count: int) -> Tensor:
     uniform = torch.special.ndtr(noise.flatten()[:1].double())
     places = (torch.arange(count, device=weights.device) + uniform) / count
     return torch.searchsorted(weights.cumsum(0), places).clamp_max(len(weights) - 1)
+
+
+def _of_denoised(row: LinearRow, sde: SDE) -> LinearRow:
+    """The same move written with D in place of N = u D + w eps, eps = (x - alpha D) / sigma."""
+    alpha, sigma, (u, w), b = float(sde.alpha(row.t)), float(sde.sigma(row.t)), row.output, row.b[0]
+    return row._replace(a=row.a + b * w / sigma, b=(b * (u - w * alpha / sigma),), output=(1.0, 0.0))

@@ -253,8 +253,8 @@ class VariationalObjective:
         label_dropout: the probability with which an example's label or context is left out (see `LabelDropout`).
 
     Raises:
-        ValueError: an option is unknown, both weights are zero, the model's SDE is no ladder, or its network has no
-            variance head.
+        ValueError: an option is unknown, both weights are zero or, with a fixed variance, positive, the model's SDE is no
+            ladder, or its network has no variance head.
     """
 
     def __init__(
@@ -265,6 +265,9 @@ class VariationalObjective:
             raise ValueError(f"variance is one of {', '.join(VARIANCES)}, got {variance!r}")
         if min(simple, vlb) < 0 or simple + vlb == 0:
             raise ValueError(f"weights are 0 or more and not both 0, got {simple=} and {vlb=}")
+        if simple > 0 and vlb > 0 and variance != "learned":
+            raise ValueError(f"beside L_simple the bound trains the variance alone, and variance={variance!r} is fixed: "
+                             "use vlb=0, simple=0 or variance='learned'")  # fmt: skip
         self.simple, self.vlb, self.variance, self.target = simple, vlb, variance, target
         self.decoder, self.label_dropout = decoder or ContinuousDecoder(), LabelDropout(label_dropout)
         self._ladders: dict[SDE, Ladder] = {}

@@ -255,5 +255,9 @@ def test_refusals_name_the_fix() -> None:
         Yardstick(x, 5, generator=generator())(x)
     with pytest.raises(ValueError, match="bandwidths are positive"):
         metrics.mmd(x, torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="two points or more, got 10 and 1"):
+        metrics.mmd(x, x[:1])
+    with pytest.raises(ValueError, match="two points or more, got 1 and 10"):
+        metrics.mmd(x[:1], x, unbiased=True)
     with pytest.raises(ValueError, match="at least 2 samples"):
         metrics.frechet_distance(x[:1], x)

@@ -33,6 +33,14 @@ def test_precision_recall_density_and_coverage_by_their_definitions():
     assert 0 < recall < precision < 1
 
 
+def test_features_far_from_the_origin_keep_their_distances():
+    samples, real = normal(100, 8, seed=0).double(), normal(100, 8, seed=1).double()
+    far = [(1e-3 * x + 5).float() for x in (samples, real)]
+    near = [x.double() - 5 for x in far]
+    assert precision_recall(*far) == precision_recall(*near)
+    assert density_coverage(*far) == density_coverage(*near)
+
+
 def test_of_one_law_density_and_coverage_have_their_exact_means():
     n, k, repeats = 300, 5, 12
     found = [density_coverage(normal(n, 4, seed=2 * i), normal(n, 4, seed=2 * i + 1), k) for i in range(repeats)]

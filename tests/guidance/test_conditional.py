@@ -17,7 +17,7 @@ from score_sde.sampler import Sampler
 from score_sde.score import ExactScore, LearnedScore
 from score_sde.sde import VESDE, VPSDE
 from score_sde.steps import DDIM, Heun
-from score_sde.targets import make
+from score_sde.targets import GaussianMixture, make
 
 SDE = VPSDE()
 RING = make("ring", components=3, radius=2.0, std=0.6)
@@ -101,6 +101,13 @@ def test_rescaling_gives_each_sample_the_conditional_spread():
     spread = model(x, 0.3, label=LABEL).denoised.std(1)
     torch.testing.assert_close(full.std(1), spread)
     torch.testing.assert_close(half, (plain + full) / 2)
+
+
+def test_rescaling_leaves_alone_what_has_no_spread():
+    line = GaussianMixture([0.2, 0.3, 0.5], [[0.5], [-1.0], [2.0]], [[[0.3]]] * 3)
+    model, x = Labelled(line, SDE), torch.linspace(-1, 1, 4, dtype=torch.float64)[:, None]
+    plain, rescaled = (ClassifierFree(model, 4.0, rescale=r)(x, 0.3, label=LABEL).denoised for r in (0.0, 0.5))
+    torch.testing.assert_close(rescaled, plain)
 
 
 def test_autoguidance_extrapolates_from_the_bad_model():

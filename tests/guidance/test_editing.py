@@ -106,6 +106,13 @@ def test_jump_back_goes_through_every_stretch_again():
     assert torch.equal(times, torch.cat([first, first, second[1:], second]))
     grid.check(times, SDE)
     assert torch.equal(jump_back(SDE, partial(grid.uniform, steps=6), 3, 1), base)
+    for length in (1, 2, 3):  # below a time the rest is gone through as it was, without what led back above
+        jumps = partial(jump_back, base=partial(grid.uniform, steps=6), length=length, repeats=3)
+        rest = below(SDE, jumps, 0.6)
+        assert rest[0] == 0.6
+        assert (rest[1:] < 0.6).all()
+        assert torch.equal(rest[1:], jumps(SDE)[1 - len(rest) :])
+        assert (rest.diff() != 0).all()
     assert (times.diff() < 0).sum() == 12
 
 
@@ -189,12 +196,13 @@ def test_interpolation_meets_its_ends():
     torch.testing.assert_close(slerp(a, 2 * a, [0.5])[0], 1.5 * a)
 
 
-def test_particles_reach_the_posterior_of_a_mixture():
+@pytest.mark.parametrize("step", [None, ExponentialAdams(1, eta=1.0, prediction="noise")], ids=["ancestral", "noise"])
+def test_particles_reach_the_posterior_of_a_mixture(step):
     prior = GaussianMixture([0.3, 0.7], [[-2.0, 0.0], [2.0, 1.0]], 0.25 * torch.eye(2).expand(2, 2, 2))
     operator, y = Matrix([[0.3, 1.0]]), torch.tensor([0.2])
     posterior = prior.condition(operator, y, 0.5)
     model = ExactScore(prior, SDE)
-    filters = TwistedParticles(partial(grid.log_snr, steps=60), operator, y, 0.5, data_std=prior.std)
+    filters = TwistedParticles(partial(grid.log_snr, steps=60), operator, y, 0.5, data_std=prior.std, step=step)
     result = filters.sample(model, (10_000, 2), seed=0)
     assert result.nfe == 61
     share = (result.x[:, 0] > 0).double().mean().item()

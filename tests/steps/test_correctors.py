@@ -110,6 +110,21 @@ def test_the_adapted_step_is_short_where_the_score_is_large():
     assert eps[0].item() == pytest.approx(2 * 0.1 * sigma**2)
 
 
+@pytest.mark.parametrize("d", [1, 2, 8])
+def test_what_the_adapted_step_leaves_as_it_is_is_p_over_eps(d):
+    """On N(0, sigma^2 I) a variance of (1 + 1 / d) sigma^2, as the docstring says."""
+    target = GaussianMixture([1.0], torch.zeros(1, d), 1e-8 * torch.eye(d)[None])
+    t, generator = torch.tensor([0.5], dtype=torch.float64), torch.Generator().manual_seed(0)
+    step, sigma = UnadjustedLangevin(0.01, steps=1, adapt=True), SDE.sigma(t).item()
+    (row,) = step.plan(SDE, t, t)
+    x, model, found = sigma * torch.randn(4000, d, generator=generator), ExactScore(target, SDE), []
+    for k in range(1500):
+        x, _ = step.advance(row, x, (), model, lambda _: torch.randn(4000, d, generator=generator))
+        if k >= 500 and k % 20 == 0:
+            found.append(x.square().mean().item() / sigma**2)
+    assert sum(found) / len(found) == pytest.approx(1 + 1 / d, rel=0.04)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_corrector_acts_where_it_is_told(first):
     model, schedule = ExactScore(ONE, SDE), partial(grid.log_snr, steps=10)

@@ -250,7 +250,9 @@ def test_training_logs_the_excess_by_noise_level_and_resumes_loss_aware_times_ex
         assert mean == pytest.approx(rows[0][name], rel=0.2)
 
 
-@pytest.mark.parametrize("objective", [DenoisingScoreMatching, partial(VariationalObjective, variance="small")])
+@pytest.mark.parametrize(
+    "objective", [DenoisingScoreMatching, partial(VariationalObjective, vlb=0.0, variance="small")]
+)
 def test_label_dropout_replaces_that_share_by_the_null_class(objective):
     seen = []
 
@@ -279,6 +281,7 @@ def test_label_dropout_replaces_that_share_by_the_null_class(objective):
         (lambda: LogNormalTimes(std=0.0), "std=0.0 must be positive"),
         (lambda: DenoisingScoreMatching(label_dropout=1.5), "label_dropout=1.5"),
         (lambda: VariationalObjective(label_dropout=-0.1), "label_dropout=-0.1"),
+        (lambda: VariationalObjective(variance="large"), "variance='large' is fixed: use vlb=0, simple=0 or"),
         (lambda: KarrasWeighting(0.0), "sigma_data=0.0"),
         (lambda: MinSNRWeighting(-1.0), "gamma=-1.0"),
         (lambda: OneLevelTimes(0.0), "level=0.0"),
