@@ -6,6 +6,7 @@ import difflib
 import functools
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -99,8 +100,12 @@ def refusal(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
     """The innermost reason of an error, on one line, with the nearest known key for a misspelt one."""
+    target = ""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        target = next(iter(re.findall("target '(.*?)'", str(error))), "")
         error = error.__cause__
+    if isinstance(error, TypeError) and target:
+        return f"{error}: the keys beside _target_={target} are its arguments; '~<key>' leaves one out"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return _unknown(group, name, error.options)
@@ -190,9 +195,12 @@ def tuned_folder(config: DictConfig) -> Path:
     """Where scripts/tune.py leaves its tables: the run's directory, or outputs/tuned/<target>/<sde>."""
     if config.run:
         return Path(config.run)
-    chosen = HydraConfig.get().runtime.choices
-    names = (chosen.get(part) or config[part]._target_.rpartition(".")[2] for part in ("target", "sde"))
-    return Path("outputs", "tuned", *names)
+    return Path("outputs", "tuned", *(chosen(config, group) for group in ("target", "sde")))
+
+
+def chosen(config: DictConfig, group: str) -> str:
+    """The name of what was chosen in a group; the last part of its `_target_` where it is the user's own."""
+    return HydraConfig.get().runtime.choices.get(group) or config[group]._target_.rpartition(".")[2]
 
 
 def sampler_nodes(config: DictConfig, folder: Path | None = None) -> dict[str, DictConfig]:

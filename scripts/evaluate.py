@@ -13,7 +13,6 @@ from typing import Any
 import common
 import figures
 import guiding
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from score_sde import Run, distributed
@@ -83,7 +82,7 @@ def _sampler_nodes(config: DictConfig, run: Run) -> dict[str, DictConfig]:
         return common.sampler_nodes(run.config, run.path)
     if config.samplers is not None:
         raise ValueError("give either sampler=<one> with its settings, or samplers=[<names>]")
-    name = HydraConfig.get().runtime.choices.sampler
+    name = common.chosen(config, "sampler")
     return {name: common.sampler_config(config.sampler, run.path)}
 
 

@@ -14,7 +14,6 @@ import figures
 import guiding
 import pandas as pd
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -36,7 +35,7 @@ def main(config: DictConfig) -> None:
     condition = {"label": guiding.turns(labels, config.num_samples)} if labels else {}
     guided.check((config.num_samples, *model.event_shape), condition)
 
-    name = HydraConfig.get().runtime.choices.sampler
+    name = common.chosen(config, "sampler")
     samples, nfe, seconds = distributed.sample(
         sampler, guided, config.num_samples, seed=config.seed, batch_size=config.batch_size, condition=condition,
         progress=name,

@@ -57,6 +57,14 @@ def test_an_sde_of_the_user_s_own_file_is_trained_once_it_is_trusted(tmp_path: P
     assert (tmp_path / "run/result.json").exists()
 
 
+def test_a_sampler_of_ones_own_stands_in_the_place_of_the_group(run: Path, tmp_path: Path) -> None:
+    grid = "grid: {_target_: score_sde.grid.uniform, _partial_: true, steps: 3}"
+    own = f"+sampler={{_target_: score_sde.Sampler, predictor: {{_target_: score_sde.Heun}}, {grid}}}"
+    out = script("sample", f"run={run}", "~sampler", own, "num_samples=7", f"output={tmp_path}", cwd=run)
+    assert "7 samples of Sampler: 7 network calls each" in out
+    script("evaluate", f"run={run}", "~sampler", own, "num_samples=20", f"output={tmp_path}", cwd=run)
+
+
 def test_samples_do_not_depend_on_the_batch_size(run: Path, tmp_path: Path) -> None:
     drawn = []
     for size in (2, 5):
@@ -113,6 +121,11 @@ WRONG = {
     "no run named": ("sample", [], "give run=<directory>"),
     "a folder that is no run": ("sample", ["run=."], "has no config.yaml"),
     "label for a network without": ("sample", ["run={run}", "label=3"], "classes"),
+    "a key that a class does not take": (
+        "sample",
+        ["run={run}", "sampler=heun", "+sampler.predictor.eta=1"],
+        "'~<key>' leaves one out",
+    ),
     "no such checkpoint": ("sample", ["run={run}", "step=77"], "none of step 77"),
     "nothing to compare": ("compare", [], "either run=<directory> or target=<name>"),
     "no budget": ("compare", ["run={run}", "budgets=[0]"], "budgets are numbers of network calls >= 1"),
