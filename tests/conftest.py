@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from score_sde.sde import SDE
 from score_sde.steps import LinearStep, Step
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # and for processes that tests start: sums of two threads have other bits
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -44,7 +44,6 @@ def test_runs_from_top_to_bottom_in_fast_mode(path: Path, monkeypatch: pytest.Mo
     pytest.importorskip("ipykernel", reason="notebooks need a Python kernel: pip install ipykernel")
     nbformat = pytest.importorskip("nbformat")
     monkeypatch.setenv("SCORE_SDE_FAST", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
     monkeypatch.chdir(tmp_path)
     notebook = nbformat.read(path, as_version=4)

@@ -148,7 +148,7 @@ def test_killed_at_random_instants_and_resumed_to_identical_weights(tmp_path, ki
 
 
 def start(directory: Path, steps: int) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen([sys.executable, tiny.__file__, str(directory), str(steps)], env=environment)
 
 
