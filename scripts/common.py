@@ -199,14 +199,15 @@ def tuned_folder(config: DictConfig) -> Path:
 
 
 def chosen(config: DictConfig, group: str) -> str:
-    """The name of what was chosen in a group; the last part of its `_target_` where it is the user's own."""
-    return HydraConfig.get().runtime.choices.get(group) or config[group]._target_.rpartition(".")[2]
+    """The name of what a run, or else this job, chose in a group; the last part of its `_target_` where it is one's own."""
+    choices = config.get("choices") or HydraConfig.get().runtime.choices
+    return choices.get(group) or config[group]._target_.rpartition(".")[2]
 
 
 def sampler_nodes(config: DictConfig, folder: Path | None = None) -> dict[str, DictConfig]:
     """name -> config: those that `evaluation.samplers` names in conf/sampler, or the run's own `sampler` for null."""
     names = config.evaluation.samplers
-    nodes = {config.choices.sampler: config.sampler} if names is None else {name: name for name in names}
+    nodes = {chosen(config, "sampler"): config.sampler} if names is None else {name: name for name in names}
     return {name: sampler_config(node, folder) for name, node in nodes.items()}
 
 

@@ -63,6 +63,9 @@ def test_a_sampler_of_ones_own_stands_in_the_place_of_the_group(run: Path, tmp_p
     out = script("sample", f"run={run}", "~sampler", own, "num_samples=7", f"output={tmp_path}", cwd=run)
     assert "7 samples of Sampler: 7 network calls each" in out
     script("evaluate", f"run={run}", "~sampler", own, "num_samples=20", f"output={tmp_path}", cwd=run)
+    again = tmp_path / "again"
+    script("train", "debug=minute", "~sampler", own, f"hydra.run.dir={again}", cwd=tmp_path)
+    assert "Sampler" in script("evaluate", f"run={again}", "num_samples=20", cwd=tmp_path)
 
 
 def test_samples_do_not_depend_on_the_batch_size(run: Path, tmp_path: Path) -> None:
