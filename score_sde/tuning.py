@@ -5,9 +5,11 @@ Every deterministic solver that is linear in x and in the denoiser outputs and c
     x_{i+1} = r_i x_i + (alpha_{i+1} - r_i alpha_i) sum_{k <= i} w_ik D_k,  r_i = s_{i+1} / s_i, sum_k w_ik = 1:
 
 a move straight towards an affine combination of all clean estimates so far, which it reaches at s_N = 0. Free are the
-levels (alpha_i, sigma_i) of the calls, the noise s_i = kappa_i sigma_i left in their states (kappa_0 = 1) and the
-weights w; with kappa = 1 DDIM, DPM-Solver++ and Adams in the velocity are such tables. `tune` fits the best of them, by
-gradients through the sampler, to the converged probability-flow ODE; `tune_spectrum` needs no model, only a spectrum.
+levels (alpha_i, sigma_i) of the calls, the noise s_i = kappa_i sigma_i left in their states and the weights w; with
+kappa = 1 DDIM, DPM-Solver++ and Adams in the velocity are such tables. The first call need not be at t_max, where a
+network sees nothing but noise: the start is scaled to s_0 (so that its signal is not alpha_0, but next to nothing as
+before), and what is called first already tells where to go. `tune` fits the best table, by gradients through the
+sampler, to the converged probability-flow ODE; `tune_spectrum` needs no model, only a spectrum.
 """
 
 from __future__ import annotations
@@ -50,10 +52,12 @@ class TunedTable:
     """A solver as numbers; it serves every SDE whose noise levels reach its own.
 
     Attributes:
-        half_log_snr: lambda = log(alpha / sigma) of each call, increasing, shape (N,); sampling starts at the first.
+        half_log_snr: lambda = log(alpha / sigma) of each call, increasing, shape (N,).
         weights: w, lower triangular with rows that sum to 1, shape (N, N); row i weighs D_0 ... D_i.
-        noise: kappa, the noise in the state of each call over the sigma of its level, positive, shape (N,); the first
-            is 1, and so are all others where left out.
+        noise: kappa, the noise in the state of each call over the sigma of its level, positive, shape (N,); 1 where
+            left out.
+        start: lambda of the noise that sampling starts from, at most that of the first call, which it is where left
+            out; kappa of a call at the start itself is 1.
         record: how it came about: the method, and the validation loss of every candidate.
 
     Raises:
@@ -63,19 +67,26 @@ class TunedTable:
     half_log_snr: Tensor
     weights: Tensor
     noise: Tensor = None  # type: ignore[assignment]
+    start: float = None  # type: ignore[assignment]
     record: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         calls = len(self.half_log_snr)
         if self.noise is None:
             object.__setattr__(self, "noise", torch.ones(calls, dtype=torch.float64))
+        if self.start is None:
+            object.__setattr__(self, "start", self.half_log_snr[0].item())
         if self.half_log_snr.ndim != 1 or calls < 1 or self.weights.shape != (calls, calls):
             raise ValueError("a table has levels of shape (N,) and weights of shape (N, N), N >= 1; "
                              f"got {tuple(self.half_log_snr.shape)} and {tuple(self.weights.shape)}")  # fmt: skip
         if not (self.half_log_snr.diff() > 0).all():
             raise ValueError("a table's half log SNRs increase, from noise to data")
-        if self.noise.shape != (calls,) or not (self.noise > 0).all() or self.noise[0] != 1:
-            raise ValueError(f"a table's noise is positive, of shape (N,) and 1 at first; got {self.noise.tolist()}")
+        if not self.start <= self.half_log_snr[0]:
+            raise ValueError(f"a table starts at the half log SNR of its first call or below, got {self.start:g}")
+        scaled = self.start == self.half_log_snr[0] and self.noise[0] != 1
+        if self.noise.shape != (calls,) or not (self.noise > 0).all() or scaled:
+            raise ValueError("a table's noise is positive, of shape (N,), and 1 for a call at its start; "
+                             f"got {self.noise.tolist()}")  # fmt: skip
         excess = (self.weights.sum(1) - 1).abs() / self.weights.abs().sum(1)
         if self.weights.triu(1).any() or not (excess < 1e-12).all():
             raise ValueError("a table's weights are lower triangular with rows that sum to 1: else a point mass moves")
@@ -88,8 +99,8 @@ class TunedTable:
     def contents(self) -> dict[str, Any]:
         """What a file of the table holds."""
         rows = [row[: i + 1] for i, row in enumerate(self.weights.tolist())]
-        return {"half_log_snr": self.half_log_snr.tolist(), "noise": self.noise.tolist(), "weights": rows,
-                "record": self.record}  # fmt: skip
+        return {"start": self.start, "half_log_snr": self.half_log_snr.tolist(), "noise": self.noise.tolist(),
+                "weights": rows, "record": self.record}  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON, its numbers to the last bit."""
@@ -103,19 +114,25 @@ class TunedTable:
             ValueError: the file is not such a table.
         """
         table = json.loads(Path(path).read_text())
-        if not isinstance(table, dict) or table.keys() != {"half_log_snr", "noise", "weights", "record"}:
-            raise ValueError(f"{path} is no table of scripts/tune.py: that has half_log_snr, noise, weights and record")
+        parts = ("start", "half_log_snr", "noise", "weights", "record")
+        if not isinstance(table, dict) or table.keys() != set(parts):
+            raise ValueError(f"{path} is no table of scripts/tune.py: that has {', '.join(parts)}")
         calls = len(table["half_log_snr"])
         rows = [row + [0.0] * (calls - len(row)) for row in table["weights"]]
         number = partial(torch.tensor, dtype=torch.float64)
-        return cls(number(table["half_log_snr"]), number(rows), number(table["noise"]), table["record"])
+        levels, noise, weights = (number(part) for part in (table["half_log_snr"], table["noise"], rows))
+        return cls(levels, weights, noise, table["start"], table["record"])
 
 
 def _straight(sde: SDE, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """r_i = s_{i+1} / s_i and alpha_{i+1} - r_i alpha_i at calls t; (alpha, s) = (1, 0) after the last."""
-    alpha = torch.cat([sde.alpha(t), t.new_ones(1)])
-    sigma = torch.cat([noise * sde.sigma(t), t.new_zeros(1)])
+    """r_i = s_{i+1} / s_i and alpha_{i+1} - r_i alpha_i of the N + 1 moves: to the first call, and from each of them.
+
+    (alpha, s) = (1, 0) after the last. The start is scaled, alpha_0 = r alpha(t_max), so that the first difference is 0.
+    """
+    alpha, sigma = (torch.atleast_1d(part(as_time(sde.t_max))) for part in (sde.alpha, sde.sigma))
+    sigma = torch.cat([sigma, noise * sde.sigma(t), t.new_zeros(1)])
     a = sigma[1:] / sigma[:-1]
+    alpha = torch.cat([alpha, a[:1] * alpha, sde.alpha(t[1:]), t.new_ones(1)])
     return a, alpha[1:] - a * alpha[:-1]
 
 
@@ -141,9 +158,9 @@ class TunedSampler(Sampler):
             ValueError: the table starts at another noise level than the SDE, or goes below its t_min.
         """
         first, last = (float(sde.half_log_snr(t)) for t in (sde.t_max, sde.t_min))
-        own = self.table.half_log_snr
-        if abs(own[0].item() - first) > 1e-3 or own[-1].item() >= last:
-            raise ValueError(f"this table's calls lie at half log SNR {own[0].item():.4g} to {own[-1].item():.4g}, "
+        start, end = self.table.start, self.table.half_log_snr[-1].item()
+        if abs(start - first) > 1e-3 or end >= last:
+            raise ValueError(f"this table goes from half log SNR {start:.4g} to a last call at {end:.4g}, "
                              f"{sde!r} is sampled from {first:.4g} to {last:.4g}: tune one for it")  # fmt: skip
         return self.step.grid(sde)
 
@@ -216,8 +233,17 @@ def untuned(sde: SDE, steps: int) -> dict[str, TunedTable]:
     """Every untuned solver with `steps` network calls, by the name "<rule> on <grid>" (`RULES`, `GRIDS`)."""
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise ValueError(f"a solver makes a whole number steps >= 1 of network calls, got steps={steps}")
+    return _by_name({name: Span.of(sde).inside(grid(sde, int(steps))) for name, grid in GRIDS.items()})
+
+
+def begun_late(sde: SDE, steps: int) -> dict[str, TunedTable]:
+    """The untuned solvers on their grids of one call more, by the same names, without the first call, at noise alone."""
     span = Span.of(sde)
-    levels = {name: span.inside(grid(sde, int(steps))) for name, grid in GRIDS.items()}
+    tables = _by_name({name: span.inside(grid(sde, steps + 1))[1:] for name, grid in GRIDS.items()})
+    return {name: replace(table, start=span.first) for name, table in tables.items()}
+
+
+def _by_name(levels: dict[str, Tensor]) -> dict[str, TunedTable]:
     return {f"{rule} on {grid}": RULES[rule](at) for rule in RULES for grid, at in levels.items()}
 
 
@@ -228,8 +254,8 @@ def untuned(sde: SDE, steps: int) -> dict[str, TunedTable]:
 class Span:
     """The half log SNRs at t_max and t_min, and tables between them as unconstrained vectors.
 
-    z = (log gaps, one more than calls after the first, up to a constant; the strictly lower triangle of the weights;
-    log kappa of all calls but the first).
+    z = (log gaps between the start, the calls and the end, up to a constant; the strictly lower triangle of the
+    weights; log kappa).
     """
 
     first: float
@@ -241,25 +267,35 @@ class Span:
         return cls(float(sde.half_log_snr(sde.t_max)), float(sde.half_log_snr(sde.t_min)))
 
     def inside(self, half_log_snr: Tensor) -> Tensor:
-        """Levels that start at `first` and, at least a thousandth of a unit apart, end before `last`."""
-        gaps = torch.cat([half_log_snr, half_log_snr.new_tensor([self.last])]).diff()
-        return self.levels(gaps.clamp_min(1e-3).log())
+        """Levels that start no earlier than `first` and, at least a thousandth of a unit apart, end before `last`."""
+        gaps = self._gaps(half_log_snr).clamp_min(half_log_snr.new_tensor([0.0] + [1e-3] * len(half_log_snr)))
+        return self._placed(gaps / gaps.sum())
 
     def levels(self, log_gaps: Tensor) -> Tensor:
-        gaps = (self.last - self.first) * log_gaps.softmax(0)
-        return torch.cat([gaps.new_tensor([self.first]), self.first + gaps[:-1].cumsum(0)])
+        return self._placed(log_gaps.softmax(0))
+
+    def _placed(self, shares: Tensor) -> Tensor:
+        return self.first + (self.last - self.first) * shares[:-1].cumsum(0)
+
+    def _gaps(self, half_log_snr: Tensor) -> Tensor:
+        ends = half_log_snr.new_tensor([[self.first], [self.last]])
+        return torch.cat([ends[0], half_log_snr, ends[1]]).diff()
 
     def vector(self, table: TunedTable) -> Tensor:
         """Gaps are at least a fiftieth of the mean here: the softmax would hardly open a closed one again."""
-        gaps = torch.cat([table.half_log_snr, torch.tensor([self.last], dtype=torch.float64)]).diff()
-        past = table.weights[_below(len(gaps))]
-        return torch.cat([gaps.clamp_min(gaps.mean() / 50).log(), past, table.noise[1:].log()])
+        gaps = self._gaps(table.half_log_snr)
+        past = table.weights[_below(len(table.half_log_snr))]
+        return torch.cat([gaps.clamp_min(gaps.mean() / 50).log(), past, table.noise.log()])
+
+    def table(self, z: Tensor, calls: int) -> TunedTable:
+        """The table of z."""
+        return TunedTable(*self.split(z, calls), start=self.first)
 
     def split(self, z: Tensor, calls: int) -> tuple[Tensor, Tensor, Tensor]:
         """Levels, weights and noise of z, differentiable."""
-        gaps, past, noise = z.split([calls, calls * (calls - 1) // 2, calls - 1])
+        gaps, past, noise = z.split([calls + 1, calls * (calls - 1) // 2, calls])
         weights = z.new_zeros(calls, calls).index_put(_below(calls), past)
-        return self.levels(gaps), _closed(weights), torch.cat([z.new_ones(1), noise.exp()])
+        return self.levels(gaps), _closed(weights), noise.exp()
 
 
 def _below(calls: int) -> tuple[Tensor, Tensor]:
@@ -272,10 +308,11 @@ def endpoints(model: ScoreModel, x: Tensor, half_log_snr: Tensor, weights: Tenso
     t = _time_at(model.sde, half_log_snr)
     a, b = (part.to(x) for part in _straight(model.sde, t, noise))
     weights, outputs = weights.to(x), []
+    x = a[0] * x
     for i in range(len(t)):
         outputs.append(model(x, t[i] if t.requires_grad else t[i].item()).denoised)
         clean = torch.einsum("k,k...->...", weights[i, : i + 1], torch.stack(outputs))
-        x = a[i] * x + b[i] * clean if i + 1 < len(t) else clean
+        x = a[i + 1] * x + b[i + 1] * clean if i + 1 < len(t) else clean
     return x
 
 
@@ -346,8 +383,9 @@ def tune(
     """The best table found for this model and this number of network calls.
 
     Starting points are drawn from the prior, `samples` to fit on and half as many, which the fit does not see, to
-    validate. The most promising untuned solvers, and as many random levels, are fitted a little, the best three of them
-    longer and the best one in full; what then validates best is returned, never a worse solver than the best untuned.
+    validate. The most promising untuned solvers, begun late (`begun_late`), and as many random levels are fitted a
+    little, the best three of them longer and the best one in full; what then validates best is returned, never a worse
+    solver than the best untuned.
 
     Args:
         model: exact or learned; its gradient with respect to x is needed for "coefficients".
@@ -355,7 +393,7 @@ def tune(
         method: "coefficients" fits all numbers of the table (Adam on fresh batches, gradients through the sampler);
             "grid" the levels alone, without derivatives (Nelder-Mead), the weights following the rule of the best
             untuned solver.
-        samples: starting points to fit on; by default 2^16 numbers' worth, 1024 to 4096.
+        samples: starting points to fit on; by default 2^16 numbers' worth, 1024 to 16384.
         iterations: of the full fit; the candidates' take as many again. At most so many of Nelder-Mead's.
         starts: candidates that are fitted.
         seed: of the starting points.
@@ -382,14 +420,17 @@ def tune(
     )
     losses = _losses(candidates, validation, progress)
     best = min(losses, key=losses.__getitem__)
+    late = begun_late(model.sde, steps)
     if method == "grid":
         with tqdm(total=iterations, desc="tuning", disable=not progress) as bar:
             tuned = {f"tuned from {best}": _fit_grid(
-                fit, candidates[best], RULES[_rule(best)], iterations, bar, minutes)}  # fmt: skip
+                fit, late[best], RULES[_rule(best)], iterations, bar, minutes)}  # fmt: skip
     else:
         if minutes is not None:
-            iterations = min(iterations, _affordable(fit, candidates[best], minutes, starts))
-        tuned = _halving(fit, validation, candidates, losses, starts, iterations, seed, progress)
+            iterations = min(iterations, _affordable(fit, late[best], minutes, starts))
+        ranked = {name: late[name] for name in sorted(losses, key=losses.__getitem__)[: (starts + 1) // 2]}
+        tables = ranked | _random(Span.of(model.sde), steps, starts // 2, seed)
+        tuned = _halving(fit, validation, tables, iterations, seed, progress)
     return _chosen(candidates | tuned, losses | _losses(tuned, validation), best, method)
 
 
@@ -403,7 +444,7 @@ def converged_pairs(
         ValueError: an option is not positive.
     """
     dimension = math.prod(model.event_shape)
-    samples = min(max(2**16 // dimension, 1024), 4096) if samples is None else samples
+    samples = min(max(2**16 // dimension, 1024), 2**14) if samples is None else samples
     batch_size = min(max(2**12 // dimension, 64), 512) if batch_size is None else batch_size
     if min(samples, batch_size) < 1 or not robust > 0:
         raise ValueError(f"samples, batch_size and robust are positive, got {samples=}, {batch_size=}, {robust=}")
@@ -448,19 +489,15 @@ def _affordable(fit: Pairs, table: TunedTable, minutes: float, starts: int) -> i
 
 
 def _halving(
-    fit: Pairs, validation: Pairs, untuned: dict[str, TunedTable], losses: dict[str, float], starts: int,
-    iterations: int, seed: int, progress: bool,
-) -> dict[str, TunedTable]:  # fmt: skip
+    fit: Pairs, validation: Pairs, tables: dict[str, TunedTable], iterations: int, seed: int, progress: bool
+) -> dict[str, TunedTable]:
     """Many short fits on half batches, longer ones from the best three, the full one from the best."""
-    calls = len(next(iter(untuned.values())).weights)
-    ranked = sorted(untuned, key=losses.__getitem__)[: (starts + 1) // 2]
-    tables = {name: untuned[name] for name in ranked} | _random(Span.of(fit.model.sde), calls, starts // 2, seed)
     small = replace(fit, batch_size=max(1, fit.batch_size // 2))
-    quick, check = max(1, iterations // 10), replace(validation, x=validation.x[:512], y=validation.y[:512])
+    quick = max(1, iterations // 10)
     with tqdm(total=len(tables) * quick + 3 * (3 * quick) + iterations, desc="tuning", disable=not progress) as bar:
         for keep, pairs, length, rate in ((3, small, quick, 0.05), (1, small, 3 * quick, 0.03)):
             tables = {name: _fit(pairs, table, length, rate, seed, bar) for name, table in tables.items()}
-            found = _losses(tables, check)
+            found = _losses(tables, validation)
             tables = {name: tables[name] for name in sorted(found, key=found.__getitem__)[:keep]}
         return {f"tuned from {name}": _fit(fit, table, iterations, 0.03, seed, bar) for name, table in tables.items()}
 
@@ -470,10 +507,10 @@ def _random(span: Span, calls: int, count: int, seed: int) -> dict[str, TunedTab
     generator, tables = torch.Generator().manual_seed(seed), {}
     low, high = max(span.first, -2.0), min(span.last, 3.0)
     for k in range(count):
-        inner = low + (high - low) * torch.rand(calls - 1, generator=generator, dtype=torch.float64)
-        levels = span.inside(torch.cat([inner.new_tensor([span.first]), inner.sort().values]))
+        levels = low + (high - low) * torch.rand(calls, generator=generator, dtype=torch.float64)
         rule = ("velocity Adams 2", "exponential Adams 2")[k % 2]
-        tables[f"{rule} on random levels {k + 1}"] = RULES[rule](levels)
+        table = RULES[rule](span.inside(levels.sort().values))
+        tables[f"{rule} on random levels {k + 1}"] = replace(table, start=span.first)
     return tables
 
 
@@ -495,7 +532,7 @@ def _fit(pairs: Pairs, start: TunedTable, iterations: int, rate: float, seed: in
         if 3 * i >= 2 * (iterations - 1):
             total, count = total + z.detach(), count + 1
         bar.update()
-    return TunedTable(*span.split(total / count, calls))
+    return span.table(total / count, calls)
 
 
 def _warm_cosine(i: int, iterations: int) -> float:
@@ -539,9 +576,10 @@ def tune_spectrum(
     # Adams on the rectified path is not always the best, but its neighbourhood has the best tables more often than not.
     starts = [min((name for name in losses if _rule(name) == rule), key=losses.__getitem__)
               for rule in RULES if rule.startswith("velocity")]  # fmt: skip
+    late = begun_late(model.sde, steps)
     with tqdm(total=iterations * len(starts), desc="tuning", disable=not progress, delay=2) as bar:
-        tuned = {f"tuned from {name}": _fit_grid(pairs, candidates[name], RULES[_rule(name)], iterations, bar)
-                 if method == "grid" else _fit_exactly(pairs, candidates[name], iterations, bar)
+        tuned = {f"tuned from {name}": _fit_grid(pairs, late[name], RULES[_rule(name)], iterations, bar)
+                 if method == "grid" else _fit_exactly(pairs, late[name], iterations, bar)
                  for name in starts}  # fmt: skip
     rivals = losses if method == "coefficients" else {name: losses[name] for name in starts}
     distances = {name: math.exp(loss) for name, loss in (rivals | _losses(tuned, pairs)).items()}
@@ -577,7 +615,7 @@ def _fit_exactly(pairs: Pairs, start: TunedTable, iterations: int, bar: tqdm) ->
     objective = partial(pairs.loss_and_gradient, span=span, calls=calls)
     result = minimize(objective, span.vector(start).numpy(), jac=True, method="BFGS", callback=_show(bar),
                       options={"maxiter": iterations, "gtol": 1e-7})  # fmt: skip
-    return TunedTable(*span.split(torch.from_numpy(result.x), calls))
+    return span.table(torch.from_numpy(result.x), calls)
 
 
 def _fit_grid(
@@ -588,9 +626,9 @@ def _fit_grid(
     span, whole = Span.of(pairs.model.sde), replace(pairs, batch_size=1024)
 
     def table(z: np.ndarray) -> TunedTable:
-        return rule(span.inside(span.levels(torch.from_numpy(z))))
+        return replace(rule(span.inside(span.levels(torch.from_numpy(z)))), start=span.first)
 
-    gaps = span.vector(start)[: len(start.weights)].numpy()
+    gaps = span.vector(start)[: len(start.weights) + 1].numpy()
     simplex = gaps + 0.5 * np.eye(len(gaps) + 1, len(gaps), -1)
     result = minimize(lambda z: whole.loss(table(z)), gaps, method="Nelder-Mead", callback=_show(bar, minutes),
                       options={"maxiter": iterations, "initial_simplex": simplex})  # fmt: skip

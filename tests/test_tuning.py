@@ -25,11 +25,13 @@ from score_sde import (
 from score_sde.sde import SDE, RectifiedFlow
 from score_sde.steps import AdamsBashforth, RectifiedAdams
 from score_sde.tuning import (
+    GRIDS,
     RULES,
     Pairs,
     Span,
     TunedSampler,
     TunedTable,
+    begun_late,
     converged_pairs,
     endpoints,
     tune,
@@ -53,13 +55,14 @@ def tuned(model: ExactScore) -> TunedTable:
 def random_table(sde: SDE, calls: int = CALLS) -> TunedTable:
     """A valid table without any merit."""
     span, generator = Span.of(sde), torch.Generator().manual_seed(0)
-    z = torch.randn(2 * calls - 1 + calls * (calls - 1) // 2, generator=generator, dtype=torch.float64)
-    return TunedTable(*span.split(z, calls))
+    z = torch.randn(2 * calls + 1 + calls * (calls - 1) // 2, generator=generator, dtype=torch.float64)
+    return span.table(z, calls)
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), VESDE(), RectifiedFlow()], ids=repr)
 def test_any_table_carries_a_point_mass_exactly(sde: SDE) -> None:
-    """With D = m constant, x_i = alpha_i m + (x_0 - alpha_0 m) kappa_i sigma_i / sigma_0 at every call, m at the end."""
+    """With D = m constant, x_i = alpha_i m + (x - alpha m) kappa_i sigma_i / sigma at every call but the first, which
+    sees the scaled start x kappa_0 sigma_0 / sigma; m at the end."""
     point = torch.tensor([[1.5, -0.7]], dtype=torch.float64)
     model = ExactScore(GaussianMixture([1.0], point, torch.zeros(1, 2, 2)), sde)
     x = model.start(torch.randn(7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
@@ -68,9 +71,11 @@ def test_any_table_carries_a_point_mass_exactly(sde: SDE) -> None:
     assert (result.x - point).abs().max() < 1e-12
     assert result.nfe == CALLS
     alpha, sigma = sde.alpha(result.times[:-1])[:, None, None], sde.sigma(result.times[:-1])[:, None, None]
-    kappa = table.noise[:, None, None]
-    exact = alpha * point + (x - alpha[0] * point) * kappa * sigma / sigma[0]
-    assert ((result.trajectory[:-1] - exact) / sigma[0]).abs().max() < 1e-12
+    share = table.noise[:, None, None] * sigma[1:] / sigma[0]
+    exact = alpha[1:] * point + (x - alpha[0] * point) * share
+    exact[0] = x * share[0]
+    assert torch.equal(result.trajectory[0], x)
+    assert ((result.trajectory[1:-1] - exact) / sigma[0]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("rule", [name for name in RULES if "velocity" not in name])
@@ -97,6 +102,18 @@ def test_a_search_over_grids_ends_with_its_time(model: ExactScore) -> None:
     began = time.monotonic()
     tune(model, 4, method="grid", samples=64, iterations=10**6, minutes=0.01, progress=False)
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("grid_name", GRIDS)
+def test_a_late_beginning_leaves_out_the_call_at_noise_alone(grid_name: str) -> None:
+    """Where the denoiser of pure noise is 0, DDIM's first move only scales: N calls do what N + 1 did."""
+    centred = ExactScore(GaussianMixture([1.0], torch.zeros(1, 2), 0.04 * torch.eye(2).unsqueeze(0)), VPSDE())
+    x = centred.start(torch.randn(50, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    name = f"exponential Adams 1 on {grid_name}"
+    late, whole = (TunedSampler(tables[name]).sample(centred, x.shape, x_init=x)
+                   for tables in (begun_late(centred.sde, CALLS), untuned(centred.sde, CALLS + 1)))  # fmt: skip
+    assert (late.nfe, whole.nfe) == (CALLS, CALLS + 1)
+    assert (late.x - whole.x).abs().max() < 0.01 * whole.x.std()
 
 
 @pytest.mark.parametrize("order", [2, 3])
@@ -132,12 +149,12 @@ def test_the_gradient_is_that_of_the_loss(model: ExactScore) -> None:
     """Against central differences, levels (through the inverse of lambda), weights and noise alike; VE's by the same path."""
     for exact in (model, ExactScore(model.target, VESDE())):
         span = Span.of(exact.sde)
-        z = torch.randn(8, generator=torch.Generator().manual_seed(3), dtype=torch.float64) / 3
+        z = torch.randn(10, generator=torch.Generator().manual_seed(3), dtype=torch.float64) / 3
         x = exact.start(torch.randn(10, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
         pairs = Pairs(exact, x, torch.zeros_like(x), unit=1.0, robust=0.5, batch_size=4)
         _, gradient = pairs.loss_and_gradient(z.numpy(), span, 3)
-        steps = 1e-5 * torch.eye(8, dtype=torch.float64)
-        values = [[pairs.loss(TunedTable(*span.split(z + sign * step, 3))) for sign in (1, -1)] for step in steps]
+        steps = 1e-5 * torch.eye(10, dtype=torch.float64)
+        values = [[pairs.loss(span.table(z + sign * step, 3)) for sign in (1, -1)] for step in steps]
         numeric = torch.tensor([(up - down) / 2e-5 for up, down in values], dtype=torch.float64)
         assert (torch.from_numpy(gradient) - numeric).abs().max() < 1e-5 * (1 + numeric.abs().max())
 
@@ -209,13 +226,14 @@ def test_spectrum_tuning_minimises_the_exact_wasserstein_distance() -> None:
         t = sde.time_at(table.half_log_snr).tolist()
         alpha, sigma = [sde.alpha(s).item() for s in t] + [1.0], [sde.sigma(s).item() for s in t]
         left = [kappa * s for kappa, s in zip(table.noise.tolist(), sigma, strict=True)] + [0.0]
-        total = 0.0
+        first, total = left[0] / sde.sigma(sde.t_max).item(), 0.0
+        signal = [first * sde.alpha(sde.t_max).item(), *alpha[1:]]
         for v in variances.tolist():
-            x, outputs = math.sqrt(alpha[0] ** 2 * v + sigma[0] ** 2), []
+            x, outputs = first * math.sqrt(sde.alpha(sde.t_max) ** 2 * v + sde.sigma(sde.t_max) ** 2), []
             for i in range(len(t)):
                 outputs.append(alpha[i] * v / (alpha[i] ** 2 * v + sigma[i] ** 2) * x)
                 clean = sum(w * d for w, d in zip(table.weights[i].tolist(), outputs, strict=False))
-                x = alpha[i + 1] * clean + left[i + 1] / left[i] * (x - alpha[i] * clean)
+                x = signal[i + 1] * clean + left[i + 1] / left[i] * (x - signal[i] * clean)
             total += (x - math.sqrt(v)) ** 2
         return math.sqrt(total)
 
@@ -264,8 +282,12 @@ def test_what_cannot_be_done_is_refused(model: ExactScore, tuned: TunedTable, tm
 
 
 def test_other_teachers_and_one_call(model: ExactScore) -> None:
-    """With one call every table is D(x, t_max); a teacher may be any sampler."""
+    """With one call every table is D of the scaled start at its own level; a teacher may be any sampler."""
     teacher = Sampler(ExponentialAdams(2), partial(grid.log_snr, steps=30))
     table = tune(model, 1, samples=8, iterations=5, starts=2, teacher=teacher, progress=False)
     x = model.start(torch.randn(5, 2))
-    assert torch.allclose(TunedSampler(table).sample(model, x.shape, x_init=x).x, model(x, model.sde.t_max).denoised)
+    for one in (table, untuned(model.sde, 1)["exponential Adams 1 on rectified"]):
+        t = model.sde.time_at(one.half_log_snr)[0]
+        scaled = x * (one.noise[0] * model.sde.sigma(t) / model.sde.sigma(model.sde.t_max)).float()
+        found = TunedSampler(one).sample(model, x.shape, x_init=x).x
+        assert torch.allclose(found, model(scaled, t.item()).denoised, rtol=1e-4, atol=1e-5)

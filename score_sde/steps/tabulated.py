@@ -5,8 +5,8 @@ In the scaled variable y = x / alpha a linear step depends on noise levels l = s
     y_s = a y_t + sum_k b_k N_k + c z,      N = u D + w eps,
 
 and D and eps are the same in y as in x. So a table of (l, a, b, c, (u, w)) serves every SDE whose levels reach its own.
-Where its last level is 0 the last move ends at clean data, y = x. A file of scripts/tune.py is such a table: with
-s = kappa l, the noise in its states, a = s_{i+1} / s_i, b = (1 - a) w.
+Where its last level is 0 the last move ends at clean data, y = x. A row without weights makes no network call. A file
+of scripts/tune.py is such a table: with s = kappa l, the noise in its states, a = s_{i+1} / s_i, b = (1 - a) w.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Tabulated(LinearStep):
 
     Args:
         table: a .json or .npz file, or a mapping, with `levels` (N + 1 decreasing noise levels sigma / alpha), `a` (N),
-            `b` (N lists, the newest output's weight first; row i has at most i + 1), and where they are not all 0 and
-            (1, 0), `c` (N) and `output` (N pairs (u, w)); or what scripts/tune.py writes.
+            `b` (N lists, the newest output's weight first; row i has at most i + 1; in an array the NaN at the end of a
+            row are none), and where they are not all 0 and (1, 0), `c` (N) and `output` (N pairs (u, w)); or what
+            scripts/tune.py writes.
 
     Raises:
         ValueError: the table's lengths do not fit, its levels do not decrease, or a number is not finite.
@@ -51,7 +52,7 @@ class Tabulated(LinearStep):
         moves = len(self.levels) - 1
         self.a = _column(source["a"], moves, "a")
         self.c = _column(source.get("c", [0.0] * moves), moves, "c")
-        self.b = [_column(row[: i + 1], None, "b") for i, row in enumerate(source["b"])]
+        self.b = [_column(_unpadded(row[: i + 1]), None, "b") for i, row in enumerate(source["b"])]
         self.outputs = [tuple(_column(pair, 2, "output")) for pair in source.get("output", [(1.0, 0.0)] * moves)]
         if len(self.b) != moves or len(self.outputs) != moves:
             raise ValueError(f"a table of {moves + 1} levels has {moves} rows, "
@@ -75,12 +76,12 @@ class Tabulated(LinearStep):
 
     def save(self, path: str | Path) -> None:
         """Writes the table as .json or .npz, which the path's ending says."""
-        path, b = Path(path), [row + [0.0] * (self.memory - len(row)) for row in self.b]
-        table = {"levels": self.levels.tolist(), "a": self.a, "b": b, "c": self.c, "output": self.outputs}
+        path, table = Path(path), {"levels": self.levels.tolist(), "a": self.a, "c": self.c, "output": self.outputs}
         if path.suffix == ".json":
-            path.write_text(json.dumps(table, indent=1) + "\n")
+            path.write_text(json.dumps(table | {"b": self.b}, indent=1) + "\n")
         elif path.suffix == ".npz":
-            np.savez(path, **{name: np.asarray(column) for name, column in table.items()})  # type: ignore[arg-type]
+            padded = [row + [np.nan] * (self.memory - len(row)) for row in self.b]
+            np.savez(path, b=padded, **{name: np.asarray(column) for name, column in table.items()})  # type: ignore[arg-type]
         else:
             raise ValueError(f"a table is a .json or .npz file, got {path.name!r}")
 
@@ -124,13 +125,23 @@ def _read(path: Path) -> Table:
 
 
 def _tuned(
-    half_log_snr: Sequence[float], noise: Sequence[float], weights: Sequence[Sequence[float]], record: Any
+    start: float, half_log_snr: Sequence[float], noise: Sequence[float], weights: Sequence[Sequence[float]], record: Any
 ) -> Table:
-    """The numbers of a `score_sde.tuning.TunedTable` in this module's terms."""
-    levels = np.append(np.exp(-np.asarray(half_log_snr)), 0.0)
-    left = np.append(noise, 0.0) * levels
+    """The numbers of a `score_sde.tuning.TunedTable` in this module's terms: where its first call is not at the start,
+    a row without a call before it, which scales."""
+    levels = np.append(np.exp(-np.asarray([start, *half_log_snr])), 0.0)
+    left = np.asarray([1.0, *noise, 0.0]) * levels
     a = left[1:] / left[:-1]
-    return {"levels": levels, "a": a, "b": [(1 - r) * np.asarray(row[::-1]) for r, row in zip(a, weights, strict=True)]}
+    signal = np.append(a[0], np.ones(len(weights) - 1))  # of the state of each call, over alpha
+    b = [(1 - r * part) * np.asarray(row[::-1]) for r, part, row in zip(a[1:], signal, weights, strict=True)]
+    first = int(start == half_log_snr[0])
+    return {"levels": levels[first:], "a": a[first:], "b": [[], *b][first:]}
+
+
+def _unpadded(row: Sequence[float]) -> Sequence[float]:
+    """A row up to the NaN at its end."""
+    given = np.flatnonzero(~np.isnan(np.asarray(row, dtype=np.float64)))
+    return row[: given[-1] + 1] if len(given) else []
 
 
 def _column(values: Sequence[float], length: int | None, name: str) -> list[float]:

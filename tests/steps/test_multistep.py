@@ -309,14 +309,21 @@ def test_a_table_serves_every_path_with_its_levels():
     torch.testing.assert_close(x[SDE], x[other], rtol=1e-7, atol=1e-7)
 
 
-def test_a_tuned_table_is_a_table(tmp_path):
-    """One that ends at clean data, with another noise in its states than its levels have."""
-    levels = torch.tensor([SDE.half_log_snr(1.0), -2.0, 0.5, 2.0], dtype=torch.float64)
-    noise = torch.tensor([1.0, 1.1, 0.9, 0.7], dtype=torch.float64)
+@pytest.mark.parametrize("first", [None, -3.0])
+def test_a_tuned_table_is_a_table(tmp_path, first):
+    """One that ends at clean data, with another noise in its states than its levels have, called at the start or not."""
+    start = SDE.half_log_snr(1.0).item()
+    levels = torch.tensor([start if first is None else first, -2.0, 0.5, 2.0], dtype=torch.float64)
+    noise = torch.tensor([1.0 if first is None else 1.2, 1.1, 0.9, 0.7], dtype=torch.float64)
     weights = torch.tensor([[1, 0, 0, 0], [-0.5, 1.5, 0, 0], [0.25, -0.75, 1.5, 0], [0, 0.25, -0.5, 1.25]]).double()
-    tuned = TunedTable(levels, weights, noise)
+    tuned = TunedTable(levels, weights, noise, start)
     tuned.save(tmp_path / "tuned-4.json")
     sampler = Sampler.tabulated(tmp_path / "tuned-4.json")
+    for name in ("table.json", "table.npz"):  # saved again, in this step's own terms
+        sampler.predictor.save(tmp_path / name)
+        again = Sampler.tabulated(tmp_path / name)
+        rows, own = ([move.row for move in s.plan(SDE, s.grid(SDE))] for s in (again, sampler))
+        assert rows == own
     for sde in (SDE, DiscreteSDE.ddpm(), VESDE(sigma_min=1e-3, sigma_max=200.0)):
         model = ExactScore(MIXTURE, sde)
         found = sampler.sample(model, (6, 2), seed=1, dtype=torch.float64)
