@@ -304,11 +304,11 @@ def solvers_against_calls(ax: Axes, table: pd.DataFrame, column: str, label: str
         column: which figure.
         label: what it is called.
     """
-    lines = []
+    lines, names = [], {"untuned": "best untuned", "late": "best untuned, begun late"}
     for i, (kind, part) in enumerate(table[table["calls"] > 0].groupby("kind", sort=False)):
         colour, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
         lines += ax.plot(part["calls"], part[column], color=colour, marker=marker, markersize=4.5, linewidth=1.5,
-                         label={"untuned": "best untuned"}.get(str(kind), str(kind)))  # fmt: skip
+                         label=names.get(str(kind), str(kind)))  # fmt: skip
     floor = table.loc[table["calls"] == 0, column].mean()
     if floor > 1e-6 * table[column].max():  # a distance to the converged solution is 0 for itself, but for rounding
         ax.axhline(floor, color=INK, linestyle="--", linewidth=1, label="converged solution")

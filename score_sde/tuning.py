@@ -7,9 +7,9 @@ Every deterministic solver that is linear in x and in the denoiser outputs and c
 a move straight towards an affine combination of all clean estimates so far, which it reaches at s_N = 0. Free are the
 levels (alpha_i, sigma_i) of the calls, the noise s_i = kappa_i sigma_i left in their states and the weights w; with
 kappa = 1 DDIM, DPM-Solver++ and Adams in the velocity are such tables. The first call need not be at t_max, where a
-network sees nothing but noise: the start is scaled to s_0 (so that its signal is not alpha_0, but next to nothing as
-before), and what is called first already tells where to go. `tune` fits the best table, by gradients through the
-sampler, to the converged probability-flow ODE; `tune_spectrum` needs no model, only a spectrum.
+network sees little but noise: the start is scaled to the noise s_0, which leaves it s_0 alpha(t_max) / sigma(t_max)
+of signal in the place of alpha_0, and what is called first already tells where to go. `tune` fits the best table, by
+gradients through the sampler, to the converged probability-flow ODE; `tune_spectrum` needs no model, only a spectrum.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class TunedTable:
         record: how it came about: the method, and the validation loss of every candidate.
 
     Raises:
-        ValueError: shapes do not fit, levels do not increase, noise is not positive, or a row does not sum to 1.
+        ValueError: shapes do not fit, levels do not increase or begin before the start, noise is not positive, or a row
+            does not sum to 1.
     """
 
     half_log_snr: Tensor
@@ -74,14 +75,14 @@ class TunedTable:
         calls = len(self.half_log_snr)
         if self.noise is None:
             object.__setattr__(self, "noise", torch.ones(calls, dtype=torch.float64))
-        if self.start is None:
-            object.__setattr__(self, "start", self.half_log_snr[0].item())
         if self.half_log_snr.ndim != 1 or calls < 1 or self.weights.shape != (calls, calls):
             raise ValueError("a table has levels of shape (N,) and weights of shape (N, N), N >= 1; "
                              f"got {tuple(self.half_log_snr.shape)} and {tuple(self.weights.shape)}")  # fmt: skip
         if not (self.half_log_snr.diff() > 0).all():
             raise ValueError("a table's half log SNRs increase, from noise to data")
-        if not self.start <= self.half_log_snr[0]:
+        if self.start is None:
+            object.__setattr__(self, "start", self.half_log_snr[0].item())
+        if not -math.inf < self.start <= self.half_log_snr[0]:
             raise ValueError(f"a table starts at the half log SNR of its first call or below, got {self.start:g}")
         scaled = self.start == self.half_log_snr[0] and self.noise[0] != 1
         if self.noise.shape != (calls,) or not (self.noise > 0).all() or scaled:
@@ -114,9 +115,10 @@ class TunedTable:
             ValueError: the file is not such a table.
         """
         table = json.loads(Path(path).read_text())
-        parts = ("start", "half_log_snr", "noise", "weights", "record")
-        if not isinstance(table, dict) or table.keys() != set(parts):
-            raise ValueError(f"{path} is no table of scripts/tune.py: that has {', '.join(parts)}")
+        parts = {"start", "half_log_snr", "noise", "weights", "record"}
+        if not isinstance(table, dict) or table.keys() | {"start"} != parts:  # tables once began at their first call
+            raise ValueError(f"{path} is no table of scripts/tune.py, which has {', '.join(sorted(parts))}")
+        table.setdefault("start")
         calls = len(table["half_log_snr"])
         rows = [row + [0.0] * (calls - len(row)) for row in table["weights"]]
         number = partial(torch.tensor, dtype=torch.float64)
@@ -152,7 +154,7 @@ class TunedSampler(Sampler):
         super().__init__(self.step, self._times, final="none")
 
     def _times(self, sde: SDE) -> Tensor:
-        """The times of the calls, and t_min in the place of the end.
+        """The times of the start, if the first call is not there, and of the calls, and t_min in the place of the end.
 
         Raises:
             ValueError: the table starts at another noise level than the SDE, or goes below its t_min.
@@ -231,16 +233,21 @@ GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
 
 def untuned(sde: SDE, steps: int) -> dict[str, TunedTable]:
     """Every untuned solver with `steps` network calls, by the name "<rule> on <grid>" (`RULES`, `GRIDS`)."""
-    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
-        raise ValueError(f"a solver makes a whole number steps >= 1 of network calls, got steps={steps}")
-    return _by_name({name: Span.of(sde).inside(grid(sde, int(steps))) for name, grid in GRIDS.items()})
+    steps = _whole(steps)
+    return _by_name({name: Span.of(sde).inside(grid(sde, steps)) for name, grid in GRIDS.items()})
 
 
 def begun_late(sde: SDE, steps: int) -> dict[str, TunedTable]:
-    """The untuned solvers on their grids of one call more, by the same names, without the first call, at noise alone."""
-    span = Span.of(sde)
+    """The untuned solvers on their grids of one call more without the first call, at noise alone: "<rule> on <grid>, late"."""
+    span, steps = Span.of(sde), _whole(steps)
     tables = _by_name({name: span.inside(grid(sde, steps + 1))[1:] for name, grid in GRIDS.items()})
-    return {name: replace(table, start=span.first) for name, table in tables.items()}
+    return {f"{name}, late": replace(table, start=span.first) for name, table in tables.items()}
+
+
+def _whole(steps: int) -> int:
+    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+        raise ValueError(f"a solver makes a whole number steps >= 1 of network calls, got steps={steps}")
+    return int(steps)
 
 
 def _by_name(levels: dict[str, Tensor]) -> dict[str, TunedTable]:
@@ -248,6 +255,10 @@ def _by_name(levels: dict[str, Tensor]) -> dict[str, TunedTable]:
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------------
+
+
+CLOSEST = 1e-6
+"""The share of the way that a gap between levels keeps in a fit."""
 
 
 @dataclass(frozen=True)
@@ -267,12 +278,12 @@ class Span:
         return cls(float(sde.half_log_snr(sde.t_max)), float(sde.half_log_snr(sde.t_min)))
 
     def inside(self, half_log_snr: Tensor) -> Tensor:
-        """Levels that start no earlier than `first` and, at least a thousandth of a unit apart, end before `last`."""
+        """Levels that start no earlier than `first` and, about a thousandth of a unit apart or more, end before `last`."""
         gaps = self._gaps(half_log_snr).clamp_min(half_log_snr.new_tensor([0.0] + [1e-3] * len(half_log_snr)))
         return self._placed(gaps / gaps.sum())
 
     def levels(self, log_gaps: Tensor) -> Tensor:
-        return self._placed(log_gaps.softmax(0))
+        return self._placed((log_gaps.softmax(0) + CLOSEST) / (1 + CLOSEST * len(log_gaps)))
 
     def _placed(self, shares: Tensor) -> Tensor:
         return self.first + (self.last - self.first) * shares[:-1].cumsum(0)
@@ -385,7 +396,7 @@ def tune(
     Starting points are drawn from the prior, `samples` to fit on and half as many, which the fit does not see, to
     validate. The most promising untuned solvers, begun late (`begun_late`), and as many random levels are fitted a
     little, the best three of them longer and the best one in full; what then validates best is returned, never a worse
-    solver than the best untuned.
+    solver than the best of those that were not fitted.
 
     Args:
         model: exact or learned; its gradient with respect to x is needed for "coefficients".
@@ -414,13 +425,12 @@ def tune(
         raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}")
     if min(iterations, starts) < 1 or not (minutes is None or minutes > 0):
         raise ValueError(f"iterations, starts and minutes are positive, got {iterations=}, {starts=}, {minutes=}")
-    candidates = untuned(model.sde, steps)
+    known, late = untuned(model.sde, steps), begun_late(model.sde, steps)
     fit, validation = pairs or converged_pairs(
         model, samples=samples, seed=seed, teacher=teacher, robust=robust, batch_size=batch_size, progress=progress
     )
-    losses = _losses(candidates, validation, progress)
-    best = min(losses, key=losses.__getitem__)
-    late = begun_late(model.sde, steps)
+    losses = _losses(known | late, validation, progress)
+    best, *_ = promising = sorted(late, key=losses.__getitem__)
     if method == "grid":
         with tqdm(total=iterations, desc="tuning", disable=not progress) as bar:
             tuned = {f"tuned from {best}": _fit_grid(
@@ -428,10 +438,10 @@ def tune(
     else:
         if minutes is not None:
             iterations = min(iterations, _affordable(fit, late[best], minutes, starts))
-        ranked = {name: late[name] for name in sorted(losses, key=losses.__getitem__)[: (starts + 1) // 2]}
-        tables = ranked | _random(Span.of(model.sde), steps, starts // 2, seed)
+        ranked = {name: late[name] for name in promising[: (starts + 1) // 2]}
+        tables = ranked | _random(Span.of(model.sde), int(steps), starts // 2, seed)
         tuned = _halving(fit, validation, tables, iterations, seed, progress)
-    return _chosen(candidates | tuned, losses | _losses(tuned, validation), best, method)
+    return _chosen(known, late | tuned, losses | _losses(tuned, validation), method)
 
 
 def converged_pairs(
@@ -465,10 +475,12 @@ def _losses(tables: dict[str, TunedTable], pairs: Pairs, progress: bool = False)
     return {name: pairs.loss(table) for name, table in bar}
 
 
-def _chosen(candidates: dict[str, TunedTable], losses: dict[str, float], best: str, method: str) -> TunedTable:
-    """The candidate with the least loss, all losses in its record."""
-    chosen = min(losses, key=losses.__getitem__)
-    return replace(candidates[chosen], record={
+def _chosen(
+    known: dict[str, TunedTable], others: dict[str, TunedTable], losses: dict[str, float], method: str
+) -> TunedTable:
+    """The table with the least loss, all losses in its record, and the best of the untuned solvers named."""
+    chosen, best = (min(names, key=losses.__getitem__) for names in (losses, losses.keys() & known))
+    return replace((known | others)[chosen], record={
         "method": method, "chosen": chosen, "best untuned": best, "validation": losses})  # fmt: skip
 
 
@@ -493,11 +505,11 @@ def _halving(
 ) -> dict[str, TunedTable]:
     """Many short fits on half batches, longer ones from the best three, the full one from the best."""
     small = replace(fit, batch_size=max(1, fit.batch_size // 2))
-    quick = max(1, iterations // 10)
+    quick, check = max(1, iterations // 10), replace(validation, x=validation.x[:2048], y=validation.y[:2048])
     with tqdm(total=len(tables) * quick + 3 * (3 * quick) + iterations, desc="tuning", disable=not progress) as bar:
         for keep, pairs, length, rate in ((3, small, quick, 0.05), (1, small, 3 * quick, 0.03)):
             tables = {name: _fit(pairs, table, length, rate, seed, bar) for name, table in tables.items()}
-            found = _losses(tables, validation)
+            found = _losses(tables, check)
             tables = {name: tables[name] for name in sorted(found, key=found.__getitem__)[:keep]}
         return {f"tuned from {name}": _fit(fit, table, iterations, 0.03, seed, bar) for name, table in tables.items()}
 
@@ -570,20 +582,18 @@ def tune_spectrum(
     model = _GaussianScore(variances, sde or VPSDE())
     x, y = model.start(torch.ones_like(variances)).unsqueeze(0), variances.sqrt().unsqueeze(0)
     pairs = _Spectrum(model, x, y, unit=y.square().mean().sqrt().item(), robust=1e-6, batch_size=1)
-    candidates = untuned(model.sde, steps)
-    losses = _losses(candidates, pairs)
-    best = min(losses, key=losses.__getitem__)
+    known, late = untuned(model.sde, steps), begun_late(model.sde, steps)
+    losses = _losses(known | late, pairs)
     # Adams on the rectified path is not always the best, but its neighbourhood has the best tables more often than not.
-    starts = [min((name for name in losses if _rule(name) == rule), key=losses.__getitem__)
-              for rule in RULES if rule.startswith("velocity")]  # fmt: skip
-    late = begun_late(model.sde, steps)
+    starts = {name: tables[name] for tables in (known, late) for rule in RULES if rule.startswith("velocity")
+              for name in [min((n for n in tables if _rule(n) == rule), key=losses.__getitem__)]}  # fmt: skip
     with tqdm(total=iterations * len(starts), desc="tuning", disable=not progress, delay=2) as bar:
-        tuned = {f"tuned from {name}": _fit_grid(pairs, late[name], RULES[_rule(name)], iterations, bar)
-                 if method == "grid" else _fit_exactly(pairs, late[name], iterations, bar)
-                 for name in starts}  # fmt: skip
+        tuned = {f"tuned from {name}": _fit_grid(pairs, table, RULES[_rule(name)], iterations, bar)
+                 if method == "grid" else _fit_exactly(pairs, table, iterations, bar)
+                 for name, table in starts.items()}  # fmt: skip
     rivals = losses if method == "coefficients" else {name: losses[name] for name in starts}
     distances = {name: math.exp(loss) for name, loss in (rivals | _losses(tuned, pairs)).items()}
-    return _chosen(candidates | tuned, distances, best, f"spectrum, {method}")
+    return _chosen(known, late | tuned, distances, f"spectrum, {method}")
 
 
 class _Spectrum(Pairs):

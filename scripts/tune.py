@@ -98,7 +98,7 @@ def report(table: pd.DataFrame, folder: Path) -> None:
             ax.legend(frameon=False, fontsize=8)
     figures.save(figure, folder / "tuning.png")
     print(f"\n{folder}: tuning.csv, tuning.png; untuned: the best of {table[table.kind == 'untuned'].solver.nunique()} "
-          "solvers, for each figure by itself")  # fmt: skip
+          "solvers, for each figure by itself; late: likewise, without the call at noise alone")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def test_a_late_beginning_leaves_out_the_call_at_noise_alone(grid_name: str) -> 
     centred = ExactScore(GaussianMixture([1.0], torch.zeros(1, 2), 0.04 * torch.eye(2).unsqueeze(0)), VPSDE())
     x = centred.start(torch.randn(50, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
     name = f"exponential Adams 1 on {grid_name}"
-    late, whole = (TunedSampler(tables[name]).sample(centred, x.shape, x_init=x)
-                   for tables in (begun_late(centred.sde, CALLS), untuned(centred.sde, CALLS + 1)))  # fmt: skip
+    tables = begun_late(centred.sde, CALLS)[f"{name}, late"], untuned(centred.sde, CALLS + 1)[name]
+    late, whole = (TunedSampler(table).sample(centred, x.shape, x_init=x) for table in tables)
     assert (late.nfe, whole.nfe) == (CALLS, CALLS + 1)
     assert (late.x - whole.x).abs().max() < 0.01 * whole.x.std()
 
@@ -145,6 +145,36 @@ def test_rectified_adams_is_adams_on_the_rectified_path(model: ExactScore, order
     assert (ours / scale - theirs).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(
+    "sde",
+    [VPSDE(), VPSDE(beta_max=4.0), VESDE(), VESDE(sigma_max=1e6), RectifiedFlow(), RectifiedFlow(t_max=0.9)],
+    ids=repr,
+)
+@pytest.mark.parametrize("calls", [1, 2, CALLS])
+def test_what_is_fitted_is_what_runs(model: ExactScore, sde: SDE, calls: int) -> None:
+    exact = ExactScore(model.target, sde)
+    x = exact.start(torch.randn(9, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    for table in (random_table(sde, calls), untuned(sde, calls)["velocity Adams 2 on rectified"]):
+        run = TunedSampler(table).sample(exact, x.shape, x_init=x).x
+        torch.testing.assert_close(endpoints(exact, x, *table.numbers), run, rtol=1e-7, atol=1e-7)
+
+
+def test_a_fit_keeps_its_levels_apart(model: ExactScore) -> None:
+    """Whatever an optimiser does to the gaps: a first call at the very start could not be scaled."""
+    for sde in (model.sde, RectifiedFlow(t_max=0.9)):
+        for closed in range(4):
+            z = torch.zeros(4 + 3 + 3, dtype=torch.float64)
+            z[closed], z[-3] = -60.0, 0.3
+            TunedSampler(Span.of(sde).table(z, 3)).check(sde)
+
+
+def test_a_file_of_before_begins_at_its_first_call(model: ExactScore, tmp_path: Path) -> None:
+    table = untuned(model.sde, 3)["velocity Adams 2 on rectified"]
+    (tmp_path / "old.json").write_text(json.dumps({k: v for k, v in table.contents().items() if k != "start"}))
+    drawn = [TunedSampler(t).sample(model, (9, 2), seed=0).x for t in (table, tmp_path / "old.json")]
+    assert torch.equal(*drawn)
+
+
 def test_the_gradient_is_that_of_the_loss(model: ExactScore) -> None:
     """Against central differences, levels (through the inverse of lambda), weights and noise alike; VE's by the same path."""
     for exact in (model, ExactScore(model.target, VESDE())):
@@ -163,6 +193,7 @@ def test_tuning_improves_and_its_record_says_by_how_much(model: ExactScore, tune
     losses = tuned.record["validation"]
     assert losses[tuned.record["chosen"]] < 0.5 * losses[tuned.record["best untuned"]]
     assert losses[tuned.record["best untuned"]] == min(losses[name] for name in untuned(model.sde, 3))
+    assert losses.keys() >= begun_late(model.sde, 3).keys()
 
 
 @pytest.mark.parametrize("method", ["coefficients", "grid"])
@@ -186,8 +217,8 @@ def test_a_fit_that_fails_leaves_the_best_untuned_solver(model: ExactScore, monk
     spoilt = random_table(model.sde, 3)
     monkeypatch.setattr("score_sde.tuning._fit", lambda *_: spoilt)
     table = tune(model, 3, samples=64, iterations=1, starts=2, progress=False)
-    assert table.record["chosen"] == table.record["best untuned"]
-    assert torch.equal(table.weights, untuned(model.sde, 3)[table.record["chosen"]].weights)
+    known = untuned(model.sde, 3.0) | begun_late(model.sde, 3)
+    assert torch.equal(table.weights, known[table.record["chosen"]].weights)
 
 
 def test_a_budget_of_time_cuts_the_iterations(model: ExactScore) -> None:
@@ -244,7 +275,7 @@ def test_spectrum_tuning_minimises_the_exact_wasserstein_distance() -> None:
     assert table.record["validation"][table.record["chosen"]] > 0
 
 
-@pytest.mark.parametrize("break_it", ["row sum", "order", "upper", "noise", "shape"])
+@pytest.mark.parametrize("break_it", ["row sum", "order", "upper", "noise", "shape", "empty", "start", "scale"])
 def test_a_broken_table_is_refused(tuned: TunedTable, tmp_path: Path, break_it: str) -> None:
     tuned.save(tmp_path / "table.json")
     table = json.loads((tmp_path / "table.json").read_text())
@@ -252,6 +283,12 @@ def test_a_broken_table_is_refused(tuned: TunedTable, tmp_path: Path, break_it: 
         table["weights"][1][0] += 1e-6
     elif break_it == "order":
         table["half_log_snr"].reverse()
+    elif break_it == "empty":
+        table |= {"half_log_snr": [], "noise": [], "weights": []}
+    elif break_it == "start":
+        table["start"] = table["half_log_snr"][0] + 0.1
+    elif break_it == "scale":
+        table["start"] = table["half_log_snr"][0]
     elif break_it == "noise":
         table["noise"][1] = 0.0
     elif break_it == "upper":
@@ -266,8 +303,9 @@ def test_a_broken_table_is_refused(tuned: TunedTable, tmp_path: Path, break_it: 
 def test_what_cannot_be_done_is_refused(model: ExactScore, tuned: TunedTable, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tune one for it"):
         TunedSampler(tuned).check(RectifiedFlow())
-    with pytest.raises(ValueError, match="steps >= 1"):
-        tune(model, 0)
+    for refuses in (partial(tune, model), partial(begun_late, model.sde)):
+        with pytest.raises(ValueError, match="steps >= 1"):
+            refuses(0)
     with pytest.raises(ValueError, match="coefficients, grid"):
         tune(model, 3, method="coefficient")
     with pytest.raises(ValueError, match="positive"):

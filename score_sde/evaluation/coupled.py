@@ -24,7 +24,7 @@ from score_sde.data import generator
 from score_sde.evaluation.metrics import Yardstick, frechet_distance, mode_spread, sliced_w2
 from score_sde.score import ScoreModel
 from score_sde.targets import GaussianMixture, Target
-from score_sde.tuning import CONVERGED, Samples, TunedSampler, TunedTable, untuned
+from score_sde.tuning import CONVERGED, Samples, TunedSampler, TunedTable, begun_late, untuned
 
 
 def endpoint_error(x: Tensor, y: Tensor) -> float:
@@ -97,9 +97,9 @@ class Course:
         sampler = TunedSampler(table)
         return torch.cat([sampler.sample(self.model, x.shape, x_init=x).x for x in self.starts[seed].split(1024)])
 
-    def ranked(self, calls: int, keep: int = 3) -> dict[str, TunedTable]:
-        """The untuned solvers with the least median endpoint error on the first seed."""
-        seed, tables, errors = next(iter(self.starts)), untuned(self.model.sde, calls), {}
+    def ranked(self, tables: Mapping[str, TunedTable], keep: int = 3) -> dict[str, TunedTable]:
+        """The tables with the least median endpoint error on the first seed."""
+        seed, errors = next(iter(self.starts)), {}
         x, y = self.starts[seed][:RANKED], self.ends[seed][:RANKED]
         for name, table in tables.items():
             errors[name] = endpoint_median(TunedSampler(table).sample(self.model, x.shape, x_init=x).x, y)
@@ -132,12 +132,15 @@ def course_table(course: Course, tables: Mapping[tuple[str, int], TunedTable], p
 
     Returns:
         A row for each solver and seed: kind, solver, calls, seed and the figures; kind is "untuned" for the three untuned
-        solvers with the least median endpoint error, and "converged" for the converged solution itself.
+        solvers with the least median endpoint error, "late" for those of them begun late (`tuning.begun_late`), and
+        "converged" for the converged solution itself.
     """
     budgets = sorted({calls for _, calls in tables})
     budgets.append(2 * budgets[-1])
     solvers = [(kind, table.record.get("chosen", kind), calls, table) for (kind, calls), table in tables.items()]
-    solvers += [("untuned", name, calls, table) for calls in budgets for name, table in course.ranked(calls).items()]
+    solvers += [(kind, name, calls, table) for calls in budgets
+                for kind, known in (("untuned", untuned), ("late", begun_late))
+                for name, table in course.ranked(known(course.model.sde, calls)).items()]  # fmt: skip
     rows = [{"kind": "converged", "solver": "converged", "calls": 0, "seed": seed} | course.figures(y, seed)
             for seed, y in course.ends.items()]  # fmt: skip
     for kind, name, calls, table in tqdm(solvers, desc="measuring", disable=not progress, delay=2):

@@ -111,7 +111,7 @@ class LinearStep(Step):
             if self.memory == 1 and row.b:  # the output is not kept, so it need not be formed
                 x = evaluate(x, row.t).combine(row.a, row.b[0], *row.output)
             else:
-                outputs = (evaluate(x, row.t).mix(*row.output), *history) if row.b else ()
+                outputs = (evaluate(x, row.t).mix(*row.output), *history) if row.b else history
                 x = combine(x, row.a, row.b, outputs)
                 history = outputs[: self.memory - 1]  # what the next move needs beside its own
             if isinstance(row.c, Tensor) or row.c != 0.0:

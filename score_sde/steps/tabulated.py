@@ -5,8 +5,9 @@ In the scaled variable y = x / alpha a linear step depends on noise levels l = s
     y_s = a y_t + sum_k b_k N_k + c z,      N = u D + w eps,
 
 and D and eps are the same in y as in x. So a table of (l, a, b, c, (u, w)) serves every SDE whose levels reach its own.
-Where its last level is 0 the last move ends at clean data, y = x. A row without weights makes no network call. A file
-of scripts/tune.py is such a table: with s = kappa l, the noise in its states, a = s_{i+1} / s_i, b = (1 - a) w.
+Where its last level is 0 the last move ends at clean data, y = x. A row without weights makes no network call (but in a
+`ParallelSampler`). A file of scripts/tune.py is such a table: with s = kappa l, the noise in its states, a = s_{i+1} / s_i
+and b = (1 - a) w, or (1 - a r) w after a first call at a start that was scaled by r.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Tabulated(LinearStep):
 
     Args:
         table: a .json or .npz file, or a mapping, with `levels` (N + 1 decreasing noise levels sigma / alpha), `a` (N),
-            `b` (N lists, the newest output's weight first; row i has at most i + 1; in an array the NaN at the end of a
-            row are none), and where they are not all 0 and (1, 0), `c` (N) and `output` (N pairs (u, w)); or what
-            scripts/tune.py writes.
+            `b` (N lists, the newest output's weight first, at most as many as there were calls; in a .npz the NaN at
+            the end of a row are none), and where they are not all 0 and (1, 0), `c` (N) and `output` (N pairs (u, w));
+            or what scripts/tune.py writes.
 
     Raises:
         ValueError: the table's lengths do not fit, its levels do not decrease, or a number is not finite.
@@ -52,7 +53,10 @@ class Tabulated(LinearStep):
         moves = len(self.levels) - 1
         self.a = _column(source["a"], moves, "a")
         self.c = _column(source.get("c", [0.0] * moves), moves, "c")
-        self.b = [_column(_unpadded(row[: i + 1]), None, "b") for i, row in enumerate(source["b"])]
+        self.b, calls = list[list[float]](), 0
+        for row in source["b"]:
+            calls += len(row) > 0
+            self.b.append(_column(row[:calls], None, "b"))
         self.outputs = [tuple(_column(pair, 2, "output")) for pair in source.get("output", [(1.0, 0.0)] * moves)]
         if len(self.b) != moves or len(self.outputs) != moves:
             raise ValueError(f"a table of {moves + 1} levels has {moves} rows, "
@@ -118,17 +122,21 @@ class Tabulated(LinearStep):
 def _read(path: Path) -> Table:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            return {
+                name: archive[name] if name != "b" else list(map(_unpadded, archive[name])) for name in archive.files
+            }
     if path.suffix == ".json":
         return dict(json.loads(path.read_text()))
     raise ValueError(f"a table is a .json or .npz file, got {path.name!r}")
 
 
 def _tuned(
-    start: float, half_log_snr: Sequence[float], noise: Sequence[float], weights: Sequence[Sequence[float]], record: Any
-) -> Table:
+    half_log_snr: Sequence[float], noise: Sequence[float], weights: Sequence[Sequence[float]], record: Any,
+    start: float | None = None,
+) -> Table:  # fmt: skip
     """The numbers of a `score_sde.tuning.TunedTable` in this module's terms: where its first call is not at the start,
     a row without a call before it, which scales."""
+    start = half_log_snr[0] if start is None else start
     levels = np.append(np.exp(-np.asarray([start, *half_log_snr])), 0.0)
     left = np.asarray([1.0, *noise, 0.0]) * levels
     a = left[1:] / left[:-1]
@@ -138,10 +146,10 @@ def _tuned(
     return {"levels": levels[first:], "a": a[first:], "b": [[], *b][first:]}
 
 
-def _unpadded(row: Sequence[float]) -> Sequence[float]:
+def _unpadded(row: np.ndarray) -> np.ndarray:
     """A row up to the NaN at its end."""
-    given = np.flatnonzero(~np.isnan(np.asarray(row, dtype=np.float64)))
-    return row[: given[-1] + 1] if len(given) else []
+    given = np.flatnonzero(~np.isnan(row))
+    return row[: given[-1] + 1] if len(given) else row[:0]
 
 
 def _column(values: Sequence[float], length: int | None, name: str) -> list[float]:

@@ -26,7 +26,7 @@ def test_a_target_is_tuned_and_measured_beside_spectrum_and_untuned(tmp_path: Pa
     table = pd.read_csv(folder / "tuning.csv")
     assert set(zip(table["kind"], table["calls"], strict=True)) == {
         ("converged", 0), ("tuned", 2), ("tuned", 3), ("spectrum", 2), ("spectrum", 3), ("untuned", 2), ("untuned", 3),
-        ("untuned", 6)}  # fmt: skip
+        ("untuned", 6), ("late", 2), ("late", 3), ("late", 6)}  # fmt: skip
     assert set(table["seed"]) == {0, 1}
     assert (folder / "tuning.png").exists()
     assert "tuning.csv" in said

@@ -334,6 +334,24 @@ def test_a_tuned_table_is_a_table(tmp_path, first):
         assert found.x.isfinite().all()
 
 
+def test_a_row_without_weights_makes_no_call_and_keeps_the_outputs_before():
+    """Three rows with a call-less one between give what two give whose levels it does not split."""
+    sde, model = VESDE(sigma_min=1e-3, sigma_max=200.0), ExactScore(MIXTURE, VESDE(sigma_min=1e-3, sigma_max=200.0))
+    x = model.start(torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    split = Tabulated({"levels": [200.0, 3.0, 2.0, 0.0], "a": [0.5, 0.5, 0.0], "b": [[0.4], [], [1.2, -0.2]]})
+    D = model(x, sde.t_max).denoised
+    y = 0.5 * (0.5 * x + 0.4 * D)
+    found = Sampler(split, split.grid, final="none").sample(model, x.shape, x_init=x)
+    time = sde.time_at(-torch.tensor(2.0, dtype=torch.float64).log()).item()
+    torch.testing.assert_close(found.x, 1.2 * model(y, time).denoised - 0.2 * D)
+    assert found.nfe == 2
+
+
+def test_a_number_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="finite"):
+        Tabulated({"levels": [2.0, 1.0], "a": [0.5], "b": [[float("nan")]]})
+
+
 def test_a_sampler_from_a_table_ends_with_tweedie(tmp_path):
     times = grid.log_snr(SDE, steps=6)
     Tabulated.of(UniPC(3), SDE, times).save(tmp_path / "table.npz")
