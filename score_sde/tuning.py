@@ -585,7 +585,7 @@ def tune_spectrum(
     known, late = untuned(model.sde, steps), begun_late(model.sde, steps)
     losses = _losses(known | late, pairs)
     # Adams on the rectified path is not always the best, but its neighbourhood has the best tables more often than not.
-    starts = {name: tables[name] for tables in (known, late) for rule in RULES if rule.startswith("velocity")
+    starts = {name: tables[name] for tables in (late, known) for rule in RULES if rule.startswith("velocity")
               for name in [min((n for n in tables if _rule(n) == rule), key=losses.__getitem__)]}  # fmt: skip
     with tqdm(total=iterations * len(starts), desc="tuning", disable=not progress, delay=2) as bar:
         tuned = {f"tuned from {name}": _fit_grid(pairs, table, RULES[_rule(name)], iterations, bar)
