@@ -34,7 +34,9 @@ def draw(
     if len(run.metrics()):
         figures["losses"] = losses(run)
     paths = [save(figure, run.figures / f"{name}.png") for name, figure in figures.items()]
-    return [*paths, animate(model, next(iter(samplers.values())), run.figures / "noise_to_data.gif", seed)]
+    if drawable(data):
+        paths.append(animate(model, next(iter(samplers.values())), run.figures / "noise_to_data.gif", seed))
+    return paths
 
 
 def evaluation_sheets(data: Data, evaluation: Evaluation) -> dict[str, Figure]:
@@ -136,6 +138,11 @@ def save(figure: Figure, path: Path) -> Path:
 def _path(trajectory: Tensor | None) -> Tensor:
     assert trajectory is not None
     return trajectory.cpu()
+
+
+def drawable(data: Data) -> bool:
+    """Whether an example is a picture by itself: a point of the plane, or an image in grey or in colour."""
+    return tuple(data.event_shape) == (2,) or _is_image(data)
 
 
 def _is_image(data: Data) -> bool:

@@ -66,6 +66,8 @@ def main(config: DictConfig) -> float:
         )  # fmt: skip
 
     def on_sample(step: int, raw: LearnedScore, averaged: LearnedScore) -> None:
+        if not figures.drawable(data):
+            return
         count = config.num_previews
         for name, shown in (("raw", raw), ("ema", averaged)):
             samples, *_ = distributed.sample(
