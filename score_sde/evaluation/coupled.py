@@ -132,7 +132,7 @@ def course_table(course: Course, tables: Mapping[tuple[str, int], TunedTable], p
 
     Returns:
         A row for each solver and seed: kind, solver, calls, seed and the figures; kind is "untuned" for the three untuned
-        solvers with the least median endpoint error, "late" for those of them begun late (`tuning.begun_late`), and
+        solvers with the least median endpoint error, "late" likewise for those begun late (`tuning.begun_late`), and
         "converged" for the converged solution itself.
     """
     budgets = sorted({calls for _, calls in tables})
