@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from score_sde.checks import one_of, whole
 from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
 from score_sde.sampler import ErrorControlled, SampleResult, begin
@@ -437,7 +438,7 @@ class _Run:
 class PerSample:
     """A score model under a fixed condition, called with any choice of samples, each at its own time.
 
-    Condition tensors whose first dimension is the batch are per sample and follow the choice; others are shared.
+    Conditions with a row for each sample follow the choice (`ScoreModel.per_sample`); others are shared.
 
     Attributes:
         calls: network calls that the last prediction took; guidance may ask more than once, and not at every time.
@@ -446,8 +447,7 @@ class PerSample:
 
     def __init__(self, model: ScoreModel, condition: Mapping[str, Any], batch: int) -> None:
         self.model, self.calls, self.spent = model, 1, 0
-        own = {name for name, value in condition.items()
-               if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch}  # fmt: skip
+        own = {name for name, value in condition.items() if model.per_sample(name, value, batch)}
         self.shared = {name: value for name, value in condition.items() if name not in own}
         self.own = {name: condition[name] for name in own}
 
@@ -599,12 +599,8 @@ class AdaptiveODE(ErrorControlled):
         self, method: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-5, final: str = "none",
         block: int | None = None,
     ) -> None:  # fmt: skip
-        if method not in PAIRS:
-            raise ValueError(f"method is one of {', '.join(PAIRS)}; got {method!r}")
-        if block is not None and (int(block) != block or block < 1):
-            raise ValueError(f"block is how many samples are worked on at once, a whole number >= 1; got {block}")
         super().__init__(rtol, atol, final)
-        self.method, self.block = method, block
+        self.method, self.block = one_of("method", method, PAIRS), None if block is None else whole("block", block)
 
     @torch.no_grad()
     def sample(

@@ -110,6 +110,7 @@ class _Paths:
 
     def __init__(self, method: AdaptiveSDE, model: PerSample, x: Tensor, times: Tensor | None = None) -> None:
         self.method, self.model, self.sde = method, model, model.model.sde
+        self.shortest = 1e-12 * self.sde.t_max
         end = torch.tensor([self.sde.t_min], dtype=torch.float64)
         inner = end[:0] if times is None else times[(times > self.sde.t_min) & (times < self.sde.t_max)]
         self.stops = torch.cat([inner, end]).to(x.device)
@@ -143,14 +144,15 @@ class _Paths:
         self.t = torch.where(good, s, here)
         growth = power(size.clamp_min(1e-3), -self.method.exponent).mul_(self.method.safety)
         growth = growth.nan_to_num_(0.1).clamp_min_(0.1)
-        wished = torch.where(good & lands, self.h, 0.0)  # a stop is no reason to go on in shorter steps
+        # Neither a stop nor the end of a retained piece is a reason to go on in shorter steps.
+        wished = torch.where(good & (h < self.h), self.h, 0.0)
         self.h = torch.maximum(h * torch.where(good, growth, growth.clamp(max=self.method.safety)), wished)
         self._push(~good, h, w)
         self.rejected = self.rejected + ~good
         if self.times is not None and self.path is not None:
             self._keep(good & lands)
         done = good & (s <= self.sde.t_min)
-        stuck = self.h < 1e-12 * self.sde.t_max
+        stuck = self.h < self.shortest
         arrived, lost, depth = torch.stack([done.sum(), (stuck & ~done).sum(), self.level.amax()]).tolist()
         if lost:
             raise RuntimeError("the step size of a sample vanished: model output not finite, or atol too small")
@@ -179,7 +181,7 @@ class _Paths:
         """The Brownian increment over h: retained, a bridge's part of a retained one, or fresh."""
         piece, length = self._top(self.pieces), self._top(self.lengths)
         held = self.level > 0
-        whole = held & (h >= length * (1 - 1e-9))
+        whole = held & (h >= length * (1 - 1e-9) - self.shortest)  # no piece is left of a rounding error's length
         part = torch.where(held, (h / length).clamp(max=1), 0.0)
         spread = torch.where(whole, 0.0, (h * (1 - part)).sqrt())
         w = expand(torch.where(whole, 1.0, part), z).nan_to_num() * piece + expand(spread, z) * z

@@ -11,11 +11,11 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from numbers import Real
 
 import torch
 from torch import Tensor
 
+from score_sde.checks import whole
 from score_sde.sde import SDE
 
 Grid = Callable[[SDE], Tensor]
@@ -44,10 +44,7 @@ def check(times: Tensor, sde: SDE) -> Tensor:
 
 def _fractions(steps: int) -> Tensor:
     """0, 1 / steps, ..., 1."""
-    whole = isinstance(steps, Real) and not isinstance(steps, bool) and 1 <= steps < math.inf and int(steps) == steps
-    if not whole:
-        raise ValueError(f"a grid needs a whole number steps >= 1, got steps={steps}")
-    return torch.linspace(0, 1, int(steps) + 1, dtype=torch.float64)
+    return torch.linspace(0, 1, whole("steps", steps) + 1, dtype=torch.float64)
 
 
 def _between(sde: SDE, inner: Tensor) -> Tensor:
@@ -282,6 +279,4 @@ def within(sde: SDE, times: Tensor, low: float = 0.0, high: float = math.inf) ->
 
 def every(sde: SDE, times: Tensor, period: int = 2) -> Tensor:
     """Every `period`-th grid time, the first included, as a mask (see `Sampler`)."""
-    if period < 1:
-        raise ValueError(f"period is a whole number >= 1, got {period}")
-    return torch.arange(len(times)) % period == 0
+    return torch.arange(len(times)) % whole("period", period) == 0

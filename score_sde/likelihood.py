@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from score_sde.adaptive import PAIRS, Norm, PerSample, integrate, mixed_tolerance, whole_lanes
+from score_sde.checks import one_of, whole
 from score_sde.memory import keep_freed_memory
 from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS as SCIPY
@@ -486,9 +487,8 @@ def _check_options(
 ) -> None:
     for name, value, allowed in (("divergence", divergence, DIVERGENCES), ("method", method, METHODS),
                                  ("truncation", truncation, TRUNCATIONS)):  # fmt: skip
-        if value not in allowed:
-            raise ValueError(f"{name} is one of {', '.join(allowed)}; got {value!r}")
-    if probes < 1 or (divergence == "exact" and probes != 1):
+        one_of(name, value, allowed)
+    if whole("probes", probes) < 1 or (divergence == "exact" and probes != 1):
         raise ValueError(
             f"probes={probes} with divergence={divergence!r}: the exact trace takes none, estimates at least 1"
         )

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from score_sde.checks import one_of
 from score_sde.noise import NoiseSource
-from score_sde.sampler import CountedModel, ErrorControlled, SampleResult, begin, check_option
+from score_sde.sampler import CountedModel, ErrorControlled, SampleResult, begin
 from score_sde.score import ScoreModel
 
 METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
@@ -42,10 +43,9 @@ class ProbabilityFlowODE(ErrorControlled):
         self, method: str = "RK45", rtol: float = 1e-5, atol: float = 1e-5, error_control: str = "joint",
         final: str = "none",
     ) -> None:  # fmt: skip
-        if method not in METHODS:
-            raise ValueError(f"method is one of scipy's {', '.join(METHODS)}; got {method!r}")
         super().__init__(rtol, atol, final)
-        self.method, self.error_control = method, check_option("error_control", error_control, ("joint", "each"))
+        self.method = one_of("method", method, METHODS)
+        self.error_control = one_of("error_control", error_control, ("joint", "each"))
 
     @torch.no_grad()
     def sample(
@@ -96,9 +96,12 @@ class ProbabilityFlowODE(ErrorControlled):
         path = torch.cat(states, dim=1)
         end = path[-1]
         if denoise:
-            end = model(end, times[-1].item()).denoised
+            last = model(end, times[-1].item())
+            end = last.denoised
         seconds = time.perf_counter() - clock
-        return SampleResult(end, max(calls) + int(denoise), seconds, path if trajectory else None, times)
+        return SampleResult(
+            end, max(calls) + (last.calls if denoise else 0), seconds, path if trajectory else None, times
+        )
 
     def _solve(self, model: CountedModel, x: Tensor, times: Tensor) -> Tensor:
         from scipy.integrate import solve_ivp  # half a second to import

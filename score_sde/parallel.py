@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from score_sde import grid as grids
 from score_sde.adaptive import PerSample, rms
+from score_sde.checks import one_of, whole
 from score_sde.grid import Grid
 from score_sde.noise import NoiseSource
-from score_sde.sampler import FINALS, SampleResult, Start, begin, check_option
+from score_sde.sampler import FINALS, SampleResult, Start, begin
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, expand
 from score_sde.steps.linear import LinearRow, LinearStep
@@ -69,12 +70,11 @@ class ParallelSampler:
             raise ValueError(f"parallel sampling needs a linear predictor, e.g. DDIM(), got {predictor!r}")
         if not callable(grid):
             raise ValueError(f"grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100); got {grid!r}")
-        if window is not None and (int(window) != window or window < 1):
-            raise ValueError(f"window is a whole number of grid times >= 1, or None for all; got {window}")
         if not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance is a number >= 0, got {tolerance}")
-        self.predictor, self.grid, self.window, self.tolerance = predictor, grid, window, tolerance
-        self.final = check_option("final", final, FINALS)
+        self.predictor, self.grid, self.tolerance = predictor, grid, tolerance
+        self.window = None if window is None else whole("window", window)
+        self.final = one_of("final", final, FINALS)
 
     def check(self, sde: SDE) -> None:
         """Refuses, with ValueError, an SDE on which the grid or the step does not work."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from score_sde import grid as grids
+from score_sde.checks import one_of
 from score_sde.cuda_graph import GraphedMoves
 from score_sde.grid import Grid
 from score_sde.memory import keep_freed_memory
@@ -55,13 +56,6 @@ class SampleResult:
 FINALS = ("denoise", "none")
 
 
-def check_option(name: str, value: str, known: Sequence[str]) -> str:
-    """The value, or a ValueError that names what is known."""
-    if value not in known:
-        raise ValueError(f"{name} is {' or '.join(map(repr, known))}, got {value!r}")
-    return value
-
-
 class ErrorControlled:
     """What solvers that choose their own steps share.
 
@@ -76,7 +70,7 @@ class ErrorControlled:
     def __init__(self, rtol: float, atol: float, final: str) -> None:
         if not (0 < rtol < 1 and 0 < atol < math.inf):
             raise ValueError(f"tolerances are positive (and rtol below 1), got {rtol=} and {atol=}")
-        self.rtol, self.atol, self.final = float(rtol), float(atol), check_option("final", final, FINALS)
+        self.rtol, self.atol, self.final = float(rtol), float(atol), one_of("final", final, FINALS)
 
     def check(self, sde: SDE) -> None:
         """Refuses, with ValueError, an SDE whose schedule cannot be integrated."""
@@ -191,6 +185,9 @@ class Sampler:
                 raise ValueError(f"{role} is a Step, got {step!r}: construct it, e.g. EulerMaruyama()")
             if step is not None and step.role != role:
                 raise ValueError(f"{type(step).__name__} is a {step.role}, it cannot be the {role}")
+        if corrector_where is not None and (corrector is None or not callable(corrector_where)):
+            raise ValueError("corrector_where is a function (SDE, times) -> mask of the grid times at which the corrector "
+                             f"acts, got {corrector_where!r} and the corrector {corrector!r}")  # fmt: skip
         if not callable(grid):
             raise ValueError(f"grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100); got {grid!r}")
         if cuda_graph and not torch.cuda.is_available():
@@ -198,7 +195,7 @@ class Sampler:
         if cuda_graph and any(step is not None and step.needs_density for step in (predictor, corrector)):
             raise ValueError("cuda_graph=True takes no step that compares densities: leave it out")
         self.predictor, self.grid, self.corrector, self.cuda_graph = predictor, grid, corrector, cuda_graph
-        self.final = check_option("final", final, FINALS)
+        self.final = one_of("final", final, FINALS)
         self.corrector_first, self.corrector_where = corrector_first, corrector_where
 
     @classmethod
@@ -263,11 +260,7 @@ class Sampler:
         travel = _rows(self.predictor or Carry(), sde, t, s, down) | _rows(Renoise(), sde, t, s, ~down)
         if self.corrector is None:
             return [Move(*travel[i], key=2 * i + 1, arrives=True) for i in range(len(t))]
-        acts = (
-            torch.ones_like(times, dtype=torch.bool)
-            if self.corrector_where is None
-            else self.corrector_where(sde, times)
-        )
+        acts = torch.ones_like(times, dtype=torch.bool) if self.corrector_where is None else self._mask(sde, times)
         correct = _rows(self.corrector, sde, times, times, acts)
         first = self.predictor is None or self.corrector_first
         last = len(t) if self.predictor is None or not self.corrector_first else len(t) - 1
@@ -279,6 +272,14 @@ class Sampler:
             if corrected:
                 moves.append(Move(*correct[i], key=2 * i + 2, arrives=i > 0))
         return moves
+
+    def _mask(self, sde: SDE, times: Tensor) -> Tensor:
+        """Where the corrector acts, once it is found to be a mask of the grid."""
+        mask = torch.as_tensor(self.corrector_where(sde, times))  # type: ignore[misc]
+        if mask.shape != times.shape or mask.dtype != torch.bool:
+            raise ValueError(f"corrector_where gives a boolean for each of the {len(times)} grid times, got "
+                             f"{mask.dtype} of shape {tuple(mask.shape)}")  # fmt: skip
+        return mask
 
     def _run(self, moves: Sequence[Move], start: Start, progress: bool) -> Iterator[tuple[Tensor, bool]]:
         x = start.x

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from score_sde.checks import one_of
 from score_sde.parameterization import Parameterization, Row
 from score_sde.prediction import Coefficient, Prediction
 from score_sde.sde import SDE, Time, as_time, expand
@@ -74,6 +75,10 @@ class ScoreModel(ABC):
         if unknown:
             known = ", ".join(sorted(self.condition_names)) or "none"
             raise TypeError(f"unknown condition {', '.join(sorted(unknown))!r}; this model accepts: {known}")
+
+    def per_sample(self, name: str, value: Any, batch: int) -> bool:
+        """Whether a condition has a row for each sample of a batch: a tensor whose first dimension is the batch."""
+        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
 
     def start(self, z: Tensor) -> Tensor:
         """Standard normal noise turned into a draw of the prior at t_max: prior_std z."""
@@ -204,6 +209,10 @@ class LearnedScore(nn.Module, ScoreModel):
         else:
             scaled, c_noise = row.c_in * x, x.new_full((x.shape[0],), row.c_noise)
         output = self.network(scaled, c_noise, **condition)
+        shape = x.shape if not self._learns_variance else (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+        if output.shape != shape:
+            raise ValueError(f"{type(self.network).__name__} gives shape {tuple(output.shape)} for x of shape "
+                             f"{tuple(x.shape)}: it must be {tuple(shape)}")  # fmt: skip
         if not self._learns_variance:
             return output, None
         output, v = output.chunk(2, dim=1)
@@ -265,9 +274,7 @@ class ReparameterizedScore(ScoreModel):
 
     def __init__(self, model: ScoreModel, sde: SDE, outside: str) -> None:
         sde.check()
-        if outside not in OUTSIDE:
-            raise ValueError(f"outside is 'restrict' or 'refuse', got {outside!r}")
-        self.model, self.sde = model, _common_range(model.sde, sde, outside)
+        self.model, self.sde = model, _common_range(model.sde, sde, one_of("outside", outside, OUTSIDE))
         self.event_shape, self.data_std = tuple(model.event_shape), model.data_std
         self.condition_names = model.condition_names
         slack = 1e-9 * (self.sde.t_max - self.sde.t_min)
@@ -294,6 +301,9 @@ class ReparameterizedScore(ScoreModel):
         rows = zip(*(column.tolist() for column in columns), strict=True)
         _remember(self._levels, dict(zip(times, rows, strict=True)))
         self.model.prepare(columns[2].tolist())
+
+    def per_sample(self, name: str, value: Any, batch: int) -> bool:
+        return self.model.per_sample(name, value, batch)
 
     def start(self, z: Tensor) -> Tensor:
         """The model's own start at the noise level of this t_max, on this path."""

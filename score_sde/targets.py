@@ -241,6 +241,34 @@ class GaussianMixture(Target):
         return f"GaussianMixture({len(self.weights)} components in {self.means.shape[1]} dimensions)"
 
 
+class _SquaredDistances(torch.autograd.Function):
+    """|x_i - p_j|^2, shape (len(x), len(p)), taken directly, without the cancelling expansion; p is constant.
+
+    `torch.cdist` has no forward-mode derivative, and its backward is wrong under `torch.func.vmap`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, p: Tensor) -> Tensor:
+        return torch.cdist(x, p, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        x, p = ctx.saved_tensors
+        return 2 * (g.sum(-1, keepdim=True) * x - g @ p), None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dp: None) -> Tensor:
+        x, p = ctx.saved_tensors
+        return 2 * ((x * dx).sum(-1, keepdim=True) - dx @ p.mT)
+
+
 class Empirical(Target):
     """The kernel mixture p(x) = 1/n sum_i N(x; x_i, bandwidth^2 I) on given points; at bandwidth 0 the points themselves.
 
@@ -312,8 +340,7 @@ class Empirical(Target):
         )
         for part, a, v in zip(*(y.split(rows) for y in (x.flatten(1), alpha, variance)), strict=True):
             # |x - a x_i|^2 = a^2 |x / a - x_i|^2: distances are taken directly, without the cancelling expansion.
-            distance = torch.cdist(part / a, points, compute_mode="donot_use_mm_for_euclid_dist")
-            yield distance.square() * (a**2 / (-2 * v))
+            yield _SquaredDistances.apply(part / a, points) * (a**2 / (-2 * v))
 
     def __repr__(self) -> str:
         return f"Empirical({len(self.data)} points of shape {tuple(self.event_shape)}, bandwidth={self.bandwidth:g})"

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from score_sde import grid as grids
 from score_sde.adaptive import AdaptiveODE
+from score_sde.checks import one_of, whole
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ScoreModel
@@ -233,21 +234,15 @@ GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
 
 def untuned(sde: SDE, steps: int) -> dict[str, TunedTable]:
     """Every untuned solver with `steps` network calls, by the name "<rule> on <grid>" (`RULES`, `GRIDS`)."""
-    steps = _whole(steps)
+    steps = whole("steps", steps)
     return _by_name({name: Span.of(sde).inside(grid(sde, steps)) for name, grid in GRIDS.items()})
 
 
 def begun_late(sde: SDE, steps: int) -> dict[str, TunedTable]:
     """The untuned solvers on their grids of one call more without the first call, at noise alone: "<rule> on <grid>, late"."""
-    span, steps = Span.of(sde), _whole(steps)
+    span, steps = Span.of(sde), whole("steps", steps)
     tables = _by_name({name: span.inside(grid(sde, steps + 1))[1:] for name, grid in GRIDS.items()})
     return {f"{name}, late": replace(table, start=span.first) for name, table in tables.items()}
-
-
-def _whole(steps: int) -> int:
-    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
-        raise ValueError(f"a solver makes a whole number steps >= 1 of network calls, got steps={steps}")
-    return int(steps)
 
 
 def _by_name(levels: dict[str, Tensor]) -> dict[str, TunedTable]:
@@ -421,10 +416,7 @@ def tune(
     Raises:
         ValueError: an option is unknown or not positive, or the SDE cannot be used.
     """
-    if method not in METHODS:
-        raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}")
-    if min(iterations, starts) < 1 or not (minutes is None or minutes > 0):
-        raise ValueError(f"iterations, starts and minutes are positive, got {iterations=}, {starts=}, {minutes=}")
+    check(steps, method=method, iterations=iterations, starts=starts, minutes=minutes)
     known, late = untuned(model.sde, steps), begun_late(model.sde, steps)
     fit, validation = pairs or converged_pairs(
         model, samples=samples, seed=seed, teacher=teacher, robust=robust, batch_size=batch_size, progress=progress
@@ -444,6 +436,17 @@ def tune(
     return _chosen(known, late | tuned, losses | _losses(tuned, validation), method)
 
 
+def check(
+    steps: int, *, method: str = "coefficients", iterations: int = 1, starts: int = 1, minutes: float | None = None
+) -> None:
+    """Refuses, with ValueError, options of `tune` that do not lead to a table, before anything is computed."""
+    one_of("method", method, METHODS)
+    for name, value in (("steps", steps), ("iterations", iterations), ("starts", starts)):
+        whole(name, value)
+    if not (minutes is None or minutes > 0):
+        raise ValueError(f"minutes are positive, or None for as long as it takes; got {minutes}")
+
+
 def converged_pairs(
     model: ScoreModel, *, samples: int | None = None, seed: int = 0, teacher: Samples | None = None,
     robust: float = 0.07, batch_size: int | None = None, progress: bool = True,
@@ -456,8 +459,9 @@ def converged_pairs(
     dimension = math.prod(model.event_shape)
     samples = min(max(2**16 // dimension, 1024), 2**14) if samples is None else samples
     batch_size = min(max(2**12 // dimension, 64), 512) if batch_size is None else batch_size
-    if min(samples, batch_size) < 1 or not robust > 0:
-        raise ValueError(f"samples, batch_size and robust are positive, got {samples=}, {batch_size=}, {robust=}")
+    samples, batch_size = whole("samples", samples), whole("batch_size", batch_size)
+    if not robust > 0:
+        raise ValueError(f"robust is positive, got {robust}")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(samples + (samples + 1) // 2, *model.event_shape, generator=generator)
     x = model.start(noise.to(model.device))
@@ -577,8 +581,7 @@ def tune_spectrum(
     variances = torch.as_tensor(eigenvalues, dtype=torch.float64).flatten()
     if len(variances) == 0 or not ((variances > 0) & (variances < math.inf)).all():
         raise ValueError("eigenvalues of a covariance are positive and finite; drop those that are 0")
-    if method not in METHODS:
-        raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}")
+    check(steps, method=method, iterations=iterations)
     model = _GaussianScore(variances, sde or VPSDE())
     x, y = model.start(torch.ones_like(variances)).unsqueeze(0), variances.sqrt().unsqueeze(0)
     pairs = _Spectrum(model, x, y, unit=y.square().mean().sqrt().item(), robust=1e-6, batch_size=1)

@@ -81,7 +81,7 @@ def test_a_ladder_is_its_own_uniform_grid():
 @pytest.mark.parametrize("make", GRIDS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("steps", [0, -3, 2.5, True, None, "ten", math.nan, math.inf])
 def test_impossible_step_counts_are_refused(make, steps):
-    with pytest.raises(ValueError, match=f"whole number steps >= 1, got steps={steps}"):
+    with pytest.raises(ValueError, match=f"whole number steps >= 1, got steps={steps!r}"):
         make(VPSDE(), steps)
 
 

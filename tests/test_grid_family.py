@@ -199,7 +199,7 @@ def test_moments_follow_the_recursion_of_the_std():
         (lambda: grid.respaced(DiscreteSDE.ddpm(10, 1e-4, 5e-3), 10), "at most steps=9"),
         (lambda: grid.churn(VPSDE(), partial(grid.uniform, steps=3), S_churn=-1), "S_churn >= 0"),
         (lambda: grid.restart(VPSDE(), partial(grid.uniform, steps=3), [(1.0, 0.5, 2, 1)]), "low < high"),
-        (lambda: grid.every(VPSDE(), torch.ones(3), 0), "period is"),
+        (lambda: grid.every(VPSDE(), torch.ones(3), 0), "period >= 1, got period=0"),
     ],
 )
 def test_what_makes_no_grid_is_refused(make, message):

@@ -349,7 +349,7 @@ def test_samples_of_a_mixture_have_its_law():
         (lambda: Sampler(None, FIVE), "a predictor, a corrector or both"),
         (lambda: Sampler(EulerMaruyama, FIVE), r"construct it, e\.g\. EulerMaruyama\(\)"),
         (lambda: Sampler(EulerMaruyama(), 100), r"partial\(grid\.uniform, steps=100\)"),
-        (lambda: Sampler(EulerMaruyama(), FIVE, final="zero"), "'denoise' or 'none', got 'zero'"),
+        (lambda: Sampler(EulerMaruyama(), FIVE, final="zero"), "final is one of denoise, none; got 'zero'"),
         (lambda: Sampler(LangevinCorrector(), FIVE), "cannot be the predictor"),
         (lambda: Sampler(DDIM(), FIVE, DDIM()), "cannot be the corrector"),
     ],
@@ -410,3 +410,21 @@ def test_importing_the_package_is_cheap_and_drags_nothing_in():
     loaded = set(runs[0].stdout.split()[1:])
     assert not loaded & {"hydra", "omegaconf", "matplotlib", "pandas", "sklearn", "ot", "lightning_fabric", "scipy"}
     assert min(float(run.stdout.split()[0]) for run in runs) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            lambda sde, times: torch.ones(3, dtype=torch.bool),
+            r"each of the 6 grid times, got torch\.bool of shape \(3,\)",
+        ),
+        (lambda sde, times: torch.ones(6), "got torch.float32"),
+        ([True] * 6, "corrector_where is a function"),
+    ],
+)
+def test_where_a_corrector_acts_is_a_mask_of_the_grid(mask, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(DDIM(), FIVE, LangevinCorrector(), corrector_where=mask).check(VPSDE())
+    with pytest.raises(ValueError, match="and the corrector None"):
+        Sampler(DDIM(), FIVE, corrector_where=grid.every)

@@ -179,3 +179,13 @@ def test_gradients_reach_the_network_and_the_input():
 def test_condition_names_are_the_networks_own():
     names = list(inspect.signature(Affine().forward).parameters)[2:]
     assert learned(VPSDE()).condition_names == frozenset(names) == {"label"}
+
+
+def test_a_network_gives_the_shape_of_x():
+    class Squeezing(nn.Module):
+        def forward(self, x, c_noise):
+            return x.squeeze(-1)
+
+    model = LearnedScore(Squeezing(), VPSDE(), Noise(), (1,))
+    with pytest.raises(ValueError, match=r"Squeezing gives shape \(4,\) for x of shape \(4, 1\): it must be \(4, 1\)"):
+        model(torch.zeros(4, 1), 0.5)

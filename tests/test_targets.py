@@ -311,3 +311,23 @@ def test_a_flat_mixture_has_no_density():
     with pytest.raises(ValueError, match="no density"):
         law.log_prob(torch.zeros(1, 2))
     assert law.marginal(1.0, 0.1).log_prob(torch.zeros(1, 2)).isfinite().all()
+
+
+def test_the_empirical_denoiser_has_its_jacobian_by_every_way_of_differentiation():
+    """dD / dx = alpha / sigma^2 Cov[x_0 | x]: `torch.cdist` gives another one under vmap, and none in forward mode."""
+    points = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    law, alpha, sigma = Empirical(points), 0.8, 0.6
+    weights = (-(x[:, None] - alpha * points).square().sum(2) / (2 * sigma**2)).softmax(1)
+    offset = points - (weights @ points)[:, None]
+    expected = alpha / sigma**2 * torch.einsum("bn,bni,bnj->bij", weights, offset, offset)
+
+    def denoise(v):
+        return law.denoise(v[None], alpha, sigma)[0]
+
+    for differentiate in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(torch.func.vmap(differentiate(denoise))(x), expected)
+    _, pull = torch.func.vjp(lambda v: law.denoise(v, alpha, sigma), x)
+    directions = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    torch.testing.assert_close(torch.func.vmap(pull)(directions)[0], torch.einsum("bij,pbj->pbi", expected, directions))
+    torch.autograd.gradgradcheck(lambda v: law.denoise(v, alpha, sigma), x.requires_grad_())

@@ -308,7 +308,7 @@ def test_what_cannot_be_done_is_refused(model: ExactScore, tuned: TunedTable, tm
             refuses(0)
     with pytest.raises(ValueError, match="coefficients, grid"):
         tune(model, 3, method="coefficient")
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="samples >= 1"):
         tune(model, 3, samples=0)
     with pytest.raises(ValueError, match="positive"):
         tune_spectrum([1.0, 0.0], 3)

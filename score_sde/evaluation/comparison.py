@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from score_sde import grid as grids
 from score_sde.adaptive import AdaptiveODE
+from score_sde.checks import whole
 from score_sde.data import generator, key
 from score_sde.evaluation.cells import Journal, fingerprint
 from score_sde.evaluation.metrics import Metric, Yardstick
@@ -150,8 +151,7 @@ def _check(
     if min(budgets) < 1 or any(int(b) != b for b in budgets):
         raise ValueError(f"budgets are numbers of network calls >= 1, got {list(budgets)}")
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} is at least 1, got {value}")
+        whole(name, value)
     for name, model in models.items():
         if name not in laws:
             raise ValueError(f"model {name!r} has no reference; there are: {', '.join(laws) or 'none'}")

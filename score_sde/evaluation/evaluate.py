@@ -159,6 +159,11 @@ class _MemorizationView:
         self.pictures = torch.empty(0)
 
     @cached_property
+    def in_unit_range(self) -> bool:
+        """Whether the data are images in [-1, 1], as latents are not."""
+        return bool(self.data.plain("train", slice(2000)).x.abs().amax() <= 1)
+
+    @cached_property
     def held_out(self) -> Nearest | None:
         if not self.data.has_test:
             return None
@@ -166,7 +171,8 @@ class _MemorizationView:
 
     def __call__(self, samples: Tensor) -> pd.DataFrame:
         """Rows for at most 2,000 samples: the share memorised, and the median distance to the nearest training image."""
-        found = nearest(samples[:2000].clamp(-1, 1), self.data, device=self.device)
+        inside = samples[:2000].clamp(-1, 1) if self.in_unit_range else samples[:2000]
+        found = nearest(inside, self.data, device=self.device)
         closest = found.distance[:, 0].argsort()[: self.shown]
         twins = self.data.plain("train", found.index[closest, 0]).x
         self.pictures = torch.stack([samples[closest], twins])

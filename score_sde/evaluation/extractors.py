@@ -69,7 +69,10 @@ def stored_images(data: TensorData, part: str, rows: slice) -> Tensor:
     """Rows of "train" or "test" as uint8 images."""
     if len(data.event_shape) != 3:
         raise ValueError(f"features are for images (channels, height, width), the data have events {data.event_shape}")
-    return quantized(data.plain(part, rows).x)
+    x = data.plain(part, rows).x
+    if x.abs().amax() > 1.001:
+        raise ValueError(f"features are for images in [-1, 1], the data reach {x.abs().amax():.3g}: set features=[]")
+    return quantized(x)
 
 
 @torch.no_grad()

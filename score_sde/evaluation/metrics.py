@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from score_sde.checks import whole
 from score_sde.targets import GaussianMixture, Target
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -248,8 +249,7 @@ class Yardstick:
         metrics: Sequence[str] | Mapping[str, Metric] | None = None,
         repeats: int = 8,
     ) -> None:
-        if repeats < 1:
-            raise ValueError(f"repeats is at least 1, got {repeats}")
+        whole("repeats", repeats)
         self.n, self.metrics = n, _select(metrics, reference)
         pairs = [_draw_pair(reference, n, generator) for _ in range(repeats)]
         self.draws = [draw for draw, _ in pairs]

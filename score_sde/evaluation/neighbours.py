@@ -56,7 +56,7 @@ def _radii(x: Tensor, k: int) -> Tensor:
     for rows, distance in _blocks(x, x):
         own = torch.arange(rows.start, rows.start + len(distance), device=x.device)
         distance[torch.arange(len(distance), device=x.device), own] = torch.inf
-        parts.append(distance.kthvalue(k, dim=1).values)
+        parts.append(distance.topk(k, largest=False).values[:, -1])
     return torch.cat(parts)
 
 

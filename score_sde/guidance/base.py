@@ -38,6 +38,9 @@ class Guided(ScoreModel):
     def device(self) -> torch.device:
         return self.model.device
 
+    def per_sample(self, name: str, value: Any, batch: int) -> bool:
+        return self.model.per_sample(name, value, batch)
+
     def start(self, z: Tensor) -> Tensor:
         return self.model.start(z)
 
@@ -57,6 +60,16 @@ class Guided(ScoreModel):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model!r})"
+
+
+def check_alike(what: str, model: ScoreModel, other: ScoreModel) -> None:
+    """Refuses, with ValueError, two models of different processes or event shapes."""
+    ends = torch.tensor([model.sde.t_min, model.sde.t_max], dtype=torch.float64)
+    kernels = [torch.stack([sde.alpha(ends), sde.sigma(ends)]) for sde in (model.sde, other.sde)]
+    if tuple(other.event_shape) != tuple(model.event_shape) or not torch.allclose(kernels[0], kernels[1]):
+        raise ValueError(f"{what} takes two models of one process and event shape, got {model.sde!r} on "
+                         f"{tuple(model.event_shape)} and {other.sde!r} on {tuple(other.event_shape)}: "
+                         "reparameterize(model, sde) brings one to the other's process")  # fmt: skip
 
 
 def times(c: Coefficient, x: Tensor) -> Tensor:

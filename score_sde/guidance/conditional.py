@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from score_sde.classifier import NoisyClassifier
-from score_sde.guidance.base import Guided, denoised, extrapolated, pushed
+from score_sde.guidance.base import Guided, check_alike, denoised, extrapolated, pushed
 from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel
 from score_sde.sde import Time, expand
@@ -86,8 +86,8 @@ class ClassifierFree(_Extrapolated):
             (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724).
         rescale: share by which each sample's standard deviation of D is brought back to the conditional model's (Lin et
             al. 2024, https://arxiv.org/abs/2305.08891, eq. 15 and 16).
-        negative: the condition to move away from, tensors or one number for all samples; none, the unconditional model,
-            when left out.
+        negative: the condition to move away from: a number or tensor of shape (1, ...) for all samples, or one of shape
+            (batch, ...), which solvers that regroup a batch cannot take; none, the unconditional model, when left out.
 
     Raises:
         ValueError: an option is out of its range, or a call gives no condition.
@@ -113,8 +113,17 @@ class ClassifierFree(_Extrapolated):
         return self._between(lambda: self.model(x, t, **condition), lambda: self.model(x, t, **self._away(x)), t)
 
     def _away(self, x: Tensor) -> dict[str, Any]:
-        return {name: torch.full((len(x),), value, device=x.device) if isinstance(value, int | float) else value
-                for name, value in self.negative.items()}  # fmt: skip
+        return {name: _for_each(name, value, x) for name, value in self.negative.items()}
+
+
+def _for_each(name: str, value: Any, x: Tensor) -> Tensor:
+    """A negative condition with a row for each sample of x."""
+    value = torch.as_tensor(value, device=x.device)
+    value = value.unsqueeze(0) if value.ndim == 0 else value
+    if len(value) not in (1, len(x)):
+        raise ValueError(f"the negative {name!r} has {len(value)} rows for {len(x)} samples: give one for all; solvers "
+                         "that regroup the batch (adaptive and parallel ones) take no other")  # fmt: skip
+    return value.expand(len(x), *value.shape[1:])
 
 
 class Autoguidance(_Extrapolated):
@@ -138,7 +147,7 @@ class Autoguidance(_Extrapolated):
         rescale: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(model, scale, interval, rescale)
-        _alike(self, model, bad_model)
+        check_alike(type(self).__name__, model, bad_model)
         self.bad_model = bad_model
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
@@ -172,7 +181,7 @@ class Classifier(Guided):
         if not abs(scale) < float("inf"):
             raise ValueError(f"Classifier's scale is a finite number, got {scale}")
         if isinstance(log_prob, NoisyClassifier):
-            _alike(self, model, log_prob)
+            check_alike(type(self).__name__, model, log_prob)
             log_prob = log_prob.log_prob
         signature = inspect.signature(getattr(log_prob, "forward", log_prob))
         self.log_prob, self.scale = log_prob, float(scale)
@@ -212,12 +221,3 @@ class DynamicThreshold(Guided):
         size = torch.quantile(clean.flatten(1).abs(), self.quantile, dim=1).clamp_min(self.limit)
         size = size.view(-1, *[1] * (clean.ndim - 1))
         return denoised(prediction, torch.minimum(torch.maximum(clean, -size), size) * (self.limit / size))
-
-
-def _alike(guided: Guided, model: ScoreModel, other: ScoreModel) -> None:
-    """Refuses two models of different processes or event shapes."""
-    ends = torch.tensor([model.sde.t_min, model.sde.t_max], dtype=torch.float64)
-    kernels = [torch.stack([sde.alpha(ends), sde.sigma(ends)]) for sde in (model.sde, other.sde)]
-    if tuple(other.event_shape) != guided.event_shape or not torch.allclose(kernels[0], kernels[1]):
-        raise ValueError(f"{type(guided).__name__} takes two models of one process and event shape, got {model.sde!r} "
-                         f"on {guided.event_shape} and {other.sde!r} on {tuple(other.event_shape)}")  # fmt: skip

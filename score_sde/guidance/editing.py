@@ -12,10 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from score_sde.checks import whole
 from score_sde.grid import Grid
+from score_sde.guidance.base import check_alike
 from score_sde.likelihood import slerp
 from score_sde.sampler import Sampler, SampleResult
-from score_sde.score import ScoreModel
+from score_sde.score import ScoreModel, reparameterize
 from score_sde.sde import SDE
 
 
@@ -34,8 +36,7 @@ def jump_back(sde: SDE, base: Grid, length: int = 10, repeats: int = 10) -> Tens
     Raises:
         ValueError: length or repeats is below 1.
     """
-    if length < 1 or repeats < 1:
-        raise ValueError(f"jump_back takes length >= 1 and repeats >= 1, got {length=} and {repeats=}")
+    length, repeats = whole("length", length), whole("repeats", repeats)
     times = base(sde)
     parts = [times[:1]]
     for first in range(1, len(times), length):
@@ -67,18 +68,30 @@ def sdedit(
     Source: Meng et al. 2022, https://arxiv.org/abs/2108.01073, algorithm 1.
 
     Args:
-        sampler: its grid is taken below `time`.
+        sampler: its grid is taken below `time`; a solver that chooses its own steps begins there.
         model: of the law that x is brought to.
         x: guides, shape (batch, *event_shape).
         time: where to start, in (t_min, t_max].
         seed: of the noise.
         condition: for the model.
     """
-    later = copy.copy(sampler)
-    later.grid = lambda sde: below(sde, sampler.grid, time)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
     start = model.sde.perturb(x, time, noise)
+    later = copy.copy(sampler)
+    if hasattr(sampler, "grid"):
+        later.grid = lambda sde: below(sde, sampler.grid, time)
+    else:
+        model = _until(model, time)
     return later.sample(model, x.shape, seed=seed + 1, x_init=start, condition=condition)
+
+
+def _until(model: ScoreModel, time: float) -> ScoreModel:
+    """The model on the part of its path from t_min to `time`."""
+    short = copy.copy(model.sde)
+    if not short.t_min < time <= short.t_max:
+        raise ValueError(f"a start at time={time:g} must lie in ({short.t_min:g}, {short.t_max:g}]")
+    short.t_max = float(time)
+    return reparameterize(model, short)
 
 
 class Encoder(Protocol):
@@ -98,9 +111,13 @@ def translate(
 ) -> Tensor:  # fmt: skip
     """Image to image through the latent code: x is encoded by the source model's ODE and decoded by the target's.
 
-    Source and target may be one model under two conditions. Source: Su et al. 2023 (DDIB),
+    Source and target may be one model under two conditions; two models are of one process. Source: Su et al. 2023 (DDIB),
     https://arxiv.org/abs/2203.08382, algorithm 1.
+
+    Raises:
+        ValueError: the models differ in event shape or process: `reparameterize` the one on the other's.
     """
+    check_alike("translate", source, target)
     code = ode.encode(source, x, condition=source_condition).x
     return ode.sample(target, x.shape, x_init=code, condition=target_condition).x
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from score_sde.checks import whole
 from score_sde.guidance.base import Guided, Pull, moved, pushed, times, with_pull
 from score_sde.guidance.operators import LinearOperator, Operator
 from score_sde.prediction import Coefficient, Prediction
@@ -70,6 +71,12 @@ class Observed(Guided):
         if batch not in (1, shape[0]):
             raise ValueError(f"{batch} observations for {shape[0]} samples: give one for all or one a sample; "
                              "with a solver that regroups the batch, as the condition y")  # fmt: skip
+
+    def per_sample(self, name: str, value: Any, batch: int) -> bool:
+        """An observation has a row for each sample where it has a dimension more than the operator's output."""
+        if name != "y" or self.y is not None:
+            return super().per_sample(name, value, batch)
+        return value.ndim > len(self.operator.output_shape) and len(value) == batch
 
     def _take(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
         """The observation in x's dtype and device, and out of the condition."""
@@ -236,9 +243,7 @@ class MMPS(Observed):
         iterations: int = 5,
     ) -> None:  # fmt: skip
         super().__init__(model, operator, y, noise_std)
-        if isinstance(iterations, bool) or int(iterations) != iterations or iterations < 1:
-            raise ValueError(f"MMPS takes a whole number iterations >= 1, got {iterations}")
-        self.iterations = int(iterations)
+        self.iterations = whole("iterations", iterations)
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         y, operator = self._take(x, condition), _operator(self)

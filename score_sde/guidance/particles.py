@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import trange
 
 from score_sde import grid as grids
+from score_sde.checks import whole
 from score_sde.grid import Grid
 from score_sde.guidance.base import pushed, with_pull
 from score_sde.guidance.observed import PiGDM, solve, spread
@@ -64,8 +65,8 @@ class TwistedParticles:
             raise ValueError(f"one observation y has shape {tuple(operator.output_shape)}, got {tuple(y.shape)}")
         if not (noise_std > 0 and data_std > 0):
             raise ValueError(f"noise_std and data_std are positive, got {noise_std=} and {data_std=}")
-        if particles is not None and particles < 1:
-            raise ValueError(f"particles is at least 1, got {particles}")
+        if particles is not None:
+            whole("particles", particles)
         self.grid, self.operator, self.y, self.particles = grid, operator, y, particles
         self.noise_std, self.data_std, self.threshold = float(noise_std), float(data_std), float(threshold)
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from score_sde.checks import whole
 from score_sde.sde import SDE
 from score_sde.steps.linear import Coefficients, LinearStep, with_score
 from score_sde.steps.step import Draw, Evaluate, History
@@ -26,9 +27,8 @@ class _Langevin(LinearStep):
     role: ClassVar[Literal["predictor", "corrector"]] = "corrector"
 
     def __init__(self, ratio: float, steps: int) -> None:
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"{type(self).__name__} takes a whole number steps >= 1, got steps={steps}")
-        self.ratio, self.repeats, self.calls = ratio, steps, steps
+        self.ratio, self.repeats = ratio, whole("steps", steps)
+        self.calls = self.repeats
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         eps = self.ratio * sde.sigma(s) ** 2
@@ -112,9 +112,9 @@ class AnnealedLangevin(_Langevin):
 
         Raises ValueError where gamma is not above 1 or `steps` no whole number of at least 1.
         """
-        if not gamma > 1 or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"gamma is the ratio of neighbouring noise levels, above 1, and steps >= 1; "
-                             f"got {gamma=}, {steps=}")  # fmt: skip
+        steps = whole("steps", steps)
+        if not gamma > 1:
+            raise ValueError(f"gamma is the ratio of neighbouring noise levels, above 1; got {gamma=}")
         ratios = torch.logspace(-6, 0, 60_001, dtype=torch.float64)[:-1]  # 0.02 % apart
         q = 2 * ratios / (1 - (1 - ratios) ** 2)
         off = ((1 - ratios) ** (2 * steps) * (gamma**2 - q) + q - 1).abs()

@@ -98,11 +98,20 @@ class LinearStep(Step):
         for depth, moves in by_history(t, s, self.memory).items():
             i = torch.tensor(moves)
             times = t[i - torch.arange(depth).unsqueeze(1)]
-            a, b, c = self.coefficients(sde, times, s[i])
+            a, b, c = self._coefficients(sde, times, s[i])
             table = finite(self, sde, times[0], [times[0], a, c, *(part[i] for part in output), *b])
             for move, (at, a_, c_, u, w, *b_) in zip(moves, table, strict=True):
                 rows[move] = LinearRow(at, a_, tuple(b_), c_, (u, w))
         return [rows[move] for move in range(len(t))]
+
+    def _coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
+        """The coefficients, once they are found to be as `coefficients` is to give them."""
+        a, b, c = self.coefficients(sde, times, s)
+        if isinstance(b, Tensor) or len(b) > len(times):
+            given = f"a tensor of shape {tuple(b.shape)}" if isinstance(b, Tensor) else f"{len(b)} of them"
+            raise ValueError(f"{type(self).__name__}.coefficients gives b as a list, a tensor for each of the last outputs "
+                             f"it uses, at most memory={self.memory}, here {len(times)}: [b_0, ...]; got {given}")  # fmt: skip
+        return a, b, c
 
     def advance(
         self, row: LinearRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw

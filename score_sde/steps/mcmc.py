@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from score_sde.checks import whole
 from score_sde.sde import SDE
 from score_sde.steps.langevin import _Langevin
 from score_sde.steps.step import Draw, Evaluate, History, Step
@@ -66,10 +67,7 @@ class _Chain(Step):
     role: ClassVar[Literal["predictor", "corrector"]] = "corrector"
 
     def __init__(self, ratio: float, steps: int) -> None:
-        self.ratio = _check_ratio(self, ratio)
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"{type(self).__name__} takes a whole number steps >= 1, got steps={steps}")
-        self.repeats = steps
+        self.ratio, self.repeats = _check_ratio(self, ratio), whole("steps", steps)
 
 
 class MetropolisLangevin(_Chain):

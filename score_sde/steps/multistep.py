@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from score_sde.checks import one_of
 from score_sde.sde import SDE
 from score_sde.steps.linear import Coefficients, LinearStep
 
@@ -67,9 +68,7 @@ def _check_order(step: object, order: int) -> int:
 
 
 def _check_prediction(step: object, prediction: str, known: tuple[str, ...]) -> str:
-    if prediction not in known:
-        raise ValueError(f"{type(step).__name__}'s prediction is one of {', '.join(known)}; got {prediction!r}")
-    return prediction
+    return one_of(f"{type(step).__name__}'s prediction", prediction, known)
 
 
 class AdamsBashforth(LinearStep):
@@ -102,9 +101,7 @@ class AdamsBashforth(LinearStep):
         self.memory = self.order = _check_order(self, order)
         self.prediction = _check_prediction(self, prediction, PREDICTIONS)
         self.point_mass = prediction in ("denoised", "noise")  # the others vary along a point mass's path
-        if clock is not None and clock not in CLOCKS:
-            raise ValueError(f"AdamsBashforth's clock is one of {', '.join(CLOCKS)}; got {clock!r}")
-        self.clock = clock or self.natural[prediction]
+        self.clock = self.natural[prediction] if clock is None else one_of("AdamsBashforth's clock", clock, CLOCKS)
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
         return output_of(self.prediction, sde, t)

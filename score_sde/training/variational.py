@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from score_sde.checks import one_of
 from score_sde.data import Batch
 from score_sde.prediction import Prediction
 from score_sde.score import ClosedForm, LearnedScore, ScoreModel
@@ -261,8 +262,7 @@ class VariationalObjective:
         self, simple: float = 1.0, vlb: float = 0.001, variance: str = "learned", decoder: Decoder | None = None,
         target: ClosedForm | None = None, label_dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        if variance not in VARIANCES:
-            raise ValueError(f"variance is one of {', '.join(VARIANCES)}, got {variance!r}")
+        one_of("variance", variance, VARIANCES)
         if min(simple, vlb) < 0 or simple + vlb == 0:
             raise ValueError(f"weights are 0 or more and not both 0, got {simple=} and {vlb=}")
         if simple > 0 and vlb > 0 and variance != "learned":

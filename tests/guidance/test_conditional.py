@@ -9,8 +9,10 @@ import torch
 from exact_models import Labelled, Shrink
 
 from score_sde import grid
+from score_sde.adaptive import AdaptiveODE
 from score_sde.guidance import Autoguidance, Classifier, ClassifierFree, DynamicThreshold
 from score_sde.networks import MLP
+from score_sde.ode import ProbabilityFlowODE
 from score_sde.parameterization import Noise
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
@@ -181,3 +183,25 @@ def test_a_guided_network_starts_where_its_model_does_on_grids_below_t_max():
     torch.testing.assert_close(guided.start_at(z, 0.4), model.start_at(z, 0.4), rtol=0, atol=0)
     sigma = model.sde.sigma(0.4).item()
     torch.testing.assert_close(guided.start_at(z, 0.4), (9 + sigma**2) ** 0.5 * z)
+
+
+def test_a_negative_condition_is_for_all_samples_or_one_a_sample():
+    model, x = Labelled(RING, SDE), points()
+    shared, each = (
+        ClassifierFree(model, 2.0, negative={"label": label})(x, 0.3, label=LABEL).denoised
+        for label in (torch.tensor([2]), torch.full((4,), 2))
+    )
+    assert torch.equal(shared, each)
+    guided = ClassifierFree(model, 2.0, negative={"label": torch.tensor([2])})
+    assert torch.isfinite(AdaptiveODE().sample(guided, (4, 2), seed=0, condition={"label": LABEL}).x).all()
+    with pytest.raises(ValueError, match="the negative 'label' has 3 rows for 4 samples: give one for all"):
+        ClassifierFree(model, 2.0, negative={"label": LABEL[:3]})(x, 0.3, label=LABEL)
+
+
+def test_the_last_denoising_counts_the_calls_that_it_makes():
+    guided = ClassifierFree(Labelled(RING, SDE), 2.0)
+    plain, denoised = (
+        ProbabilityFlowODE(final=final).sample(guided, (4, 2), seed=0, condition={"label": LABEL})
+        for final in ("none", "denoise")
+    )
+    assert denoised.nfe == plain.nfe + 2

@@ -10,6 +10,8 @@ import torch
 from exact_models import Shrink
 
 from score_sde import grid
+from score_sde.adaptive import AdaptiveODE
+from score_sde.adaptive_sde import AdaptiveSDE
 from score_sde.guidance import (
     DDRM,
     Blur,
@@ -233,3 +235,29 @@ def test_refusals(make, message):
         make(Mask((3,), torch.tensor([True, False, False])) if "not x" in message else Matrix([[1.0, 0.0]]))
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("solver", [AdaptiveODE(), ProbabilityFlowODE(), AdaptiveSDE()], ids=lambda s: type(s).__name__)
+def test_solvers_with_steps_of_their_own_edit_from_the_given_time_on(solver):
+    """E[x_0] of guides noised up to t is that of the closed form, not of the prior."""
+    law, time, x = gaussian(), 0.05, torch.full((2000, 2), 2.0, dtype=torch.float64)
+    model = ExactScore(law, SDE)
+    alpha, sigma = float(SDE.alpha(time)), float(SDE.sigma(time))
+    covariance = law.covariances[0]
+    result = sdedit(solver, model, x, time, seed=0)
+    # The reverse SDE draws from p(x_0 | x_t), whose mean is D; the ODE's map is linear with its own mean.
+    total = alpha**2 * covariance + sigma**2 * torch.eye(2, dtype=torch.float64)
+    start = alpha * (x[0] - law.mean)
+    if isinstance(solver, AdaptiveSDE):
+        expected = law.mean + alpha * covariance @ torch.linalg.solve(total, start)
+    else:
+        value, basis = torch.linalg.eigh(covariance)
+        expected = law.mean + basis @ ((value / (alpha**2 * value + sigma**2)).sqrt() * (basis.T @ start))
+    torch.testing.assert_close(result.x.mean(0), expected, rtol=0, atol=0.05)
+    with pytest.raises(ValueError, match="a start at time=2 must lie in"):
+        sdedit(solver, model, x, 2.0, seed=0)
+
+
+def test_translation_is_between_models_of_one_process():
+    with pytest.raises(ValueError, match="translate takes two models of one process"):
+        translate(AdaptiveODE(), ExactScore(gaussian(), SDE), ExactScore(gaussian(), VESDE()), torch.zeros(3, 2))

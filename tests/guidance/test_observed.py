@@ -9,16 +9,20 @@ import torch
 from exact_models import Shrink
 
 from score_sde import grid
+from score_sde.adaptive import AdaptiveODE
+from score_sde.adaptive_sde import AdaptiveSDE
 from score_sde.guidance import DPS, MMPS, Blur, DiffPIR, Downsample, Mask, Matrix, Nonlinear, PiGDM, Replacement
 from score_sde.noise import SampleNoise
 from score_sde.ode import ProbabilityFlowODE
+from score_sde.parallel import ParallelSampler
 from score_sde.sampler import Sampler
 from score_sde.score import ExactScore
 from score_sde.sde import VESDE, VPSDE, DiscreteSDE, KarrasSDE, RectifiedFlow, SubVPSDE
-from score_sde.steps import Ancestral
+from score_sde.steps import DDIM, Ancestral
 from score_sde.targets import GaussianMixture
 
 D, N = 4, 0.3
+PARALLEL = ParallelSampler(DDIM(), partial(grid.log_snr, steps=8))
 
 
 def gaussian(dimensions=D, isotropic=False):
@@ -190,7 +194,7 @@ MASK = Mask((D,), torch.tensor([True, False, True, False]))
         (lambda m: PiGDM(m, Nonlinear(torch.sin, (D,)), torch.zeros(D)), TypeError, "DPS takes any Operator"),
         (lambda m: DPS(m, MASK, torch.zeros(2)), ValueError, "noise_std is > 0, got 0.0"),
         (lambda m: DPS(m, MASK, torch.zeros(2), 0.1, rule="norm"), ValueError, "'likelihood' or 'residual'"),
-        (lambda m: MMPS(m, MASK, torch.zeros(2), 0.1, 0), ValueError, "iterations >= 1, got 0"),
+        (lambda m: MMPS(m, MASK, torch.zeros(2), 0.1, 0), ValueError, "iterations >= 1, got iterations=0"),
         (lambda m: PiGDM(m, MASK, torch.zeros(3, 2))(points(), 0.5), ValueError, "3 observations for 5 samples"),
         (lambda m: PiGDM(m, MASK)(points(), 0.5), ValueError, "give condition={'y': ...}"),
         (lambda m: PiGDM(m, MASK, torch.zeros(2))(points(), 0.5, label=1), TypeError, "unknown condition 'label'"),
@@ -202,3 +206,12 @@ def test_refusals(make, error, message):
         make(ExactScore(gaussian(), VPSDE()))
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("solver", [AdaptiveODE(), AdaptiveSDE(), PARALLEL], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("batch", [2, 3])
+def test_one_observation_for_all_stays_one_where_the_batch_is_regrouped(solver, batch):
+    """Also where it happens to have as many numbers as there are samples."""
+    model, operator, y, _ = problem()
+    given = solver.sample(MMPS(model, operator, None, N), (batch, D), seed=0, condition={"y": y}).x
+    assert torch.equal(given, solver.sample(MMPS(model, operator, y, N), (batch, D), seed=0).x)

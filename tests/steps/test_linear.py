@@ -250,3 +250,24 @@ def test_noise_is_not_added_into_the_networks_own_output():
     moved, _ = DDIM().advance(row, x, (), lambda x, t: said, lambda k: torch.ones(2, 3))
     torch.testing.assert_close(moved, torch.full((2, 3), 0.3))
     assert not output.any()
+
+
+class Euler(DDIM):
+    """A step whose coefficients are written by hand, rightly or wrongly."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+
+    def coefficients(self, sde, times, s):
+        a, b, c = super().coefficients(sde, times, s)
+        return a, self.shape(b[0]), c
+
+
+def test_weights_are_a_list_of_at_most_memory_tensors():
+    t, s = torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.1])
+    assert Euler(lambda b: [b]).plan(VPSDE(), t, s) == DDIM().plan(VPSDE(), t, s)
+    with pytest.raises(ValueError, match=r"gives b as a list.* got a tensor of shape \(2,\)"):
+        Euler(lambda b: b).plan(VPSDE(), t, s)
+    with pytest.raises(ValueError, match=r"at most memory=1, here 1.* got 2 of them"):
+        Euler(lambda b: [b / 2, b / 2]).plan(VPSDE(), t, s)
