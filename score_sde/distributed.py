@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from score_sde.checks import one_of
 from score_sde.noise import SampleNoise
 from score_sde.score import ScoreModel
 
@@ -90,8 +91,9 @@ def is_main() -> bool:
 def device(name: str) -> torch.device:
     """This process's device for "auto" (CUDA where there is one), "cpu" or "cuda"; a GPU each where there are several.
 
-    Raises ValueError for "cuda" where there is none.
+    Raises ValueError for another name, and for "cuda" where there is none.
     """
+    one_of("device", name, ("auto", "cpu", "cuda"))
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -63,7 +63,8 @@ class LikelihoodResult:
 
     Attributes:
         log_prob: shape (batch,), float64.
-        std_error: of the trace estimate, shape (batch,): 0 for the exact trace, NaN for a single probe.
+        std_error: of the trace estimate, shape (batch,): 0 for the exact trace, NaN for a single probe. From the spread
+            of the probes: a few probes of +-1 in a few dimensions agree by chance, and 0 says nothing there.
         nfe: network calls, counted, the truncation's included; a divergence shares its call's forward pass. The mean of
             `calls`, rounded up.
         calls: those of each sample, int64 of shape (batch,); equal where samples share their steps.

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from score_sde.checks import whole
+
 Stream = Callable[[int, int], Tensor]
 """(step, draw) -> standard normal noise of the shape, dtype and device with which the stream was opened."""
 
@@ -36,7 +38,7 @@ class BatchNoise(NoiseSource):
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self.seed = secrets.randbits(63) if seed is None else int(seed)
+        self.seed = secrets.randbits(63) if seed is None else whole("seed", seed, -math.inf)
 
     def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:
         generator = torch.Generator(device).manual_seed(self.seed)
@@ -63,6 +65,7 @@ class SampleNoise(NoiseSource):
     def of_run(cls, seed: int, samples: Iterable[int] | Tensor) -> SampleNoise:
         """The noise of samples 0, 1, 2, ... of the run `seed` (which counts modulo 2^32), in whatever batch they are."""
         samples = torch.as_tensor(samples if isinstance(samples, Tensor) else list(samples), dtype=torch.int64)
+        seed = whole("seed", seed, -math.inf)
         return cls(samples + (((seed + 2**31) % 2**32 - 2**31) << 32))
 
     def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:

@@ -9,6 +9,7 @@ name. Only this module and the scripts know Hydra.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import json
@@ -206,7 +207,7 @@ def instantiate(node: Any, trust: Sequence[str] = ()) -> Any:
     import hydra
     from omegaconf import OmegaConf
 
-    container = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    container = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
     for target in _targets(container):
         trusted(target, trust)
     return hydra.utils.instantiate(container, _convert_="all")
@@ -245,7 +246,7 @@ def trusted(target: Any, trust: Sequence[str] = ()) -> Callable[..., Any]:
 
 def _located(target: str) -> Any:
     """The object of a dotted name: attributes of the longest prefix that is a module."""
-    names = target.split(".")
+    names, known = target.split("."), None
     for count in range(len(names), 0, -1):
         module = ".".join(names[:count])
         try:
@@ -255,13 +256,19 @@ def _located(target: str) -> Any:
             if error.name is None or not _within(module, (error.name,)):
                 raise
             continue
-        missing = object()
+        missing, known = object(), found
         for name in names[count:]:
             found = getattr(found, name, missing)
         if found is not missing:
             return found
         break
-    raise ImportError(f"_target_ {target!r}: there is nothing of that name")
+    if known is None:
+        raise ImportError(
+            f"_target_ {target!r}: there is no module {names[0]!r}: run from its folder, or set PYTHONPATH"
+        )
+    near = difflib.get_close_matches(names[-1], dir(known), n=1)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    raise ImportError(f"_target_ {target!r}: {known.__name__} has nothing of that name{hint}")
 
 
 def _within(name: str, modules: Sequence[str]) -> bool:

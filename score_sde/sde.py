@@ -148,8 +148,12 @@ class SDE(ABC):
         if not 0 <= self.t_min < self.t_max:
             raise ValueError(f"{name} needs 0 <= t_min < t_max, got t_min={self.t_min} and t_max={self.t_max}")
         t = torch.linspace(self.t_min, self.t_max, 257, dtype=torch.float64)
-        for part, values in (("alpha", self.alpha(t)), ("sigma", self.sigma(t))):
-            values = torch.as_tensor(values)
+        for part in ("alpha", "sigma"):
+            try:
+                values = torch.as_tensor(getattr(self, part)(t))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{name}.{part}(t) fails for a tensor of times ({error}): write it with torch's "
+                                 "functions, e.g. torch.cos(t) for math.cos(t)") from error  # fmt: skip
             if values.shape != t.shape:
                 raise ValueError(f"{name}.{part}(t) has shape {tuple(values.shape)} for t of shape {tuple(t.shape)}: "
                                  "make it elementwise in t, e.g. torch.ones_like(t) for a constant")  # fmt: skip

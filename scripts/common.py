@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import math
 import os
 import re
 import shutil
@@ -22,9 +23,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from score_sde import SDE, distributed
+from score_sde.checks import whole
 from score_sde.data import Data, measure_sigma_data, measure_sigma_max
 from score_sde.run import Run, instantiate
 from score_sde.training import DivergenceError
@@ -47,6 +49,7 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
             join()  # a job that a launcher has sent to SLURM begins here
             output = Path(HydraConfig.get().runtime.output_dir)
             try:
+                check_numbers(config)
                 return task(config)
             except REFUSALS as error:
                 if HydraConfig.get().mode == RunMode.MULTIRUN and distributed.is_main():
@@ -84,6 +87,18 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
     return decorate
 
 
+def check_numbers(config: DictConfig) -> None:
+    """Refuses, with ValueError, a seed or counts that are no whole numbers, before anything is done with them."""
+    for name, least in (("seed", -math.inf), ("num_samples", 1), ("batch_size", 1)):
+        if config.get(name) is not None:
+            whole(name, config[name], least)
+
+
+def listed(value: Any) -> list[Any]:
+    """A config's list, or one value as a list of it."""
+    return list(value) if OmegaConf.is_list(value) else [value]
+
+
 def join() -> None:
     """Joins the processes of a launcher, of which the main one alone prints."""
     distributed.start()
@@ -109,6 +124,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return _unknown(group, name, error.options)
+    if isinstance(error, MissingMandatoryValue) and error.full_key:
+        return f"{error.full_key} has no value yet: give {error.full_key}=<value>"
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename} does not exist"
     cause = error.__cause__

@@ -45,7 +45,7 @@ def main(config: DictConfig) -> None:
     for line in absent:
         print(line)
     table = compare(
-        models, samplers, budgets=list(config.budgets), reference=reference, seeds=list(config.seeds),
+        models, samplers, budgets=common.listed(config.budgets), reference=reference, seeds=common.listed(config.seeds),
         num_samples=config.num_samples, metrics=metrics, seed=config.seed, pairs=config.pairs,
         batch_size=config.batch_size, processes=config.processes, directory=folder,
     )  # fmt: skip

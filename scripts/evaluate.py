@@ -56,11 +56,6 @@ def write(
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     (folder / "figures").mkdir(exist_ok=True)
     common.save_samples(folder / "samples", evaluation.samples)
-    drawn = figures.evaluation_sheets(data, evaluation)
-    for name, figure in drawn.items():
-        figures.save(figure, folder / "figures" / f"{name}.png")
-    if not drawn:
-        figures.draw(run, model, data, evaluation, samplers, config.seed)
     step = run.checkpoints.latest() if config.step is None else config.step
     settings = {"samplers": asked, "guidance": OmegaConf.to_container(config.guidance), "threshold": config.threshold}
     report = {"run": str(run.path), "step": step, "ema": config.ema, "seed": config.seed,
@@ -69,6 +64,11 @@ def write(
     write_atomically(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     write_atomically(folder / "evaluation.csv", evaluation.table.to_csv(index=False))
     common.show(evaluation.table)
+    drawn = figures.evaluation_sheets(data, evaluation)  # after the numbers, which no fault of a figure shall cost
+    for name, figure in drawn.items():
+        figures.save(figure, folder / "figures" / f"{name}.png")
+    if not drawn:
+        figures.draw(run, model, data, evaluation, samplers, config.seed)
     if data.target is not None:
         table = figures.diagnose(run, model, data, config.seed).table
         write_atomically(folder / "diagnostics.csv", table.to_csv(index=False))

@@ -25,8 +25,6 @@ from score_sde.run import instantiate
 @common.main("sample")
 def main(config: DictConfig) -> None:
     run = common.open_run(config)
-    if config.num_samples < 1 or config.batch_size < 1:
-        raise ValueError(f"num_samples and batch_size are at least 1, got {config.num_samples} and {config.batch_size}")
     model = run.model(ema=config.ema, step=config.step).to(common.device_of(config.device))
     sampler = instantiate(common.sampler_config(config.sampler, run.path), run.trust)
     sampler.check(model.sde)

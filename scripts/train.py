@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from score_sde import LearnedScore, Prediction, Sampler, ScoreModel, distributed
+from score_sde.checks import whole
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, TensorData, generator
 from score_sde.evaluation import Evaluation, Reference, evaluate, known_metrics, score_error
@@ -41,6 +42,9 @@ def main(config: DictConfig) -> float:
     run, resumes = opened(config)
     config, trust = run.config, run.trust
     data: Data = instantiate(config.data, trust)
+    if not isinstance(data, Data):
+        raise TypeError(f"data are a score_sde.data.Data, {config.data._target_} gives {type(data).__name__}: "
+                        "wrap arrays, e.g. return TensorData(x)")  # fmt: skip
     if not resumes:
         fill_in(config, data, HydraConfig.get().runtime.choices)
     model = build_model(config, trust)
@@ -121,7 +125,6 @@ def finish(
     if not distributed.is_main():
         return score
     common.save_samples(run.samples, evaluation.samples)
-    figures.draw(run, model, data, evaluation, samplers, config.seed)
     last = run.metrics().iloc[-1]
     meaning = f"{config.evaluation.objective} over its noise floor"
     result = {
@@ -137,6 +140,7 @@ def finish(
         result | {"overrides": list(HydraConfig.get().overrides.task), "seed": config.seed} | evaluation.flat()
     )
     common.show(evaluation.table)
+    figures.draw(run, model, data, evaluation, samplers, config.seed)  # last: no fault of a figure costs the numbers
     print(f"\n{run.path}: figures/, samples/, metrics.jsonl, result.json")
     return score
 
@@ -182,8 +186,8 @@ def check_metrics(config: DictConfig, data: Data) -> None:
         raise ValueError(f"evaluation.objective={config.evaluation.objective} is not among evaluation.metrics: add it")
     for name in ("num_samples", "num_previews", "evaluation.num_periodic"):
         count = OmegaConf.select(config, name)
-        if count is not None and count < 1:
-            raise ValueError(f"{name}={count} must be at least 1")
+        if count is not None:
+            whole(name, count)
 
 
 def check_references(config: DictConfig, data: Data, views: Mapping[str, Any]) -> None:

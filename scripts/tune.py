@@ -10,14 +10,15 @@ import figures
 import pandas as pd
 import torch
 from compare import model_and_reference
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from score_sde import ScoreModel, plotting
+from score_sde.checks import whole
 from score_sde.data import generator
 from score_sde.evaluation.coupled import Course, best_of_each, course_table
 from score_sde.targets import Target
 from score_sde.training import write_atomically
-from score_sde.tuning import Pairs, TunedTable, converged_pairs, tune, tune_spectrum
+from score_sde.tuning import Pairs, TunedTable, check, converged_pairs, tune, tune_spectrum
 
 TEACHING = ("samples", "seed", "robust", "batch_size")
 FITTING = ("method", "iterations", "starts", "seed", "minutes")
@@ -30,7 +31,11 @@ LABELS = {"endpoint": "endpoint error / data std", "median": "median endpoint er
 def main(config: DictConfig) -> None:
     if bool(config.run) == bool(config.get("target")):
         raise ValueError("tune for what? give either run=<directory> or target=<name>, e.g. target=ring")
-    steps = list(config.steps) if isinstance(config.steps, ListConfig) else [config.steps]
+    steps, seeds = common.listed(config.steps), common.listed(config.seeds)
+    for calls in steps:
+        check(calls, **{name: config[name] for name in FITTING if name != "seed"})
+    for seed in seeds:
+        whole("seeds", seed, 0)
     model, reference = model_and_reference(config)
     folder = Path(config.output or common.tuned_folder(config))
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +51,7 @@ def main(config: DictConfig) -> None:
             print(f"{path}: use it with sampler=tuned sampler.table={path}")
     if config.report:
         law = reference if isinstance(reference, Target) and not config.run else None
-        course = Course(model, law, num_samples=config.num_samples, seeds=list(config.seeds))
+        course = Course(model, law, num_samples=config.num_samples, seeds=seeds)
         report(course_table(course, tables), folder)
 
 

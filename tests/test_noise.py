@@ -159,3 +159,9 @@ def test_the_noise_of_a_run_is_keyed_by_seed_and_sample_for_any_seed():
     seeds = [0, 1, -1, 2**31 - 1, 2**31, 3_000_000_000]
     keys = torch.cat([SampleNoise.of_run(seed, range(3)).seeds for seed in seeds])
     assert len(keys.unique()) == 3 * len(seeds)
+
+
+@pytest.mark.parametrize("make", [BatchNoise, lambda seed: SampleNoise.of_run(seed, range(2))])
+def test_a_seed_is_a_whole_number(make):
+    with pytest.raises(ValueError, match=r"a whole number seed, got seed=0\.5"):
+        make(0.5)

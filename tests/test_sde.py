@@ -403,3 +403,15 @@ def test_neighbours_of_such_a_ladder_do_overlap() -> None:
             DiscreteSDE.overlapping(overlap=overlap)
     with pytest.raises(ValueError, match="0 < sigma_min < sigma_max"):
         DiscreteSDE.overlapping(2.0, 1.0)
+
+
+def test_a_schedule_of_the_math_module_is_named():
+    class Trigonometric(SDE):
+        def alpha(self, t):
+            return math.cos(t)
+
+        def sigma(self, t):
+            return torch.sin(t)
+
+    with pytest.raises(ValueError, match=r"Trigonometric\.alpha\(t\) fails for a tensor.* e\.g\. torch\.cos\(t\)"):
+        Trigonometric().check()

@@ -34,8 +34,8 @@ class _Extrapolated(Guided):
     ) -> None:
         super().__init__(model)
         name = type(self).__name__
-        if not abs(scale) < float("inf"):
-            raise ValueError(f"{name}'s scale is a finite number, got {scale}")
+        if isinstance(scale, str) or not abs(scale) < float("inf"):
+            raise ValueError(f"{name}'s scale is a finite number, got {scale!r}")
         if interval is not None and not 0 <= interval[0] < interval[1]:
             raise ValueError(f"{name}'s interval is (low, high) in noise levels sigma / alpha, 0 <= low < high, "
                              f"got {interval}")  # fmt: skip

@@ -41,7 +41,8 @@ class Checkpoints:
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             has = f"has checkpoints of the steps {steps}" if steps else "has no checkpoint yet"
-            raise FileNotFoundError(f"{self.folder} {has}, none of step {step or 'any'}: train on, or choose another")
+            wanted = "" if step is None else f", none of step {step}"
+            raise FileNotFoundError(f"{self.folder} {has}{wanted}: train on, or choose another")
         return self.folder / f"step-{steps[-1] if step is None else step:09d}"
 
     def weights(self, step: int | None = None, *, ema: bool | str = True) -> dict[str, Tensor]:

@@ -53,6 +53,9 @@ def reconstruct(run: str | Path, std: float, step: int | None = None) -> dict[st
         ValueError: `std` outside (0, 0.288).
     """
     folder = Checkpoints(Path(run) / "snapshots", keep=None)
+    if not folder.steps():
+        raise FileNotFoundError(f"{run} stored no power-function averages to make one of width {std:g} from: train it "
+                                "with trainer.power_emas=[0.05,0.1] and trainer.snapshot_every")  # fmt: skip
     last = folder.path(step)
     taken = [folder.path(known) for known in folder.steps()]
     files = [file for path in taken for file in path.glob("ema-*.safetensors") if path.name <= last.name]

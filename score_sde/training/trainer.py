@@ -206,7 +206,7 @@ class Trainer:
 
         Raises:
             ValueError: model, data and times do not fit; the directory has checkpoints and `resume` is False; the
-                checkpoint is of another seed or batch size.
+                checkpoint is of another seed or batch size, or of more than `steps` steps.
             DivergenceError: more than `max_nonfinite` non-finite steps. No checkpoint is written of that state.
         """
         distributed.start()
@@ -218,6 +218,8 @@ class Trainer:
         last = None if checkpoints is None else distributed.agree(checkpoints.latest())
         if last is not None and not resume:
             raise ValueError(f"{directory} has checkpoints up to step {last}: resume it, or choose a new directory")
+        if last is not None and last > self.steps:
+            raise ValueError(f"steps={self.steps}, but {directory} has been trained for {last}: give steps >= {last}")
         if checkpoints is not None and last is not None:
             state.restore(checkpoints, last)
         if on_start is not None:

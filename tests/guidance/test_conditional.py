@@ -159,6 +159,7 @@ def test_a_point_alone_is_a_point_among_many():
     ("make_it", "error", "message"),
     [
         (lambda m: ClassifierFree(m, float("nan")), ValueError, "scale is a finite number, got nan"),
+        (lambda m: ClassifierFree(m, "abc"), ValueError, "scale is a finite number, got 'abc'"),
         (lambda m: ClassifierFree(m, 2.0, interval=(3, 1)), ValueError, "0 <= low < high, got (3, 1)"),
         (lambda m: ClassifierFree(m, 2.0, rescale=2.0), ValueError, "rescale lies in [0, 1], got 2.0"),
         (lambda m: ClassifierFree(m, 2.0, negative={"prompt": 1}), TypeError, "unknown condition 'prompt'"),

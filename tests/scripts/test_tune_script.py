@@ -62,6 +62,7 @@ def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [([], "tune for what?"), (["target=ring", "run=x"], "tune for what?"), (["target=ring", "steps=0"], "steps >= 1"),
+     (["target=ring", "steps=[3,2.5]"], "steps >= 1, got steps=2.5"),
      (["target=ring", "method=magic"], "coefficients, grid")],
 )  # fmt: skip
 def test_wrong_inputs_end_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
