@@ -40,6 +40,9 @@ class NoisyClassifier(LearnedScore):
         self.num_classes = int(network.num_classes)  # type: ignore[arg-type]
         self.condition_names = frozenset({"label"})
 
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        return len(x), self.num_classes
+
     def forward(self, x: Tensor, t: Time, **condition: Any) -> NoReturn:
         raise TypeError("this is a classifier p(label | x_t), which has no score: guide a score model with it, e.g. "
                         "scripts/sample.py run=<dir> label=0 guidance=classifier guidance.run=<this run>")  # fmt: skip

@@ -202,6 +202,11 @@ class LearnedScore(nn.Module, ScoreModel):
         alpha, sigma, *row = self._levels[t]
         return alpha, sigma, Row(*row)  # type: ignore[arg-type]
 
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        """What the network must give for x."""
+        batch, *event = x.shape
+        return (batch, 2 * event[0], *event[1:]) if self._learns_variance else (batch, *event)
+
     def _network(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """F, and the weight w of a learnt variance."""
         if isinstance(row.c_in, Tensor):
@@ -209,10 +214,9 @@ class LearnedScore(nn.Module, ScoreModel):
         else:
             scaled, c_noise = row.c_in * x, x.new_full((x.shape[0],), row.c_noise)
         output = self.network(scaled, c_noise, **condition)
-        shape = x.shape if not self._learns_variance else (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-        if output.shape != shape:
+        if output.shape != self._output_shape(x):
             raise ValueError(f"{type(self.network).__name__} gives shape {tuple(output.shape)} for x of shape "
-                             f"{tuple(x.shape)}: it must be {tuple(shape)}")  # fmt: skip
+                             f"{tuple(x.shape)}: it must be {self._output_shape(x)}")  # fmt: skip
         if not self._learns_variance:
             return output, None
         output, v = output.chunk(2, dim=1)
