@@ -7,6 +7,7 @@ x / alpha, whose level is s(t) = sigma(t) / alpha(t) = exp(-lambda(t)). Bind the
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -40,6 +41,18 @@ def check(times: Tensor, sde: SDE) -> Tensor:
         raise ValueError(f"a grid lies in [t_min, t_max] = [{sde.t_min:g}, {sde.t_max:g}], "
                          f"got times from {high:g} to {low:g}")  # fmt: skip
     return times
+
+
+def check_callable(grid: Grid) -> None:
+    """Refuses, with ValueError, what cannot be called with an SDE alone."""
+    if not callable(grid):
+        raise ValueError(f"grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100); got {grid!r}")
+    try:
+        inspect.signature(grid).bind(None)
+    except TypeError as error:
+        name = getattr(grid, "__name__", repr(grid))
+        raise ValueError(f"grid is a function of the SDE alone, {name} is not ({error}): bind the rest, "
+                         "e.g. partial(grid.uniform, steps=100)") from None  # fmt: skip
 
 
 def _fractions(steps: int) -> Tensor:

@@ -68,8 +68,7 @@ class ParallelSampler:
     ) -> None:  # fmt: skip
         if not isinstance(predictor, LinearStep) or predictor.role != "predictor" or predictor.repeats != 1:
             raise ValueError(f"parallel sampling needs a linear predictor, e.g. DDIM(), got {predictor!r}")
-        if not callable(grid):
-            raise ValueError(f"grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100); got {grid!r}")
+        grids.check_callable(grid)
         if not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance is a number >= 0, got {tolerance}")
         self.predictor, self.grid, self.tolerance = predictor, grid, tolerance

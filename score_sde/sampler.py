@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from score_sde import grid as grids
-from score_sde.checks import one_of
+from score_sde.checks import one_of, whole
 from score_sde.cuda_graph import GraphedMoves
 from score_sde.grid import Grid
 from score_sde.memory import keep_freed_memory
@@ -102,6 +102,13 @@ class Start:
     model: CountedModel
 
 
+def check_model(model: ScoreModel) -> None:
+    """Refuses, with TypeError, what is no score model."""
+    if not isinstance(model, ScoreModel):
+        raise TypeError(f"samples are drawn from a ScoreModel, got {type(model).__name__}: wrap a network, "
+                        "LearnedScore(network, sde, parameterization, event_shape)")  # fmt: skip
+
+
 def begin(
     model: ScoreModel, shape: Sequence[int], seed: int | None, noise: NoiseSource | None, x_init: Tensor | None,
     condition: Mapping[str, Any] | None, dtype: torch.dtype | None, t: float | None = None,
@@ -110,10 +117,14 @@ def begin(
 
     Raises:
         ValueError: the shape is not (batch, *event_shape), x_init has another, or both seed and noise are given.
-        TypeError: a condition's name is unknown to the model, or noise is no noise source.
+        TypeError: the model is none, a condition's name is unknown to it, or noise is no noise source.
     """
     keep_freed_memory()
     condition = dict(condition or {})
+    check_model(model)
+    if not isinstance(shape, Sequence):
+        raise ValueError(f"shape is (batch, {', '.join(map(str, model.event_shape))}) for this model, got {shape!r}")
+    shape = tuple(whole("size in shape", size, 0) for size in shape)
     model.check(shape, condition)
     if seed is not None and noise is not None:
         raise ValueError("give either seed= (one generator for the batch) or noise= (a noise source), not both")
@@ -188,8 +199,7 @@ class Sampler:
         if corrector_where is not None and (corrector is None or not callable(corrector_where)):
             raise ValueError("corrector_where is a function (SDE, times) -> mask of the grid times at which the corrector "
                              f"acts, got {corrector_where!r} and the corrector {corrector!r}")  # fmt: skip
-        if not callable(grid):
-            raise ValueError(f"grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100); got {grid!r}")
+        grids.check_callable(grid)
         if cuda_graph and not torch.cuda.is_available():
             raise ValueError("cuda_graph=True needs a CUDA device, and torch sees none: leave it out")
         if cuda_graph and any(step is not None and step.needs_density for step in (predictor, corrector)):
@@ -227,6 +237,7 @@ class Sampler:
         Raises:
             ValueError, TypeError: see `begin` and `grid.check`; nothing has been computed then.
         """
+        check_model(model)
         times = grids.check(self.grid(model.sde), model.sde)
         start = begin(model, shape, seed, noise, x_init, condition, dtype, times[0].item())
         for step in (self.predictor, self.corrector):

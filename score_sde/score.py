@@ -113,6 +113,13 @@ class ScoreModel(ABC):
         """Tabulates what depends on time alone; called by a sampler with its whole grid before the first step."""
 
 
+def _check_sde(sde: SDE) -> None:
+    """Refuses, with TypeError, what is no SDE, and with ValueError one whose schedule cannot be used."""
+    if not isinstance(sde, SDE):
+        raise TypeError(f"an SDE is an object, e.g. VPSDE(); got {sde!r}")
+    sde.check()
+
+
 def _kernel(sde: SDE, t: float) -> tuple[float, float]:
     """alpha and sigma at t."""
     return sde.alpha(t).item(), sde.sigma(t).item()
@@ -155,7 +162,9 @@ class LearnedScore(nn.Module, ScoreModel):
         self, network: nn.Module, sde: SDE, parameterization: Parameterization, event_shape: Sequence[int]
     ) -> None:
         super().__init__()
-        sde.check()
+        _check_sde(sde)
+        if not isinstance(parameterization, Parameterization):
+            raise TypeError(f"a parameterization is an object, e.g. Karras(sigma_data=0.5); got {parameterization!r}")
         self.network, self.sde, self.parameterization = network, sde, parameterization
         self.event_shape, self.data_std = tuple(event_shape), parameterization.sigma_data
         parameters = list(inspect.signature(getattr(network, "_orig_mod", network).forward).parameters.values())
@@ -238,7 +247,11 @@ class ExactScore(ScoreModel):
     """
 
     def __init__(self, target: ClosedForm, sde: SDE) -> None:
-        sde.check()
+        if not hasattr(target, "denoise") or isinstance(target, type):
+            raise TypeError(
+                f"ExactScore(target, sde) takes a law with a denoiser, e.g. targets.make('ring'); got {target!r}"
+            )
+        _check_sde(sde)
         self.target, self.sde, self.event_shape = target, sde, tuple(target.event_shape)
         self.data_std = float(target.std) or 1.0
 
@@ -277,7 +290,9 @@ class ReparameterizedScore(ScoreModel):
     """A model of one SDE seen in another's coordinates; see `reparameterize`."""
 
     def __init__(self, model: ScoreModel, sde: SDE, outside: str) -> None:
-        sde.check()
+        if not isinstance(model, ScoreModel):
+            raise TypeError(f"reparameterize(model, sde) takes a score model, got {model!r}")
+        _check_sde(sde)
         self.model, self.sde = model, _common_range(model.sde, sde, one_of("outside", outside, OUTSIDE))
         self.event_shape, self.data_std = tuple(model.event_shape), model.data_std
         self.condition_names = model.condition_names

@@ -349,6 +349,7 @@ def test_samples_of_a_mixture_have_its_law():
         (lambda: Sampler(None, FIVE), "a predictor, a corrector or both"),
         (lambda: Sampler(EulerMaruyama, FIVE), r"construct it, e\.g\. EulerMaruyama\(\)"),
         (lambda: Sampler(EulerMaruyama(), 100), r"partial\(grid\.uniform, steps=100\)"),
+        (lambda: Sampler(EulerMaruyama(), grid.log_snr), r"log_snr is not \(missing a required argument: 'steps'\)"),
         (lambda: Sampler(EulerMaruyama(), FIVE, final="zero"), "final is one of denoise, none; got 'zero'"),
         (lambda: Sampler(LangevinCorrector(), FIVE), "cannot be the predictor"),
         (lambda: Sampler(DDIM(), FIVE, DDIM()), "cannot be the corrector"),
@@ -369,6 +370,9 @@ def test_impossible_samplers_are_refused(build, message):
         ({"x_init": torch.zeros(3, 2)}, ValueError, r"x_init has shape \(3, 2\)"),
         ({"x_init": torch.zeros(4, 2, dtype=torch.uint8)}, TypeError, "floating-point"),
         ({"condition": {"lable": 1}}, TypeError, "unknown condition 'lable'"),
+        ({"shape": 10}, ValueError, r"shape is \(batch, 2\) for this model, got 10"),
+        ({"shape": (-1, 2)}, ValueError, "size in shape >= 0, got size in shape=-1"),
+        ({"seed": 0.5}, ValueError, "a whole number seed, got seed=0.5"),
         ({"shape": (4, 3)}, ValueError, r"x of shape \(batch, 2\), got \(4, 3\)"),
     ],
 )

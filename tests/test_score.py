@@ -12,7 +12,7 @@ from torch import nn
 from score_sde import grid
 from score_sde.parameterization import Karras, Noise
 from score_sde.sampler import Sampler
-from score_sde.score import KEPT, ExactScore, LearnedScore
+from score_sde.score import KEPT, ExactScore, LearnedScore, reparameterize
 from score_sde.sde import SDE, VPSDE, DiscreteSDE, KarrasSDE
 from score_sde.steps import DDIM
 from score_sde.targets import Empirical, GaussianMixture, make
@@ -189,3 +189,23 @@ def test_a_network_gives_the_shape_of_x():
     model = LearnedScore(Squeezing(), VPSDE(), Noise(), (1,))
     with pytest.raises(ValueError, match=r"Squeezing gives shape \(4,\) for x of shape \(4, 1\): it must be \(4, 1\)"):
         model(torch.zeros(4, 1), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ExactScore(VPSDE(), make("ring")), "takes a law with a denoiser"),
+        (lambda: ExactScore("ring", VPSDE()), "got 'ring'"),
+        (lambda: ExactScore(make("ring"), VPSDE), r"an SDE is an object, e\.g\. VPSDE\(\)"),
+        (lambda: LearnedScore(nn.Identity(), VPSDE(), Noise, (2,)), "a parameterization is an object"),
+        (lambda: reparameterize(VPSDE(), ExactScore(make("ring"), VPSDE())), "takes a score model"),
+        (
+            lambda: Sampler(DDIM(), functools.partial(grid.log_snr, steps=3)).sample(nn.Linear(2, 2), (1, 2)),
+            "got Linear",
+        ),
+    ],
+)
+def test_what_is_no_model_is_named(build, message):
+    with pytest.raises(TypeError, match=message) as refusal:
+        build()
+    assert "\n" not in str(refusal.value)
