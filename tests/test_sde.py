@@ -415,3 +415,41 @@ def test_a_schedule_of_the_math_module_is_named():
 
     with pytest.raises(ValueError, match=r"Trigonometric\.alpha\(t\) fails for a tensor.* e\.g\. torch\.cos\(t\)"):
         Trigonometric().check()
+
+
+class Given(SDE):
+    """alpha and sigma of another SDE, and nothing else of it."""
+
+    def __init__(self, other):
+        self.other, self.t_min, self.t_max = other, other.t_min, other.t_max
+
+    def alpha(self, t):
+        return self.other.alpha(t)
+
+    def sigma(self, t):
+        return self.other.sigma(t)
+
+
+class Bent(SDE):
+    t_min, t_max = 1e-4, 1.0
+
+    def alpha(self, t):
+        return torch.ones_like(t)
+
+    def sigma(self, t):
+        return torch.where(t < 0.3, t, 10 * t - 2.7)
+
+
+@pytest.mark.parametrize(
+    "sde", [VPSDE(t_min=1e-5), SubVPSDE(), VESDE(), CosineSDE(), KarrasSDE(), RectifiedFlow(), Bent()], ids=repr
+)
+def test_a_schedule_without_an_inverse_is_inverted_to_rounding(sde):
+    plain = sde if isinstance(sde, Bent) else Given(sde)
+    first, last = (float(plain.half_log_snr(t)) for t in (plain.t_max, plain.t_min))
+    values = torch.linspace(first, last, 3001, dtype=torch.float64)
+    t = plain.time_at(values)
+    assert (t.diff() < 0).all()
+    slack = 4e-15 * (1 + values.abs()) + 1e-12 * (t > 0.99)  # at 1 - 1e-3 lambda amplifies the rounding of t
+    assert ((plain.half_log_snr(t) - values).abs() <= slack).all()
+    assert torch.equal(plain.time_at(values[7]), t[7])
+    assert plain.time_at(values.float()).dtype == torch.float32

@@ -40,7 +40,7 @@ def sliced_w2(x: Tensor, y: Tensor, *, directions: int = 128, seed: int = 0) -> 
 
     Source: Bonneel et al. 2015, Sliced and Radon Wasserstein barycenters, section 3.
     """
-    x, y = _pair(x, y)
+    x, y = pair(x, y)
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(directions, x.shape[1], generator=generator, dtype=x.dtype).to(x.device)
     theta /= theta.norm(dim=1, keepdim=True)
@@ -72,7 +72,7 @@ def w2(x: Tensor, y: Tensor, *, max_points: int = 1000) -> float:
     """
     import ot
 
-    x, y = (_thin(v, max_points) for v in _pair(x, y))
+    x, y = (_thin(v, max_points) for v in pair(x, y))
     cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
     # Many iterations are allowed: the default limit stops short of the optimum beyond some thousand points.
     return float(ot.emd2([], [], cost.cpu().numpy(), numItermax=10_000_000)) ** 0.5
@@ -83,7 +83,7 @@ def energy_distance(x: Tensor, y: Tensor, *, max_points: int = 2000) -> float:
 
     Source: Székely and Rizzo 2013, Energy statistics, equation 2 (its V-statistic, which is never negative).
     """
-    x, y = (_thin(v, max_points) for v in _pair(x, y))
+    x, y = (_thin(v, max_points) for v in pair(x, y))
     mean = partial(_mean_over_pairs, lambda distance: distance)
     return max(0.0, 2 * mean(x, y) - mean(x, x) - mean(y, y)) ** 0.5
 
@@ -106,7 +106,7 @@ def mmd(
 
     Source: Gretton et al. 2012, A kernel two-sample test, equations 3 (unbiased) and 5 (biased).
     """
-    x, y = (_thin(v, max_points) for v in _pair(x, y))
+    x, y = (_thin(v, max_points) for v in pair(x, y))
     if len(y) < 2 or (unbiased and len(x) < 2):
         raise ValueError(f"mmd compares two points or more, got {len(x)} and {len(y)}")
     if bandwidths is None:
@@ -169,7 +169,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
     Source: Dowson and Landau 1982; Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6.
     """
-    x, y = _pair(x, y)
+    x, y = pair(x, y)
     overlap = torch.linalg.svdvals(_root(_covariance(x)) @ _root(_covariance(y))).sum()
     spread = _covariance(x).trace() + _covariance(y).trace() - 2 * overlap
     return ((x.mean(dim=0) - y.mean(dim=0)).square().sum() + spread).clamp_min(0).item()
@@ -182,7 +182,7 @@ def kid(x: Tensor, y: Tensor) -> float:
 
     Source: Binkowski et al. 2018, https://arxiv.org/abs/1801.01401, section 4.
     """
-    x, y = _pair(x, y)
+    x, y = pair(x, y)
 
     def pairs(a: Tensor, b: Tensor) -> float:
         blocks = a.split(max(1, 2**22 // len(b)))
@@ -336,7 +336,8 @@ def _flat(x: Tensor) -> Tensor:
     return x
 
 
-def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Two sets of finite samples of one event shape, flat in float64 on one device."""
     if x.shape[1:] != y.shape[1:]:
         raise ValueError(f"samples to compare have one event shape, got {tuple(x.shape[1:])} and {tuple(y.shape[1:])}")
     x = _flat(x)

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from score_sde.checks import whole
 from score_sde.data import TensorData
+from score_sde.evaluation.metrics import pair
 
 __all__ = ["Nearest", "density_coverage", "nearest", "precision_recall"]
 
 
 def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
-    """Precision and recall of samples (n, F) beside real features (m, F), in [0, 1].
+    """Precision and recall of samples (n, *event) beside real examples or features (m, *event), in [0, 1].
 
-    Raises ValueError where a set has not more than k points.
+    Raises ValueError where a set has not more than k points, or points that are not finite or of other events.
     """
+    samples, real = pair(samples, real)
     inside, around = _radii(real, k), _radii(samples, k)
     precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for rows, distance in _blocks(samples, real):
@@ -39,6 +42,7 @@ def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[float, 
 
 def density_coverage(samples: Tensor, real: Tensor, k: int = 5) -> tuple[float, float]:
     """Density (1 in the mean for exact samples, more where they crowd) and coverage in [0, 1]; see `precision_recall`."""
+    samples, real = pair(samples, real)
     radius = _radii(real, k)
     count, covered = 0.0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for _, distance in _blocks(samples, real):
@@ -50,7 +54,7 @@ def density_coverage(samples: Tensor, real: Tensor, k: int = 5) -> tuple[float, 
 
 def _radii(x: Tensor, k: int) -> Tensor:
     """The distance of each point to its k-th nearest neighbour, (n,)."""
-    if len(x) <= k:
+    if len(x) <= whole("k", k):
         raise ValueError(f"{len(x)} points have no {k}-th nearest neighbours: take more samples, or a smaller k")
     parts = []
     for rows, distance in _blocks(x, x):

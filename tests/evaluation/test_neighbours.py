@@ -121,3 +121,16 @@ def test_copies_of_latents_are_found_out_whatever_their_scale():
     assert table.loc["nearest training image", "value"] == 0
     with pytest.raises(ValueError, match=r"images in \[-1, 1\]"):
         stored_images(data, "test", slice(5))
+
+
+@pytest.mark.parametrize("measure", [precision_recall, density_coverage])
+def test_what_cannot_be_compared_is_refused(measure):
+    x = normal(20, 2, seed=0)
+    with pytest.raises(ValueError, match="1 of 20 samples are not finite"):
+        measure(x.index_fill(0, torch.tensor([3]), math.nan), x)
+    with pytest.raises(ValueError, match="one event shape"):
+        measure(x, normal(20, 3, seed=1))
+    with pytest.raises(ValueError, match="k >= 1, got k=0"):
+        measure(x, x, k=0)
+    images = x.view(20, 1, 1, 2)
+    assert measure(images, images + 0.1) == measure(x, x + 0.1)
