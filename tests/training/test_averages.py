@@ -83,7 +83,7 @@ def test_a_run_keeps_snapshots_from_which_its_model_is_read_at_any_width(tmp_pat
     assert {*stored.weights(ema="ema-400")} == {*exact}
     with pytest.raises(FileNotFoundError, match=r"no ema-7\.safetensors: choose one of ema, ema-0\.05"):
         stored.weights(ema="ema-7")
-    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+    with pytest.raises(FileNotFoundError, match="stored no power-function averages"):
         reconstruct(tmp_path / "nowhere", 0.1)
 
 
