@@ -489,10 +489,8 @@ def _check_options(
     for name, value, allowed in (("divergence", divergence, DIVERGENCES), ("method", method, METHODS),
                                  ("truncation", truncation, TRUNCATIONS)):  # fmt: skip
         one_of(name, value, allowed)
-    if whole("probes", probes) < 1 or (divergence == "exact" and probes != 1):
-        raise ValueError(
-            f"probes={probes} with divergence={divergence!r}: the exact trace takes none, estimates at least 1"
-        )
+    if whole("probes", probes) != 1 and divergence == "exact":
+        raise ValueError(f"probes={probes} with divergence='exact': the exact trace takes none, leave it out")
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"tolerances are positive, got {rtol=} and {atol=}")
     if steps is not None and (method != "adams" or steps < 4):

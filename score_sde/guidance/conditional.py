@@ -118,8 +118,8 @@ class ClassifierFree(_Extrapolated):
 
 def _for_each(name: str, value: Any, x: Tensor) -> Tensor:
     """A negative condition with a row for each sample of x."""
-    value = torch.as_tensor(value, device=x.device)
-    value = value.unsqueeze(0) if value.ndim == 0 else value
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return torch.full((len(x),), value, device=x.device)
     if len(value) not in (1, len(x)):
         raise ValueError(f"the negative {name!r} has {len(value)} rows for {len(x)} samples: give one for all; solvers "
                          "that regroup the batch (adaptive and parallel ones) take no other")  # fmt: skip
