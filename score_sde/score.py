@@ -347,7 +347,7 @@ class ReparameterizedScore(ScoreModel):
         t = t.clamp(self.sde.t_min, self.sde.t_max)
         known, alpha = self.model.sde, self.sde.alpha(t)
         inner = known.time_at(self.sde.half_log_snr(t)).clamp(known.t_min, known.t_max)
-        inner = torch.where(t.isnan(), t, inner)  # a bisection does not hand a NaN on
+        inner = torch.where(t.isnan(), t, inner)  # an inverse need not hand a NaN on
         return alpha, self.sde.sigma(t), inner, known.alpha(inner) / alpha
 
     def __repr__(self) -> str:

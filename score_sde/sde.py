@@ -123,7 +123,9 @@ class SDE(ABC):
         target = as_time(half_log_snr)
         value = target.double()
         t = _root(self.half_log_snr, value, self.t_min, self.t_max)
-        ends = value.new_tensor([self.t_min, self.t_max])
+        ends = torch.stack(
+            [torch.full((), end, dtype=value.dtype, device=value.device) for end in (self.t_min, self.t_max)]
+        )
         near = 1e-9 * (ends.flip(0) - ends)  # a difference quotient costs a thirtieth of the derivative
         level = self.half_log_snr(ends)
         beyond = ends + (value.unsqueeze(-1) - level) * near / (self.half_log_snr(ends + near) - level)
