@@ -509,11 +509,11 @@ def _halving(
 ) -> dict[str, TunedTable]:
     """Many short fits on half batches, longer ones from the best three, the full one from the best."""
     small = replace(fit, batch_size=max(1, fit.batch_size // 2))
-    quick, check = max(1, iterations // 10), replace(validation, x=validation.x[:2048], y=validation.y[:2048])
+    quick, few = max(1, iterations // 10), replace(validation, x=validation.x[:2048], y=validation.y[:2048])
     with tqdm(total=len(tables) * quick + 3 * (3 * quick) + iterations, desc="tuning", disable=not progress) as bar:
         for keep, pairs, length, rate in ((3, small, quick, 0.05), (1, small, 3 * quick, 0.03)):
             tables = {name: _fit(pairs, table, length, rate, seed, bar) for name, table in tables.items()}
-            found = _losses(tables, check)
+            found = _losses(tables, few)
             tables = {name: tables[name] for name in sorted(found, key=found.__getitem__)[:keep]}
         return {f"tuned from {name}": _fit(fit, table, iterations, 0.03, seed, bar) for name, table in tables.items()}
 

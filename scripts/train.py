@@ -176,7 +176,7 @@ def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str]) -> None:
 
 
 def check_metrics(config: DictConfig, data: Data) -> None:
-    """Refuses, with ValueError, metrics that these data do not have and a number of samples that measures nothing."""
+    """Refuses, with ValueError, metrics that these data do not have and counts of samples that show nothing."""
     known = known_metrics(data.target)
     chosen = config.evaluation.metrics or known
     for name in (*chosen, config.evaluation.objective):
@@ -184,7 +184,7 @@ def check_metrics(config: DictConfig, data: Data) -> None:
             raise ValueError(f"unknown metric {name!r}; for these data: {', '.join(known)}")
     if config.evaluation.objective not in chosen:
         raise ValueError(f"evaluation.objective={config.evaluation.objective} is not among evaluation.metrics: add it")
-    for name in ("num_samples", "num_previews", "evaluation.num_periodic"):
+    for name in ("num_previews", "evaluation.num_periodic"):
         count = OmegaConf.select(config, name)
         if count is not None:
             whole(name, count)
