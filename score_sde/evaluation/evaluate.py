@@ -16,7 +16,7 @@ from tqdm import tqdm
 from score_sde import distributed
 from score_sde.data import Data, TensorData, generator
 from score_sde.evaluation.convnet import ConvClassifier
-from score_sde.evaluation.extractors import Extractor
+from score_sde.evaluation.extractors import Extractor, in_range
 from score_sde.evaluation.features import DigitClassifier, digit_report
 from score_sde.evaluation.metrics import Yardstick
 from score_sde.evaluation.neighbours import Nearest, nearest
@@ -159,9 +159,9 @@ class _MemorizationView:
         self.pictures = torch.empty(0)
 
     @cached_property
-    def in_unit_range(self) -> bool:
-        """Whether the data are images in [-1, 1], as latents are not."""
-        return bool(self.data.plain("train", slice(2000)).x.abs().amax() <= 1)
+    def pictures_in_range(self) -> bool:
+        """Whether the data are images in [-1, 1], to which samples are clipped; latents are not."""
+        return in_range(self.data.plain("train", slice(2000)).x)
 
     @cached_property
     def held_out(self) -> Nearest | None:
@@ -171,7 +171,7 @@ class _MemorizationView:
 
     def __call__(self, samples: Tensor) -> pd.DataFrame:
         """Rows for at most 2,000 samples: the share memorised, and the median distance to the nearest training image."""
-        inside = samples[:2000].clamp(-1, 1) if self.in_unit_range else samples[:2000]
+        inside = samples[:2000].clamp(-1, 1) if self.pictures_in_range else samples[:2000]
         found = nearest(inside, self.data, device=self.device)
         closest = found.distance[:, 0].argsort()[: self.shown]
         twins = self.data.plain("train", found.index[closest, 0]).x
