@@ -53,8 +53,9 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                 return task(config)
             except REFUSALS as error:
                 if HydraConfig.get().mode == RunMode.MULTIRUN and distributed.is_main():
-                    overrides = list(HydraConfig.get().overrides.task)
-                    Run(output).save_result({"status": "failed", "error": one_line(error), "overrides": overrides})
+                    failure = {"status": "failed", "error": one_line(error), "seed": config.get("seed"),
+                               "overrides": list(HydraConfig.get().overrides.task)}  # fmt: skip
+                    Run(output).save_result(failure)
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
                     raise
                 if distributed.is_main() and output != Path.cwd() and not any(output.iterdir()):

@@ -12,7 +12,7 @@ import figures
 import pandas as pd
 from omegaconf import DictConfig
 
-from score_sde import plotting
+from score_sde import Run, plotting
 
 
 @common.main("report")
@@ -46,7 +46,7 @@ def collect(folder: Path, metric: str) -> pd.DataFrame:
     rows = [_row(home, folder, metric) for home in homes]
     if not rows:
         raise ValueError(f"{folder} holds no runs (no result.json below it): give the folder of a sweep")
-    shared = set.intersection(*(set(row["setting"]) for row in rows)) if len(rows) > 1 else set()
+    shared = set.intersection(*(set(row["setting"]) for row in rows))
     for row in rows:
         row["setting"] = ", ".join(pair for pair in row["setting"] if pair not in shared) or "all"
     return pd.DataFrame(rows)
@@ -54,14 +54,17 @@ def collect(folder: Path, metric: str) -> pd.DataFrame:
 
 def _row(home: Path, folder: Path, metric: str) -> dict[str, Any]:
     path = home / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else {"status": "unfinished", "error": "no result.json yet"}
-    pairs = [override for override in result.get("overrides", []) if "=" in override]
-    seed = next((pair.split("=")[1] for pair in pairs if pair.startswith("seed=")), result.get("seed", 0))
-    setting = [pair for pair in pairs if not pair.startswith("seed=")]
+    if path.exists():
+        result = json.loads(path.read_text())
+    else:
+        config = Run.open(home).config
+        result = {"status": "unfinished", "error": "no result.json yet", "seed": config.get("seed"),
+                  "overrides": config.get("overrides")}  # fmt: skip
     if result["status"] == "finished" and metric not in result:
         raise ValueError(f"{path} has no {metric!r}; it has: {', '.join(result)}")
-    return {"run": str(home.relative_to(folder)), "setting": setting, "seed": int(seed), "status": result["status"],
-            "value": result.get(metric), "error": result.get("error", ""),
+    setting = [override for override in result.get("overrides") or [] if not override.startswith("seed=")]
+    return {"run": str(home.relative_to(folder)), "setting": setting, "seed": result.get("seed"),
+            "status": result["status"], "value": result.get(metric), "error": result.get("error", ""),
             "meaning": result.get("metric_meaning")}  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from score_sde.run import Run, build_model, instantiate
 from score_sde.training.interrupt import hand_on
 
 # What the weights, and the order of examples, are nothing without: a run goes on with its own.
-FIXED = ("network", "sde", "parameterization", "data", "event_shape", "seed", "trainer.batch_size")
+FIXED = ("network", "sde", "parameterization", "data", "target", "event_shape", "seed", "trainer.batch_size")
 
 
 @common.main("train")
@@ -46,7 +46,7 @@ def main(config: DictConfig) -> float:
         raise TypeError(f"data are a score_sde.data.Data, {config.data._target_} gives {type(data).__name__}: "
                         "wrap arrays, e.g. return TensorData(x)")  # fmt: skip
     if not resumes:
-        fill_in(config, data, HydraConfig.get().runtime.choices)
+        fill_in(config, data, HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task)
     model = build_model(config, trust)
     parts = {name: instantiate(config[name], trust) for name in ("objective", "time_sampler", "trainer")}
     samplers = common.samplers_of(config, trust)
@@ -136,9 +136,7 @@ def finish(
     }
     if data.target is not None:
         result["fisher"] = score_error(model, data.target, seed=config.seed).mean
-    run.save_result(
-        result | {"overrides": list(HydraConfig.get().overrides.task), "seed": config.seed} | evaluation.flat()
-    )
+    run.save_result(result | {"overrides": list(config.overrides or []), "seed": config.seed} | evaluation.flat())
     common.show(evaluation.table)
     figures.draw(run, model, data, evaluation, samplers, config.seed)  # last: no fault of a figure costs the numbers
     print(f"\n{run.path}: figures/, samples/, metrics.jsonl, result.json")
@@ -157,22 +155,27 @@ def finish_classifier(run: Run, model: NoisyClassifier, data: Data, config: Dict
     figures.save(figures.accuracy(table), run.figures / "accuracy.png")
     figures.save(figures.losses(run), run.figures / "losses.png")
     meaning = "cross-entropy of held-out labels in nats, mean over noise levels"
-    overrides = list(HydraConfig.get().overrides.task)
-    result = {"status": "finished", "metric": score, "metric_meaning": meaning, "overrides": overrides,
-              "seed": config.seed, "accuracy_by_noise": table.to_dict("records")}  # fmt: skip
+    result = {"status": "finished", "metric": score, "metric_meaning": meaning,
+              "overrides": list(config.overrides or []), "seed": config.seed,
+              "accuracy_by_noise": table.to_dict("records")}  # fmt: skip
     run.save_result(result)
     common.show(table)
     print(f"\n{run.path}: figures/, metrics.jsonl, result.json")
     return score
 
 
-def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str]) -> None:
-    """Writes into the config what the data decide, its event shape and `auto` scales, and the groups chosen."""
+def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str], overrides: Sequence[str] = ()) -> None:
+    """Writes into the config what the data decide, its event shape and `auto` scales, the groups chosen and overrides.
+
+    Of overrides of one name the last stands, and `resume` is left out, which says nothing of the run.
+    """
     config.event_shape = list(data.event_shape)
     if data.target is None:
         config.target = None
     common.fill_auto(config, data)
     config.choices = {group: name for group, name in choices.items() if "hydra" not in group}
+    standing = {(_name(override), override.startswith("~")): override for override in overrides}
+    config.overrides = [override for (name, _), override in standing.items() if name != "resume"]
 
 
 def check_metrics(config: DictConfig, data: Data) -> None:
@@ -234,22 +237,39 @@ def opened(config: DictConfig) -> tuple[Run, bool]:
 
 
 def continued(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config of a run to resume, with the values given on the command line over its own.
+    """The config of a run to resume, with the values given on the command line over its own, and in its `overrides`.
 
-    Raises ValueError for another config group, or another value of what is FIXED. What was `auto` has been measured.
+    What is among its own overrides already says nothing new, whatever it is. Raises ValueError for another config group,
+    a group or key that is to go, or another value of what is FIXED. What was `auto` has been measured.
     """
+    known, overrides = list(own.get("overrides") or []), OmegaConf.merge(own, {"overrides": [*overrides]}).overrides
     given: dict[str, str] = {}
     for override in overrides:
-        name, _, value = override.lstrip("+").partition("=")
-        if name in own.choices:
+        name, value = _name(override), override.partition("=")[2]
+        if override in known or name in ("resume", "trust") or value == "auto":
+            continue
+        if override.startswith("~"):
+            if OmegaConf.select(own, name) is not None:
+                raise ValueError(
+                    f"{override} takes from the run what it was started with: start a new run, or leave it out"
+                )
+        elif name in own.choices:
             _same(name, own.choices[name] or "null", value)
-        elif name not in ("resume", "trust") and value != "auto" and not name.startswith("~"):
+        else:
             given[name] = value
     merged = OmegaConf.merge(own, OmegaConf.from_dotlist([f"{name}={value}" for name, value in given.items()]))
     for name in given:
         if name in FIXED or name.partition(".")[0] in FIXED:
             _same(name, *(OmegaConf.select(config, name) for config in (own, merged)))
+    new = [f"{name}={value}" for name, value in given.items()
+           if OmegaConf.select(own, name) != OmegaConf.select(merged, name)]  # fmt: skip
+    replaced = {_name(override) for override in new}
+    merged.overrides = [override for override in known if _name(override) not in replaced] + new
     return merged  # type: ignore[return-value]
+
+
+def _name(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def _same(name: str, own: Any, given: Any) -> None:

@@ -94,10 +94,15 @@ def test_a_sweep_with_a_failing_job_is_reported(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     options = ["sde=vp,ve", "seed=0,1", "trainer.learning_rate=1e-3,-1", f"hydra.sweep.dir={sweep}"]
     script("train", "-m", *options, *TINY, cwd=tmp_path, code=1)
+    script("train", f"resume={sweep / '0'}", "trainer.progress=false", cwd=tmp_path)  # it is what it was
+    (sweep / "2" / "result.json").unlink()  # as if it still ran
     out = script("report", str(sweep), cwd=tmp_path)
-    table = pd.read_csv(sweep / "report.csv")
-    assert sorted(table["finished"]) == [0, 0, 2, 2]
+    table = pd.read_csv(sweep / "report.csv").set_index("setting")
+    names = [f"sde={sde}, trainer.learning_rate={rate}" for sde in ("vp", "ve") for rate in ("0.001", "-1")]
+    assert dict(table["finished"]) == dict(zip(names, (1, 0, 2, 0), strict=True))
+    assert dict(table["failed"]) == dict(zip(names, (1, 2, 0, 2), strict=True))
     assert out.count("failed: ") == 4
+    assert f"unfinished: 2 ({names[0]}, seed 1)" in out
     assert "learning_rate=-1 must be positive" in out
     assert (sweep / "report.png").exists()
 

@@ -31,12 +31,14 @@ TINY = ["trainer.batch_size=16", "trainer.checkpoint_every=20", "trainer.log_eve
 OWN = OmegaConf.create({
     "network": {"width": 32, "event_shape": [2]}, "sde": {"sigma_max": 7.5}, "data": {"path": "a"}, "seed": 0,
     "trainer": {"batch_size": 8, "steps": 10}, "choices": {"sde": "ve", "debug": None}, "resume": None,
+    "target": {"std": 0.2}, "sampler": {"steps": 5}, "num_samples": 100,
+    "overrides": ["~hidden", "trainer.steps=10", "+network={width: 32, samples: 100}", "sde=ve"],
 })  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "override", ["network.width=64", "+network.depth=3", "sde=vp", "sde.sigma_max=5", "data.path=b", "seed=1",
-                 "trainer.batch_size=16", "debug=minute"],
+                 "trainer.batch_size=16", "debug=minute", "target.std=0.5"],
 )  # fmt: skip
 def test_a_run_goes_on_with_its_own_model_data_and_batches(override: str) -> None:
     name = override.lstrip("+").partition("=")[0]
@@ -44,11 +46,23 @@ def test_a_run_goes_on_with_its_own_model_data_and_batches(override: str) -> Non
         train.continued(OWN, ["trainer.steps=20", override])
 
 
+def test_a_run_keeps_its_parts() -> None:
+    with pytest.raises(ValueError, match="~sampler takes from the run what it was started with: start a new run"):
+        train.continued(OWN, ["~sampler"])
+
+
 def test_other_values_and_those_it_has_already_are_taken() -> None:
     same = ["sde=ve", "~debug", "debug=null", "network.width=32", "sde.sigma_max=auto", "seed=0", "resume=auto"]
     assert train.continued(OWN, same) == OWN
-    changed = train.continued(OWN, ["trainer.steps=20", "+trainer.compile=true"])
+    changed = train.continued(OWN, ["trainer.steps=20", "+trainer.compile=true", "num_samples=100"])
     assert changed.trainer == {"batch_size": 8, "steps": 20, "compile": True}
+
+
+def test_a_run_keeps_the_overrides_it_was_started_with_and_adds_what_is_new() -> None:
+    again = [override.replace("100", "${num_samples}") for override in OWN.overrides]  # config.yaml is resolved
+    assert train.continued(OWN, again) == OWN
+    changed = train.continued(OWN, ["trainer.steps=20", "+trainer.compile=true", "num_samples=100", "resume=here"])
+    assert changed.overrides == [OWN.overrides[0], *OWN.overrides[2:], "trainer.steps=20", "trainer.compile=true"]
 
 
 @pytest.fixture(scope="module")
