@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import logging
 import math
 import os
@@ -205,7 +206,16 @@ def tables_of(folder: Path | None, pattern: str) -> dict[int, Path]:
     tables = {int(calls): file for calls, file in found.items() if calls.isdigit()}
     if not tables:
         of = f"run={folder}" if (folder / "config.yaml").is_file() else "target=<name> sde=<name>"
-        raise NoTablesError(f"{folder} holds no tables {name}: make one with python scripts/tune.py {of} steps=6")
+        spectrum = " spectrum=true" if pattern.startswith("spectrum") else ""
+        raise NoTablesError(
+            f"{folder} holds no tables {name}: make one with python scripts/tune.py {of} steps=6{spectrum}"
+        )
+    step = Run(folder).checkpoints.latest()
+    old = sorted(calls for calls, file in tables.items()
+                 if json.loads(file.read_text()).get("record", {}).get("step", step) != step)  # fmt: skip
+    if old:
+        print(f"{folder}: its tables for {', '.join(map(str, old))} calls were fitted to other weights than those of "
+              f"step {step}: fit them again with python scripts/tune.py run={folder} steps={old}")  # fmt: skip
     return dict(sorted(tables.items()))
 
 

@@ -12,7 +12,7 @@ import torch
 from compare import model_and_reference
 from omegaconf import DictConfig
 
-from score_sde import ScoreModel, plotting
+from score_sde import Run, ScoreModel, plotting
 from score_sde.checks import whole
 from score_sde.data import generator
 from score_sde.evaluation.coupled import Course, best_of_each, course_table
@@ -41,18 +41,21 @@ def main(config: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     options = {name: config[name] for name in TEACHING}
     pairs = None if config.spectrum else converged_pairs(model, **options)
+    step = Run(config.run).checkpoints.latest() if config.run else None
     tables = {}
     for calls in steps:
         for kind, table in fitted(model, reference, calls, pairs, config).items():
             path = folder / f"{kind}-{calls}.json"
+            if kind == "tuned" and step is not None:
+                table.record["step"] = step  # of the weights that it was fitted to
             table.save(path)
             tables[kind, calls] = table
             validation(table)
-            print(f"{path}: use it with sampler=tuned sampler.table={path}")
+            print(f"{path}: use it with sampler={kind} sampler.table={path}")
     if config.report:
         law = reference if isinstance(reference, Target) and not config.run else None
         course = Course(model, law, num_samples=config.num_samples, seeds=seeds)
-        report(course_table(course, tables), folder)
+        report(course_table(course, tables).assign(step=step or 0, num_samples=config.num_samples), folder)
 
 
 def fitted(
@@ -80,19 +83,29 @@ def validation(table: TunedTable) -> None:
 
 
 def merged(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The table, after the rows of an earlier one for kinds and calls that it has not itself."""
+    """The table, after the rows of an earlier one for kinds and calls that it has not itself.
+
+    Rows of other weights, seeds or numbers of samples are not to be compared with: there it is the table alone.
+    """
     if not path.exists():
         return table
-    old, keys = pd.read_csv(path), ["kind", "calls"]
+    old, keys, made_with = pd.read_csv(path), ["kind", "calls"], ["seed", "step", "num_samples"]
+    if {*old.columns} != {*table.columns} or not _combinations(old, made_with).equals(_combinations(table, made_with)):
+        print(f"{path}: written anew, what it held is of other weights, seeds or num_samples")
+        return table
     kept = ~pd.MultiIndex.from_frame(old[keys]).isin(pd.MultiIndex.from_frame(table[keys]))
     return pd.concat([old[kept], table], ignore_index=True)
+
+
+def _combinations(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    return table[columns].drop_duplicates().sort_values(columns, ignore_index=True)
 
 
 def report(table: pd.DataFrame, folder: Path) -> None:
     """tuning.csv with every solver and seed, those of earlier calls too, tuning.png, and the best of each kind shown."""
     table = merged(folder / "tuning.csv", table)
     write_atomically(folder / "tuning.csv", table.to_csv(index=False))
-    best = best_of_each(table)
+    best = best_of_each(table.drop(columns=["step", "num_samples"]))
     common.show(best)
     names = [name for name in LABELS if name in best and name != "median"]
     figure, axes = plotting.panels(len(names), width=4.2, height=3.8)

@@ -37,14 +37,23 @@ def test_a_target_is_tuned_and_measured_beside_spectrum_and_untuned(tmp_path: Pa
         ("spectrum", 2), ("spectrum", 3), ("tuned", 2), ("tuned", 3)]  # fmt: skip
 
 
-def test_figures_of_earlier_calls_are_kept(tmp_path: Path) -> None:
+def test_figures_of_earlier_calls_are_kept(tmp_path: Path, capsys) -> None:
     rows = [("tuned", 2, 0.5), ("untuned", 2, 0.6), ("untuned", 4, 0.7)]
-    old = pd.DataFrame(rows, columns=["kind", "calls", "endpoint"])
+
+    def figures(rows: list, **made_with: int) -> pd.DataFrame:
+        table = pd.DataFrame(rows, columns=["kind", "calls", "endpoint"])
+        return table.assign(**{"seed": 0, "step": 20, "num_samples": 100} | made_with)
+
+    old, new = figures(rows), [("tuned", 4, 0.1), ("untuned", 4, 0.2)]
     assert tune.merged(tmp_path / "tuning.csv", old) is old
     old.to_csv(tmp_path / "tuning.csv", index=False)
-    new = pd.DataFrame([("tuned", 4, 0.1), ("untuned", 4, 0.2)], columns=old.columns)
-    both = tune.merged(tmp_path / "tuning.csv", new)
-    assert both.to_numpy().tolist() == [*map(list, rows[:2]), ["tuned", 4, 0.1], ["untuned", 4, 0.2]]
+    both = tune.merged(tmp_path / "tuning.csv", figures(new))
+    assert both.equals(figures([*rows[:2], *new]))
+    assert capsys.readouterr().out == ""
+    for other in ({"seed": 1}, {"step": 40}, {"num_samples": 1000}):
+        table = figures(new, **other)
+        assert tune.merged(tmp_path / "tuning.csv", table) is table
+        assert "written anew" in capsys.readouterr().out
 
 
 def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path) -> None:
@@ -55,8 +64,13 @@ def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path) -> None:
     script("tune", f"run={run}", "steps=2", *QUICK, cwd=tmp_path)
     assert len(TunedTable.load(run / "tuned-2.json").noise) == 2
     assert "2 network calls each" in script("sample", f"run={run}", "sampler=tuned", "num_samples=5", cwd=tmp_path)
-    script("evaluate", f"run={run}", "samplers=[tuned,spectrum]", "num_samples=20", cwd=tmp_path)
+    said = script("evaluate", f"run={run}", "samplers=[tuned,spectrum]", "num_samples=20", cwd=tmp_path)
     assert set(pd.read_csv(run / "evaluation.csv")["sampler"]) == {"tuned", "spectrum"}
+    assert "other weights" not in said
+    script("train", f"resume={run}", "trainer.steps=4", cwd=tmp_path)
+    said = script("sample", f"run={run}", "sampler=tuned", "num_samples=5", cwd=tmp_path)
+    assert "its tables for 2 calls were fitted to other weights than those of step 4: fit them again" in said
+    assert "other weights" not in script("sample", f"run={run}", "sampler=spectrum", "num_samples=5", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
