@@ -235,7 +235,7 @@ def chosen(config: DictConfig, group: str) -> str:
 def sampler_nodes(config: DictConfig, folder: Path | None = None) -> dict[str, DictConfig]:
     """name -> config: those that `evaluation.samplers` names in conf/sampler, or the run's own `sampler` for null."""
     names = config.evaluation.samplers
-    nodes = {chosen(config, "sampler"): config.sampler} if names is None else {name: name for name in names}
+    nodes = {chosen(config, "sampler"): config.sampler} if names is None else {name: name for name in listed(names)}
     return {name: sampler_config(node, folder) for name, node in nodes.items()}
 
 

@@ -101,7 +101,7 @@ def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:
     """
     found: dict[str, Any] = {}
     absent: list[str] = []
-    for name, given in [*((name, name) for name in config.samplers), *config.own.items()]:
+    for name, given in [*((name, name) for name in common.listed(config.samplers)), *config.own.items()]:
         node = common.named("sampler", given) if isinstance(given, str) else given
         try:
             found[name] = contestant(node, config)

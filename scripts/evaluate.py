@@ -38,6 +38,8 @@ def main(config: DictConfig) -> None:
         sampler.check(model.sde)
     count = config.num_samples or run.config.num_samples
     labels, data = guiding.labels_of(config.label), run.data()
+    if labels and data.num_classes is None:
+        print(f"{run.path} has data without labels: samples of label={config.label} are held against all of them")
     evaluation = evaluate(
         guiding.guided(config, run, model), data, samplers, num_samples=count, seed=config.seed,
         metrics=settings.metrics,

@@ -179,7 +179,7 @@ def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str], override
 
 
 def check_metrics(config: DictConfig, data: Data) -> None:
-    """Refuses, with ValueError, metrics that these data do not have and counts of samples that show nothing."""
+    """Refuses, with ValueError, metrics that these data do not have, no samplers, and counts that show nothing."""
     known = known_metrics(data.target)
     chosen = config.evaluation.metrics or known
     for name in (*chosen, config.evaluation.objective):
@@ -187,10 +187,12 @@ def check_metrics(config: DictConfig, data: Data) -> None:
             raise ValueError(f"unknown metric {name!r}; for these data: {', '.join(known)}")
     if config.evaluation.objective not in chosen:
         raise ValueError(f"evaluation.objective={config.evaluation.objective} is not among evaluation.metrics: add it")
-    for name in ("num_previews", "evaluation.num_periodic"):
+    if not (config.evaluation.samplers is None or common.listed(config.evaluation.samplers)):
+        raise ValueError("evaluation.samplers=[] leaves nothing to evaluate: name one or more, or null for `sampler`")
+    for name, least in (("num_samples", 2), ("num_previews", 1), ("evaluation.num_periodic", 2)):
         count = OmegaConf.select(config, name)
         if count is not None:
-            whole(name, count)
+            whole(name, count, least)
 
 
 def check_references(config: DictConfig, data: Data, views: Mapping[str, Any]) -> None:

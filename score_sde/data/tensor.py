@@ -9,6 +9,8 @@ Integers are read as they are and scaled, mirrored and augmented where the model
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -114,6 +116,33 @@ class TensorData(Data):
             self._parts["test"] = self._test_rows(_checked(test, dequantize, levels))
         self.has_test = test is not None or len(reserved) > 0
         self._orders: dict[int, Tensor] = {}
+        self._classes: list[int] = []
+        self._whole: TensorData | None = None
+
+    @property
+    def whole(self) -> TensorData:
+        """The set of which this is some classes (`of_classes`), or else this one."""
+        return self._whole or self
+
+    def of_classes(self, classes: Collection[int]) -> TensorData:
+        """The examples of these classes, training and held-out ones; what they are taken from is their `whole`.
+
+        Raises ValueError where examples have no labels, or none the label of a class.
+        """
+        if self.num_classes is None:
+            raise ValueError("these data have no labels: give TensorData(x, labels)")
+        part = copy.copy(self)
+        part._parts, part._orders, part._whole = {}, {}, self.whole
+        part._classes = sorted({int(label) for label in classes})
+        for name, (given, order) in self._parts.items():
+            assert given.labels is not None
+            labels = given.labels[order]
+            if absent := set(part._classes) - set(labels.unique().tolist()):
+                raise ValueError(f"no {name} example has label {min(absent)}")
+            part._parts[name] = Rows(given, order[torch.isin(labels, torch.tensor(part._classes))])
+        part.size = part.count("train")
+        part.__dict__.pop("fingerprint", None)  # which the set itself may have kept
+        return part
 
     def _test_rows(self, test: Examples) -> Rows:
         if tuple(test.x.shape[1:]) != self.event_shape:
@@ -164,10 +193,11 @@ class TensorData(Data):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the training and test examples, their labels and the split between them."""
+        """A hash of the training and test examples, their labels, the split between them and the classes chosen."""
         sets = {id(rows.given): rows.given for rows in self._parts.values()}.values()
         known = [[given.fingerprint or hash_of(given.x), *map(hash_of, given.conditions.values())] for given in sets]
-        return digest([known, self.size, self.dequantize is None, self.levels])
+        chosen = [self._classes] if self._classes else []
+        return digest([known, self.size, self.dequantize is None, self.levels, *chosen])
 
     def _read(self, part: str, rows: slice, source: torch.Generator) -> Batch:
         batch = self._parts[part].read(rows)

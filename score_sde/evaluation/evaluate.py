@@ -80,7 +80,8 @@ def evaluate(
 
     Args:
         model: what samples are drawn from.
-        data: gives the closed-form target where there is one, else the real examples to compare with.
+        data: gives the closed-form target where there is one, else the real examples to compare with; of labelled ones
+            those of the classes that the condition `label` names.
         samplers: name -> sampler.
         num_samples: a sampler; sample i depends on (seed, i), not on the batches.
         seed: of samplers and exact draws.
@@ -94,8 +95,10 @@ def evaluate(
         progress: shows bars.
 
     Raises:
-        ValueError: no such metric, or what `Reference.of` refuses.
+        ValueError: no sampler, no such metric, too few samples or examples to compare, or what `Reference.of` refuses.
     """
+    labels = (condition or {}).get("label")
+    data, classifier_data = (_of_labels(part, labels) for part in (data, classifier_data))
     yardstick = _yardstick(data, num_samples, metrics, seed)
     views: list[View] = [lambda x: yardstick(x[: yardstick.n]).assign(count=yardstick.n)]
     if classifier_data is not None:
@@ -104,6 +107,8 @@ def evaluate(
                          device=model.device, progress=progress)
             for name, extractor in (features or {}).items()]  # fmt: skip
     views += [FeatureView(reference) for reference in made]
+    if not samplers:
+        raise ValueError("nothing to evaluate: give one sampler or more")
     neighbours = _MemorizationView(data, model.device) if memorization and _is_set_of_images(data) else None
     views += [neighbours] if neighbours else []
     samples, tables, near = {}, [], {}
@@ -124,7 +129,19 @@ def evaluate(
 def _yardstick(data: Data, num_samples: int, metrics: Sequence[str] | None, seed: int) -> Yardstick:
     reference = data.target if data.target is not None else data.reference(2 * num_samples).x
     count = num_samples if data.target is not None else min(num_samples, len(reference) // 2)
+    if count < 2:
+        held = "" if data.target is not None else f" and 4 held-out examples or more, not {len(reference)}"
+        raise ValueError(f"metrics compare two samples or more: give num_samples >= 2, not {num_samples}{held}")
     return Yardstick(reference, count, generator=generator(seed, "yardstick"), metrics=metrics)
+
+
+def _of_labels(data: Any, labels: Tensor | None) -> Any:
+    """The examples of these labels alone, where the data have labels; all of them where a sample is without (-1)."""
+    labelled = isinstance(data, TensorData) and data.num_classes is not None
+    if not labelled or labels is None or int(labels.min()) < 0:
+        return data
+    chosen = labels.unique().tolist()
+    return data if len(chosen) == data.num_classes else data.of_classes(chosen)
 
 
 def _is_set_of_images(data: Data) -> bool:
@@ -149,13 +166,13 @@ def _finite_or_none(value: float) -> float | None:
 
 
 class _MemorizationView:
-    """How near samples are to training images, beside held-out images; the last pictures of both."""
+    """How near samples are to training images of any class, beside held-out images; the last pictures of both."""
 
     shown = 8
 
     def __init__(self, data: Data, device: torch.device) -> None:
         assert isinstance(data, TensorData)
-        self.data, self.device = data, device
+        self.data, self.device = data.whole, device
         self.pictures = torch.empty(0)
 
     @cached_property
@@ -184,11 +201,11 @@ class _MemorizationView:
 
 
 class _DigitView:
-    """A classifier trained on labelled digits, and what it says of samples beside held-out digits."""
+    """A classifier trained on all classes of labelled digits, and what it says of samples beside held-out digits."""
 
     def __init__(self, data: TensorData) -> None:
-        self.train, self.held_out = data.examples(), data.reference(10**6)
-        self.classifier = DigitClassifier(self.train.x, self.train.condition["label"])
+        self.train, self.held_out, known = data.examples(), data.reference(10**6), data.whole.examples()
+        self.classifier = DigitClassifier(known.x, known.condition["label"])
 
     def __call__(self, samples: Tensor) -> pd.DataFrame:
         table = digit_report(self.classifier, samples.clamp(-1, 1), self.held_out.x, self.train.x)

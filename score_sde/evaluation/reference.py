@@ -52,7 +52,7 @@ class Reference:
 
         Args:
             data: what training and test images come from.
-            extractor: fitted to the training images where it has to be.
+            extractor: fitted to the training images where it has to be, those of `data.whole`.
             count: of training and of test images, at most; fewer where the data have fewer.
             path: a folder that `save` wrote.
             device: where features are computed.
@@ -159,7 +159,7 @@ def _compute(
     data: TensorData, extractor: Extractor, made_of: Mapping[str, Any], folder: Path, device: torch.device | str,
     title: str | None,
 ) -> None:  # fmt: skip
-    extractor.to(device).fit(data)
+    extractor.to(device).fit(data.whole)
     m = made_of["floor_count"]
     rest = ("test", slice(m)) if data.has_test else ("train", slice(m, 2 * m))
     parts = ("train", slice(made_of["count"])), rest

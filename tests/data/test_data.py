@@ -120,6 +120,25 @@ def test_labels_follow_their_examples():
         assert (batch.condition["label"] == batch.x[:, 0].long() % 3).all()
 
 
+def test_some_classes_are_the_examples_of_these_and_know_the_whole():
+    data = TensorData(torch.arange(40.0)[:, None], torch.arange(40) % 4, held_out=0.4)
+    whole, part = data.fingerprint, data.of_classes([3, 1, 3])
+    for name in ("train", "test"):
+        rows = data.plain(name)
+        kept = rows.x[(rows.condition["label"] % 2).bool()]
+        assert torch.equal(part.plain(name).x, kept)  # in the same order
+    assert part.size == part.count("train") < data.size == 24
+    assert sorted(part.batch(0, part.size).x.flatten().tolist()) == sorted(part.examples().x.flatten().tolist())
+    assert part.whole is part.of_classes([1]).whole is data.whole is data
+    assert len({whole, part.fingerprint, *(part.of_classes([c]).fingerprint for c in (1, 3))}) == 4
+    assert data.of_classes(range(4)).plain("train").x.equal(data.plain("train").x)
+    for build, message in ((lambda: data.of_classes([4]), "no train example has label 4"),
+                           (lambda: part.of_classes([0]), "has label 0"),
+                           (lambda: numbered(4).of_classes([0]), "have no labels")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            build()
+
+
 def test_integers_are_scaled_to_plus_minus_one():
     x = torch.arange(256, dtype=torch.uint8)[:, None]
     flat = TensorData(x, dequantize=False).examples().x[:, 0].sort().values

@@ -100,6 +100,34 @@ def test_a_ratio_is_taken_where_value_and_floor_have_one_count():
     assert json.loads(json.dumps(found.report()))["samplers"]["fresh"]["metrics"][metric]["count"] == 60
 
 
+def test_samples_of_one_class_are_held_against_that_class():
+    """Classes that a shift tells apart: fresh images of class 1 are at the floor, and far from the whole."""
+    x, labels = images(600, 0), torch.arange(600) % 2
+    data = TensorData((x + labels.float()[:, None, None, None]) / 2, labels, held_out=0.4)
+    fresh = {"fresh": Given((images(60, 1) + 1) / 2)}
+
+    def ratios(label: torch.Tensor | None) -> list[float]:
+        found = evaluate(Model(), data, fresh, num_samples=60, metrics=["energy"], features={"pca": PCA(3)},
+                         condition=None if label is None else {"label": label}, progress=False)  # fmt: skip
+        return [of(found, "fresh", metric)["ratio"] for metric in ("energy", "FD (3 principal components)")]
+
+    assert max(ratios(torch.ones(60, dtype=torch.long))) < 1.7
+    for label in (None, torch.zeros(60, dtype=torch.long), torch.arange(60) % 2, torch.arange(60) % 3 - 1):
+        assert min(ratios(label)) > 3
+
+
+def test_nothing_to_measure_is_refused():
+    data, given = TensorData(images(60, 0), held_out=0.05), {"fresh": Given(images(9, 1))}
+    for samplers, count, message in (
+        (given, 1, "num_samples >= 2, not 1"),
+        (given, 9, "held-out examples or more, not 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(Model(), data, samplers, num_samples=count)
+    with pytest.raises(ValueError, match="one sampler or more"):
+        evaluate(Model(), TensorData(images(60, 0)), {}, num_samples=9)
+
+
 def test_samples_do_not_depend_on_the_batches():
     model, data = ExactScore(targets.make("ring"), VPSDE()), TargetStream(targets.make("ring"))
     sampler = {"ddim": Sampler(DDIM(eta=1.0), partial(grid.log_snr, steps=5))}
