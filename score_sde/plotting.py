@@ -9,6 +9,7 @@ than let one outlier set the scale.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,18 +20,22 @@ import torch
 from matplotlib import colormaps
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import ListedColormap, LogNorm, PowerNorm
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.quiver import Quiver
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from score_sde.evaluation.bounds import Bound
+from score_sde.evaluation.certify import Certificates
 from score_sde.evaluation.diagnostics import Diagnosis, field_error
 from score_sde.score import ExactScore, ScoreModel
 from score_sde.sde import SDE
@@ -52,7 +57,9 @@ NATS = 12.0
 
 ARROWS: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "pivot": "middle", "width": 0.005,
                           "headwidth": 3.5, "headlength": 4, "headaxislength": 3.5}  # fmt: skip
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8, "title_fontsize": 8, "alignment": "left"}
 NOISE_LEVEL = "noise level  $\\sigma / \\alpha$"
+QUARTILES = "quartiles of noise levels,\nq1: least, q4: most noise"
 METRIC_NAMES = {
     "sliced_w2": "sliced $W_2$",
     "w2": "$W_2$",
@@ -74,11 +81,68 @@ RATIOS = ListedColormap(colormaps["cividis"](np.linspace(1.0, 0.12, 256))).with_
 # --- canvas -----------------------------------------------------------------------------------------------------------
 
 
-def panels(columns: int, rows: int = 1, *, width: float = 3.0, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+class Panel(Axes):
+    """Axes whose titles have the size of the labels; matplotlib's go back to a size of its own whenever they are set."""
+
+    def set_title(self, label: str, *args: Any, **options: Any) -> Text:
+        return super().set_title(label, *args, **{"fontsize": 10, "color": INK, **options})
+
+
+def panels(
+    columns: int, rows: int = 1, *, width: float = 3.0, height: float = 3.0, sharey: bool = False
+) -> tuple[Figure, np.ndarray]:
     """A figure of rows x columns panels, each of the given size in inches, and its axes as an array (rows, columns)."""
     figure = Figure(figsize=(columns * width, rows * height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey, subplot_kw={"axes_class": Panel})
+    for ax in axes.flat:
+        ax.set_prop_cycle(color=LINES)
+        _frame(ax)
+    return figure, axes
+
+
+def look(i: int) -> dict[str, Any]:
+    """Colour and marker of line i: no two of the first 49 are alike."""
+    return {"color": LINES[i % len(LINES)], "marker": MARKERS[(i + i // len(LINES)) % len(MARKERS)]}
+
+
+def curves(ax: Axes, x: str, y: str, *, legend: Literal["inside", "beside"] | None = "inside", title: str = "") -> None:
+    """The manners of a panel of curves: labels, a light grid, plain numbers along logarithmic axes, and a legend.
+
+    Args:
+        ax: where curves were drawn.
+        x, y: labels of the axes.
+        legend: of what is labelled: inside, where it covers least; beside the panel; or none.
+        title: of the legend.
+    """
+    ax.set(xlabel=x, ylabel=y)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, which="major", color="#e3e6ea", linewidth=0.6)
+    ax.set_axisbelow(True)
+    for axis in (ax.xaxis, ax.yaxis):
+        if axis.get_scale() == "log":
+            _plain_numbers(axis)
+    if legend and ax.get_legend_handles_labels()[0]:
+        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if legend == "beside" else {}
+        ax.legend(title=title or None, **LEGEND, **place)
+    _frame(ax)
+
+
+def legend_below(figure: Figure, title: str = "") -> None:
+    """One legend beneath all panels, of whatever any of them labels."""
+    pairs = (zip(*ax.get_legend_handles_labels(), strict=True) for ax in figure.axes)
+    entries = {label: handle for pair in pairs for handle, label in pair}
+    figure.legend(list(entries.values()), list(entries), title=title or None, loc="outside lower center",
+                  ncols=max(1, int(figure.get_figwidth() / 1.5)), **LEGEND)  # fmt: skip
+
+
+def colour_scale(image: AxesImage, axes: Axes | np.ndarray, label: str, **options: Any) -> Colorbar:
+    """The scale of an image beside the axes that share it, open at both ends, where colours say "or beyond"."""
+    bar = image.figure.colorbar(image, ax=axes, label=label, extend="both", format="{x:g}", **options)
+    bar.minorticks_off()
+    bar.outline.set_visible(False)
+    _frame(bar.ax)
+    return bar
 
 
 def limits_of(x: Target | Tensor, *, coverage: float = 0.995, margin: float = 0.15) -> Limits:
@@ -230,8 +294,8 @@ def image_grid(ax: Axes, images: Tensor, *, columns: int | None = None) -> AxesI
         ValueError: the shape is another.
     """
     mosaic = _mosaic(images, columns)
-    ax.set_axis_off()
-    ax.set_aspect("equal")
+    ax.set(xticks=[], yticks=[], aspect="equal")
+    ax.spines[:].set_visible(False)
     return ax.imshow(mosaic, interpolation="nearest")
 
 
@@ -239,6 +303,8 @@ def loss_curves(
     ax: Axes, metrics: pd.DataFrame, *, columns: Sequence[str] | None = None, halflife: float = 0.01
 ) -> list[Line2D]:
     """Losses against training steps: each smoothed, over its raw values; on a logarithmic axis where all are positive.
+
+    Names that end in _q1 to _q4 are means over quartiles of the training noise levels, from the least noise to the most.
 
     Args:
         ax: where to draw.
@@ -258,8 +324,10 @@ def loss_curves(
         lines += ax.plot(curve["step"], smooth, color=colour, linewidth=1.6, label=str(name).replace("_", " "))
     values = metrics[names].to_numpy(dtype=float)
     if (values > 0).any() and not (values <= 0).any():
-        _log_axis(ax, "y")
-    _curves(ax, "training step", "loss")
+        ax.set_yscale("log")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    quartiles = any("_q" in str(name) for name in names)
+    curves(ax, "training step", "loss", legend="beside", title=QUARTILES if quartiles else "")
     return lines
 
 
@@ -282,16 +350,14 @@ def quality_against_nfe(
     metric = metric or _metrics(table)[0]
     lines = []
     for i, (name, runs) in enumerate(table.groupby("sampler", sort=False)):
-        colour, marker = LINES[i % len(LINES)], MARKERS[(i + i // len(LINES)) % len(MARKERS)]
+        style = look(i)
         seeds = _over_seeds(runs, metric, against)
-        ax.fill_between(seeds[against], seeds["min"], seeds["max"], color=colour, alpha=0.15, linewidth=0)
-        style: dict[str, Any] = {"marker": marker, "markersize": 4, "linewidth": 1.5, "label": str(name)}
-        lines += ax.plot(seeds[against], seeds["mean"], color=colour, **style)
-        _crosses(ax, runs, against, colour)
+        ax.fill_between(seeds[against], seeds["min"], seeds["max"], color=style["color"], alpha=0.15, linewidth=0)
+        lines += ax.plot(seeds[against], seeds["mean"], markersize=4, linewidth=1.5, label=str(name), **style)
+        _crosses(ax, runs, against, style["color"])
     _floor(ax, table, metric)
-    _log_axis(ax, "x")
-    _log_axis(ax, "y")
-    _curves(ax, AGAINST[against], METRIC_NAMES.get(metric, metric))
+    ax.set(xscale="log", yscale="log")
+    curves(ax, AGAINST[against], METRIC_NAMES.get(metric, metric))
     return lines
 
 
@@ -306,35 +372,36 @@ def solvers_against_calls(ax: Axes, table: pd.DataFrame, column: str, label: str
     """
     lines, names = [], {"untuned": "best untuned", "late": "best untuned, begun late"}
     for i, (kind, part) in enumerate(table[table["calls"] > 0].groupby("kind", sort=False)):
-        colour, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
-        lines += ax.plot(part["calls"], part[column], color=colour, marker=marker, markersize=4.5, linewidth=1.5,
-                         label=names.get(str(kind), str(kind)))  # fmt: skip
+        lines += ax.plot(part["calls"], part[column], markersize=4.5, linewidth=1.5,
+                         label=names.get(str(kind), str(kind)), **look(i))  # fmt: skip
     floor = table.loc[table["calls"] == 0, column].mean()
     if floor > 1e-6 * table[column].max():  # a distance to the converged solution is 0 for itself, but for rounding
         ax.axhline(floor, color=INK, linestyle="--", linewidth=1, label="converged solution")
     ax.set_xticks(sorted({*table["calls"]} - {0}))
-    _log_axis(ax, "y")
-    _curves(ax, "network calls (NFE)", label)
+    ax.set_yscale("log")
+    curves(ax, "network calls (NFE)", label)
     return lines
 
 
 # --- composed figures -------------------------------------------------------------------------------------------------
 
 
-def means_with_errors(ax: Axes, table: pd.DataFrame, *, label: str = "") -> Any:
+def means_with_errors(table: pd.DataFrame, *, label: str = "") -> Figure:
     """A point with its standard error for each setting, from the top down; settings without a value stay empty.
 
     Args:
-        ax: where to draw.
-        table: the columns setting, mean and standard_error.
+        table: the columns setting, mean and standard_error; long settings are broken into lines.
         label: what the means are of.
     """
-    rows = range(len(table))
-    ax.set_yticks(rows, table["setting"])
-    ax.set_ylim(len(table) - 0.5, -0.5)
-    ax.set_xlabel(label)
-    _frame(ax)
-    return ax.errorbar(table["mean"], rows, xerr=table["standard_error"], fmt="o", color=LINES[0], capsize=3)
+    names = [textwrap.fill(str(setting), 50, break_on_hyphens=False) for setting in table["setting"]]
+    lines = 1 + max(name.count("\n") for name in names)
+    figure, axes = panels(1, width=8, height=0.8 + len(names) * (0.2 + 0.15 * lines))
+    ax = axes[0, 0]
+    ax.errorbar(table["mean"], range(len(names)), xerr=table["standard_error"], fmt="o", capsize=3)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    curves(ax, label, "")
+    return figure
 
 
 def comparison_multiples(
@@ -412,7 +479,8 @@ def _ratio_text(row: Mapping[Any, Any], metric: str) -> str:
     ratio = row[f"{metric}_ratio"]
     if math.isnan(ratio):
         return "–" if str(row["status"]).startswith("refused") else "×"
-    text = f"{ratio:.2f}" if ratio < 9.995 else f"{ratio:.0f}" if ratio < 999.5 else f"{ratio:.0e}"
+    number = ".2f" if ratio < 9.995 else ",.0f"
+    text = f"{ratio:{number}}" if ratio < 99_999.5 else f"$10^{{{math.log10(ratio):.0f}}}$"
     return text if row["budget"] else f"{text} ({row['nfe']:.0f})"
 
 
@@ -458,9 +526,7 @@ def _plane_drawer(law: Target | Tensor) -> Callable[[Axes, Target | Tensor], Non
 
 def _sheet_drawer(ax: Axes, x: Target | Tensor) -> None:
     images = x if isinstance(x, Tensor) else x.sample((9,), generator=torch.Generator().manual_seed(0))
-    ax.imshow(_mosaic(images[:9], 3), interpolation="nearest")
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
+    image_grid(ax, images[:9], columns=3)
 
 
 def density_comparison(
@@ -527,7 +593,7 @@ def score_error_field(model: ScoreModel, exact: ExactScore, times: Sequence[floa
                           norm=LogNorm(1e-3, 1, clip=True), interpolation="nearest")  # fmt: skip
         contours(ax, law, limits=limits)
         ax.set_title(_level(model.sde, t))
-    figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8, label="error of the noise")
+    colour_scale(image, axes, "error of the noise", shrink=0.8)
     return figure
 
 
@@ -542,8 +608,8 @@ def diagnosis(found: Diagnosis) -> Figure:
     slope.fill_between(table["noise"], *ends, color=LINES[0], alpha=0.2, linewidth=0, label="two standard errors")
     slope.plot(table["noise"], table["slope"], color=LINES[0], marker="o", markersize=3, label="slope of $x_0$ on $D$")
     slope.axhline(1, color=INK, linewidth=1, linestyle="--", label="posterior mean")
-    _log_axis(slope, "x")
-    _curves(slope, NOISE_LEVEL, "slope")
+    slope.set_xscale("log")
+    curves(slope, NOISE_LEVEL, "slope")
     slope.set(ylim=(0.8, 1.2), title="Is the denoiser calibrated?")
     _by_noise(spread, table, {"mse": "squared error of $D$", "predicted_mse": "what its Jacobian says"})
     spread.set(title="Does it know its own error?", ylabel="posterior variance")
@@ -557,9 +623,31 @@ def _by_noise(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> None:
         ax.plot(
             table["noise"], table[name].clip(lower=1e-12), style, color=colour, label=label, marker="o", markersize=3
         )
-    _log_axis(ax, "x")
-    _log_axis(ax, "y")
-    _curves(ax, NOISE_LEVEL, "")
+    ax.set(xscale="log", yscale="log")
+    curves(ax, NOISE_LEVEL, "")
+
+
+def certificates(found: Certificates) -> Figure:
+    """Measured beside declared order, and the exact bias of the standard deviation at each number of steps."""
+    predictors = sorted((c for c in found.certificates if c.role == "predictor"),
+                        key=lambda c: (not c.stochastic, -c.declared, c.name))  # fmt: skip
+    rows = range(len(predictors))
+    figure, axes = panels(2, width=5.5, height=1.5 + 0.17 * len(rows), sharey=True)
+    order, bias = axes[0]
+    wrong = [any("order" in fault for fault in c.faults) for c in predictors]
+    order.plot([c.declared for c in predictors], rows, "|", markersize=9, color=INK, label="declared")
+    order.scatter([c.measured for c in predictors], rows, s=16, c=[LINES[w] for w in wrong], label="measured")
+    steps = predictors[0].bias["steps"] if predictors else []
+    for i, colour in enumerate(TIME(np.linspace(1, 0, len(steps)))):
+        errors = [abs(c.bias["std"].iloc[i]) for c in predictors]
+        bias.plot(errors, rows, "o", markersize=4, color=colour, label=f"{steps[i]} steps")
+    order.set_yticks(rows, [c.name + (" (noise)" if c.stochastic else "") for c in predictors])
+    order.set_ylim(-1, len(rows))
+    bias.set_xscale("log")
+    curves(order, "order of convergence: global (ODE), weak (noise)", "", legend=None)
+    curves(bias, "|relative error of the standard deviation| on N(1, 0.25), exact", "", legend=None)
+    legend_below(figure)
+    return figure
 
 
 def bound_terms(ax: Axes, bounds: Mapping[str, Bound]) -> None:
@@ -571,12 +659,12 @@ def bound_terms(ax: Axes, bounds: Mapping[str, Bound]) -> None:
         ends = f"decoder {bound.decoder.mean():.2g}, prior {bound.prior.mean():.1g}"
         label = f"{name}: {bound.mean:.4g} ± {bound.std_error:.1g} nats ({ends})"
         ax.plot(bound.times[1:], bound.steps.mean(1).clamp_min(1e-12).cpu(), color=colour, linewidth=1.4, label=label)
-    _log_axis(ax, "y")
-    _curves(ax, "time $t$", "nats of the step")
+    ax.set_yscale("log")
+    curves(ax, "time $t$", "nats of the step")
 
 
 def likelihood_histogram(ax: Axes, values: Mapping[str, Tensor], label: str) -> None:
-    """Histograms of per-sample likelihoods by set, in common bins, each mean as a dashed line.
+    """Histograms of per-sample likelihoods by set, in common bins, each mean as a dashed line and in the legend.
 
     Bins span all but the outermost half per cent; a value beyond falls into the last bin on its side.
     """
@@ -584,9 +672,10 @@ def likelihood_histogram(ax: Axes, values: Mapping[str, Tensor], label: str) -> 
     low, high = everything.quantile(torch.tensor([0.005, 0.995], dtype=torch.float64)).tolist()
     bins = np.linspace(low, high + 1e-9, 41).tolist()
     for (name, v), colour in zip(values.items(), LINES, strict=False):
-        ax.hist(v.double().cpu().clamp(low, high).numpy(), bins, density=True, color=colour, alpha=0.5, label=name)
-        ax.axvline(v.double().mean().item(), color=colour, linestyle="--", linewidth=1.2)
-    _curves(ax, label, "density")
+        mean, inside = v.double().mean().item(), v.double().cpu().clamp(low, high).numpy()
+        ax.hist(inside, bins, density=True, color=colour, alpha=0.5, label=f"{name}: {mean:.4g}")
+        ax.axvline(mean, color=colour, linestyle="--", linewidth=1.2)
+    curves(ax, label, "density", title="means (dashed)")
 
 
 def trajectory_comparison(
@@ -605,8 +694,7 @@ def trajectory_comparison(
             contours(ax, target, limits=limits)
         _, starts, ends = trajectories(ax, paths, limits=limits, count=count)
         ax.set_title(name)
-    style = {"loc": "upper left", "frameon": False, "handletextpad": 0.1, "fontsize": 8}
-    axes[0, 0].legend([starts, ends], ["noise", "sample"], **style)
+    axes[0, 0].legend([starts, ends], ["noise", "sample"], loc="upper left", handletextpad=0.1, **LEGEND)
     _share_planes(axes)
     return figure
 
@@ -719,9 +807,11 @@ def _share_curves(figure: Figure, axes: np.ndarray, count: int, x: str, y: str) 
         margin = (spans.max() / spans.min()) ** 0.06 * 1.08
         for ax in used:
             ax.set(**{f"{name}lim": (spans.min() / margin, spans.max() * margin)})
-            _log_axis(ax, name)
+            ax.set(**{f"{name}scale": "log"})
+            axis = getattr(ax, f"{name}axis")
+            _plain_numbers(axis)
             if spans.max() > 100 * spans.min():  # small panels have room for decades alone
-                getattr(ax, f"{name}axis").set_major_locator(LogLocator())
+                axis.set_major_locator(LogLocator())
     columns = axes.shape[1]
     for i, ax in enumerate(used):
         ax.spines[["top", "right"]].set_visible(False)
@@ -831,19 +921,8 @@ def _share_planes(axes: np.ndarray) -> None:
         ax.label_outer()
 
 
-def _curves(ax: Axes, x: str, y: str) -> None:
-    ax.set(xlabel=x, ylabel=y)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, which="major", color="#e3e6ea", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.legend(frameon=False, fontsize=8)
-    _frame(ax)
-
-
-def _log_axis(ax: Axes, name: Literal["x", "y"]) -> None:
-    """A logarithmic axis with plain numbers: powers of ten, also 2 and 5, or any round ones, by its span."""
-    ax.set(**{f"{name}scale": "log"})
-    axis = ax.xaxis if name == "x" else ax.yaxis
+def _plain_numbers(axis: Axis) -> None:
+    """Plain numbers along a logarithmic axis: powers of ten, also 2 and 5, or any round ones, by its span."""
     low, high = axis.get_view_interval()
     subs = (1.0,) if high > 1e3 * low else (1.0, 2.0, 5.0)
     axis.set_major_locator(LogLocator(subs=subs) if high > 10 * low else MaxNLocator(5))

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import common
+import figures
 from omegaconf import DictConfig
 
+from score_sde import plotting
 from score_sde.evaluation import certify_all
 from score_sde.evaluation.certify import discover
 from score_sde.run import instantiate
@@ -36,7 +38,7 @@ def main(config: DictConfig) -> None:
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "certificates.csv", result.table.to_csv(index=False))
-    result.figure().savefig(folder / "certificates.png", dpi=150)
+    figures.save(plotting.certificates(result), folder / "certificates.png")
     common.show(result.table[[name for name in SHOWN if name in result.table]])
     for name, faults in result.faults.items():
         print(f"FAULT {name}: {'; '.join(faults)}")

@@ -76,7 +76,7 @@ def losses(run: Run) -> Figure:
     """The loss, and beside it where the target is known the excess over its irreducible part, by noise quartile."""
     metrics = run.metrics()
     excess = [name for name in metrics if str(name).startswith("fisher")]
-    figure, axes = plotting.panels(2 if excess else 1, width=6, height=4)
+    figure, axes = plotting.panels(2 if excess else 1, width=7, height=4)
     plotting.loss_curves(axes[0, 0], metrics)
     if excess:
         plotting.loss_curves(axes[0, 1], metrics, columns=excess)
@@ -96,13 +96,12 @@ def diagnose(run: Run, model: ScoreModel, data: Data, seed: int) -> Diagnosis:
 
 def accuracy(table: pd.DataFrame) -> Figure:
     """A noisy classifier's accuracy and cross-entropy at each noise level."""
-    figure, axes = plotting.panels(1, width=6, height=4)
-    ax, right = axes[0, 0], axes[0, 0].twinx()
-    (first,) = ax.plot(table["level"], table["accuracy"], "o-", color="C0", label="accuracy")
-    (second,) = right.plot(table["level"], table["cross_entropy"], "s--", color="C1", label="cross-entropy")
-    ax.set(xscale="log", ylim=(0, 1.02), xlabel="noise level sigma / alpha", ylabel="accuracy on held-out examples")
-    right.set(ylim=(0, None), ylabel="cross-entropy in nats")
-    ax.legend(handles=[first, second], loc="center left")
+    figure, axes = plotting.panels(2, width=4, height=3.5)
+    for ax, name, unit in zip(axes[0], ("accuracy", "cross_entropy"), ("on held-out examples", "in nats"), strict=True):
+        ax.plot(table["level"], table[name], "o-", markersize=4)
+        ax.set(xscale="log", ylim=(0, None))
+        plotting.curves(ax, plotting.NOISE_LEVEL, f"{name.replace('_', '-')} {unit}")
+    axes[0, 0].set_ylim(top=1.02)
     return figure
 
 

@@ -57,10 +57,10 @@ def main(config: DictConfig) -> None:
     table = pd.concat(rows, ignore_index=True)
     table.insert(1, "index", table.groupby("set").cumcount())
     write_atomically(run.path / "likelihood.csv", table.to_csv(index=False))
-    column = "bits_per_dim" if bins else "log_prob"
+    column, label = ("bits_per_dim", "bits per dimension") if bins else ("log_prob", "log-density in nats")
     figure, axes = plotting.panels(1, width=6, height=4)
     values = {name: torch.tensor(v.to_numpy()) for name, v in table.groupby("set", sort=False)[column]}
-    plotting.likelihood_histogram(axes[0, 0], values, column.replace("_", " "))
+    plotting.likelihood_histogram(axes[0, 0], values, label)
     figures.save(figure, run.figures / "likelihood.png")
     common.show(summary(table))
     if bins and not data.dequantize:  # type: ignore[attr-defined]

@@ -25,10 +25,8 @@ def main(config: DictConfig) -> None:
     summary = summarise(table)
     table.to_csv(folder / "runs.csv", index=False)
     summary.to_csv(folder / "report.csv", index=False)
-    figure, axes = plotting.panels(1, width=7, height=1.2 + 0.35 * len(summary))
     label = table["meaning"].dropna().iloc[0] if config.metric == "metric" and table["meaning"].any() else config.metric
-    plotting.means_with_errors(axes[0, 0], summary, label=label)
-    figures.save(figure, folder / "report.png")
+    figures.save(plotting.means_with_errors(summary, label=label), folder / "report.png")
     common.show(summary)
     for row in table[table["status"] != "finished"].to_dict("records"):
         print(f"{row['status']}: {row['run']} ({row['setting']}, seed {row['seed']}): {row['error']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,16 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from PIL import Image
 from torch import Tensor
 
 from score_sde import plotting
-from score_sde.evaluation import diagnose, variational_bound
+from score_sde.evaluation import certify_all, diagnose, variational_bound
 from score_sde.grid import log_snr
 from score_sde.score import ExactScore
 from score_sde.sde import VESDE, VPSDE
+from score_sde.steps import DDIM, EulerMaruyama, LangevinCorrector
 from score_sde.targets import GaussianMixture
 
 SQUARE = (-3.0, 3.0, -3.0, 3.0)
@@ -172,6 +175,16 @@ def test_loss_curves_draw_every_loss(ax: Axes) -> None:
     assert ax.get_yscale() == "log"
 
 
+def test_quartiles_are_explained_beside_the_losses_and_steps_are_whole(ax: Axes) -> None:
+    metrics = pd.DataFrame({"step": [1, 2, 3], "loss": [1.0, 2.0, 4.0], "loss_q1": [3.0, 2.0, 1.0]})
+    plotting.loss_curves(ax, metrics)
+    ax.get_figure().canvas.draw()
+    legend = ax.get_legend()
+    assert "quartiles of noise levels" in legend.get_title().get_text()
+    assert legend.get_window_extent().x0 >= ax.bbox.x1
+    assert all(tick == round(tick) for tick in ax.get_xticks())
+
+
 def test_losses_below_zero_stand_on_a_linear_axis(ax: Axes) -> None:
     plotting.loss_curves(ax, pd.DataFrame({"step": [1, 2, 3], "loss": [1.0, 0.5, -2.0]}))
     assert ax.get_yscale() == "linear"
@@ -240,14 +253,17 @@ def test_multiples_have_a_panel_for_each_sampler_with_the_others_behind() -> Non
 
 def test_ratio_table_writes_every_ratio_and_reason(ax: Axes) -> None:
     rows = [("ddim", 5, 1.234, "ok", 5), ("ddim", 10, 57.3, "ok", 10), ("ode", 0, 1.0, "ok", 86),
+            ("adams", 5, 2041.3, "ok", 5), ("adams", 10, 3.1e9, "ok", 10),
             ("heun", 5, math.nan, "diverged: x", 5), ("heun", 10, math.nan, "refused: y", 10)]  # fmt: skip
     summary = pd.DataFrame(rows, columns=["sampler", "budget", "w2_ratio", "status", "nfe"])
     image = plotting.ratio_table(ax, summary, metric="w2")
     assert {text.get_position(): text.get_text() for text in ax.texts} == {
-        (0, 0): "1.23", (1, 0): "57", (2, 1): "1.00 (86)", (0, 2): "×", (1, 2): "–",
+        (0, 0): "1.23", (1, 0): "57", (2, 1): "1.00 (86)", (0, 2): "2,041", (1, 2): "$10^{9}$", (0, 3): "×", (1, 3): "–",
     }  # fmt: skip
     assert [label.get_text() for label in ax.get_xticklabels()] == ["5 calls", "10 calls", "own steps"]
-    assert np.ma.getmaskarray(image.get_array()).tolist() == [[False, False, True], [True, True, False], [True] * 3]
+    assert np.ma.getmaskarray(image.get_array()).tolist() == [
+        [False, False, True], [True, True, False], [False, False, True], [True] * 3,
+    ]  # fmt: skip
 
 
 def test_sample_panels_lay_samplers_under_budgets() -> None:
@@ -298,6 +314,9 @@ def test_score_error_field_shows_the_error_at_every_pixel_in_one_scale() -> None
     doubled = ExactScore(GaussianMixture([1.0], [[0.5, -0.5]], [[[1.96, 0.0], [0.0, 1.0]]]), VPSDE())
     figure = plotting.score_error_field(doubled, MODEL, [0.3, 0.1], resolution=20)
     panels = [ax for ax in figure.axes if ax.get_title()]
+    (bar,) = [ax for ax in figure.axes if ax not in panels]
+    assert bar._colorbar.extend == "both"  # type: ignore[attr-defined]
+    assert bar.get_ylabel() == "error of the noise"
     for ax, t in zip(panels, (0.3, 0.1), strict=True):
         image = ax.get_images()[0]
         left, right, bottom, top = image.get_extent()
@@ -326,6 +345,42 @@ def test_bound_terms_are_drawn_at_their_noisier_level(ax: Axes) -> None:
     assert f"{bound.mean:.4g}" in str(ax.lines[0].get_label())
 
 
+def test_long_settings_are_whole_and_so_is_the_label() -> None:
+    long = ", ".join(f"group_{i}.option_{i}=[first,second]" for i in range(8))
+    table = pd.DataFrame({"setting": [long], "mean": [1.0], "standard_error": [math.nan]})
+    figure = plotting.means_with_errors(table, label="sliced_w2 over its noise floor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.canvas.draw()
+    (ax,) = figure.axes
+    (name,) = ax.get_yticklabels()
+    assert name.get_text().replace("\n", " ") == long
+    for text in (name, ax.xaxis.label):
+        box = text.get_window_extent()
+        assert box.x0 > 0
+        assert box.y0 > 0
+
+
+def test_certificates_stand_in_rows() -> None:
+    found = certify_all(VPSDE(), {"DDIM": DDIM(), "Langevin": LangevinCorrector(), "Euler": EulerMaruyama()}, (5, 20))
+    figure = plotting.certificates(found)
+    order, bias = figure.axes
+    assert [label.get_text() for label in order.get_yticklabels()] == ["Euler (noise)", "DDIM"]
+    ddim, _, euler = found.certificates
+    assert np.asarray(order.collections[0].get_offsets()).tolist() == [[euler.measured, 0], [ddim.measured, 1]]
+    assert [line.get_xdata()[1] for line in bias.lines] == pytest.approx(ddim.bias["std"].abs().tolist())
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["declared", "measured", "5 steps", "20 steps"]
+
+
+def test_panels_have_one_look_whatever_is_drawn(ax: Axes) -> None:
+    ax.set(title="title", xlabel="x", ylabel="y")
+    assert {text.get_fontsize() for text in (ax.title, ax.xaxis.label, ax.yaxis.label)} == {10}
+    assert {text.get_color() for text in (ax.title, ax.xaxis.label, *ax.get_xticklabels())} == {plotting.INK}
+    assert ax.plot([0, 1])[0].get_color() == plotting.LINES[0]
+    assert ax.spines["left"].get_edgecolor() == to_rgba(plotting.RULE)
+
+
 def test_likelihood_histograms_are_densities_in_common_bins(ax: Axes) -> None:
     values = {"in": torch.linspace(0, 1, 500), "out": torch.cat([torch.linspace(2, 3, 499), torch.tensor([1e9])])}
     plotting.likelihood_histogram(ax, values, "bits per dim")
@@ -334,6 +389,9 @@ def test_likelihood_histograms_are_densities_in_common_bins(ax: Axes) -> None:
     assert sum(box.width * box.height for box in boxes) == pytest.approx(2)
     assert boxes[0].x0 == pytest.approx(boxes[40].x0)
     assert max(box.x1 for box in boxes) < 3.1  # one outlier does not set the scale
+    legend = ax.get_legend()
+    assert legend.get_title().get_text() == "means (dashed)"
+    assert [text.get_text() for text in legend.get_texts()] == ["in: 0.5", "out: 2e+06"]
     assert ax.lines[0].get_xdata()[0] == pytest.approx(0.5)
 
 

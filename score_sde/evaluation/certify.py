@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -561,7 +560,7 @@ def _hidden() -> tuple[type[Step], ...]:
 
 @dataclass(frozen=True)
 class Certificates:
-    """A table of certificates (`table`) and its figure."""
+    """A table of certificates (`table`) and what contradicts a declaration (`faults`)."""
 
     certificates: list[Certificate]
 
@@ -577,31 +576,6 @@ class Certificates:
     def faults(self) -> dict[str, list[str]]:
         """What contradicts a declaration, by step."""
         return {c.name: c.faults for c in self.certificates if c.faults}
-
-    def figure(self) -> Figure:
-        """Measured beside declared order, and the exact bias of the standard deviation at each number of steps."""
-        predictors = sorted((c for c in self.certificates if c.role == "predictor"),
-                            key=lambda c: (not c.stochastic, -c.declared, c.name))  # fmt: skip
-        figure = Figure(figsize=(11, 1.5 + 0.17 * len(predictors)), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        for y, c in enumerate(predictors):
-            wrong = any("order" in fault for fault in c.faults)
-            left.plot(c.declared, y, "|", ms=9, color="0.4", label="declared" if y == 0 else None)
-            left.plot(
-                c.measured, y, "o", ms=4, color="tab:red" if wrong else "tab:blue", label="measured" if y == 0 else None
-            )
-            for shade, (steps, error) in enumerate(zip(c.bias["steps"], c.bias["std"].abs(), strict=True)):
-                colour = str(0.8 * (1 - (shade + 1) / len(c.bias)))
-                right.plot(error, y, "o", ms=4, color=colour, label=f"{steps} steps" if y == 0 else None)
-        left.set_yticks(
-            range(len(predictors)), [c.name + (" (noise)" if c.stochastic else "") for c in predictors], fontsize=7
-        )
-        left.set(xlabel="order of convergence: global (ODE), weak (noise)", ylim=(-1, len(predictors)))
-        right.set(xscale="log", xlabel="|relative error of the standard deviation| on N(1, 0.25), exact")
-        for axes in (left, right):
-            axes.grid(axis="both", lw=0.3)
-            axes.legend(fontsize=7)
-        return figure
 
 
 def certify_all(

@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from score_sde import DDIM, VPSDE, EulerMaruyama, ExponentialAdams, Heun, KarrasSDE, LinearStep, RectifiedFlow, grid
 from score_sde.evaluation import Certificate, Certificates, certify, certify_all
@@ -267,15 +266,12 @@ def test_the_trial_grid_is_equal_in_no_clock():
 # --- the product ------------------------------------------------------------------------------------------------------
 
 
-def test_one_table_and_one_figure(known):
+def test_one_table(known):
     found = Certificates(list(known.values()))
     assert len(found.table) == len(STEPS)
     assert {"step", "order", "measured order", "calls", "point mass", "std bias 20", "faults"} <= set(
         found.table.columns
     )
-    figure = found.figure()
-    assert isinstance(figure, Figure)
-    assert len(figure.axes) == 2
     assert set(found.faults) == {"Langevin norms per batch"}
 
 
