@@ -64,11 +64,21 @@ def sheet(x: Tensor, count: int = 64, columns: int = 8) -> Figure:
 
 def columns(images: Mapping[str, Tensor]) -> Figure:
     """Images (n, channels, height, width) side by side: a named column for each entry, a row for each image."""
-    rows = len(next(iter(images.values())))
-    figure, axes = plotting.panels(len(images), width=1.2, height=1.2 * rows)
-    for ax, (name, x) in zip(axes[0], images.items(), strict=True):
-        plotting.image_grid(ax, x, columns=1)
-        ax.set_title(name, fontsize=9)
+    return sheets({"": images}, 1)
+
+
+def sheets(rows: Mapping[str, Mapping[str, Tensor]], columns: int) -> Figure:
+    """Named rows of named mosaics, one beside the other, each of images (n, channels, height, width) in some columns."""
+    lines = -(-max(len(x) for row in rows.values() for x in row.values()) // columns)
+    longest = max(map(len, rows.values()))
+    figure, axes = plotting.panels(longest, len(rows), width=1.2, height=1.2 * lines / columns + 0.2)
+    for line, (name, row) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name)
+        for ax, (title, x) in zip(line, row.items(), strict=False):
+            plotting.image_grid(ax, x, columns=columns)
+            ax.set_title(title)
+        for ax in line[len(row) :]:
+            ax.set_axis_off()
     return figure
 
 

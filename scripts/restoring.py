@@ -81,8 +81,8 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / "posteriors.csv", index=False)
     title = f"{config.task}, {config.restoration.prior}: {problem.prior!r}, {problem.operator!r}"
-    figures.save(curves(table, "ratio", "sliced W2 to the exact posterior / noise floor", title, 1.0),
-                 folder / "posteriors.png")  # fmt: skip
+    label = "sliced $W_2$ to the exact posterior,\nover its noise floor"
+    figures.save(curves(table, "ratio", label, title, "noise floor", 1.0), folder / "posteriors.png")
     if len(problem.prior.weights) == 1:
         certificate = certify_guidance(problem, max(config.budgets), options["methods"])
         certificate.to_csv(folder / "certificate.csv", index=False)
@@ -90,7 +90,8 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
     common.show(wide(table, "ratio"))
     for row in table[table["error"] != ""].to_dict("records"):
         print(f"{row['method']} with {row['sampler']}, {row['budget']} steps, seed {row['seed']}: {row['error']}")
-    print(f"\nsliced W2 over its noise floor, means of {len(config.seeds)} seeds; {folder}: posteriors.csv, .png")
+    print(f"\nsliced W2 over its noise floor, means of {len(config.seeds)} seeds")
+    print(f"{folder}: posteriors.csv, posteriors.png")
     return folder
 
 
@@ -106,20 +107,20 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     truth = run.data().reference(node.count).x
     observed = operator.observe(truth, node.noise_std, generator=generator(config.seed, "observed"))
     case = Restoration(model, truth, operator, node.noise_std, observed, node.draws)
-    shown: dict[str, Tensor] = {}
+    alike = operator.output_shape == operator.input_shape
+    known = {"truth": truth[:8], "seen": (observed if alike else operator.pseudo_inverse(observed))[:8]}
+    shown: dict[str, dict[str, Tensor]] = {}
 
     def keep(name: str, label: str, budget: int, x: Tensor) -> None:
-        if budget == max(config.budgets) and label in ("own", node.samplers[-1]):
-            shown[name] = x[:, 0]
+        if budget == max(config.budgets):
+            shown.setdefault(label, dict(known))[name] = x[:8, 0]
 
     table = compare_restorations(case, list(config.budgets), features=features_of(run), on_result=keep, **options)
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / "restorations.csv", index=False)
     figures.save(curves(table[table["sampler"] != "none"], "psnr", "PSNR of a draw in dB", f"{config.task}, {run.path}",
-                        table["psnr"].iloc[0]), folder / "restorations.png")  # fmt: skip
-    alike = operator.output_shape == operator.input_shape
-    columns = {"truth": truth, "seen": observed if alike else operator.pseudo_inverse(observed)} | shown
-    figures.save(figures.columns({name: x[:8] for name, x in columns.items()}), folder / "sheet.png")
+                        "pseudo-inverse", table["psnr"].iloc[0]), folder / "restorations.png")  # fmt: skip
+    figures.save(figures.sheets(shown or {"": known}, 2), folder / "sheet.png")
     keys = ["method", "sampler", "budget"]
     common.show(table.groupby(keys, sort=False).mean(numeric_only=True).drop(columns="seed").reset_index())
     for row in table[table["error"] != ""].to_dict("records"):
@@ -143,28 +144,30 @@ def wide(table: pd.DataFrame, value: str) -> pd.DataFrame:
     return mean.reset_index()
 
 
-def curves(table: pd.DataFrame, value: str, label: str, title: str, floor: float) -> Figure:
-    """A panel for each sampler, a line for each method: the mean over seeds, and its range."""
+def curves(table: pd.DataFrame, value: str, label: str, title: str, line: str, height: float) -> Figure:
+    """A panel for each sampler in one scale, a line for each method: the mean over seeds, and its range.
+
+    Methods with a sampler of their own are the same in every panel; `line`, at that height, is dashed.
+    """
     shared = [name for name in table["sampler"].unique() if name != "own"] or ["own"]
-    figure, axes = plotting.panels(len(shared), width=4.6, height=4.2)
+    figure, axes = plotting.panels(len(shared), width=4.6, height=4.2, sharey=True)
     names = [name for name in table["method"].unique() if name not in KNOWING]
-    colours = {name: f"C{i % 10}" for i, name in enumerate(names)} | {"exact": "black", "prior": "silver"}
+    looks = {name: plotting.look(i) for i, name in enumerate(names)}
+    looks |= {"exact": {"color": plotting.INK, "marker": "*"}, "prior": {"color": plotting.RULE, "marker": "*"}}
     for ax, sampler in zip(axes[0], shared, strict=True):
         for name, runs in table[table["sampler"].isin([sampler, "own"])].groupby("method", sort=False):
-            own = (runs["sampler"] == "own").all()
+            style = ":" if (runs["sampler"] == "own").all() else "-"
             at = runs.groupby("budget")[value].agg(["mean", "min", "max"])
-            ax.fill_between(at.index, at["min"], at["max"], color=colours[name], alpha=0.15, linewidth=0)
-            ax.plot(at.index, at["mean"], "^:" if own else "o-", color=colours[name], markersize=4, label=name)
-        ax.axhline(floor, color="black", linestyle="--", linewidth=1)
-        ax.set(xscale="log", title=sampler, xlabel="steps")
-        if value == "ratio":
-            ax.set_yscale("log")
-            ax.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
-            ax.minorticks_off()
-            ax.set_ylim(top=min(30.0, ax.get_ylim()[1]))  # what diverges leaves the picture, not the scale
-        ax.set_xticks(sorted(table["budget"].unique()), [str(b) for b in sorted(table["budget"].unique())])
-        ax.grid(alpha=0.3)
-    axes[0, 0].set_ylabel(label)
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=10)
+            ax.fill_between(at.index, at["min"], at["max"], color=looks[name]["color"], alpha=0.15, linewidth=0)
+            ax.plot(at.index, at["mean"], linestyle=style, markersize=4, label=name, **looks[name])
+        ax.axhline(height, color=plotting.INK, linestyle="--", linewidth=1, label=line)
+        ax.set(xscale="log", title=sampler)
+    if value == "ratio":
+        top = min(30.0, axes[0, 0].get_ylim()[1])  # what diverges leaves the picture, not the scale
+        axes[0, 0].set(yscale="log", ylim=(None, top))
+    for ax in axes[0]:
+        plotting.curves(ax, "steps", label if ax is axes[0, 0] else "", legend=None)
+        ax.set_xticks(sorted(table["budget"].unique()), sorted(table["budget"].unique()))
+    plotting.legend_below(figure, "dotted: with samplers of their own" if "own" in set(table["sampler"]) else "")
+    figure.suptitle(title, fontsize=10, color=plotting.INK, wrap=True)
     return figure

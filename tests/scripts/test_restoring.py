@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import hydra
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from score_sde.run import Run, build_model
@@ -39,7 +41,38 @@ def test_against_exact_posteriors(tmp_path, arguments, certified):
     assert (folder / "certificate.csv").exists() == certified
 
 
-def test_on_a_run(tmp_path):
+def drawn(patch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """name -> figure of all that is saved from here on."""
+    found: dict[str, Figure] = {}
+    save = restoring.figures.save
+    patch.setattr(
+        restoring.figures, "save", lambda figure, path: (found.update({path.name: figure}), save(figure, path))
+    )
+    return found
+
+
+def assert_readable(figure: Figure, samplers: list[str], line: str) -> None:
+    """A panel for each sampler in one scale; the dashed line has a name; nothing is cut off."""
+    assert [ax.get_title() for ax in figure.axes] == samplers
+    assert len({ax.get_ylim() for ax in figure.axes}) == 1
+    (legend,) = figure.legends
+    names = {text.get_text(): handle for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)}
+    assert names[line].get_linestyle() == "--"
+    whole = figure.bbox.padded(1)
+    for text in (figure._suptitle, legend, *(ax.yaxis.label for ax in figure.axes)):
+        box = text.get_window_extent()
+        assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1, text  # noqa: PT018
+
+
+@pytest.mark.parametrize("samplers", [["ddim"], ["ddim", "ancestral"]])
+def test_curves_of_posteriors(tmp_path, monkeypatch, samplers):
+    figures = drawn(monkeypatch)
+    compared(tmp_path, "task=linear", "restoration.prior=ring", "restoration.methods=[exact,replacement,tds]",
+             f"restoration.samplers=[{','.join(samplers)}]", "budgets=[3,6]")  # fmt: skip
+    assert_readable(figures["posteriors.png"], samplers, "noise floor")
+
+
+def test_on_a_run(tmp_path, monkeypatch):
     config = OmegaConf.create({
         "data": {"_target_": "score_sde.data.digits", "labels": False},
         "network": {"_target_": "score_sde.networks.MLP", "event_shape": [1, 8, 8], "width": 16, "depth": 1},
@@ -50,13 +83,21 @@ def test_on_a_run(tmp_path):
     run = Run.create(tmp_path / "run", config)
     trainer = Trainer(steps=2, batch_size=8, device="cpu", progress=False, checkpoint_every=1, log_every=1)
     trainer.fit(build_model(config), run.data(), DenoisingScoreMatching(), UniformTimes(), run.path, seed=0)
-    folder = compared(
-        tmp_path / "out", f"run={run.path}", "task=superres", "restoration.methods=[diffpir,mmps,repaint]"
-    )
+    figures = drawn(monkeypatch)
+    folder = compared(tmp_path / "out", f"run={run.path}", "task=superres", "restoration.samplers=[ddim,ancestral]",
+                      "restoration.methods=[diffpir,mmps,repaint]")  # fmt: skip
     table = pd.read_csv(folder / "restorations.csv")
-    assert list(table["method"]) == ["pseudo-inverse", "diffpir", "mmps", "repaint"]
+    assert list(table["method"]) == ["pseudo-inverse", "diffpir", "diffpir", "mmps", "mmps", "repaint"]
     assert table[["psnr", "ssim", "misfit"]].notna().all(axis=None)
     assert (folder / "sheet.png").exists()
+    assert_readable(figures["restorations.png"], ["ddim", "ancestral"], "pseudo-inverse")
+    rows = np.array(figures["sheet.png"].axes).reshape(3, 4)
+    assert [row[0].get_ylabel() for row in rows] == ["ddim", "ancestral", "own"]
+    assert [[ax.get_title() for ax in row if ax.images] for row in rows] == [
+        ["truth", "seen", "diffpir", "mmps"], ["truth", "seen", "diffpir", "mmps"], ["truth", "seen", "repaint"],
+    ]  # fmt: skip
+    shown = [np.asarray(row[2].images[0].get_array()) for row in rows[:2]]
+    assert not np.array_equal(*shown)
 
 
 @pytest.mark.parametrize(
