@@ -62,7 +62,8 @@ def main(config: DictConfig) -> None:
         print(line)
     for row in faults(table).to_dict("records"):
         print(f"{row['sampler']} within {row['budget']} calls, {row['seeds']} seeds: {row['status']}")
-    print(f"\n{folder}: report.html, comparison.csv (every run), summary.csv (means), figures")
+    pictures = ", ".join(sorted(file.name for file in folder.glob("*.png")))
+    print(f"\n{folder}: report.html, comparison.csv (every run), summary.csv (means), samples/, {pictures}")
 
 
 def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
@@ -176,10 +177,11 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Itera
         min(2, len(metrics)), -(-len(metrics) // 2), width=5.6, height=0.6 + 0.26 * len(order)
     )
     for ax, metric in zip(axes.flat, metrics, strict=False):
-        plotting.ratio_table(ax, ordered, metric=metric)
-        ax.set_title(plotting.METRIC_NAMES.get(metric, metric), fontsize=10)
+        image = plotting.ratio_table(ax, ordered, metric=metric)
+        ax.set_title(plotting.METRIC_NAMES.get(metric, metric))
     for ax in axes.flat[len(metrics) :]:
         ax.set_axis_off()
+    plotting.colour_scale(image, axes, "noise floors", ticks=[1, 2, 5, 10])
     yield ("ratios", "Over the noise floor", "Each metric divided by its value between exact draws; 1 is as good as exact "
            "samples. Fewest calls first. ×: diverged or failed, –: refused. In brackets: calls of a solver that chooses "
            "its own steps.", figure)  # fmt: skip

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import hydra
 import pandas as pd
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from score_sde import VPSDE, LearnedScore, networks
 from score_sde.parameterization import Noise
@@ -40,7 +40,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "+own.broken.grid=churn",
     ]
     samplers = "samplers=[ddim,heun,ancestral,annealed_langevin,adaptive_ode,tuned]"
-    script("compare", *QUICK, samplers, *own, f"tables={home}", "output=out", cwd=home)
+    said = script("compare", *QUICK, samplers, *own, f"tables={home}", "output=out", cwd=home)
+    (home / "said.txt").write_text(said)
     return home / "out"
 
 
@@ -62,6 +63,21 @@ def test_the_table_holds_every_run(compared: Path) -> None:
     summary = pd.read_csv(compared / "summary.csv")
     assert len(summary) == 6 * 2 + 1
     assert {"sliced_w2_ratio", "mode_spread_error", "excess", "worst"} <= set(summary)
+
+
+def test_the_closing_line_names_what_is_there(compared: Path) -> None:
+    folder, _, names = (compared.parent / "said.txt").read_text().splitlines()[-1].partition(": ")
+    named = {re.sub(r" \(.*\)|/", "", name) for name in names.split(", ")}
+    there = {file.name for file in (compared.parent / folder).iterdir()}
+    assert named == there - {"cells.jsonl", "limits"}  # what a killed comparison is taken up from
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/choosing_a_sampler.md", "conf/compare.yaml"])
+def test_the_numbers_told_are_those_of_the_config(path: str) -> None:
+    config = OmegaConf.load(ROOT / "conf/compare.yaml")
+    numbers = len(set(config.samplers) - {"tuned"}), len(config.budgets), len(config.seeds)  # tuned needs tables
+    told = re.findall(r"(\d+) samplers, (\d+) budgets, (\d+) seeds", (ROOT / path).read_text())
+    assert [tuple(map(int, found)) for found in told] == [numbers]
 
 
 def test_the_page_stands_alone(compared: Path) -> None:
