@@ -82,7 +82,7 @@ RATIOS = ListedColormap(colormaps["cividis"](np.linspace(1.0, 0.12, 256))).with_
 
 
 class Panel(Axes):
-    """Axes whose titles have the size of the labels; matplotlib's go back to a size of its own whenever they are set."""
+    """Axes with titles of the labels' size; matplotlib's go back to a size of its own whenever they are set."""
 
     def set_title(self, label: str, *args: Any, **options: Any) -> Text:
         return super().set_title(label, *args, **{"fontsize": 10, "color": INK, **options})
@@ -304,7 +304,7 @@ def loss_curves(
 ) -> list[Line2D]:
     """Losses against training steps: each smoothed, over its raw values; on a logarithmic axis where all are positive.
 
-    Names that end in _q1 to _q4 are means over quartiles of the training noise levels, from the least noise to the most.
+    Names that end in _q1 to _q4 are means over quartiles of the noise levels drawn, from the least to the most noise.
 
     Args:
         ax: where to draw.
@@ -923,7 +923,7 @@ def _share_planes(axes: np.ndarray) -> None:
 
 def _plain_numbers(axis: Axis) -> None:
     """Plain numbers along a logarithmic axis: powers of ten, also 2 and 5, or any round ones, by its span."""
-    low, high = axis.get_view_interval()
+    low, high = sorted(axis.get_view_interval())  # an inverted axis has the other order
     subs = (1.0,) if high > 1e3 * low else (1.0, 2.0, 5.0)
     axis.set_major_locator(LogLocator(subs=subs) if high > 10 * low else MaxNLocator(5))
     axis.set_major_formatter("{x:g}")

@@ -195,6 +195,9 @@ def test_a_logarithmic_axis_has_numbers_whatever_it_spans(ax: Axes, span: float)
     plotting.loss_curves(ax, pd.DataFrame({"step": [0, 1], "loss": [0.33, 0.33 * span]}), halflife=1e-9)
     low, high = ax.get_ylim()
     assert 2 <= sum(low <= tick <= high for tick in ax.get_yticks()) <= 10
+    ax.invert_yaxis()
+    plotting.curves(ax, "", "")
+    assert 2 <= sum(low <= tick <= high for tick in ax.get_yticks()) <= 10
 
 
 def comparison() -> pd.DataFrame:
