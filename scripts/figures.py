@@ -68,7 +68,7 @@ def columns(images: Mapping[str, Tensor]) -> Figure:
 
 
 def sheets(rows: Mapping[str, Mapping[str, Tensor]], columns: int) -> Figure:
-    """Named rows of named mosaics, one beside the other, each of images (n, channels, height, width) in some columns."""
+    """Named rows of named mosaics side by side, each of images (n, channels, height, width) in so many columns."""
     lines = -(-max(len(x) for row in rows.values() for x in row.values()) // columns)
     longest = max(map(len, rows.values()))
     figure, axes = plotting.panels(longest, len(rows), width=1.2, height=1.2 * lines / columns + 0.2)

@@ -261,7 +261,8 @@ def test_ratio_table_writes_every_ratio_and_reason(ax: Axes) -> None:
     summary = pd.DataFrame(rows, columns=["sampler", "budget", "w2_ratio", "status", "nfe"])
     image = plotting.ratio_table(ax, summary, metric="w2")
     assert {text.get_position(): text.get_text() for text in ax.texts} == {
-        (0, 0): "1.23", (1, 0): "57", (2, 1): "1.00 (86)", (0, 2): "2,041", (1, 2): "$10^{9}$", (0, 3): "×", (1, 3): "–",
+        (0, 0): "1.23", (1, 0): "57", (2, 1): "1.00 (86)", (0, 2): "2,041", (1, 2): "$10^{9}$",
+        (0, 3): "×", (1, 3): "–",
     }  # fmt: skip
     assert [label.get_text() for label in ax.get_xticklabels()] == ["5 calls", "10 calls", "own steps"]
     assert np.ma.getmaskarray(image.get_array()).tolist() == [

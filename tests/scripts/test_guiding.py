@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hydra
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -18,6 +19,7 @@ from score_sde.training import DenoisingScoreMatching, NoisyCrossEntropy, Traine
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
+import figures  # noqa: E402
 import guiding  # noqa: E402
 from typed import script  # noqa: E402
 
@@ -126,3 +128,11 @@ def test_as_a_user_types_it(runs, tmp_path):
     error = script("sample", f"run={runs['classifier']}", *few, cwd=tmp_path, code=1)
     assert error.startswith("error: this is a classifier p(label | x_t)")
     assert error.count("\n") == 1
+
+
+def test_nothing_lies_over_a_classifiers_accuracy():
+    table = pd.DataFrame({"level": [0.1, 1.0, 10.0], "accuracy": [0.9, 0.6, 0.1], "cross_entropy": [0.3, 1.1, 2.3]})
+    left, right = figures.accuracy(table).axes
+    assert [ax.get_ylabel() for ax in (left, right)] == ["accuracy on held-out examples", "cross-entropy in nats"]
+    assert [ax.lines[0].get_ydata().tolist() for ax in (left, right)] == [[0.9, 0.6, 0.1], [0.3, 1.1, 2.3]]
+    assert left.get_legend() is right.get_legend() is None
