@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import json
 import logging
 import math
@@ -24,10 +25,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
-from score_sde import SDE, distributed
+from score_sde import SDE, LearnedScore, distributed
 from score_sde.checks import whole
+from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, measure_sigma_data, measure_sigma_max
 from score_sde.run import Run, instantiate
 from score_sde.training import DivergenceError
@@ -96,6 +104,11 @@ def check_numbers(config: DictConfig) -> None:
             whole(name, config[name], least)
 
 
+def plain(node: DictConfig) -> Any:
+    """A config as nested dicts and lists; what has no value yet is ???."""
+    return OmegaConf.to_container(node, resolve=True)
+
+
 def listed(value: Any) -> list[Any]:
     """A config's list, or one value as a list of it."""
     return list(value) if OmegaConf.is_list(value) else [value]
@@ -128,6 +141,10 @@ def one_line(error: BaseException) -> str:
         return _unknown(group, name, error.options)
     if isinstance(error, MissingMandatoryValue) and error.full_key:
         return f"{error.full_key} has no value yet: give {error.full_key}=<value>"
+    if isinstance(error, InterpolationKeyError):
+        missing = next(iter(re.findall("'(.*?)'", str(error))), "")
+        return (f"{error.full_key} is taken from {missing}, which this configuration lacks: choose another "
+                f"{missing.partition('.')[0]}, or give {error.full_key}=<value>")  # fmt: skip
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename} does not exist"
     cause = error.__cause__
@@ -290,6 +307,18 @@ def open_run(config: DictConfig) -> Run:
     return Run.open(config.run, trust=tuple(config.trust))
 
 
+def model_of(run: Run, config: DictConfig) -> LearnedScore:
+    """The run's score model with the weights that `ema` and `step` name, on `device`.
+
+    Raises ValueError for a run of a classifier, and what `Run.model` refuses.
+    """
+    model = run.model(ema=config.get("ema", True), step=config.get("step")).to(device_of(config.device))
+    if isinstance(model, NoisyClassifier):
+        raise ValueError(f"{run.path} is a classifier of noisy data, which has no samples: give it as guidance.run= with "
+                         "guidance=classifier, and a score model as run=")  # fmt: skip
+    return model
+
+
 def device_of(name: str) -> str:
     """ "auto" as this process's CUDA device where there is one, else "cpu"."""
     return str(distributed.device(name))
@@ -316,6 +345,19 @@ def _started() -> str:
 
 OmegaConf.register_new_resolver("run_directory", _run_directory, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("started", _started, use_cache=True, replace=True)
+
+
+def folder_of(settings: Mapping[str, Any], home: Path) -> Path:
+    """A folder for results of these settings, which it records: `home`, or home-2, ... where that has those of others."""
+    own = json.loads(json.dumps(settings))
+    for i in itertools.count(1):
+        folder = home if i == 1 else home.with_name(f"{home.name}-{i}")
+        record = folder / "settings.json"
+        if not record.exists() or json.loads(record.read_text()) == own:
+            break
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(own, indent=2) + "\n")
+    return folder
 
 
 def save_samples(folder: Path, samples: Mapping[str, Any]) -> None:

@@ -61,7 +61,8 @@ def main(config: DictConfig) -> None:
     for line in advice(table):
         print(line)
     for row in faults(table).to_dict("records"):
-        print(f"{row['sampler']} within {row['budget']} calls, {row['seeds']} seeds: {row['status']}")
+        mark = f"{row['model']} score, " if table["model"].nunique() > 1 else ""
+        print(f"{mark}{row['sampler']} within {row['budget']} calls, {row['seeds']} seeds: {row['status']}")
     pictures = ", ".join(sorted(file.name for file in folder.glob("*.png")))
     print(f"\n{folder}: report.html, comparison.csv (every run), summary.csv (means), samples/, {pictures}")
 
@@ -78,7 +79,7 @@ def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
         target = instantiate(target, config.trust)
         return ExactScore(target, common.sde_of(config, TargetStream(target))), target
     run = common.open_run(config)
-    data, model = run.data(), run.model().to(common.device_of(config.device))
+    data, model = run.data(), common.model_of(run, config)
     reference = data.target if data.target is not None else data.reference(2 * config.num_samples).x
     if getattr(model.network, "num_classes", None) is not None:
         print(f"{run.path} knows {model.network.num_classes} labels: sampled without, against data of all of them")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,24 @@ import figures
 import guiding
 import numpy as np
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
 from score_sde import LearnedScore, ProbabilityFlowODE, SampleNoise, ScoreModel
+from score_sde.checks import one_of, whole
 from score_sde.data import load_images
 from score_sde.data.files import SUFFIXES
 from score_sde.evaluation.restoration import psnr
-from score_sde.guidance import TASKS, ClassifierFree, LinearOperator, Mask, interpolate, sdedit, task_operator
+from score_sde.guidance import TASKS, ClassifierFree, LinearOperator, Mask, Observed, interpolate, sdedit, task_operator
 from score_sde.run import Run, instantiate
 
-EDITS = (*TASKS, "class", "interpolate")
+OPTIONS = {
+    **dict.fromkeys(TASKS, ("sampler", "guidance", "degraded", "noise_std", "operator", "mask")),
+    "class": ("sampler", "label", "scale", "time"),
+    "interpolate": (),
+}
+"""Of the options that not every task has, each task's own."""
 
 Edited = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Inputs (n, ...), results (n, draws, ...), and the named columns of the sheet."""
@@ -28,23 +37,35 @@ Edited = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 @common.main("edit")
 def main(config: DictConfig) -> None:
+    check_options(config.task, HydraConfig.get().overrides.task)
     run_task(config)
+
+
+def check_options(task: str, overrides: Sequence[str]) -> None:
+    """Refuses, with ValueError, an unknown task and options that are other tasks'."""
+    one_of("task", task, OPTIONS)
+    for override in overrides:
+        name = re.split(r"[./=@]", override.lstrip("+~"))[0]
+        if name not in OPTIONS[task] and any(name in own for own in OPTIONS.values()):
+            takes = f"takes {', '.join(OPTIONS[task])}" if OPTIONS[task] else "goes through the probability-flow ODE"
+            raise ValueError(f"{override} does nothing in task={task}, which {takes}: leave it out")
 
 
 def run_task(config: DictConfig) -> Path:
     """Carries out the task and returns the folder of its results."""
-    if config.task not in EDITS:
-        raise ValueError(f"unknown task {config.task!r}; known: {', '.join(EDITS)}")
-    if config.count < 1 or config.draws < 1:
-        raise ValueError(f"count and draws are at least 1, got {config.count} and {config.draws}")
+    one_of("task", config.task, OPTIONS)
+    for name in ("count", "draws"):
+        whole(name, config[name])
     run = common.open_run(config)
-    model = run.model(ema=config.ema, step=config.step).to(common.device_of(config.device))
+    model = common.model_of(run, config)
     sampler = instantiate(common.sampler_config(config.sampler, run.path), run.trust)
     sampler.check(model.sde)
     edit = {"class": relabelled, "interpolate": interpolated}.get(config.task, restored)
     before, after, columns = edit(config, run, model, sampler)
-    folder = Path(config.output) if config.output else run.path / "edits" / config.task
-    folder.mkdir(parents=True, exist_ok=True)
+    left_out = {"run", "output", "device", "trust", "hydra"}
+    settings = {name: value for name, value in common.plain(config).items() if name not in left_out}
+    settings["step"] = config.step or run.checkpoints.latest()
+    folder = common.folder_of(settings, Path(config.output or run.path / "edits" / config.task))
     common.save_samples(folder, {"before": before, "after": after})
     if before.ndim == 4:
         figures.save(figures.columns(columns), folder / "sheet.png")
@@ -63,6 +84,9 @@ def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> E
         y = operator.observe(before, config.noise_std, generator=torch.Generator().manual_seed(config.seed))
     seen = operator.pseudo_inverse(y)
     method = instantiate(config.guidance, (*run.trust, "score_sde.guidance"))
+    if not issubclass(method.func, Observed):
+        raise ValueError(f"{method.func.__name__} restores nothing: task={config.task} takes guidance=mmps, pigdm, dps, "
+                         "diffpir or replacement")  # fmt: skip
     guided = method(model, operator, y.repeat_interleave(config.draws, 0).to(model.device), config.noise_std)
     count = len(y) * config.draws
     noise = SampleNoise.of_run(config.seed, range(count))
@@ -81,10 +105,13 @@ def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) 
     """Inputs noised up to `time` and sampled from there under the label."""
     if config.label is None:
         raise ValueError("task=class needs the label to bring the input to: give label=<number>")
-    guiding.check_labels(guiding.labels_of(config.label), model)
+    labels = guiding.labels_of(config.label)
+    if len(labels) > 1:
+        raise ValueError(f"task=class brings inputs to one label, got label={labels}")
+    guiding.check_labels(labels, model)
     before = inputs(config, run, model.event_shape)
     start = before.repeat_interleave(config.draws, 0).to(model.device)
-    condition = {"label": torch.full((len(start),), int(config.label), device=model.device)}
+    condition = {"label": torch.full((len(start),), labels[0], device=model.device)}
     guided = ClassifierFree(model, config.scale)
     result = sdedit(sampler, guided, start, config.time, seed=config.seed, condition=condition)
     after = result.x.cpu().unflatten(0, (len(before), config.draws))

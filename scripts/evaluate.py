@@ -33,7 +33,7 @@ def main(config: DictConfig) -> None:
     )
     nodes = _sampler_nodes(config, run)
     samplers = {name: instantiate(node, run.trust) for name, node in nodes.items()}
-    model = run.model(ema=config.ema, step=config.step).to(common.device_of(config.device))
+    model = common.model_of(run, config)
     for sampler in samplers.values():
         sampler.check(model.sde)
     count = config.num_samples or run.config.num_samples
@@ -46,7 +46,7 @@ def main(config: DictConfig) -> None:
         condition={"label": guiding.turns(labels, count)} if labels else None, **common.views_of(settings, run.trust),
     )  # fmt: skip
     if distributed.is_main():
-        asked = {name: OmegaConf.to_container(node, resolve=True) for name, node in nodes.items()}
+        asked = {name: common.plain(node) for name, node in nodes.items()}
         write(run, config, data, model, samplers, asked, evaluation, Path(config.output or run.path))
 
 
@@ -59,7 +59,7 @@ def write(
     (folder / "figures").mkdir(exist_ok=True)
     common.save_samples(folder / "samples", evaluation.samples)
     step = run.checkpoints.latest() if config.step is None else config.step
-    settings = {"samplers": asked, "guidance": OmegaConf.to_container(config.guidance), "threshold": config.threshold}
+    settings = {"samplers": asked, "guidance": common.plain(config.guidance), "threshold": config.threshold}
     report = {"run": str(run.path), "step": step, "ema": config.ema, "seed": config.seed,
               "label": guiding.labels_of(config.label), "num_samples": len(next(iter(evaluation.samples.values()))),
               "settings": settings, **evaluation.report()}  # fmt: skip

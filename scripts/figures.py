@@ -83,14 +83,17 @@ def sheets(rows: Mapping[str, Mapping[str, Tensor]], columns: int) -> Figure:
 
 
 def losses(run: Run) -> Figure:
-    """The loss, and beside it where the target is known the excess over its irreducible part, by noise quartile."""
+    """The loss, and beside it where the target is known the error of the predicted noise, by noise quartile.
+
+    The loss is weighted as the objective says, the error is not: at each level it is what is left to learn.
+    """
     metrics = run.metrics()
     excess = [name for name in metrics if str(name).startswith("fisher")]
     figure, axes = plotting.panels(2 if excess else 1, width=7, height=4)
     plotting.loss_curves(axes[0, 0], metrics)
     if excess:
         plotting.loss_curves(axes[0, 1], metrics, columns=excess)
-        axes[0, 1].set_ylabel("excess over the irreducible loss")
+        axes[0, 1].set_ylabel("error of the noise, $E|n - n^*|^2 / d$, unweighted")
     return figure
 
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import common
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from score_sde import LearnedScore, ScoreModel
+from score_sde.classifier import NoisyClassifier
 from score_sde.data import TensorData
+from score_sde.evaluation.extractors import in_range
 from score_sde.guidance import Classifier, ClassifierFree, DynamicThreshold, Observed
 from score_sde.run import Run, instantiate
 
 
 def labels_of(label: Any) -> list[int]:
     """One label or several as a list; nothing for null."""
-    chosen = [] if label is None else list(label) if OmegaConf.is_list(label) else [label]
+    if label is None:
+        return []
+    chosen = common.listed(label)
+    if not chosen:
+        raise ValueError("label=[] names no class: give one or more, or leave it out")
     for value in chosen:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"label={value!r} is no class: give a whole number, or several as label=[0,1,2]")
@@ -67,14 +74,25 @@ def guided(config: DictConfig, run: Run, model: LearnedScore) -> ScoreModel:
                          "guidance=classifier_free, classifier or autoguidance")  # fmt: skip
     by_label = issubclass(build.func, Classifier | ClassifierFree)
     if by_label and not labels:
-        if others or node["scale"] != 1 or node["negative"]:
+        idle = {"scale": 1, "interval": None, "rescale": 0, "negative": None}
+        if others or any(node.get(name, value) != value for name, value in idle.items()):
             raise ValueError(f"{build.func.__name__} guides towards a label: give label=<number>")
         result: ScoreModel = model
     else:
-        check_labels(labels, others[0] if issubclass(build.func, Classifier) else model)
+        by_classifier = issubclass(build.func, Classifier)
+        if others and isinstance(others[0], NoisyClassifier) != by_classifier:
+            wanted = "a classifier, a run of experiment=*_classifier" if by_classifier else "a score model"
+            raise ValueError(f"{build.func.__name__} takes {wanted}: {config.guidance.run} is none")
+        check_labels(labels, others[0] if by_classifier else model)
         check_labels(list((node.get("negative") or {}).values()), model)
         result = build(model, *others)
-    return result if config.threshold is None else DynamicThreshold(result, config.threshold)
+    if config.threshold is None:
+        return result
+    if not in_range(run.data().reference(1000).x):
+        raise ValueError(
+            f"threshold={config.threshold} is for data in [-1, 1], those of {run.path} reach beyond: leave it out"
+        )
+    return DynamicThreshold(result, config.threshold)
 
 
 def _other(node: dict[str, Any], run: Run, model: LearnedScore) -> LearnedScore:

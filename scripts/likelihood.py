@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from score_sde import plotting
+from score_sde.checks import one_of, whole
 from score_sde.data import Data
 from score_sde.evaluation import continuous_bound
 from score_sde.likelihood import GaussianDequantizer, bits_per_dim, dequantize, discrete_log_likelihood, log_likelihood
@@ -23,16 +24,16 @@ from score_sde.training import DiscretisedDecoder, write_atomically
 @common.main("likelihood")
 def main(config: DictConfig) -> None:
     run = common.open_run(config)
-    if config.count < 2 or config.batch_size < 1:
-        raise ValueError(f"count is at least 2 and batch_size at least 1, got {config.count} and {config.batch_size}")
-    if config.dequantization not in ("uniform", "variational"):
-        raise ValueError(f"dequantization is 'uniform' or 'variational', got {config.dequantization!r}")
-    if config.bound < 0:
-        raise ValueError(f"bound is the number of noise levels drawn for each example, 0 for none; got {config.bound}")
+    for name, least in (("count", 2), ("draws", 1), ("bound", 0)):
+        whole(name, config[name], least)
+    one_of("dequantization", config.dequantization, ("uniform", "variational"))
     data = run.data()
-    model = run.model(step=config.step).to(common.device_of(config.device))
+    model = common.model_of(run, config)
     sets = examples(data, config.count, list(config.ood), torch.Generator().manual_seed(config.seed))
     bins = lattice(data)
+    if not bins and (config.dequantization, config.draws) != ("uniform", 1):
+        raise ValueError(f"dequantization and draws are for data that were integers, those of {run.path} are not: "
+                         "leave them out")  # fmt: skip
     options = {name: config[name] for name in ("divergence", "probes", "method", "rtol", "atol", "steps", "truncation")}
     if options["divergence"] is None:
         exact = len(torch.zeros(data.event_shape).flatten()) <= 16

@@ -19,8 +19,8 @@ from score_sde import Run, plotting
 def main(config: DictConfig) -> None:
     folder = Path(config.folder or "")
     if not config.folder or not folder.is_dir():
-        raise ValueError(f"folder {str(config.folder)!r} does not exist: give the folder of a sweep, "
-                         "python scripts/report.py multirun/<date>")  # fmt: skip
+        missing = f"folder {config.folder!r} does not exist" if config.folder else "no folder is given"
+        raise ValueError(f"{missing}: give the folder of a sweep, python scripts/report.py multirun/<date>")
     table = collect(folder, config.metric)
     summary = summarise(table)
     table.to_csv(folder / "runs.csv", index=False)

@@ -102,7 +102,7 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     run, node = common.open_run(config), config.restoration
     options["methods"] = {name: LEARNED[name] for name in options["methods"] if name in LEARNED}
     options["solvers"] = {name: OWN[name] for name in options["solvers"] if name in OWN}
-    model = run.model().to(common.device_of(config.device))
+    model = common.model_of(run, config)
     operator = task_operator(config.task, model.event_shape, **node.operator)
     truth = run.data().reference(node.count).x
     observed = operator.observe(truth, node.noise_std, generator=generator(config.seed, "observed"))

@@ -17,7 +17,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from score_sde import Run, distributed, plotting
+from score_sde import distributed, plotting
+from score_sde.data import TensorData
 from score_sde.evaluation import DigitClassifier
 from score_sde.run import instantiate
 
@@ -25,13 +26,17 @@ from score_sde.run import instantiate
 @common.main("sample")
 def main(config: DictConfig) -> None:
     run = common.open_run(config)
-    model = run.model(ema=config.ema, step=config.step).to(common.device_of(config.device))
-    sampler = instantiate(common.sampler_config(config.sampler, run.path), run.trust)
+    model = common.model_of(run, config)
+    node = common.sampler_config(config.sampler, run.path)
+    sampler = instantiate(node, run.trust)
     sampler.check(model.sde)
     labels = guiding.labels_of(config.label)
     guided = guiding.guided(config, run, model)
     condition = {"label": guiding.turns(labels, config.num_samples)} if labels else {}
     guided.check((config.num_samples, *model.event_shape), condition)
+    data = guiding.labelled(run) if config.agreement else None
+    if config.agreement and (data is None or not labels):
+        raise ValueError("agreement=true compares samples with their labels: give label=, and a run of labelled data")
 
     name = common.chosen(config, "sampler")
     samples, nfe, seconds = distributed.sample(
@@ -41,8 +46,10 @@ def main(config: DictConfig) -> None:
     if not distributed.is_main():
         return
     suffix = "" if not labels else f"-label-{labels[0]}" if len(labels) == 1 else "-labels"
-    folder = Path(config.output) if config.output else run.samples / f"{name}{suffix}"
-    folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: config[name] for name in ("num_samples", "threshold", "seed", "ema")}
+    settings |= {"step": config.step or run.checkpoints.latest(), "label": labels, "sampler": common.plain(node),
+                 "guidance": common.plain(config.guidance)}  # fmt: skip
+    folder = common.folder_of(settings, Path(config.output or run.samples / f"{name}{suffix}"))
     common.save_samples(folder, {"samples": samples})
     if samples[0].shape == (2,):
         figure, axes = plotting.panels(1, width=5, height=5)
@@ -52,20 +59,17 @@ def main(config: DictConfig) -> None:
         columns = max(1, 8 // len(labels)) * len(labels) if labels else 8
         figures.save(figures.sheet(samples, columns=columns), folder / "samples.png")
     print(f"{len(samples)} samples of {name}: {nfe} network calls each, {seconds:.2f} s; in {folder}")
-    if config.agreement:
-        agreement(run, samples, condition).to_csv(folder / "agreement.csv", index=False)
+    if data is not None:
+        agreement(data, samples, condition["label"]).to_csv(folder / "agreement.csv", index=False)
 
 
-def agreement(run: Run, samples: Tensor, condition: dict[str, Tensor]) -> pd.DataFrame:
-    """Prints and returns, for each label, the share of samples in which a classifier of the run's data sees it."""
-    data = guiding.labelled(run)
-    if not condition or data is None:
-        raise ValueError("agreement=true compares samples with their labels: give label=, and a run of labelled data")
+def agreement(data: TensorData, samples: Tensor, labels: Tensor) -> pd.DataFrame:
+    """Prints and returns, for each label, the share of samples in which a classifier of labelled data sees it."""
     train, held_out = data.examples(), data.reference(10_000)
     classifier = DigitClassifier(train.x, train.condition["label"])
     own = classifier.accuracy(held_out.x, held_out.condition["label"])
     seen = torch.tensor(classifier.classes)[classifier.probabilities(samples).argmax(1)]
-    table = pd.DataFrame({"label": condition["label"], "agrees": seen == condition["label"]})
+    table = pd.DataFrame({"label": labels, "agrees": seen == labels})
     print(f"a classifier agrees on {table['agrees'].mean():.1%} of the samples; on held-out data, {own:.1%}")
     return table.groupby("label", as_index=False).mean()
 

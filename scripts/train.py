@@ -56,6 +56,7 @@ def main(config: DictConfig) -> float:
         sampler.check(model.sde)
     views = common.views_of(config.evaluation, trust)
     check_metrics(config, data)
+    check_labels(config, data)
     check_references(config, data, views)
     periodic = config.evaluation.get("num_periodic") or config.num_samples
 
@@ -193,6 +194,15 @@ def check_metrics(config: DictConfig, data: Data) -> None:
         count = OmegaConf.select(config, name)
         if count is not None:
             whole(name, count, least)
+
+
+def check_labels(config: DictConfig, data: Data) -> None:
+    """Refuses, with ValueError, options about labels where the data have none."""
+    given = data.batch(0, 1).condition
+    if "label" not in given and (known := config.network.get("num_classes")):
+        raise ValueError(f"network.num_classes={known}, and the data have no labels: leave it out, or give labels")
+    if not given.keys() & {"label", "context"} and (share := config.objective.get("label_dropout")):
+        raise ValueError(f"objective.label_dropout={share}, and the data have no labels: leave it out, or give labels")
 
 
 def check_references(config: DictConfig, data: Data, views: Mapping[str, Any]) -> None:

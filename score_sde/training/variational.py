@@ -93,7 +93,9 @@ class Ladder:
 
     def __init__(self, sde: SDE, times: Tensor | None = None) -> None:
         if times is None and not hasattr(sde, "num_steps"):
-            raise ValueError(f"{type(sde).__name__} has no ladder: give times=, increasing, e.g. from a grid")
+            raise ValueError(
+                f"{type(sde).__name__} has no ladder: take a DiscreteSDE, e.g. sde=ddpm, or give increasing times"
+            )
         self.times = torch.arange(sde.num_steps) if times is None else torch.as_tensor(times)  # type: ignore[attr-defined]
         self.times = self.times.to("cpu", torch.float64)
         if self.times.ndim != 1 or len(self.times) < 2 or not (self.times.diff() > 0).all():

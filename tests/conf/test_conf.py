@@ -142,7 +142,7 @@ def test_every_argument_of_a_sampler_s_part_is_shown(group: str) -> None:
 
 def test_a_sampler_s_table_is_that_of_the_most_calls(tmp_path: Path) -> None:
     for calls in (2, 9, 10):
-        (tmp_path / f"tuned-{calls}.json").touch()
+        (tmp_path / f"tuned-{calls}.json").write_text("{}")
     (tmp_path / "tuned-of-old.json").touch()
     assert common.sampler_config("tuned", tmp_path).table == str(tmp_path / "tuned-10.json")
     with pytest.raises(common.NoTablesError, match=r"spectrum-<calls>.json: make one with python scripts/tune.py"):

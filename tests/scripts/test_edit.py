@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -57,6 +59,22 @@ def test_tasks_leave_arrays_and_a_sheet(run: Path, tmp_path: Path, capsys: pytes
     assert np.load(run_edit(run, "task=class", "label=3") / "after.npy").shape == (2, 3, 1, 8, 8)
 
 
+def test_results_of_other_settings_stand_beside_one_another(run: Path) -> None:
+    names = [run_edit(run, "task=superres", f"seed={seed}").name for seed in (0, 1, 2, 1)]
+    assert names == ["superres", "superres-2", "superres-3", "superres-2"]
+    assert json.loads((run / "edits/superres-3/settings.json").read_text())["seed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "override"), [("interpolate", "sampler=heun"), ("interpolate", "+noise_std=1"), ("superres", "label=3"),
+                           ("class", "guidance.iterations=3"), ("class", "+operator.factor=2")],
+)  # fmt: skip
+def test_options_of_other_tasks_are_refused(task: str, override: str) -> None:
+    edit.check_options(task, [f"task={task}", "seed=1", "++count=3"])
+    with pytest.raises(ValueError, match=re.escape(f"{override} does nothing in task={task}")):
+        edit.check_options(task, [override])
+
+
 def test_an_observation_is_taken_as_it_is(run: Path, tmp_path: Path) -> None:
     small = np.random.default_rng(0).uniform(-1, 1, (2, 1, 4, 4)).astype(np.float32)
     np.save(tmp_path / "small.npy", small)
@@ -101,7 +119,13 @@ def test_a_clean_image_is_no_observation(run: Path, tmp_path: Path) -> None:
         (["task=interpolate", "count=1"], "needs two inputs or more"),
         (["task=class"], "give label=<number>"),
         (["task=superres", "guidance=replacement"], "Replacement takes an observation without noise"),
-        (["task=paint"], "unknown task 'paint'"),
+        (["task=paint"], "task is one of inpaint, colorize, superres, deblur, class, interpolate; got 'paint'"),
+        (["task=class", "label=[1,2]"], "brings inputs to one label, got label=[1, 2]"),
+        (
+            ["task=superres", "guidance=classifier_free"],
+            "ClassifierFree restores nothing: task=superres takes guidance=mmps",
+        ),
+        (["task=superres", "draws=0"], "draws >= 1, got draws=0"),
         (["task=class", "label=12"], "knows the classes 0 to 9"),
         (["task=colorize"], "do not fit x of shape (1, 8, 8)"),
         (["task=superres", "+operator.size=3"], "does not fit task=superres"),

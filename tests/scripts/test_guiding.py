@@ -100,7 +100,11 @@ WRONG = {
     "a word": ("labelled", ["label=three"], "label='three' is no class"),
     "guidance towards nothing": ("labelled", ["guidance.scale=2"], "give label=<number>"),
     "no classifier": ("plain", ["label=3", "guidance=classifier"], "give guidance.run=<directory>"),
-    "not a classifier": ("plain", ["label=3", "guidance=classifier", "guidance.run={plain}"], "knows no classes"),
+    "not a classifier": ("plain", ["label=3", "guidance=classifier", "guidance.run={plain}"], "Classifier takes a classifier"),
+    "a classifier to move away from": (
+        "labelled", ["label=3", "guidance=autoguidance", "guidance.run={classifier}"], "Autoguidance takes a score model"),
+    "no label of several": ("labelled", ["label=[]"], "label=[] names no class"),
+    "an interval of nothing": ("plain", ["guidance.interval=[0.2,2]"], "give label=<number>"),
     "a classifier of another process": (
         "plain", ["label=3", "guidance=classifier", "guidance.run={elsewhere}"], "one process and event shape"),
     "a posterior sampler": ("plain", ["label=3", "guidance=mmps"], "use scripts/edit.py"),
@@ -118,6 +122,20 @@ def test_wrong_inputs_are_refused_in_one_line(runs, case):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_threshold_is_for_data_in_its_range(tmp_path):
+    config = OmegaConf.create({
+        "target": {"_target_": "score_sde.targets.ring"}, "sde": {"_target_": "score_sde.sde.VPSDE"},
+        "data": {"_target_": "score_sde.data.base.TargetStream", "target": "${target}"}, "event_shape": [2], "seed": 0,
+        "network": {"_target_": "score_sde.networks.MLP", "event_shape": [2]},
+        "parameterization": {"_target_": "score_sde.parameterization.Karras"},
+    })  # fmt: skip
+    Run.create(tmp_path, config)
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        asked = hydra.compose("sample", [f"run={tmp_path}", "threshold=0.9"])
+    with pytest.raises(ValueError, match=r"threshold=0.9 is for data in \[-1, 1\]"):
+        guiding.guided(asked, Run.open(tmp_path), build_model(config))
+
+
 def test_as_a_user_types_it(runs, tmp_path):
     few = ["num_samples=4", "sampler.grid.steps=2"]
     out = script(
@@ -126,7 +144,7 @@ def test_as_a_user_types_it(runs, tmp_path):
     assert "4 network calls each" in out
     assert np.load(Path(runs["labelled"]) / "samples/default-labels/samples.npy").shape == (4, 1, 8, 8)
     error = script("sample", f"run={runs['classifier']}", *few, cwd=tmp_path, code=1)
-    assert error.startswith("error: this is a classifier p(label | x_t)")
+    assert "is a classifier of noisy data, which has no samples: give it as guidance.run=" in error
     assert error.count("\n") == 1
 
 

@@ -89,10 +89,10 @@ def test_densities_of_points_stand_beside_the_true_ones(tmp_path: Path) -> None:
         (["rtol=-1"], "tolerances are positive, got rtol=-1 and atol=0.0001"),
         (["method=adams", "steps=2"], "steps=2 with method='adams': "
          "steps >= 4 go with method='adams', tolerances with others"),
-        (["dequantization=flow"], "dequantization is 'uniform' or 'variational', got 'flow'"),
+        (["dequantization=flow"], "dequantization is one of uniform, variational; got 'flow'"),
         (["ood=[noise]"], "ood is a list of 'shuffled', 'inverted' and 'uniform', got 'noise'"),
-        (["bound=-1"], "bound is the number of noise levels drawn for each example, 0 for none; got -1"),
-        (["count=1"], "count is at least 2 and batch_size at least 1, got 1 and 100"),
+        (["bound=-1"], "give a whole number bound >= 0, got bound=-1"),
+        (["count=1"], "give a whole number count >= 2, got count=1"),
         (["run=/nowhere"], "/nowhere does not exist, so it is no run: give the folder that scripts/train.py wrote"),
     ],
 )  # fmt: skip

@@ -35,8 +35,10 @@ def test_training_leaves_a_whole_run(run: Path) -> None:
 
 
 def test_the_other_scripts_read_it(run: Path) -> None:
-    script("sample", f"run={run}", "sampler=heun", "sampler.grid.steps=3", "num_samples=7", cwd=run)
-    assert np.load(run / "samples/heun/samples.npy").shape == (7, 2)
+    for count, name in ((7, "heun"), (8, "heun-2"), (7, "heun")):
+        options = ["sampler=heun", "sampler.grid.steps=3", f"num_samples={count}"]
+        assert f"in {run / 'samples' / name}\n" in script("sample", f"run={run}", *options, cwd=run)
+        assert np.load(run / "samples" / name / "samples.npy").shape == (count, 2)
     script("evaluate", f"run={run}", "samplers=[heun]", "num_samples=20", cwd=run)
     assert set(pd.read_csv(run / "evaluation.csv")["sampler"]) == {"heun"}
     options = ["samplers=[ddim,heun,ode]", "budgets=[6,12]", "seeds=[0,1]", "num_samples=30"]
@@ -156,7 +158,24 @@ WRONG = {
     "no such checkpoint": ("sample", ["run={run}", "step=77"], "none of step 77"),
     "nothing to compare": ("compare", [], "either run=<directory> or target=<name>"),
     "no budget": ("compare", ["run={run}", "budgets=[0]"], "budgets are numbers of network calls >= 1"),
-    "no sweep": ("report", ["nowhere"], "does not exist"),
+    "no sweep": ("report", ["nowhere"], "folder 'nowhere' does not exist"),
+    "no sweep named": ("report", [], "no folder is given: give the folder of a sweep"),
+    "one beta": ("train", ["trainer.betas=[0.9]"], "betas=[0.9] must be two numbers in [0, 1)"),
+    "a key that another group lacks": (
+        "train",
+        ["time_sampler=loss_aware"],
+        "time_sampler.num_steps is taken from sde.num_steps, which this configuration lacks: choose another sde, or give",
+    ),
+    "classes of data without": (
+        "train",
+        ["network.num_classes=10"],
+        "network.num_classes=10, and the data have no labels",
+    ),
+    "labels to drop of data without": ("train", ["objective.label_dropout=0.1"], "and the data have no labels"),
+    "draws of what was no integer": ("likelihood", ["run={run}", "draws=2"], "for data that were integers"),
+    "no draws": ("likelihood", ["run={run}", "draws=0"], "draws >= 1, got draws=0"),
+    "agreement without labels": ("sample", ["run={run}", "agreement=true"], "agreement=true compares samples with"),
+    "no spectrum table": ("sample", ["run={run}", "sampler=spectrum"], "steps=6 spectrum=true"),
 }
 
 
