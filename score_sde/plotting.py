@@ -316,8 +316,11 @@ def loss_curves(
         The smoothed lines, one a column.
     """
     names = list(columns) if columns else [name for name in metrics if str(name).startswith("loss")]
+    parts = [name for name in names if name != "loss"]
+    colours = dict(zip(parts, TIME(np.linspace(0, 1, len(parts))), strict=True)) | {"loss": INK}
     lines = []
-    for name, colour in zip(names, [INK, *TIME(np.linspace(0, 1, max(1, len(names) - 1)))], strict=False):
+    for name in names:
+        colour = colours[name]
         curve = metrics[["step", name]].dropna()
         smooth = curve[name].ewm(halflife=max(1.0, halflife * len(curve))).mean()
         ax.plot(curve["step"], curve[name], color=colour, alpha=0.18, linewidth=0.6)

@@ -175,6 +175,14 @@ def test_loss_curves_draw_every_loss(ax: Axes) -> None:
     assert ax.get_yscale() == "log"
 
 
+def test_the_line_of_all_noise_levels_is_dark_and_those_of_quartiles_have_colours(ax: Axes) -> None:
+    metrics = pd.DataFrame({"step": [1, 2], "loss": 1.0, "loss_q1": 2.0, "loss_q2": 3.0})
+    for names in (["loss", "loss_q1", "loss_q2"], ["loss_q1", "loss_q2"]):
+        colours = {line.get_label(): line.get_color() for line in plotting.loss_curves(ax, metrics, columns=names)}
+        assert colours.pop("loss", plotting.INK) == plotting.INK
+        assert [tuple(colour) for colour in colours.values()] == [plotting.TIME(0.0), plotting.TIME(1.0)]
+
+
 def test_quartiles_are_explained_beside_the_losses_and_steps_are_whole(ax: Axes) -> None:
     metrics = pd.DataFrame({"step": [1, 2, 3], "loss": [1.0, 2.0, 4.0], "loss_q1": [3.0, 2.0, 1.0]})
     plotting.loss_curves(ax, metrics)
