@@ -206,7 +206,8 @@ def contours(ax: Axes, target: Target, *, limits: Limits | None = None, resoluti
     levels = [float(log_density.max()) - 3, float(log_density.max()) - 1]
     _plane(ax, limits)
     x, y = (axis.numpy() for axis in _cell_centres(limits, resolution))
-    return ax.contour(x, y, log_density.clamp_min(levels[0] - NATS).numpy(), levels, colors="#9aa3ad", linewidths=0.6)
+    values = log_density.clamp_min(levels[0] - NATS).numpy()
+    return ax.contour(x, y, values, levels, colors="#9aa3ad", linewidths=0.6, linestyles="solid")
 
 
 def score_field(

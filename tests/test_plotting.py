@@ -143,6 +143,7 @@ def test_contours_stand_one_and_three_nats_below_the_maximum(ax: Axes) -> None:
     for path, nats in zip(lines.get_paths(), (3, 1), strict=True):
         distance = ((path.vertices - [0.5, -0.5]) ** 2 / [0.49, 0.25]).sum(axis=1) / 2
         assert distance == pytest.approx(np.full(len(distance), nats), abs=0.05)
+    assert all(pattern is None for _, pattern in lines.get_linestyle())  # solid, though log-densities are negative
 
 
 def test_image_grid_lays_images_row_by_row(ax: Axes) -> None:
