@@ -89,12 +89,13 @@ class TrainingState:
     """Weights, averages, optimiser, step, and counts since the last report."""
 
     def __init__(
-        self, trainer: Trainer, model: LearnedScore, objective: Objective, time_sampler: TimeSampler, seed: int
+        self, trainer: Trainer, model: LearnedScore, objective: Objective, time_sampler: TimeSampler, seed: int,
+        examples: int | None = None,
     ) -> None:
         keep_freed_memory()
         self.device = distributed.device(trainer.device)
         self.trainer, self.objective, self.time_sampler = trainer, objective, time_sampler
-        self.seed, self.step, self.model = seed, 0, model.train()
+        self.seed, self.examples, self.step, self.model = seed, examples, 0, model.train()
         if trainer.channels_last:
             channels_last(model)
         hidden = hidden_matrices(model, model.event_shape[0])
@@ -236,6 +237,7 @@ class TrainingState:
             "step": self.step,
             "seed": self.seed,
             "batch_size": self.trainer.batch_size,
+            "examples": self.examples,
             "nonfinite": self.nonfinite + self.window.nonfinite,
             "times": self.time_sampler.state_dict(),
             **{name: self._converted(part.state_dict(), self._whole) for name, part in self.optimizer.parts.items()},
@@ -255,10 +257,13 @@ class TrainingState:
             snapshots.save(self.step, weights)
 
     def restore(self, checkpoints: Checkpoints, step: int) -> None:
-        """Takes up a checkpoint; ValueError where it is of another seed, batch size, optimiser or set of averages."""
+        """Takes up a checkpoint.
+
+        Raises ValueError where it is of another seed, batch size, number of examples, optimiser, set of averages or network.
+        """
         state = checkpoints.state(step)
-        for name, given in (("seed", self.seed), ("batch_size", self.trainer.batch_size)):
-            if state[name] != given:
+        for name, given in (("seed", self.seed), ("batch_size", self.trainer.batch_size), ("examples", self.examples)):
+            if state.get(name, given) != given:
                 raise ValueError(
                     f"{name}={given}, but the run was started with {state[name]}: resume it with that value"
                 )
@@ -322,7 +327,11 @@ class TrainingState:
 
     @torch.no_grad()
     def _load(self, held: Sequence[Tensor], weights: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(weights)  # checks names and shapes, and fills buffers
+        try:
+            self.model.load_state_dict(weights)  # checks names and shapes, and fills buffers
+        except RuntimeError as error:
+            first = str(error).partition("\n\t")[2].partition("\n")[0]
+            raise ValueError(f"the checkpoint is of another network than this model's: {first}") from error
         for i, (tensor, value) in enumerate(zip(held, list(self.model.parameters()), strict=True)):
             if tensor is not value:
                 tensor.copy_(self.place.part(i, value.detach()))

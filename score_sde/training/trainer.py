@@ -208,7 +208,7 @@ class Trainer:
 
         Raises:
             ValueError: model, data and times do not fit; the directory has checkpoints and `resume` is False; the
-                checkpoint is of another seed or batch size, or of more than `steps` steps.
+                checkpoint is of another seed, batch size, network or number of examples, or of more than `steps` steps.
             DivergenceError: more than `max_nonfinite` non-finite steps. No checkpoint is written of that state.
         """
         distributed.start()
@@ -216,7 +216,7 @@ class Trainer:
         folder = None if directory is None else Path(directory)
         checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", self.keep_checkpoints)
         snapshots = None if folder is None else Checkpoints(folder / "snapshots", keep=None)
-        state = TrainingState(self, model, objective, time_sampler, seed)
+        state = TrainingState(self, model, objective, time_sampler, seed, data.size)
         last = None if checkpoints is None else distributed.agree(checkpoints.latest())
         if last is not None and not resume:
             raise ValueError(f"{directory} has checkpoints up to step {last}: resume it, or choose a new directory")
