@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from score_sde import grid as grids
@@ -103,10 +104,13 @@ class Start:
 
 
 def check_model(model: ScoreModel) -> None:
-    """Refuses, with TypeError, what is no score model."""
+    """Refuses, with TypeError, what is no score model, and warns of dropout that is at work."""
     if not isinstance(model, ScoreModel):
         raise TypeError(f"samples are drawn from a ScoreModel, got {type(model).__name__}: wrap a network, "
                         "LearnedScore(network, sde, parameterization, event_shape)")  # fmt: skip
+    parts = [*model.modules()] if isinstance(model, nn.Module) and model.training else []
+    if any(isinstance(part, nn.Dropout | nn.Dropout1d | nn.Dropout2d) and part.training and part.p for part in parts):
+        warnings.warn("the model is in training mode, its dropout changes every call: model.eval() first", stacklevel=4)
 
 
 def begin(

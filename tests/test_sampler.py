@@ -6,6 +6,7 @@ import functools
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -400,6 +401,21 @@ def test_impossible_grids_are_refused_before_any_call(make_grid, message):
 
 
 # --- the package ------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_that_is_at_work_is_warned_of():
+    network = torch.nn.Sequential(torch.nn.Dropout(0.5))
+    network.forward = lambda x, c_noise: network[0](x)
+    model, sampler = LearnedScore(network, VPSDE(), Karras(1.0), (2,)), Sampler(DDIM(), FIVE)
+    with pytest.warns(UserWarning, match=r"its dropout changes every call: model.eval\(\) first") as caught:
+        sampler.sample(model, (3, 2), seed=0)
+    assert caught[0].filename == __file__
+    network[0].p = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler.sample(model, (3, 2), seed=0)
+        network[0].p = 0.5
+        sampler.sample(model.eval(), (3, 2), seed=0)
 
 
 def test_importing_the_package_is_cheap_and_drags_nothing_in():

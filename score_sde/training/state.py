@@ -89,7 +89,12 @@ class TrainingState:
     """Weights, averages, optimiser, step, and counts since the last report."""
 
     def __init__(
-        self, trainer: Trainer, model: LearnedScore, objective: Objective, time_sampler: TimeSampler, seed: int,
+        self,
+        trainer: Trainer,
+        model: LearnedScore,
+        objective: Objective,
+        time_sampler: TimeSampler,
+        seed: int,
         examples: int | None = None,
     ) -> None:
         keep_freed_memory()
@@ -233,7 +238,7 @@ class TrainingState:
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Writes a checkpoint of whole tensors, which any number of processes can resume. All processes call it."""
-        state = {
+        state: dict[str, Any] = {
             "step": self.step,
             "seed": self.seed,
             "batch_size": self.trainer.batch_size,

@@ -381,7 +381,9 @@ def test_a_directory_with_checkpoints_is_not_overwritten(tmp_path):
         tiny.train(tmp_path, resume=True, data=TensorData(torch.zeros(70, 2)))
     wider = LearnedScore(MLP((2,), width=32, depth=2, frequencies=4), sdes.VPSDE(), Noise(), (2,))
     wider.network.blocks[0].branch.insert(1, torch.nn.Dropout(0.2))
-    with pytest.raises(ValueError, match=r"of another network than this model's: size mismatch for network\.") as refusal:
+    with pytest.raises(
+        ValueError, match=r"of another network than this model's: size mismatch for network\."
+    ) as refusal:
         tiny.train(tmp_path, resume=True, model=wider)
     assert "\n" not in str(refusal.value)
 
