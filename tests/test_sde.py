@@ -318,6 +318,11 @@ def a_user_sde(alpha=lambda t: 1 - t / 2, sigma=lambda t: t, **attributes):
         (a_user_sde(sigma=lambda t: torch.ones_like(t), alpha=lambda t: torch.ones_like(t)), "noise must grow with t"),
         (a_user_sde(alpha=lambda t: 1.0), r"torch\.ones_like\(t\)"),
         (a_user_sde(alpha=lambda t: torch.ones(())), r"torch\.ones_like\(t\)"),
+        (
+            a_user_sde(alpha=lambda t: 0.9 - torch.where(t < 0.5, t, 0.5 + (t - 0.5).sqrt()) / 8),
+            r"drift\(0\.\d+\) is not finite",
+        ),
+        (a_user_sde(drift=lambda self, t: t * torch.nan), r"drift\(0\.\d+\) is not finite: define it, or keep"),
         (a_user_sde(t_min=1.0), "t_min < t_max"),
         (a_user_sde(t_min=float("nan")), "t_min < t_max"),
         (VPSDE(t_min=0.0), r"VPSDE\.sigma\(0\) is 0"),
@@ -331,6 +336,13 @@ def test_unusable_schedules_are_refused(sde, message):
 
 def test_usable_schedules_are_not_refused(sde):
     sde.check()
+
+
+def test_a_constant_alpha_has_no_drift():
+    sde, t = a_user_sde(alpha=torch.ones_like), torch.linspace(0.1, 1, 5, dtype=F64)
+    sde.check()
+    assert torch.equal(sde.drift(t), torch.zeros_like(t))
+    torch.testing.assert_close(sde.diffusion(t) ** 2, 2 * t)
 
 
 @pytest.mark.parametrize(
