@@ -551,11 +551,14 @@ class DenoisedField(StandardField):
         return self.model.denoised(y * alpha, t, ids)
 
     def norm(self, rtol: float, atol: float) -> Norm:
-        """The tolerance of the standardised state Y = tanh(u) z, so that both fields mean the same by it."""
+        """The tolerance of the standardised state Y = tanh(u) z, so that both fields mean the same by it.
+
+        It is taken at the end of the step: z there, and not at the start, which a long step out of noise leaves far larger.
+        """
 
         def norm(error: Tensor, y: Tensor, end: Tensor, v: Tensor) -> Tensor:
             tanh = (1 + (-2 * v).exp() / self.std**2).rsqrt().to(self.dtype)
-            return rms(error) * tanh / torch.maximum(rms(y), rms(end)).mul(tanh).mul_(rtol).add_(atol)
+            return rms(error) * tanh / rms(end).mul(tanh).mul_(rtol).add_(atol)
 
         return norm
 

@@ -39,6 +39,7 @@ from score_sde.targets import GaussianMixture
 
 BUDGETS = (5, 10, 20, 50, 100)
 EXACT = 1e-9  # what counts as exact: rounding over a hundred moves stays below
+STATIONARY = 1.25  # and what as a corrector's stationary variance, over or under the law's
 
 Draws = Callable[[int, int], Tensor]
 """(move, k) -> the k-th draw of a move."""
@@ -91,6 +92,8 @@ class Certificate:
             faults.append(f"{self.counted:g} calls a move, declared {self.calls}")
         if not self.batch_independent:
             faults.append("samples of a batch are coupled")
+        if self.role == "corrector" and not 1 / STATIONARY < self.stationary < STATIONARY:
+            faults.append(f"the variance that it leaves stationary is {self.stationary:.3g} of the law's")
         return faults
 
     def row(self) -> dict[str, Any]:
@@ -186,7 +189,7 @@ def moments(
         Two tensors of shape (N, cases).
     """
     std = std[:, None]
-    keys: dict[tuple[int, int], int] = {}
+    keys = _Keys()
 
     def record(move: int, k: int) -> Tensor:
         keys.setdefault((move, k), len(keys) + 2)
@@ -428,6 +431,8 @@ def stationary_variance(step: Step, sde: SDE) -> float:
     affine = None if step.needs_density else _one_visit(step, sde, t)
     if affine is not None:
         contraction, noise = affine
+        if contraction.abs() >= 1:
+            return math.inf
         return (noise / (1 - contraction**2) / scale**2).item()
     evaluate = Gaussian(sde)
     g = torch.Generator().manual_seed(0)
@@ -470,7 +475,7 @@ def _one_visit(step: Step, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor] | None:
         return zero
 
     visit(one, record)
-    keys = {k: i for i, k in enumerate(dict.fromkeys(draws), start=1)}
+    keys = _Keys({k: i for i, k in enumerate(dict.fromkeys(draws), start=1)})
     unit = torch.eye(len(keys) + 1, dtype=torch.float64)
     response = torch.cat([visit(u[:1, None], partial(_chosen, u, keys)) for u in unit]).squeeze(1)
     z = torch.linspace(-1, 2, len(unit), dtype=torch.float64)
@@ -478,6 +483,15 @@ def _one_visit(step: Step, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor] | None:
     if not torch.allclose(mixed.squeeze(), response @ z, rtol=1e-9):
         return None
     return response[0], response[1:].square().sum()
+
+
+class _Keys(dict[Any, int]):
+    """The places of a run's draws among all."""
+
+    def __missing__(self, key: Any) -> int:
+        raise ValueError(
+            "the step draws other noise when it is run again: it keeps something on self, which no step may"
+        )
 
 
 def _chosen(values: Tensor, keys: Mapping[int, int], k: int) -> Tensor:

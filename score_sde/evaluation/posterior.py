@@ -116,7 +116,8 @@ def _log_snr(steps: int) -> grid.Grid:
 
 def _repaint(problem: Case, steps: int) -> Sampler:
     base = _log_snr(max(1, steps // 5))
-    again = partial(jump_back, base=base, length=max(1, steps // 50), repeats=5)
+    low = problem.noise_std / problem.operator.least_singular_value()
+    again = partial(jump_back, base=base, length=max(1, steps // 50), repeats=5, low=low)
     return Sampler(Ancestral(), again, corrector=Impute(problem.operator, problem.y, problem.noise_std))
 
 

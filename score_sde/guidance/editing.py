@@ -21,7 +21,7 @@ from score_sde.score import ScoreModel, reparameterize
 from score_sde.sde import SDE
 
 
-def jump_back(sde: SDE, base: Grid, length: int = 10, repeats: int = 10) -> Tensor:
+def jump_back(sde: SDE, base: Grid, length: int = 10, repeats: int = 10, low: float = 0.0) -> Tensor:
     """RePaint's resampling: after every `length` steps of the base grid, `repeats` - 1 times back up and down again.
 
     A grid of N steps becomes one of `repeats` N steps down, with a jump up before each repeat; a jump costs no call.
@@ -32,17 +32,20 @@ def jump_back(sde: SDE, base: Grid, length: int = 10, repeats: int = 10) -> Tens
         base: the grid to repeat, e.g. `functools.partial(grid.uniform, steps=250)`.
         length: steps of one jump, 1 or more.
         repeats: how often each stretch is gone through, 1 (no jump) or more.
+        low: the noise level sigma / alpha below which no stretch is repeated. With `Impute` of noisy observations,
+            noise_std / operator.least_singular_value(): below it nothing knows of y, and each repeat forgets more of it.
 
     Raises:
         ValueError: length or repeats is below 1.
     """
     length, repeats = whole("length", length), whole("repeats", repeats)
     times = base(sde)
-    parts = [times[:1]]
+    level, parts = sde.sigma(times) / sde.alpha(times), [times[:1]]
     for first in range(1, len(times), length):
         stretch = times[first : first + length]
         parts.append(stretch)
-        parts += [times[first - 1 : first], stretch] * (repeats - 1)
+        if level[first : first + length][-1] >= low:
+            parts += [times[first - 1 : first], stretch] * (repeats - 1)
     return torch.cat(parts)
 
 

@@ -110,10 +110,13 @@ class Replacement(Observed):
         return moved(prediction, _operator(self).pseudo_inverse(y - _operator(self)(prediction.denoised)))
 
     def start(self, z: Tensor) -> Tensor:
-        x = self.model.start(z)
+        return self.start_at(z, self.sde.t_max)
+
+    def start_at(self, z: Tensor, t: float) -> Tensor:
+        x = self.model.start_at(z, t)
         if self.y is None:
             return x
-        alpha, sigma = (part(self.sde.t_max).item() for part in (self.sde.alpha, self.sde.sigma))
+        alpha, sigma = (part(t).item() for part in (self.sde.alpha, self.sde.sigma))
         operator = _operator(self)
         return x + operator.pseudo_inverse(alpha * self.y.to(z) - operator(x - sigma * z))
 

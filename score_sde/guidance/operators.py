@@ -125,6 +125,13 @@ class LinearOperator(Operator):
         kept = s2 > self.rcond**2 * s2.max()
         return torch.where(kept, 1 / torch.where(kept, s2, 1), 0)
 
+    def least_singular_value(self) -> float:
+        """The least one that counts as non-zero: an observation with noise n says nothing at noise levels below n over it."""
+        seen: list[Tensor] = []
+        self.gram(torch.zeros(1, *self.output_shape, dtype=torch.float64), lambda s2: seen.append(s2) or s2)  # type: ignore[func-returns-value]
+        (s2,) = seen
+        return s2[self.invert(s2) > 0].min().sqrt().item()
+
     def matrix(self) -> Tensor:
         """A as a dense float64 matrix, shape (prod(output_shape), prod(input_shape))."""
         size = math.prod(self.input_shape)

@@ -145,6 +145,43 @@ class MyApproximateAncestral(MyAncestral):
     point_mass = False
 
 
+class WeakLangevin(LangevinCorrector):
+    """Noise sqrt(eps) for sqrt(2 eps)."""
+
+    def coefficients(self, sde, times, s) -> Coefficients:
+        a, b, c = super().coefficients(sde, times, s)
+        return a, b, c / 2**0.5
+
+
+class FallingLangevin(LangevinCorrector):
+    """Down the score: x <- x - eps score + noise."""
+
+    def coefficients(self, sde, times, s) -> Coefficients:
+        a, (b,), c = super().coefficients(sde, times, s)
+        return 2 - a, [-b], c
+
+
+class Counter(DDIM):
+    """Draws by a number that it keeps."""
+
+    count = 0
+
+    def advance(self, row, x, history, evaluate, draw):
+        self.count += 1
+        return super().advance(row, x, history, evaluate, lambda k: draw(self.count))
+
+
+def test_wrong_correctors_are_exposed():
+    (weak,), (falling,) = (certify(make(), SDE, budgets=(5,)).faults for make in (WeakLangevin, FallingLangevin))
+    assert weak == "the variance that it leaves stationary is 0.506 of the law's"
+    assert falling == "the variance that it leaves stationary is inf of the law's"
+
+
+def test_a_step_that_remembers_its_runs_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="draws other noise when it is run again: it keeps something on self"):
+        certify(Counter(eta=1.0), SDE, budgets=(5,))
+
+
 def test_the_published_third_order_multistep_solver_is_of_second_order():
     published, repaired = certify(Published3M(), SDE, budgets=(5,)), certify(Repaired3M(), SDE, budgets=(5,))
     assert abs(published.measured - 2) < 0.2

@@ -12,6 +12,8 @@ from exact_models import Shrink
 from score_sde import grid
 from score_sde.adaptive import AdaptiveODE
 from score_sde.adaptive_sde import AdaptiveSDE
+from score_sde.evaluation import affine
+from score_sde.evaluation.posterior import Problem
 from score_sde.guidance import (
     DDRM,
     Blur,
@@ -108,6 +110,10 @@ def test_jump_back_goes_through_every_stretch_again():
     assert torch.equal(times, torch.cat([first, first, second[1:], second]))
     grid.check(times, SDE)
     assert torch.equal(jump_back(SDE, partial(grid.uniform, steps=6), 3, 1), base)
+    low = (SDE.sigma(base[5]) / SDE.alpha(base[5])).item() * 0.999
+    part = jump_back(SDE, partial(grid.uniform, steps=6), length=1, repeats=2, low=low)
+    again = [base[j] for i in range(1, 6) for j in (i, i - 1, i)]
+    assert torch.equal(part, torch.stack([base[0], *again, base[6]]))
     for length in (1, 2, 3):  # below a time the rest is gone through as it was, without what led back above
         jumps = partial(jump_back, base=partial(grid.uniform, steps=6), length=length, repeats=3)
         rest = below(SDE, jumps, 0.6)
@@ -138,6 +144,22 @@ def test_repaint_comes_nearer_to_the_posterior_than_replacement():
     repaint = Sampler(Ancestral(), again, corrector=Impute(operator, y)).sample(model, (4000, 2), seed=0)
     assert abs(repaint.x[:, 1].mean().item() - mean) < 0.5 * abs(once - mean)
     assert abs(once - mean) > 0.1  # the known bias
+
+
+def test_repaint_of_a_noisy_observation_falls_with_repeats_above_its_level_and_forgets_it_below():
+    """Exact laws: W2 to the posterior, over its spread. Below sigma / alpha = noise / s each repeat leaves y alone."""
+    operator = Matrix([[0.5, 0.0]])
+    prior = GaussianMixture([1.0], [[0.5, -0.3]], [[[1.0, 0.8], [0.8, 1.0]]])
+    problem = Problem(prior, operator, torch.tensor([0.6], dtype=torch.float64), 0.15, SDE)
+    low = 0.15 / operator.least_singular_value()
+
+    def distance(repeats: int, low: float) -> float:
+        again = partial(jump_back, base=partial(grid.log_snr, steps=60), length=1, repeats=repeats, low=low)
+        sampler = Sampler(Ancestral(), again, corrector=Impute(operator, problem.y, 0.15))
+        return affine.bias(affine.sampled_law(sampler, problem.model), problem.posterior)["w2"]
+
+    assert distance(10, low) < 0.4 * distance(1, low)
+    assert distance(10, 0.0) > 2 * distance(1, 0.0)
 
 
 @pytest.mark.parametrize("make", [lambda a, y: Impute(a, y, 0.1), lambda a, y: DDRM(a, y, 0.1)])

@@ -117,6 +117,14 @@ def test_replacement_keeps_the_seen_part_on_the_forward_process_of_y():
         assert (z.var(0) - 1).abs().max() < 4.5 * (2 / 4000) ** 0.5
 
 
+@pytest.mark.parametrize("t", [0.2, 1.0])
+def test_replacement_starts_at_any_time_with_what_a_sees_of_the_forward_process(t):
+    sde, operator, y = VPSDE(), Matrix([[1.0, -1.0, 0.0, 0.5]]), torch.tensor([0.7])
+    z = torch.randn(50, D, generator=torch.Generator().manual_seed(0))
+    x = Replacement(ExactScore(gaussian(), sde), operator, y).start_at(z, t)
+    torch.testing.assert_close(operator(x), sde.alpha(t).float() * y + sde.sigma(t).float() * operator(z))
+
+
 METHODS = {
     "replacement": lambda m, a, y: Replacement(m, a, y),
     "dps": lambda m, a, y: DPS(m, a, y, 0.5),

@@ -89,6 +89,12 @@ def test_gram_is_a_function_of_the_matrix(operator):
     torch.testing.assert_close(got.flatten(1), torch.linalg.solve(system, y.flatten(1)), rtol=1e-9, atol=1e-9)
 
 
+def test_the_least_singular_value_is_that_of_the_matrix(operator):
+    values = torch.linalg.svdvals(operator.matrix())
+    expected = values[values > 1e-5 * values[0]][-1].item()
+    assert operator.least_singular_value() == pytest.approx(expected, rel=1e-5)
+
+
 def test_projector_keeps_what_is_seen(operator):
     x = draw(operator.input_shape)
     seen = operator.project(x)
