@@ -52,7 +52,7 @@ class Impute(_ObservedStep):
     observation's own it is sigma^2; coordinates known worse than that are left alone. With `jump_back` this is RePaint;
     without jumps, the replacement of Song et al. for any predictor. Assumes: linear A. Cost: no call of its own, but
     jumps multiply the predictor's. Bias: falls with more repeats, where noisy observations give the jumps their `low`:
-    repeats below it forget y. Certificate (a fifth of the steps, 5 repeats): 0.05 / 0.07.
+    repeats below it forget y. Certificate (5 repeats above it): 0.03 / 0.06.
     Source: Song et al. 2021, appendix I.2; Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865, algorithm 1.
 
     Args:
