@@ -28,6 +28,9 @@ METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 class ProbabilityFlowODE(ErrorControlled):
     """The probability-flow ODE by `scipy.integrate.solve_ivp`.
 
+    It is integrated over t. Between the steps of a `DiscreteSDE` the rate of lambda jumps, which step-size control does not
+    see: there errors are tens of times the tolerance, and `AdaptiveODE`, which integrates over the noise level, is to be had.
+
     Args:
         method: one of scipy's: RK45, RK23, DOP853, Radau, BDF, LSODA.
         rtol, atol: relative and absolute tolerance of the step-size control, in root mean square over what is controlled.
