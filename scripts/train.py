@@ -51,6 +51,8 @@ def main(config: DictConfig) -> float:
     parts = {name: instantiate(config[name], trust) for name in ("objective", "time_sampler", "trainer")}
     samplers = common.samplers_of(config, trust)
     preview: Sampler = instantiate(common.sampler_config(config.sampler), trust)
+    if not samplers and not isinstance(model, NoisyClassifier):  # which has no samples
+        raise ValueError("evaluation.samplers=[] leaves nothing to evaluate: name one or more, or null for `sampler`")
     parts["trainer"].check(model, data, parts["time_sampler"])
     for sampler in (preview, *samplers.values()):
         sampler.check(model.sde)
@@ -180,7 +182,7 @@ def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str], override
 
 
 def check_metrics(config: DictConfig, data: Data) -> None:
-    """Refuses, with ValueError, metrics that these data do not have, no samplers, and counts that show nothing."""
+    """Refuses, with ValueError, metrics that these data do not have and counts that show nothing."""
     known = known_metrics(data.target)
     chosen = config.evaluation.metrics or known
     for name in (*chosen, config.evaluation.objective):
@@ -188,8 +190,6 @@ def check_metrics(config: DictConfig, data: Data) -> None:
             raise ValueError(f"unknown metric {name!r}; for these data: {', '.join(known)}")
     if config.evaluation.objective not in chosen:
         raise ValueError(f"evaluation.objective={config.evaluation.objective} is not among evaluation.metrics: add it")
-    if not (config.evaluation.samplers is None or common.listed(config.evaluation.samplers)):
-        raise ValueError("evaluation.samplers=[] leaves nothing to evaluate: name one or more, or null for `sampler`")
     for name, least in (("num_samples", 2), ("num_previews", 1), ("evaluation.num_periodic", 2)):
         count = OmegaConf.select(config, name)
         if count is not None:
