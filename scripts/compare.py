@@ -35,6 +35,8 @@ SHOWN = {"nfe": "calls", "seconds_per_sample": "s per sample", "endpoint_error":
 
 @common.main("compare")
 def main(config: DictConfig) -> None:
+    for name in ("samplers", "budgets", "seeds"):
+        config[name] = common.listed(config[name])
     if config.task:
         restoring.run_task(config)
         return
@@ -45,7 +47,7 @@ def main(config: DictConfig) -> None:
     for line in absent:
         print(line)
     table = compare(
-        models, samplers, budgets=common.listed(config.budgets), reference=reference, seeds=common.listed(config.seeds),
+        models, samplers, budgets=list(config.budgets), reference=reference, seeds=list(config.seeds),
         num_samples=config.num_samples, metrics=metrics, seed=config.seed, pairs=config.pairs,
         batch_size=config.batch_size, processes=config.processes, directory=folder,
     )  # fmt: skip
@@ -103,7 +105,7 @@ def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:
     """
     found: dict[str, Any] = {}
     absent: list[str] = []
-    for name, given in [*((name, name) for name in common.listed(config.samplers)), *config.own.items()]:
+    for name, given in [*((name, name) for name in config.samplers), *config.own.items()]:
         node = common.named("sampler", given) if isinstance(given, str) else given
         try:
             found[name] = contestant(node, config)

@@ -116,7 +116,7 @@ def test_a_killed_run_is_taken_up_where_it_was(compared: Path, tmp_path: Path) -
 WRONG = {
     "no tables": (["target=ring", "samplers=[tuned]"], "outputs/tuned/ring/vp holds no tables tuned-<calls>.json"),
     "unknown metric": (["target=ring", "metrics=[fid]"], "unknown metric 'fid'"),
-    "nothing can run": (["target=ring", "samplers=[annealed_langevin]", "budgets=[3]"], "no sampler could run"),
+    "nothing can run": (["target=ring", "samplers=annealed_langevin", "budgets=3"], "no sampler could run"),
     "untrusted code": (["target=ring", "+own.x._target_=os.system"], "is refused"),
 }
 

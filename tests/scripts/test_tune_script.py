@@ -30,7 +30,7 @@ def test_a_target_is_tuned_and_measured_beside_spectrum_and_untuned(tmp_path: Pa
     assert set(table["seed"]) == {0, 1}
     assert (folder / "tuning.png").exists()
     assert "tuning.csv" in said
-    quick = ["budgets=[2,4]", "seeds=[0]", "num_samples=40", "metrics=[sliced_w2]", "pairs=0", "output=compared"]
+    quick = ["budgets=[2,4]", "seeds=0", "num_samples=40", "metrics=[sliced_w2]", "pairs=0", "output=compared"]
     script("compare", "target=ring", "samplers=[tuned,spectrum]", *quick, cwd=tmp_path)
     compared = pd.read_csv(tmp_path / "compared/comparison.csv")
     assert sorted(zip(compared["sampler"], compared["nfe"], strict=True)) == [
