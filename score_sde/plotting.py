@@ -9,6 +9,7 @@ than let one outlier set the scale.
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ ARROWS: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "pivo
                           "headwidth": 3.5, "headlength": 4, "headaxislength": 3.5}  # fmt: skip
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8, "title_fontsize": 8, "alignment": "left"}
 NOISE_LEVEL = "noise level  $\\sigma / \\alpha$"
+QUARTILE = re.compile("_q[1-4]$")
 QUARTILES = "quartiles of noise levels,\nq1: least, q4: most noise"
 METRIC_NAMES = {
     "sliced_w2": "sliced $W_2$",
@@ -317,11 +319,12 @@ def loss_curves(
         The smoothed lines, one a column.
     """
     names = list(columns) if columns else [name for name in metrics if str(name).startswith("loss")]
-    parts = [name for name in names if name != "loss"]
-    colours = dict(zip(parts, TIME(np.linspace(0, 1, len(parts))), strict=True)) | {"loss": INK}
+    whole = next((name for name in names if not QUARTILE.search(str(name))), None)
+    parts = [name for name in names if name != whole]
+    colours = dict(zip(parts, TIME(np.linspace(0, 1, len(parts))), strict=True))
     lines = []
     for name in names:
-        colour = colours[name]
+        colour = colours.get(name, INK)
         curve = metrics[["step", name]].dropna()
         smooth = curve[name].ewm(halflife=max(1.0, halflife * len(curve))).mean()
         ax.plot(curve["step"], curve[name], color=colour, alpha=0.18, linewidth=0.6)
@@ -330,8 +333,13 @@ def loss_curves(
     if (values > 0).any() and not (values <= 0).any():
         ax.set_yscale("log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    quartiles = any("_q" in str(name) for name in names)
-    curves(ax, "training step", "loss", legend="beside", title=QUARTILES if quartiles else "")
+    curves(
+        ax,
+        "training step",
+        "loss",
+        legend="beside",
+        title=QUARTILES if any(QUARTILE.search(str(name)) for name in names) else "",
+    )
     return lines
 
 

@@ -184,6 +184,16 @@ def test_the_line_of_all_noise_levels_is_dark_and_those_of_quartiles_have_colour
         assert [tuple(colour) for colour in colours.values()] == [plotting.TIME(0.0), plotting.TIME(1.0)]
 
 
+def test_a_quartile_has_one_colour_whatever_the_loss(ax: Axes) -> None:
+    table = pd.DataFrame(
+        {"step": [1, 2]} | {f"{kind}{q}": [1.0, 0.5] for kind in ("loss", "fisher") for q in ("", "_q1", "_q2")}
+    )
+    of = [[line.get_color() for line in plotting.loss_curves(ax, table, columns=[f"{kind}{q}" for q in ("", "_q1", "_q2")])]
+          for kind in ("loss", "fisher")]  # fmt: skip
+    assert np.array_equal(*(colours[1:] for colours in of))
+    assert of[0][0] == of[1][0] == plotting.INK
+
+
 def test_quartiles_are_explained_beside_the_losses_and_steps_are_whole(ax: Axes) -> None:
     metrics = pd.DataFrame({"step": [1, 2, 3], "loss": [1.0, 2.0, 4.0], "loss_q1": [3.0, 2.0, 1.0]})
     plotting.loss_curves(ax, metrics)
