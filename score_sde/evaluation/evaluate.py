@@ -97,6 +97,8 @@ def evaluate(
     Raises:
         ValueError: no sampler, no such metric, too few samples or examples to compare, or what `Reference.of` refuses.
     """
+    if not samplers:
+        raise ValueError("nothing to evaluate: give one sampler or more")
     labels = (condition or {}).get("label")
     data, classifier_data = (_of_labels(part, labels) for part in (data, classifier_data))
     yardstick = _yardstick(data, num_samples, metrics, seed)
@@ -107,8 +109,6 @@ def evaluate(
                          device=model.device, progress=progress)
             for name, extractor in (features or {}).items()]  # fmt: skip
     views += [FeatureView(reference) for reference in made]
-    if not samplers:
-        raise ValueError("nothing to evaluate: give one sampler or more")
     neighbours = _MemorizationView(data, model.device) if memorization and _is_set_of_images(data) else None
     views += [neighbours] if neighbours else []
     samples, tables, near = {}, [], {}

@@ -139,5 +139,5 @@ def test_samples_do_not_depend_on_the_batches():
 
 def test_features_of_points_are_refused():
     with pytest.raises(ValueError, match="'pca' are for finite sets of images"):
-        evaluate(ExactScore(targets.make("ring"), VPSDE()), TargetStream(targets.make("ring")), {}, num_samples=20,
+        evaluate(ExactScore(targets.make("ring"), VPSDE()), TargetStream(targets.make("ring")), {"ddim": None}, num_samples=20,
                  features={"pca": PCA(2)})  # fmt: skip
