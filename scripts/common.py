@@ -38,7 +38,7 @@ from score_sde.checks import whole
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, measure_sigma_data, measure_sigma_max
 from score_sde.run import Run, instantiate
-from score_sde.training import DivergenceError
+from score_sde.training import DivergenceError, write_atomically
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # What a wrong input raises; anything else is a bug of ours and keeps its traceback.
@@ -285,7 +285,7 @@ def sde_of(config: DictConfig, data: Data | None = None) -> SDE:
 
 def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
     """What an `evaluation` config adds to the metrics, as arguments of `score_sde.evaluation.evaluate`."""
-    own = OmegaConf.to_container(settings, resolve=True)  # while it stands in its config, whose values it may name
+    own = plain(settings)  # while it stands in its config, whose values it may name
     settings = OmegaConf.merge(named("evaluation", "default"), own)  # runs of before have fewer keys
     labelled = settings.classifier_data
     return {
@@ -356,7 +356,7 @@ def folder_of(settings: Mapping[str, Any], home: Path) -> Path:
         if not record.exists() or json.loads(record.read_text()) == own:
             break
     folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(own, indent=2) + "\n")
+    write_atomically(record, json.dumps(own, indent=2) + "\n")
     return folder
 
 

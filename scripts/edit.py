@@ -37,8 +37,7 @@ Edited = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 @common.main("edit")
 def main(config: DictConfig) -> None:
-    check_options(config.task, HydraConfig.get().overrides.task)
-    run_task(config)
+    run_task(config, HydraConfig.get().overrides.task)
 
 
 def check_options(task: str, overrides: Sequence[str]) -> None:
@@ -51,9 +50,9 @@ def check_options(task: str, overrides: Sequence[str]) -> None:
             raise ValueError(f"{override} does nothing in task={task}, which {takes}: leave it out")
 
 
-def run_task(config: DictConfig) -> Path:
-    """Carries out the task and returns the folder of its results."""
-    one_of("task", config.task, OPTIONS)
+def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
+    """Carries out the task, for which the `overrides` were given, and returns the folder of its results."""
+    check_options(config.task, overrides)
     for name in ("count", "draws"):
         whole(name, config[name])
     run = common.open_run(config)
