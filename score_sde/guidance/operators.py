@@ -128,9 +128,13 @@ class LinearOperator(Operator):
     def least_singular_value(self) -> float:
         """The least one that counts as non-zero: an observation with noise n says nothing at noise levels below n over it."""
         seen: list[Tensor] = []
-        self.gram(torch.zeros(1, *self.output_shape, dtype=torch.float64), lambda s2: seen.append(s2) or s2)  # type: ignore[func-returns-value]
-        (s2,) = seen
-        return s2[self.invert(s2) > 0].min().sqrt().item()
+
+        def look(s2: Tensor) -> Tensor:
+            seen.append(s2[self.invert(s2) > 0].min())
+            return s2
+
+        self.gram(torch.zeros(1, *self.output_shape, dtype=torch.float64), look)
+        return seen[0].sqrt().item()
 
     def matrix(self) -> Tensor:
         """A as a dense float64 matrix, shape (prod(output_shape), prod(input_shape))."""
