@@ -139,8 +139,8 @@ class Trainer:
                 f"snapshot_every={self.snapshot_every} stores power_emas, and there are none: give e.g. [0.05, 0.1]"
             )
         decays(self)  # refuses widths that no power function has
-        _require("betas", self.betas, len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-                 "two numbers in [0, 1)")  # fmt: skip
+        pair = isinstance(self.betas, Sequence) and len(self.betas) == 2
+        _require("betas", self.betas, pair and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         self.betas = (float(self.betas[0]), float(self.betas[1]))  # plain numbers, whatever list a config gives
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")

@@ -161,6 +161,7 @@ WRONG = {
     "no sweep": ("report", ["nowhere"], "folder 'nowhere' does not exist"),
     "no sweep named": ("report", [], "no folder is given: give the folder of a sweep"),
     "one beta": ("train", ["trainer.betas=[0.9]"], "betas=[0.9] must be two numbers in [0, 1)"),
+    "a number for betas": ("train", ["trainer.betas=0.9"], "betas=0.9 must be two numbers in [0, 1)"),
     "a key that another group lacks": (
         "train",
         ["time_sampler=loss_aware"],
