@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsFloat
 
-__all__ = ["one_of", "whole"]
+from torch import Tensor
+
+__all__ = ["number", "one_of", "tensor", "whole", "wholes"]
 
 
 def one_of(name: str, value: str, known: Iterable[str]) -> str:
@@ -19,8 +21,34 @@ def one_of(name: str, value: str, known: Iterable[str]) -> str:
 
 def whole(name: str, value: Any, least: float = 1) -> int:
     """The value as an int, where it is a whole number of any type and at least `least`."""
-    number = isinstance(value, SupportsFloat) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or int(value) != value or value < least:
+    if not _is_number(value) or not math.isfinite(value) or int(value) != value or value < least:
         bound = "" if least == -math.inf else f" >= {least}"
         raise ValueError(f"give a whole number {name}{bound}, got {name}={value!r}")
     return int(value)
+
+
+def wholes(name: str, values: Any, least: float = 1) -> list[int]:
+    """The values, or one alone, as a list of ints, where there are some and each is `whole`."""
+    given = values if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+    if not len(given):
+        raise ValueError(f"{name} is empty: give one or more")
+    return [whole(name, value, least) for value in given]
+
+
+def number(name: str, value: Any, least: float = -math.inf, above: float = -math.inf) -> float:
+    """The value as a float, where it is a number of any type, at least `least` and greater than `above`."""
+    if not _is_number(value) or not value >= least or not (value > above or above == -math.inf):
+        bound = f" > {above:g}" if above > -math.inf else f" >= {least:g}" if least > -math.inf else ""
+        raise ValueError(f"give a number {name}{bound}, got {name}={value!r}")
+    return float(value)
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """The value, where it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a tensor, got {type(value).__name__}: torch.as_tensor makes one")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, SupportsFloat) and not isinstance(value, bool)

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from score_sde.checks import whole
+from score_sde.checks import number, whole
 from score_sde.sde import SDE
 
 Grid = Callable[[SDE], Tensor]
@@ -48,9 +48,11 @@ def check_callable(grid: Grid) -> None:
     if not callable(grid):
         raise ValueError(f"grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100); got {grid!r}")
     try:
+        if isinstance(grid, partial):  # what is bound, first of all
+            inspect.signature(grid.func).bind_partial(*grid.args, **grid.keywords)
         inspect.signature(grid).bind(None)
     except TypeError as error:
-        name = getattr(grid, "__name__", repr(grid))
+        name = getattr(grid.func if isinstance(grid, partial) else grid, "__name__", repr(grid))
         raise ValueError(f"grid is a function of the SDE alone, {name} is not ({error}): bind the rest, "
                          "e.g. partial(grid.uniform, steps=100)") from None  # fmt: skip
 
@@ -87,7 +89,7 @@ def karras(sde: SDE, steps: int, rho: float = 7.0) -> Tensor:
     EDM's "N steps" are its N noise levels: steps = N - 1 here, and the last step to zero is the sampler's
     `final="denoise"`.
     """
-    if not 0 < rho < math.inf:
+    if not 0 < number("rho", rho) < math.inf:
         raise ValueError(f"the Karras grid needs a finite rho > 0, got rho={rho}")
     first, last = ((-sde.half_log_snr(t) / rho).exp() for t in (sde.t_max, sde.t_min))
     return _between(sde, sde.time_at(-rho * (first + _fractions(steps) * (last - first)).log()))
@@ -102,7 +104,7 @@ def poly_exponential(sde: SDE, steps: int, rho: float = 1.0) -> Tensor:
     rho = 1 is `log_snr`; a larger rho spends more steps near the data. Source: k-diffusion's
     `get_sigmas_polyexponential`.
     """
-    if not 0 < rho < math.inf:
+    if not 0 < number("rho", rho) < math.inf:
         raise ValueError(f"the poly-exponential grid needs a finite rho > 0, got rho={rho}")
     first, last = sde.half_log_snr(sde.t_max), sde.half_log_snr(sde.t_min)
     return _between(sde, sde.time_at(last + (first - last) * (1 - _fractions(steps)) ** rho))

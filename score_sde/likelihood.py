@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from score_sde.adaptive import PAIRS, Norm, PerSample, integrate, mixed_tolerance, whole_lanes
-from score_sde.checks import one_of, whole
+from score_sde.checks import one_of, tensor, whole
 from score_sde.memory import keep_freed_memory
 from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS as SCIPY
@@ -334,7 +334,7 @@ class _Flow:
         trace: Trace | None = None,
     ) -> None:  # fmt: skip
         condition = dict(condition or {})
-        if not x.is_floating_point():
+        if not tensor("x", x).is_floating_point():
             raise TypeError(f"{x.dtype} data have no density: dequantise them (likelihood.dequantize, or "
                             "discrete_log_likelihood), or pass real numbers")  # fmt: skip
         model.check(x.shape, condition)

@@ -451,6 +451,11 @@ def comparison_multiples(
     for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
     _share_curves(figure, axes, len(names), AGAINST[against], METRIC_NAMES.get(metric, metric))
+    budgets = sorted(set(table["budget"]) - {0})
+    if against == "nfe" and 1 < len(budgets) <= 7:
+        for ax in axes.flat[: len(names)]:
+            ax.set_xticks(budgets, [str(budget) for budget in budgets])
+            ax.set_xticks([], minor=True)
     return figure
 
 
@@ -687,7 +692,7 @@ def likelihood_histogram(ax: Axes, values: Mapping[str, Tensor], label: str) -> 
         mean, inside = v.double().mean().item(), v.double().cpu().clamp(low, high).numpy()
         ax.hist(inside, bins, density=True, color=colour, alpha=0.5, label=f"{name}: {mean:.4g}")
         ax.axvline(mean, color=colour, linestyle="--", linewidth=1.2)
-    curves(ax, label, "density", title="means (dashed)")
+    curves(ax, label, "density", legend="beside", title="means (dashed)")
 
 
 def trajectory_comparison(

@@ -78,10 +78,9 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, config: DictConfig | Mapping[str, Any], trust: Sequence[str] = ()) -> Run:
-        """A new run with a config (see `save_config`). Raises ValueError where the directory has another's checkpoints."""
+        """A new run with a config (see `save_config`). Raises ValueError where the directory holds a run already."""
         run = cls(path, trust)
-        if run.checkpoints.latest() is not None:
-            raise ValueError(f"{path} has checkpoints of another run: open it with Run.open, or choose a new directory")
+        run.claim()
         run.save_config(config)
         return run
 
@@ -99,6 +98,18 @@ class Run:
                 f"{run.path} {missing}, so it is no run: give the folder that scripts/train.py wrote"
             )
         return run
+
+    def claim(self) -> None:
+        """Takes the directory for a new run. Raises ValueError where it holds one, if only since an instant."""
+        if not distributed.is_main():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            if self.checkpoints.latest() is not None:
+                raise FileExistsError
+            (self.path / "config.yaml").touch(exist_ok=False)
+        except FileExistsError:
+            raise ValueError(f"{self.path} holds a run already: continue it, or choose a new directory") from None
 
     @cached_property
     def config(self) -> DictConfig:

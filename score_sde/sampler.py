@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from score_sde import grid as grids
-from score_sde.checks import one_of, whole
+from score_sde.checks import number, one_of, tensor, whole
 from score_sde.cuda_graph import GraphedMoves
 from score_sde.grid import Grid
 from score_sde.memory import keep_freed_memory
@@ -69,7 +69,7 @@ class ErrorControlled:
     """
 
     def __init__(self, rtol: float, atol: float, final: str) -> None:
-        if not (0 < rtol < 1 and 0 < atol < math.inf):
+        if not (0 < number("rtol", rtol) < 1 and 0 < number("atol", atol) < math.inf):
             raise ValueError(f"tolerances are positive (and rtol below 1), got {rtol=} and {atol=}")
         self.rtol, self.atol, self.final = float(rtol), float(atol), one_of("final", final, FINALS)
 
@@ -136,10 +136,12 @@ def begin(
         raise TypeError(
             f"noise is a noise source such as SampleNoise(range({shape[0]})), got {noise!r}; see also seed="
         )
-    if x_init is not None and tuple(x_init.shape) != tuple(shape):
+    if x_init is not None and tuple(tensor("x_init", x_init).shape) != tuple(shape):
         raise ValueError(f"x_init has shape {tuple(x_init.shape)}, but samples of shape {tuple(shape)} are asked for")
     if x_init is not None and not x_init.is_floating_point():
         raise TypeError(f"x_init is a floating-point tensor, got {x_init.dtype}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is one of torch's, such as torch.float64, got {dtype!r}")
     device = model.device if x_init is None else x_init.device
     dtype = dtype or (torch.get_default_dtype() if x_init is None else x_init.dtype)
     stream = (noise or BatchNoise(seed)).open(shape, dtype, device)
@@ -200,9 +202,13 @@ class Sampler:
                 raise ValueError(f"{role} is a Step, got {step!r}: construct it, e.g. EulerMaruyama()")
             if step is not None and step.role != role:
                 raise ValueError(f"{type(step).__name__} is a {step.role}, it cannot be the {role}")
-        if corrector_where is not None and (corrector is None or not callable(corrector_where)):
+        if corrector_where is not None and corrector is None:
+            raise ValueError(
+                "corrector_where says where a corrector acts, and there is none: give one, or leave it out"
+            )
+        if corrector_where is not None and not callable(corrector_where):
             raise ValueError("corrector_where is a function (SDE, times) -> mask of the grid times at which the corrector "
-                             f"acts, got {corrector_where!r} and the corrector {corrector!r}")  # fmt: skip
+                             f"acts, got {corrector_where!r}")  # fmt: skip
         grids.check_callable(grid)
         if cuda_graph and not torch.cuda.is_available():
             raise ValueError("cuda_graph=True needs a CUDA device, and torch sees none: leave it out")

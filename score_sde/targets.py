@@ -109,6 +109,8 @@ def _once(values: Tensor) -> Tensor:
 
 
 def _like_generator(shape: Sequence[int], generator: torch.Generator | None) -> dict[str, Any]:
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"sample_shape is a tuple, such as ({shape},), got {shape!r}")
     return {"size": tuple(shape), "generator": generator, "device": generator.device if generator else "cpu"}
 
 

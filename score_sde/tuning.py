@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from score_sde import grid as grids
 from score_sde.adaptive import AdaptiveODE
-from score_sde.checks import one_of, whole
+from score_sde.checks import number, one_of, whole
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ScoreModel
@@ -443,8 +443,8 @@ def check(
     one_of("method", method, METHODS)
     for name, value in (("steps", steps), ("iterations", iterations), ("starts", starts)):
         whole(name, value)
-    if not (minutes is None or minutes > 0):
-        raise ValueError(f"minutes are positive, or None for as long as it takes; got {minutes}")
+    if minutes is not None:  # for as long as it takes
+        number("minutes", minutes, above=0)
 
 
 def converged_pairs(
@@ -460,8 +460,7 @@ def converged_pairs(
     samples = min(max(2**16 // dimension, 1024), 2**14) if samples is None else samples
     batch_size = min(max(2**12 // dimension, 64), 512) if batch_size is None else batch_size
     samples, batch_size = whole("samples", samples), whole("batch_size", batch_size)
-    if not robust > 0:
-        raise ValueError(f"robust is positive, got {robust}")
+    robust = number("robust", robust, above=0)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(samples + (samples + 1) // 2, *model.event_shape, generator=generator)
     x = model.start(noise.to(model.device))

@@ -11,7 +11,8 @@ from pathlib import Path
 import common
 from omegaconf import DictConfig
 
-from score_sde.evaluation.benchmark import Sizes, benchmark, machine
+from score_sde.checks import one_of
+from score_sde.evaluation.benchmark import PARTS, Sizes, benchmark, machine
 from score_sde.training import write_atomically
 
 
@@ -19,9 +20,12 @@ from score_sde.training import write_atomically
 def main(config: DictConfig) -> None:
     device = common.device_of(config.device)
     sizes = Sizes.quick() if config.quick else Sizes(rounds=config.rounds)
+    parts = [one_of("a part", part, PARTS) for part in config.parts]
+    if not parts:
+        raise ValueError(f"parts=[] leaves nothing to measure: give some of {', '.join(PARTS)}")
     record = {"machine": machine(device)}
     print(", ".join(f"{key}: {value}" for key, value in record["machine"].items()))
-    for part in config.parts:
+    for part in parts:
         table = benchmark([part], device, sizes, progress=True)[part]
         record[part] = table.to_dict("records")
         print(f"\n{part}")

@@ -1,8 +1,7 @@
-"""What the scripts share: Hydra's entry with one-line errors, named config files, and the figures of a run."""
+"""What the scripts share: Hydra's entry with one-line errors, named config files, and folders of results."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import json
@@ -11,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import command_line
 import hydra
+from command_line import listed, unknown
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
@@ -48,7 +50,8 @@ REFUSALS = (ValueError, TypeError, OSError, ImportError, DivergenceError, HydraE
 def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """`hydra.main` over conf/<config_name>.yaml; a wrong input ends in one line on stderr and exit status 1.
 
-    HYDRA_FULL_ERROR=1 shows the traceback instead. In a sweep a failed job leaves its reason in its result.json.
+    HYDRA_FULL_ERROR=1 shows the traceback instead. In a sweep a failed job leaves its reason in its result.json. Ctrl-C
+    ends in a line and status 130.
     """
     full_error = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
 
@@ -57,21 +60,24 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
         def job(config: DictConfig) -> Any:
             join()  # a job that a launcher has sent to SLURM begins here
             output = Path(HydraConfig.get().runtime.output_dir)
+            own = bool(config.get("resume")) or not (output / "config.yaml").exists()
             try:
-                check_numbers(config)
+                command_line.check(config)
+                check_values(config)
                 return task(config)
             except REFUSALS as error:
-                if HydraConfig.get().mode == RunMode.MULTIRUN and distributed.is_main():
-                    failure = {"status": "failed", "error": one_line(error), "seed": config.get("seed"),
-                               "overrides": list(HydraConfig.get().overrides.task)}  # fmt: skip
-                    Run(output).save_result(failure)
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    if own and distributed.is_main():
+                        record_failure(output, error, config)
                     raise
-                if distributed.is_main() and output != Path.cwd() and not any(output.iterdir()):
-                    output.rmdir()
+                leave(output)
                 if full_error:
                     raise
                 sys.exit(refusal(error))
+            except KeyboardInterrupt:
+                leave(output)
+                again = f"; go on with: python scripts/train.py resume={output}"
+                sys.exit(interrupted(again if Run(output).checkpoints.latest() is not None else ""))
 
         def run() -> None:
             before = dict(os.environ)
@@ -97,8 +103,37 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
     return decorate
 
 
-def check_numbers(config: DictConfig) -> None:
-    """Refuses, with ValueError, a seed or counts that are no whole numbers, before anything is done with them."""
+def record_failure(output: Path, error: BaseException, config: DictConfig) -> None:
+    """result.json of a job that failed; the numbers of one that had finished stand."""
+    result = output / "result.json"
+    if not result.exists() or json.loads(result.read_text()).get("status") != "finished":
+        Run(output).save_result({"status": "failed", "error": one_line(error), "seed": config.get("seed"),
+                                 "overrides": list(HydraConfig.get().overrides.task)})  # fmt: skip
+
+
+def leave(output: Path) -> None:
+    """Removes the folder of a run that has not come to write anything."""
+    if distributed.is_main() and output != Path.cwd() and output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
+
+
+def interrupted(again: str = "") -> int:
+    """The exit status of Ctrl-C, once it is said."""
+    print(f"\ninterrupted{again}", file=sys.stderr)
+    return 128 + signal.SIGINT
+
+
+def check_values(config: DictConfig) -> None:
+    """Refuses, with ValueError, a seed or counts that are no whole numbers, and folders that are no names.
+
+    A folder whose name is a number becomes that name, in `config` itself.
+    """
+    for name in ("run", "output", "folder"):
+        value = config.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            config[name] = str(value)
+        elif not (value is None or isinstance(value, str)):
+            raise ValueError(f"{name}={value} is no folder: give the name of one")
     for name, least in (("seed", -math.inf), ("num_samples", 1), ("batch_size", 1)):
         if config.get(name) is not None:
             whole(name, config[name], least)
@@ -107,11 +142,6 @@ def check_numbers(config: DictConfig) -> None:
 def plain(node: DictConfig) -> Any:
     """A config as nested dicts and lists; what has no value yet is ???."""
     return OmegaConf.to_container(node, resolve=True)
-
-
-def listed(value: Any) -> list[Any]:
-    """A config's list, or one value as a list of it."""
-    return list(value) if OmegaConf.is_list(value) else [value]
 
 
 def join() -> None:
@@ -138,7 +168,7 @@ def one_line(error: BaseException) -> str:
         return f"{error}: the keys beside _target_={target} are its arguments; '~<key>' leaves one out"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return _unknown(group, name, error.options)
+        return unknown(group, name, error.options)
     if isinstance(error, MissingMandatoryValue) and error.full_key:
         return f"{error.full_key} has no value yet: give {error.full_key}=<value>"
     if isinstance(error, InterpolationKeyError):
@@ -149,14 +179,8 @@ def one_line(error: BaseException) -> str:
         return f"{error.filename} does not exist"
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
-        return _unknown("key", cause.full_key, [str(key) for key in cause.parent_node])
+        return unknown("key", cause.full_key, [str(key) for key in cause.parent_node])
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {kind.replace('/', ' ')} {name!r}: {hint}known: {', '.join(known)}"
 
 
 def named(group: str, name: str) -> DictConfig:
@@ -166,7 +190,7 @@ def named(group: str, name: str) -> DictConfig:
     """
     known = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
     if name not in known:
-        raise ValueError(_unknown(group, name, known))
+        raise ValueError(unknown(group, name, known))
     with _separate_hydra():
         config = hydra.compose(f"{group}/{name}")
     for part in group.split("/"):
@@ -184,7 +208,7 @@ def _separate_hydra() -> Iterator[None]:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             yield
     finally:
-        instance.hydra = own
+        GlobalHydra.instance().hydra = own  # which may be another instance by now
 
 
 class NoTablesError(ValueError):
@@ -196,7 +220,9 @@ def sampler_config(node: str | DictConfig, folder: Path | None = None) -> DictCo
 
     Raises ValueError for a name that is unknown and a pattern that fits no file.
     """
-    node = named("sampler", node) if isinstance(node, str) else OmegaConf.create(node)
+    node = (
+        named("sampler", node) if isinstance(node, str) else OmegaConf.create(plain(node))
+    )  # with names of its config
     for part in ("predictor", "corrector", "corrector_where", "grid"):
         if isinstance(node.get(part), str):
             node[part] = named(f"sampler/{part}", node[part])
@@ -290,7 +316,7 @@ def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
     labelled = settings.classifier_data
     return {
         "classifier_data": instantiate(labelled, trust) if labelled else None,
-        "features": {name: instantiate(named("extractor", name), trust) for name in settings.features},
+        "features": {name: instantiate(named("extractor", name), trust) for name in listed(settings.features)},
         "references": dict(settings.references),
         "memorization": settings.memorization,
         "batch_size": settings.batch_size,
@@ -334,7 +360,7 @@ def replaced(folder: Path) -> Path:
 def _run_directory(resume: str | None, experiment: str | None) -> str:
     """The run's folder, the same in every process; a run to resume that does not exist is not made."""
     if resume:
-        return resume if Path(resume).is_dir() else "."
+        return resume if isinstance(resume, str) and Path(resume).is_dir() else "."
     return f"outputs/{experiment or 'train'}/{_started()}"
 
 

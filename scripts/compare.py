@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import page
 import pandas as pd
 import restoring
 import torch
+from command_line import idle, listed
+from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
@@ -35,22 +37,25 @@ SHOWN = {"nfe": "calls", "seconds_per_sample": "s per sample", "endpoint_error":
 
 @common.main("compare")
 def main(config: DictConfig) -> None:
-    for name in ("samplers", "budgets", "seeds"):
-        config[name] = common.listed(config[name])
+    check_options(config, HydraConfig.get().overrides.task)
     if config.task:
         restoring.run_task(config)
         return
     models, reference = models_and_reference(config)
-    metrics = list(config.metrics or [m for m in DEFAULT_METRICS if m in known_metrics(reference)])
+    known = [m for m in DEFAULT_METRICS if m in known_metrics(reference)]
+    metrics = known if config.metrics is None else listed(config.metrics)
     folder = Path(config.output)
     samplers, absent = contestants(config)
     for line in absent:
         print(line)
-    table = compare(
-        models, samplers, budgets=list(config.budgets), reference=reference, seeds=list(config.seeds),
-        num_samples=config.num_samples, metrics=metrics, seed=config.seed, pairs=config.pairs,
-        batch_size=config.batch_size, processes=config.processes, directory=folder,
-    )  # fmt: skip
+    try:
+        table = compare(
+            models, samplers, budgets=list(config.budgets), reference=reference, seeds=list(config.seeds),
+            num_samples=config.num_samples, metrics=metrics, seed=config.seed, pairs=config.pairs,
+            batch_size=config.batch_size, processes=config.processes, directory=folder,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        sys.exit(common.interrupted(f"; what was computed is kept: go on with the same command and output={folder}"))
     if table["status"].str.startswith(("refused", "failed")).all():
         raise ValueError(f"no sampler could run: {table['sampler'][0]}: {table['status'][0].partition(': ')[2]}")
     summary = judge(table)
@@ -67,6 +72,19 @@ def main(config: DictConfig) -> None:
         print(f"{mark}{row['sampler']} within {row['budget']} calls, {row['seeds']} seeds: {row['status']}")
     pictures = ", ".join(sorted(file.name for file in folder.glob("*.png")))
     print(f"\n{folder}: report.html, comparison.csv (every run), summary.csv (means), samples/, {pictures}")
+
+
+def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuses, with ValueError, options that do nothing in what the others ask for."""
+    if not config.task:
+        idle(overrides, ["restoration"], "without a task")
+    else:
+        others = ["samplers", "own", "tables", "target", "exact", "pairs", "metrics", "processes"]
+        idle(overrides, others, f"in task={config.task}, which has the options of restoration")
+    if config.run:
+        idle(overrides, ["sde"], f"with run={config.run}, which has its own")
+    else:
+        idle(overrides, ["exact"], "with a target, whose score is exact")
 
 
 def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
@@ -227,7 +245,7 @@ def advice(table: pd.DataFrame) -> list[str]:
             lines.append(f"{mark}there in the shortest time: {listed}.")
         never = order[order["calls"].isna()]
         if len(never):
-            listed = ", ".join(f"{r.sampler} (excess {r.excess:.3g}, by {r.worst})" for r in never.itertuples())
+            listed = ", ".join(f"{r.sampler} (excess {r.excess:.3f}, by {r.worst})" for r in never.itertuples())
             lines.append(f"{mark}not there within any budget: {listed}.")
         paired = judge(runs).dropna(subset="endpoint_error")
         for budget in (10, 20):

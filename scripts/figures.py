@@ -57,8 +57,10 @@ def pairs(samples: Tensor, nearest: Tensor) -> Figure:
 
 def sheet(x: Tensor, count: int = 64, columns: int = 8) -> Figure:
     """The first images as one mosaic: `count` of them, to whole rows of `columns`."""
-    figure, axes = plotting.panels(1, width=5, height=5)
-    plotting.image_grid(axes[0, 0], x[: -(-count // columns) * columns], columns=min(columns, len(x)))
+    shown = x[: -(-count // columns) * columns]
+    columns = min(columns, len(shown))
+    figure, axes = plotting.panels(1, width=5, height=5 * -(-len(shown) // columns) / columns)
+    plotting.image_grid(axes[0, 0], shown, columns=columns)
     return figure
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
 import torch
+from command_line import listed
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -21,7 +21,7 @@ def labels_of(label: Any) -> list[int]:
     """One label or several as a list; nothing for null."""
     if label is None:
         return []
-    chosen = common.listed(label)
+    chosen = listed(label)
     if not chosen:
         raise ValueError("label=[] names no class: give one or more, or leave it out")
     for value in chosen:

@@ -24,7 +24,7 @@ from score_sde.training import DiscretisedDecoder, write_atomically
 @common.main("likelihood")
 def main(config: DictConfig) -> None:
     run = common.open_run(config)
-    for name, least in (("count", 2), ("draws", 1), ("bound", 0)):
+    for name, least in (("count", 2), ("draws", 1), ("bound", 0), ("probes", 1)):
         whole(name, config[name], least)
     one_of("dequantization", config.dequantization, ("uniform", "variational"))
     data = run.data()
@@ -59,7 +59,7 @@ def main(config: DictConfig) -> None:
     table.insert(1, "index", table.groupby("set").cumcount())
     write_atomically(run.path / "likelihood.csv", table.to_csv(index=False))
     column, label = ("bits_per_dim", "bits per dimension") if bins else ("log_prob", "log-density in nats")
-    figure, axes = plotting.panels(1, width=6, height=4)
+    figure, axes = plotting.panels(1, width=7.5, height=4)
     values = {name: torch.tensor(v.to_numpy()) for name, v in table.groupby("set", sort=False)[column]}
     plotting.likelihood_histogram(axes[0, 0], values, label)
     figures.save(figure, run.figures / "likelihood.png")

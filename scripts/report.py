@@ -60,6 +60,8 @@ def _row(home: Path, folder: Path, metric: str) -> dict[str, Any]:
                   "overrides": config.get("overrides")}  # fmt: skip
     if result["status"] == "finished" and metric not in result:
         raise ValueError(f"{path} has no {metric!r}; it has: {', '.join(result)}")
+    if isinstance(result.get(metric), str):
+        raise ValueError(f"{metric} is no figure of {path}, but {result[metric]!r}: give the key of a number")
     setting = [override for override in result.get("overrides") or [] if not override.startswith("seed=")]
     return {"run": str(home.relative_to(folder)), "setting": setting, "seed": result.get("seed"),
             "status": result["status"], "value": result.get(metric), "error": result.get("error", ""),
@@ -67,10 +69,13 @@ def _row(home: Path, folder: Path, metric: str) -> dict[str, Any]:
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard error of the metric over the finished seeds of each setting, and how many failed."""
-    groups = table.assign(value=table["value"].astype(float)).groupby("setting", sort=False)
-    summary = groups["value"].agg(mean="mean", standard_error="sem", finished="count").reset_index()
-    return summary.assign(failed=groups.size().to_numpy() - summary["finished"])
+    """Mean and standard error of the metric over the finished seeds of each setting, and how many ended in what."""
+    counts = pd.get_dummies(table["status"], dtype=int).reindex(
+        columns=["finished", "unfinished", "failed"], fill_value=0
+    )
+    groups = table.assign(value=table["value"].astype(float), **counts).groupby("setting", sort=False)
+    figures = groups["value"].agg(mean="mean", standard_error="sem")
+    return figures.join(groups[[*counts]].sum()).reset_index()
 
 
 def _natural(path: Path) -> tuple[int, str]:

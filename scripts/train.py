@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import common
 import figures
 import torch
+from command_line import idle, key_of, listed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -45,15 +46,16 @@ def main(config: DictConfig) -> float:
     if not isinstance(data, Data):
         raise TypeError(f"data are a score_sde.data.Data, {config.data._target_} gives {type(data).__name__}: "
                         "wrap arrays, e.g. return TensorData(x)")  # fmt: skip
+    trainer = instantiate(config.trainer, trust)
     if not resumes:
         fill_in(config, data, HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task)
     model = build_model(config, trust)
-    parts = {name: instantiate(config[name], trust) for name in ("objective", "time_sampler", "trainer")}
+    objective, time_sampler = (instantiate(config[name], trust) for name in ("objective", "time_sampler"))
     samplers = common.samplers_of(config, trust)
     preview: Sampler = instantiate(common.sampler_config(config.sampler), trust)
     if not samplers and not isinstance(model, NoisyClassifier):  # which has no samples
         raise ValueError("evaluation.samplers=[] leaves nothing to evaluate: name one or more, or null for `sampler`")
-    parts["trainer"].check(model, data, parts["time_sampler"])
+    trainer.check(model, data, time_sampler)
     for sampler in (preview, *samplers.values()):
         sampler.check(model.sde)
     views = common.views_of(config.evaluation, trust)
@@ -93,9 +95,14 @@ def main(config: DictConfig) -> float:
         table = measure(averaged, {"preview": preview}, periodic, False).table
         return {f"eval/{metric}": value for metric, value in zip(table["metric"], table["value"], strict=True)}
 
-    trained = parts["trainer"].fit(
-        model, data, parts["objective"], parts["time_sampler"], run.path, seed=config.seed, resume=resumes,
-        on_start=partial(run.save_config, config), on_sample=on_sample, on_evaluate=on_evaluate,
+    def on_start() -> None:
+        if not resumes:
+            run.claim()
+        run.save_config(config)
+
+    trained = trainer.fit(
+        model, data, objective, time_sampler, run.path, seed=config.seed, resume=resumes,
+        on_start=on_start, on_sample=on_sample, on_evaluate=on_evaluate,
     )  # fmt: skip
     if trained.interrupted:
         print(f"interrupted at step {trained.step}; continue with: python scripts/train.py resume={run.path}")
@@ -174,17 +181,18 @@ def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str], override
     """
     config.event_shape = list(data.event_shape)
     if data.target is None:
+        idle(overrides, ["target"], "with these data, which are drawn from no target")
         config.target = None
     common.fill_auto(config, data)
     config.choices = {group: name for group, name in choices.items() if "hydra" not in group}
-    standing = {(_name(override), override.startswith("~")): override for override in overrides}
+    standing = {(key_of(override), override.startswith("~")): override for override in overrides}
     config.overrides = [override for (name, _), override in standing.items() if name != "resume"]
 
 
 def check_metrics(config: DictConfig, data: Data) -> None:
     """Refuses, with ValueError, metrics that these data do not have and counts that show nothing."""
     known = known_metrics(data.target)
-    chosen = config.evaluation.metrics or known
+    chosen = known if config.evaluation.metrics is None else listed(config.evaluation.metrics)
     for name in (*chosen, config.evaluation.objective):
         if name not in known:
             raise ValueError(f"unknown metric {name!r}; for these data: {', '.join(known)}")
@@ -233,13 +241,18 @@ def labels_of(config: DictConfig, data: Data, count: int) -> dict[str, Tensor]:
 def opened(config: DictConfig) -> tuple[Run, bool]:
     """The run of this command with its config, and whether it goes on from checkpoints.
 
-    Raises ValueError where `resume` is `auto` and the output directory has no name of its own.
+    Raises ValueError where `resume` is `auto` and the output directory has no name of its own, and where it is not
+    and the directory holds a run.
     """
+    if config.resume is not None and (not isinstance(config.resume, str) or not config.resume):
+        raise ValueError(f"resume={config.resume!r} is no folder: give a run's directory, or auto")
     automatic, trust, folder = config.resume == "auto", tuple(config.trust), Path(HydraConfig.get().runtime.output_dir)
     if automatic and folder == Path.cwd():
         raise ValueError("resume=auto goes on in the folder that it started in: name it, hydra.run.dir=<folder>")
     known = distributed.agree(Run(folder).checkpoints.latest()) if automatic else config.resume
     if known is None:
+        if not automatic and (folder / "config.yaml").exists():
+            raise ValueError(f"{folder} holds a run already: give resume={folder} to continue it, or another folder")
         run = Run(folder, trust)
         run.config = config
     else:
@@ -257,7 +270,7 @@ def continued(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
     known, overrides = list(own.get("overrides") or []), OmegaConf.merge(own, {"overrides": [*overrides]}).overrides
     given: dict[str, str] = {}
     for override in overrides:
-        name, value = _name(override), override.partition("=")[2]
+        name, value = key_of(override), override.partition("=")[2]
         if override in known or name in ("resume", "trust") or value == "auto":
             continue
         if override.startswith("~"):
@@ -275,13 +288,9 @@ def continued(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
             _same(name, *(OmegaConf.select(config, name) for config in (own, merged)))
     new = [f"{name}={value}" for name, value in given.items()
            if OmegaConf.select(own, name) != OmegaConf.select(merged, name)]  # fmt: skip
-    replaced = {_name(override) for override in new}
-    merged.overrides = [override for override in known if _name(override) not in replaced] + new
+    replaced = {key_of(override) for override in new}
+    merged.overrides = [override for override in known if key_of(override) not in replaced] + new
     return merged  # type: ignore[return-value]
-
-
-def _name(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
 
 
 def _same(name: str, own: Any, given: Any) -> None:

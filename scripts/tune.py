@@ -9,11 +9,13 @@ import common
 import figures
 import pandas as pd
 import torch
+from command_line import idle, listed
 from compare import model_and_reference
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from score_sde import Run, ScoreModel, plotting
-from score_sde.checks import whole
+from score_sde.checks import whole, wholes
 from score_sde.data import generator
 from score_sde.evaluation.coupled import Course, best_of_each, course_table
 from score_sde.targets import Target
@@ -31,11 +33,12 @@ LABELS = {"endpoint": "endpoint error / data std", "median": "median endpoint er
 def main(config: DictConfig) -> None:
     if bool(config.run) == bool(config.get("target")):
         raise ValueError("tune for what? give either run=<directory> or target=<name>, e.g. target=ring")
-    steps, seeds = common.listed(config.steps), common.listed(config.seeds)
+    if config.run:
+        idle(HydraConfig.get().overrides.task, ["sde"], f"with run={config.run}, which has its own")
+    steps, seeds = wholes("steps", listed(config.steps)), wholes("seeds", listed(config.seeds), 0)
+    whole("num_samples", config.num_samples, 2)
     for calls in steps:
         check(calls, **{name: config[name] for name in FITTING if name != "seed"})
-    for seed in seeds:
-        whole("seeds", seed, 0)
     model, reference = model_and_reference(config)
     folder = Path(config.output or common.tuned_folder(config))
     folder.mkdir(parents=True, exist_ok=True)

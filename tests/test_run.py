@@ -96,7 +96,7 @@ def test_a_directory_that_is_no_run_is_named(tmp_path):
 
 def test_a_directory_with_checkpoints_keeps_its_configuration(run):
     before = (run.path / "config.yaml").read_text()
-    with pytest.raises(ValueError, match=r"has checkpoints of another run: open it with Run.open, or choose a new"):
+    with pytest.raises(ValueError, match="holds a run already: continue it, or choose a new directory"):
         Run.create(run.path, CONFIG | {"seed": 9})
     assert (run.path / "config.yaml").read_text() == before
 

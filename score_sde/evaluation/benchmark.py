@@ -31,6 +31,7 @@ from tqdm import tqdm
 from score_sde import grid as grids
 from score_sde import targets
 from score_sde.adaptive import AdaptiveODE
+from score_sde.checks import one_of, whole
 from score_sde.evaluation.certify import discover
 from score_sde.networks import UNet
 from score_sde.noise import BatchNoise, NoiseSource, SampleNoise
@@ -72,6 +73,9 @@ class Sizes:
     table: int = 1000
     ode: tuple[int, ...] = (4096, 65_536)
     rounds: int = 9
+
+    def __post_init__(self) -> None:
+        whole("rounds", self.rounds)
 
     @classmethod
     def quick(cls) -> Sizes:
@@ -427,11 +431,12 @@ def benchmark(
     """The named tables, "loop", "network", "tables", "ode" and "noise".
 
     Raises:
-        ValueError: a part is unknown.
+        ValueError: a part is unknown, or there is none.
     """
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        raise ValueError(f"unknown part {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    for part in parts:
+        one_of("part", part, PARTS)
+    if not parts:
+        raise ValueError(f"no part to measure: give some of {', '.join(PARTS)}")
     return {part: PARTS[part](sizes or Sizes(), torch.device(device), progress) for part in parts}
 
 

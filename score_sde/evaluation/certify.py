@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from score_sde import grid as grids
+from score_sde.checks import wholes
 from score_sde.noise import SampleNoise
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
@@ -61,6 +62,7 @@ class Certificate:
         exact: the polynomials that are integrated exactly, as (prediction, clock, degree), or None.
         bias: DataFrame with the columns steps, calls, mean, std: signed errors at the end on data N(1, 0.5^2), the
             mean's in data std, the std's relative; nan for a step that is not affine in x.
+        claims_independence: whether it declares that samples do not depend on their companions.
         batch_independent: whether a sample is bitwise the same whatever its companions.
         stationary: for a corrector, its stationary variance on N(0, I) at sigma = 1, relative to 1; exact where it is
             affine, else simulated in 64 dimensions (standard error about 0.002).
@@ -77,6 +79,7 @@ class Certificate:
     point_mass: float
     exact: tuple[str, str, int] | None
     bias: pd.DataFrame = field(repr=False)
+    claims_independence: bool
     batch_independent: bool
     stationary: float
 
@@ -90,8 +93,8 @@ class Certificate:
             faults.append(f"a point mass is missed by {self.point_mass:.2g}, declared exact (point_mass)")
         if self.counted != self.calls:
             faults.append(f"{self.counted:g} calls a move, declared {self.calls}")
-        if not self.batch_independent:
-            faults.append("samples of a batch are coupled")
+        if self.claims_independence and not self.batch_independent:
+            faults.append("samples of a batch are coupled, declared independent (batch_independent)")
         if self.role == "corrector" and not 1 / STATIONARY < self.stationary < STATIONARY:
             faults.append(f"the variance that it leaves stationary is {self.stationary:.3g} of the law's")
         return faults
@@ -525,7 +528,9 @@ def certify(
     Raises:
         ValueError: the step refuses the SDE or the grids.
     """
-    sde = sde or _default_sde()
+    if not isinstance(step, Step):
+        raise ValueError(f"what is certified is a Step, e.g. Heun(), got {step!r}")
+    sde, budgets = sde or _default_sde(), wholes("budgets", budgets)
     counted, stochastic = counted_calls(step, sde)
     declared = measured = residual = stationary = math.nan
     exact, table = None, pd.DataFrame(columns=["steps", "calls", "mean", "std"])
@@ -539,7 +544,7 @@ def certify(
         stationary = stationary_variance(step, sde)
     return Certificate(
         name or type(step).__name__, step.role, stochastic, declared, measured, step.calls, counted, step.point_mass,
-        residual, exact, table, is_batch_independent(step, sde), stationary,
+        residual, exact, table, step.batch_independent, is_batch_independent(step, sde), stationary,
     )  # fmt: skip
 
 
@@ -598,5 +603,7 @@ def certify_all(
 ) -> Certificates:  # fmt: skip
     """Certificates of every known step (see `discover`), or of the steps given by name."""
     found = discover() if steps is None else steps
+    if not found:
+        raise ValueError("no step to certify: give one or more")
     bar = tqdm(found.items(), desc="certifying", disable=not progress, leave=False)
     return Certificates([certify(step, sde, name, budgets) for name, step in bar])

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from score_sde import grid as grids
 from score_sde.adaptive import AdaptiveODE
-from score_sde.checks import whole
+from score_sde.checks import whole, wholes
 from score_sde.data import generator, key
 from score_sde.evaluation.cells import Journal, fingerprint
 from score_sde.evaluation.metrics import Metric, Yardstick
@@ -113,8 +113,11 @@ def compare(
     """
     named = dict(models) if isinstance(models, Mapping) else {"model": models}
     laws: dict[str, Any] = dict(reference) if isinstance(reference, Mapping) else dict.fromkeys(named, reference)
-    _check(named, samplers, laws, budgets, seeds,
-           {"num_samples": num_samples, "batch_size": batch_size, "processes": processes, "repeats": repeats})  # fmt: skip
+    budgets, seeds = wholes("budgets", budgets), wholes("seeds", seeds, 0)
+    for name, count, least in (("num_samples", num_samples, 2), ("pairs", pairs, 0), ("batch_size", batch_size, 1),
+                               ("processes", processes, 1), ("repeats", repeats, 1)):  # fmt: skip
+        whole(name, count, least)
+    _check(named, samplers, laws)
     settings = (num_samples, batch_size, pairs, torch.__version__, CONVERGED, _measure)
     rules = (metrics, repeats, seed, num_samples, Yardstick)
     floors = {name: fingerprint("floor", law, rules) for name, law in laws.items()}
@@ -141,21 +144,16 @@ def compare(
     return _table(cells, journal, floors)
 
 
-def _check(
-    models: Mapping[str, ScoreModel], samplers: Mapping[str, Any], laws: Mapping[str, Any], budgets: Sequence[int],
-    seeds: Sequence[int], counts: Mapping[str, int],
-) -> None:  # fmt: skip
-    for name, group in (("models", models), ("samplers", samplers), ("budgets", budgets), ("seeds", seeds)):
-        if not len(group):
-            raise ValueError(f"a comparison needs at least one of each: {name} is empty")
-    if min(budgets) < 1 or any(int(b) != b for b in budgets):
-        raise ValueError(f"budgets are numbers of network calls >= 1, got {list(budgets)}")
-    for name, value in counts.items():
-        whole(name, value)
+def _check(models: Mapping[str, ScoreModel], samplers: Mapping[str, Any], laws: Mapping[str, Any]) -> None:
+    for name, group in (("models", models), ("samplers", samplers)):
+        if not isinstance(group, Mapping) or not group:
+            raise ValueError(f"{name} are a mapping from names to them, of one or more, got {group!r}")
     for name, model in models.items():
         if name not in laws:
             raise ValueError(f"model {name!r} has no reference; there are: {', '.join(laws) or 'none'}")
         law, expected = laws[name], tuple(model.event_shape)
+        if not isinstance(law, Target | Tensor):
+            raise ValueError(f"the reference of {name!r} is a target or a tensor of exact samples, got {law!r}")
         shape = tuple(law.shape[1:]) if isinstance(law, Tensor) else tuple(law.event_shape)
         if shape != expected:
             raise ValueError(f"model {name!r} makes samples of shape {expected}, its reference has shape {shape}")

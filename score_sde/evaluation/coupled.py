@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from score_sde.checks import whole, wholes
 from score_sde.data import generator
 from score_sde.evaluation.metrics import Yardstick, frechet_distance, mode_spread, sliced_w2
 from score_sde.score import ScoreModel
@@ -79,8 +80,7 @@ class Course:
         self, model: ScoreModel, law: Target | None = None, *, num_samples: int = 5000, seeds: Sequence[int] = (0, 1, 2),
         teacher: Samples | None = None, progress: bool = True,
     ) -> None:  # fmt: skip
-        if num_samples < 2 or not seeds:
-            raise ValueError(f"a course has num_samples >= 2 and a seed at least, got {num_samples} and {list(seeds)}")
+        num_samples, seeds = whole("num_samples", num_samples, 2), wholes("seeds", seeds, 0)
         self.model, self.law = model, law
         teacher = teacher or CONVERGED
         self.starts, self.ends = {}, {}

@@ -305,10 +305,12 @@ def _select(metrics: Sequence[str] | Mapping[str, Metric] | None, reference: Tar
     known = dict(METRICS)
     if isinstance(reference, GaussianMixture):
         known |= {name: _of_modes(metric, reference) for name, metric in MODE_METRICS.items()}
-    unknown = [name for name in metrics or () if name not in known]
-    if unknown:
-        raise ValueError(f"unknown metric {', '.join(map(repr, unknown))}; for this reference: {', '.join(known)}")
-    return {name: known[name] for name in metrics or known}
+    chosen = known if metrics is None else [metrics] if isinstance(metrics, str) else metrics
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        what = f"unknown metric {', '.join(map(repr, unknown))}" if unknown else "no metric"
+        raise ValueError(f"{what}; for this reference: {', '.join(known)}")
+    return {name: known[name] for name in chosen}
 
 
 def _of_modes(metric: Callable[[Tensor, GaussianMixture], float], mixture: GaussianMixture) -> Metric:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from score_sde.checks import wholes
 from score_sde.evaluation.comparison import Samples
 from score_sde.evaluation.metrics import frechet_distance
 from score_sde.evaluation.posterior import KNOWING, METHODS, SAMPLERS, SOLVERS, Method, Solver
@@ -146,6 +147,7 @@ def compare_restorations(
         `misfit` the root mean square of y - A x in units of noise_std (1 for the truth), and the reason of a run that
         was refused or diverged in `error`. First the pseudo-inverse A^+ y, which is no draw and costs no call.
     """
+    budgets, seeds = wholes("budgets", budgets), wholes("seeds", seeds, 0)
     chosen = SAMPLERS if samplers is None else samplers
     runs: list[tuple[str, str, Callable[[int], Samples], Callable[[], ScoreModel]]] = [
         (name, label, make, partial(method, case))

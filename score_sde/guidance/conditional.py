@@ -19,11 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from score_sde.checks import number
 from score_sde.classifier import NoisyClassifier
 from score_sde.guidance.base import Guided, check_alike, denoised, extrapolated, pushed
 from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel
 from score_sde.sde import Time, expand
+
+
+def _check_scale(name: str, scale: float) -> None:
+    if isinstance(scale, str) or not abs(scale) < float("inf"):
+        raise ValueError(f"{name}'s scale is a finite number, got {scale!r}")
 
 
 class _Extrapolated(Guided):
@@ -34,9 +40,11 @@ class _Extrapolated(Guided):
     ) -> None:
         super().__init__(model)
         name = type(self).__name__
-        if isinstance(scale, str) or not abs(scale) < float("inf"):
-            raise ValueError(f"{name}'s scale is a finite number, got {scale!r}")
-        if interval is not None and not 0 <= interval[0] < interval[1]:
+        _check_scale(name, scale)
+        pair = isinstance(interval, Sequence) and len(interval) == 2 and not isinstance(interval, str)
+        if interval is not None and not (
+            pair and 0 <= number("interval", interval[0]) < number("interval", interval[1])
+        ):
             raise ValueError(f"{name}'s interval is (low, high) in noise levels sigma / alpha, 0 <= low < high, "
                              f"got {interval}")  # fmt: skip
         if not 0 <= rescale <= 1:
@@ -178,8 +186,7 @@ class Classifier(Guided):
         self, model: ScoreModel, log_prob: Callable[..., Tensor] | NoisyClassifier, scale: float = 1.0
     ) -> None:
         super().__init__(model)
-        if not abs(scale) < float("inf"):
-            raise ValueError(f"Classifier's scale is a finite number, got {scale}")
+        _check_scale("Classifier", scale)
         if isinstance(log_prob, NoisyClassifier):
             check_alike(type(self).__name__, model, log_prob)
             log_prob = log_prob.log_prob

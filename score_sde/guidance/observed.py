@@ -55,8 +55,8 @@ class Observed(Guided):
             raise TypeError(f"{name} observes through {wanted}, got {type(operator).__name__}")
         if tuple(operator.input_shape) != self.event_shape:
             raise ValueError(f"the operator takes x of shape {operator.input_shape}, the model's is {self.event_shape}")
-        if not 0 <= noise_std < math.inf or (self.needs_noise and noise_std == 0):
-            raise ValueError(f"{name}'s noise_std is {'> 0' if self.needs_noise else '0 or more'}, got {noise_std}")
+        if isinstance(noise_std, str) or not 0 <= noise_std < math.inf or (self.needs_noise and noise_std == 0):
+            raise ValueError(f"{name}'s noise_std is {'> 0' if self.needs_noise else '0 or more'}, got {noise_std!r}")
         self.operator, self.noise_std = operator, float(noise_std)
         self.y = None if y is None else operator.observation(y)
         if y is None:

@@ -477,5 +477,8 @@ def task_operator(task: str, event_shape: Sequence[int], **options: Any) -> Line
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    if len(event_shape) != 3:
+        raise ValueError(f"task {task!r} is for images (channels, height, width), these events have shape "
+                         f"{tuple(event_shape)}: give an operator such as Matrix or Mask instead")  # fmt: skip
     defaults: dict[str, dict[str, Any]] = {"deblur": {"std": 1.0}}
     return TASKS[task](tuple(event_shape), **(defaults.get(task, {}) | options))

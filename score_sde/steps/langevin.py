@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from score_sde.checks import whole
+from score_sde.checks import number, whole
 from score_sde.sde import SDE
 from score_sde.steps.linear import Coefficients, LinearStep, with_score
 from score_sde.steps.step import Draw, Evaluate, History
@@ -57,12 +57,16 @@ class LangevinCorrector(_Langevin):
     }  # fmt: skip
 
     def __init__(self, snr: float = 0.16, steps: int = 1, norm: str = "expected") -> None:
-        if not 0 < snr < 1:
+        if not 0 < number("snr", snr) < 1:
             raise ValueError(f"LangevinCorrector's snr lies in (0, 1), got snr={snr}")
         if norm not in ("expected", "sample", "batch"):
             raise ValueError(f"LangevinCorrector's norm is 'expected', 'sample' or 'batch', got {norm!r}")
         super().__init__(2 * snr**2, steps)
         self.snr, self.norm = float(snr), norm
+
+    @property
+    def batch_independent(self) -> bool:
+        return self.norm != "batch"
 
     def advance(self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw) -> tuple[Tensor, History]:
         if self.norm == "expected":

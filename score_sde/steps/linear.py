@@ -106,11 +106,15 @@ class LinearStep(Step):
 
     def _coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         """The coefficients, once they are found to be as `coefficients` is to give them."""
-        a, b, c = self.coefficients(sde, times, s)
+        given = self.coefficients(sde, times, s)
+        if not isinstance(given, Sequence) or len(given) != 3:
+            raise ValueError(f"{type(self).__name__}.coefficients gives three things, (a, [b_0, ...], c) of x_s = a x_t + "
+                             f"sum_k b_k D_k + c z, got {len(given) if isinstance(given, Sequence) else given!r}")  # fmt: skip
+        a, b, c = given
         if isinstance(b, Tensor) or len(b) > len(times):
-            given = f"a tensor of shape {tuple(b.shape)}" if isinstance(b, Tensor) else f"{len(b)} of them"
+            what = f"a tensor of shape {tuple(b.shape)}" if isinstance(b, Tensor) else f"{len(b)} of them"
             raise ValueError(f"{type(self).__name__}.coefficients gives b as a list, a tensor for each of the last outputs "
-                             f"it uses, at most memory={self.memory}, here {len(times)}: [b_0, ...]; got {given}")  # fmt: skip
+                             f"it uses, at most memory={self.memory}, here {len(times)}: [b_0, ...]; got {what}")  # fmt: skip
         return a, b, c
 
     def advance(

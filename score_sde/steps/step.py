@@ -47,6 +47,11 @@ class Step(ABC):
     needs_density: bool = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
+    @property
+    def batch_independent(self) -> bool:
+        """Whether a sample is the same whatever its companions; a step that couples them says so."""
+        return True
+
     @abstractmethod
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Any]:
         """One row for each move t[i] -> s[i], for float64 tensors of shape (moves,).

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import mse_loss
 from tqdm import trange
 
+from score_sde.checks import whole
 from score_sde.data import Batch, Data
 from score_sde.score import LearnedScore
 from score_sde.training.objective import Objective
@@ -41,6 +42,7 @@ def training_overhead(
         step_seconds, bare_seconds, examples_per_second, gflops_per_example, parameters, and where known mfu, that of
         the bare loop mfu_bare, and peak_memory_gib of both together.
     """
+    rounds, steps = whole("rounds", rounds), whole("steps", steps)
     trainer.check(model, data, time_sampler)
     state = TrainingState(trainer, model, objective, time_sampler, seed)
     with state.feed(data) as batches:

@@ -23,6 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from score_sde import distributed
+from score_sde.checks import number, whole
 from score_sde.data import Data
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
@@ -118,16 +119,18 @@ class Trainer:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
-            _require(name, getattr(self, name), isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
-                     "a positive integer")  # fmt: skip
-        for name in ("warmup", "sample_every", "evaluate_every", "snapshot_every", "max_nonfinite", "weight_decay"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+            setattr(self, name, whole(name, getattr(self, name)))
+        for name in ("warmup", "sample_every", "evaluate_every", "snapshot_every", "max_nonfinite"):
+            setattr(self, name, whole(name, getattr(self, name), 0))
+        number("weight_decay", self.weight_decay, 0)
         for name in ("learning_rate", "ema_ramp"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        _require("ema_half_life", self.ema_half_life, bool(self.half_lives) and min(self.half_lives) > 0, "positive")
+            number(name, getattr(self, name), above=0)
+        _require("ema_half_life", self.ema_half_life, bool(self.half_lives), "one number or more")
+        for half_life in self.half_lives:
+            number("ema_half_life", half_life, above=0)
         for name in ("gradient_clip", "peak_flops"):
-            value = getattr(self, name)
-            _require(name, value, value is None or value > 0, "positive, or null for none")
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), above=0)
         for name, allowed in (("schedule", ("constant", "cosine")), ("device", ("auto", "cpu", "cuda")),
                               ("precision", tuple(PRECISIONS)), ("optimizer", OPTIMIZERS),
                               ("strategy", STRATEGIES)):  # fmt: skip
@@ -140,7 +143,8 @@ class Trainer:
             )
         decays(self)  # refuses widths that no power function has
         pair = isinstance(self.betas, Sequence) and len(self.betas) == 2
-        _require("betas", self.betas, pair and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        _require("betas", self.betas, pair and all(0 <= number("betas", beta) < 1 for beta in self.betas),
+                 "two numbers in [0, 1)")  # fmt: skip
         self.betas = (float(self.betas[0]), float(self.betas[1]))  # plain numbers, whatever list a config gives
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")
@@ -155,7 +159,7 @@ class Trainer:
     def half_lives(self) -> list[float]:
         """`ema_half_life` as a list."""
         given = self.ema_half_life
-        return list(given) if isinstance(given, Sequence) else [given]
+        return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, ..., steps - 1."""

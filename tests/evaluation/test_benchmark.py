@@ -63,5 +63,5 @@ def test_time_inside_is_part_of_the_whole() -> None:
 
 
 def test_what_is_unknown_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown part loops; known: loop, network"):
+    with pytest.raises(ValueError, match="part is one of loop, network"):
         benchmark(["loops"])

@@ -404,10 +404,10 @@ def test_noise_of_the_floor_is_forgiven() -> None:
 # --- wrong inputs -----------------------------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no budget": ({"budgets": [0]}, "budgets are numbers of network calls >= 1, got [0]"),
-    "half a call": ({"budgets": [2.5]}, "budgets are numbers of network calls >= 1, got [2.5]"),
+    "no budget": ({"budgets": [0]}, "a whole number budgets >= 1, got budgets=0"),
+    "half a call": ({"budgets": [2.5]}, "budgets >= 1, got budgets=2.5"),
     "no seed": ({"seeds": []}, "seeds is empty"),
-    "no samples": ({"num_samples": 0}, "num_samples >= 1, got num_samples=0"),
+    "no samples": ({"num_samples": 0}, "num_samples >= 2, got num_samples=0"),
     "no processes": ({"processes": 0}, "processes >= 1, got processes=0"),
     "unknown metric": ({"metrics": ["fid"]}, "unknown metric 'fid'"),
     "too few examples": ({"reference": torch.zeros(30, 2)}, "need a reference of at least 40 samples"),

@@ -102,18 +102,34 @@ def test_a_sweep_with_a_failing_job_is_reported(tmp_path: Path) -> None:
     table = pd.read_csv(sweep / "report.csv").set_index("setting")
     names = [f"sde={sde}, trainer.learning_rate={rate}" for sde in ("vp", "ve") for rate in ("0.001", "-1")]
     assert dict(table["finished"]) == dict(zip(names, (1, 0, 2, 0), strict=True))
-    assert dict(table["failed"]) == dict(zip(names, (1, 2, 0, 2), strict=True))
+    assert dict(table["unfinished"]) == dict(zip(names, (1, 0, 0, 0), strict=True))
+    assert dict(table["failed"]) == dict(zip(names, (0, 2, 0, 2), strict=True))
     assert out.count("failed: ") == 4
     assert f"unfinished: 2 ({names[0]}, seed 1)" in out
-    assert "learning_rate=-1 must be positive" in out
+    assert "learning_rate > 0, got learning_rate=-1" in out
     assert (sweep / "report.png").exists()
+
+
+def test_a_sweep_in_the_folder_of_another_leaves_it_as_it_was(tmp_path: Path) -> None:
+    sweep, first = tmp_path / "sweep", tmp_path / "sweep/0"
+    options = ["-m", "seed=0,1", f"hydra.sweep.dir={sweep}", *TINY]
+    script("train", *options, "trainer.learning_rate=-1", cwd=tmp_path, code=1)
+    assert json.loads((first / "result.json").read_text())["status"] == "failed"
+    script("train", *options, cwd=tmp_path)  # there was no run yet
+    own = (first / "result.json").read_text()
+    assert json.loads(own)["status"] == "finished"
+    (sweep / "1" / "result.json").unlink()  # as if it still ran
+    for again in ([], ["trainer.learning_rate=-1"], ["resume=auto", "trainer.learning_rate=-1"]):
+        assert "error: " in script("train", *options, *again, cwd=tmp_path, code=1)
+        assert (first / "result.json").read_text() == own
+    assert json.loads((sweep / "1" / "result.json").read_text())["status"] == "failed"  # of the one that was to go on
 
 
 WRONG = {
     "misspelt key": ("train", ["sde.beta_mn=1"], "did you mean 'beta_min'"),
     "misspelt option": ("train", ["sde=vpp"], "did you mean 'vp'"),
     "misspelt sampler part": ("train", ["sampler.predictor=hen"], "did you mean 'heun'"),
-    "zero steps": ("train", ["trainer.steps=0"], "steps=0 must be a positive integer"),
+    "zero steps": ("train", ["trainer.steps=0"], "steps >= 1, got steps=0"),
     "zero grid": ("train", ["sampler.grid.steps=0"], "steps >= 1, got steps=0"),
     "negative sigma": ("train", ["sde=ve", "sde.sigma_min=-1"], "0 < sigma_min < sigma_max"),
     "order seven": ("train", ["sampler.predictor.order=7"], "orders 1 to 4, got order=7"),
@@ -126,7 +142,7 @@ WRONG = {
     "unknown metric": ("train", ["evaluation.metrics=[fid]"], "unknown metric 'fid'"),
     "no samples": ("sample", ["run={run}", "num_samples=0"], "num_samples >= 1, got num_samples=0"),
     "half a sample": ("sample", ["run={run}", "num_samples=2.5"], "num_samples >= 1, got num_samples=2.5"),
-    "no seed": ("train", ["seed=abc"], "a whole number seed, got seed='abc'"),
+    "no seed": ("train", ["seed=abc"], "seed='abc' is no number: give one such as 0"),
     "no path": ("train", ["data=file"], "data.path has no value yet: give data.path=<value>"),
     "no snapshots": (
         "sample",
@@ -157,11 +173,11 @@ WRONG = {
     ),
     "no such checkpoint": ("sample", ["run={run}", "step=77"], "none of step 77"),
     "nothing to compare": ("compare", [], "either run=<directory> or target=<name>"),
-    "no budget": ("compare", ["run={run}", "budgets=[0]"], "budgets are numbers of network calls >= 1"),
+    "no budget": ("compare", ["run={run}", "budgets=[0]"], "a whole number budgets >= 1, got budgets=0"),
     "no sweep": ("report", ["nowhere"], "folder 'nowhere' does not exist"),
     "no sweep named": ("report", [], "no folder is given: give the folder of a sweep"),
     "one beta": ("train", ["trainer.betas=[0.9]"], "betas=[0.9] must be two numbers in [0, 1)"),
-    "a number for betas": ("train", ["trainer.betas=0.9"], "betas=0.9 must be two numbers in [0, 1)"),
+    "a number for betas": ("train", ["trainer.betas=0.9"], "betas=[0.9] must be two numbers in [0, 1)"),
     "a key that another group lacks": (
         "train",
         ["time_sampler=loss_aware"],
@@ -176,6 +192,18 @@ WRONG = {
     "draws of what was no integer": ("likelihood", ["run={run}", "draws=2"], "for data that were integers"),
     "no draws": ("likelihood", ["run={run}", "draws=0"], "draws >= 1, got draws=0"),
     "agreement without labels": ("sample", ["run={run}", "agreement=true"], "agreement=true compares samples with"),
+    "a word for a number": ("train", ["trainer.learning_rate=fast"], "'fast' is no number: give one such as 0.002"),
+    "a word for true": ("sample", ["run={run}", "agreement=no"], "agreement='no' is neither true nor false"),
+    "a key that nothing reads": ("sample", ["run={run}", "+count=3"], "unknown key 'count'"),
+    "a key that no group reads": ("train", ["+evaluation.metric=w2"], "did you mean 'metrics'"),
+    "no folder": ("train", ["resume=true"], "resume=True is no folder"),
+    "a folder with a run": ("train", ["hydra.run.dir={run}"], "holds a run already: give resume="),
+    "a target of data without": ("train", ["experiment=digits", "target=ring"], "target=ring does nothing with these"),
+    "no metric": ("train", ["evaluation.metrics=[]"], "objective=sliced_w2 is not among evaluation.metrics"),
+    "an SDE beside a run": ("compare", ["run={run}", "sde=ve"], "sde=ve does nothing with run="),
+    "a task's option": ("compare", ["run={run}", "restoration.count=2"], "does nothing without a task"),
+    "no number of calls": ("tune", ["run={run}", "steps=[]"], "steps is empty"),
+    "no step": ("certify", ["steps=[]"], "no step to certify"),
     "no spectrum table": ("sample", ["run={run}", "sampler=spectrum"], "steps=6 spectrum=true"),
 }
 
@@ -184,7 +212,8 @@ WRONG = {
 def test_a_wrong_input_ends_in_one_line_and_leaves_nothing(case: str, run: Path, tmp_path: Path) -> None:
     name, arguments, message = WRONG[case]
     np.save(tmp_path / "bytes.npy", np.zeros((4, 2), dtype=np.uint8))
-    output = [f"hydra.run.dir={tmp_path / 'out'}"] if name == "train" and "resume=nowhere" not in arguments else []
+    given = any(argument.startswith(("resume=nowhere", "hydra.run.dir")) for argument in arguments)
+    output = [f"hydra.run.dir={tmp_path / 'out'}"] if name == "train" and not given else []
     error = script(name, *[a.format(run=run) for a in arguments], *output, cwd=tmp_path, code=1)
     assert message in error
     assert error.startswith("error: ")

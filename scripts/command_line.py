@@ -1,0 +1,106 @@
+"""What a command line gives, held against the config files, which say what there is and of what kind it is."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+def listed(value: Any) -> list[Any]:
+    """A config's list, or one value as a list of it."""
+    return list(value) if OmegaConf.is_list(value) else [value]
+
+
+def key_of(override: str) -> str:
+    """The dotted key, or the group, that an override is about."""
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
+def check(config: DictConfig) -> None:
+    """Refuses, with ValueError, an added key that nothing reads, and values of another kind than the config files have.
+
+    One value for a list becomes a list of it, in `config` itself.
+    """
+    own = HydraConfig.get()
+    groups = {*own.runtime.choices, *GlobalHydra.instance().config_loader().list_groups("")}
+    values = [
+        override for override in own.overrides.task if key_of(override) not in groups and "/" not in key_of(override)
+    ]
+    if not values:
+        return
+    choices = [override for override in own.overrides.task if override not in values]
+    search = [override for override in own.overrides.hydra if key_of(override) == "hydra.searchpath"]
+    check_values(values, hydra.compose(own.job.config_name, [*choices, *search]), config)
+
+
+def check_values(overrides: Sequence[str], default: DictConfig, config: DictConfig) -> None:
+    """Likewise, of overrides that made `config` out of `default`."""
+    for override in overrides:
+        key = key_of(override)
+        if override.startswith("+") and not config.get("resume"):  # whose run may have what these groups have not
+            _check_known(key, default, config)
+        if not override.startswith("~"):
+            _check_kind(key, _select(default, key), config)
+
+
+def idle(overrides: Sequence[str], names: Iterable[str], why: str) -> None:
+    """Refuses, with ValueError, overrides of these keys or of what is below them."""
+    for override in overrides:
+        if re.split(r"[./]", key_of(override))[0] in names:
+            raise ValueError(f"{override} does nothing {why}: leave it out")
+
+
+def unknown(kind: str, name: str, known: Sequence[str]) -> str:
+    """The line that refuses a name, with the nearest known one."""
+    near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    if not known:
+        return f"{name} is new: a {kind} is added by +{name}=<value>"
+    return f"unknown {kind.replace('/', ' ')} {name!r}: {hint}known: {', '.join(known)}"
+
+
+def _select(config: DictConfig, key: str) -> Any:
+    """A value, or None where there is none, or none yet."""
+    try:
+        return OmegaConf.select(config, key)
+    except OmegaConfBaseException:
+        return None
+
+
+def _check_known(key: str, default: DictConfig, config: DictConfig) -> None:
+    """What a `_target_` takes is for it to say; below an empty mapping, or in the place of null, all is new."""
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        home = ".".join(parts[:depth])
+        node = _select(default, home) if home else default
+        if not isinstance(node, DictConfig) or not node or "_target_" in node:
+            return
+        if part not in node:
+            name = ".".join(parts[: depth + 1])
+            if f"${{{name}" not in OmegaConf.to_yaml(config):  # a name of the user's own, for other values
+                raise ValueError(unknown("key", name, [str(one) for one in node]))
+
+
+def _check_kind(key: str, default: Any, config: DictConfig) -> None:
+    value = _select(config, key)
+    if value is None:
+        return
+    number, switch = isinstance(default, int | float), isinstance(default, bool)
+    if switch and not isinstance(value, bool | int | float):
+        raise ValueError(f"{key}={value!r} is neither true nor false")
+    if number and not switch and value != "auto":
+        for one in listed(value):
+            if isinstance(one, bool) or not isinstance(one, int | float):
+                raise ValueError(f"{key}={value!r} is no number: give one such as {default:g}")
+    if OmegaConf.is_list(default) and not OmegaConf.is_list(value):
+        OmegaConf.update(config, key, [value])
+    elif isinstance(default, DictConfig) and "_target_" not in default and not isinstance(value, DictConfig):
+        raise ValueError(f"{key}={value!r} is no mapping from names to values: give +{key}.<name>=<value>")

@@ -1,0 +1,78 @@
+"""What the command line gives, held against the config files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import command_line
+
+DEFAULT = {"steps": 6, "seeds": [0], "report": True, "run": None, "own": {}, "sigma_max": "auto", "scale": "???",
+           "evaluation": {"metrics": None, "references": {}},
+           "sampler": {"_target_": "Sampler", "grid": {"_target_": "karras", "steps": 20}}}  # fmt: skip
+
+
+def checked(*overrides: str, **more: Any) -> Any:
+    default = OmegaConf.create(DEFAULT)
+    given = OmegaConf.from_dotlist([override.lstrip("+") for override in overrides if override[0] != "~"])
+    config = OmegaConf.merge(default, given, more)
+    command_line.check_values(overrides, default, config)
+    return config
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["steps=8", "steps=[3,4]", "steps=2.5", "steps=auto", "steps=null", "report=false", "report=0.1", "run=nowhere",
+     "sigma_max=50", "scale=abc", "sampler.grid=karras", "sampler.grid.steps=3", "+sampler.grid.rho=7", "+own.mine=heun",
+     "+evaluation.references.pca=here", "+run.new=3", "~sampler.grid"],
+)  # fmt: skip
+def test_values_of_the_kind_that_the_config_files_have_pass(override: str) -> None:
+    checked(override)
+
+
+def test_one_value_for_a_list_becomes_a_list() -> None:
+    assert checked("seeds=3").seeds == [3]
+    assert checked("seeds=[3,4]").seeds == [3, 4]
+
+
+def test_a_name_of_ones_own_is_for_other_values() -> None:
+    checked("+width=3", "steps=${width}")
+    with pytest.raises(ValueError, match="unknown key 'width'"):
+        checked("+width=3", "steps=3")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps=many", "steps='many' is no number: give one such as 6"),
+        ("steps=[3,many]", "is no number"),
+        ("steps=true", "steps=True is no number"),
+        ("sampler.grid.steps=many", "such as 20"),
+        ("report=maybe", "report='maybe' is neither true nor false"),
+        ("report=[true]", "neither true nor false"),
+        ("own=heun", r"no mapping from names to values: give \+own.<name>=<value>"),
+        ("+step=3", "unknown key 'step': did you mean 'steps'"),
+        ("++step=3", "unknown key 'step': did you mean 'steps'"),
+        ("+evaluation.metric=w2", "unknown key 'evaluation.metric': did you mean 'metrics'"),
+    ],
+)
+def test_others_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked(override)
+
+
+def test_a_run_that_goes_on_may_have_keys_of_its_own() -> None:
+    assert checked("+other=3", resume="there").other == 3
+
+
+def test_options_that_do_nothing_are_refused_by_their_first_part() -> None:
+    for override in ("target=ring", "target.std=1", "+target.x=1", "target/part=a", "~target"):
+        with pytest.raises(ValueError, match="does nothing here: leave it out"):
+            command_line.idle([override], ["target"], "here")
+    command_line.idle(["targets=1", "evaluation.target=1"], ["target"], "here")
