@@ -574,7 +574,7 @@ class DenoisedField(StandardField):
         return alpha, torch.ones_like(alpha)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdaptiveResult(SampleResult):
     """What an adaptive solver returns; `nfe` is the mean number of network calls a sample, rounded up.
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from score_sde.adaptive import PAIRS, Norm, PerSample, integrate, mixed_tolerance, whole_lanes
+from score_sde.brief import Brief
 from score_sde.checks import one_of, tensor, whole
 from score_sde.memory import keep_freed_memory
 from score_sde.noise import SampleNoise
@@ -57,8 +58,8 @@ class HasLogProb(Protocol):
     def log_prob(self, x: Tensor, /) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class LikelihoodResult:
+@dataclass(frozen=True, repr=False)
+class LikelihoodResult(Brief):
     """Log-likelihoods in nats of the data that were passed.
 
     Attributes:

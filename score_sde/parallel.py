@@ -30,7 +30,7 @@ from score_sde.sde import SDE, expand
 from score_sde.steps.linear import LinearRow, LinearStep
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ParallelResult(SampleResult):
     """What a parallel sampler returns; `nfe` is the mean number of network evaluations a sample, rounded up.
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from score_sde.brief import Brief
 from score_sde.sde import expand
 
 Coefficient = float | Tensor
@@ -31,8 +32,8 @@ def affine(p: Coefficient, x: Tensor, q: Coefficient, y: Tensor) -> Tensor:
     return (p * x).add_(y, alpha=q) if not (x.requires_grad or y.requires_grad) else p * x + q * y
 
 
-@dataclass(frozen=True)
-class Prediction:
+@dataclass(frozen=True, repr=False)
+class Prediction(Brief):
     """One evaluation of a score model at (x, t), with all its views.
 
     Attributes:

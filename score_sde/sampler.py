@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from score_sde import grid as grids
+from score_sde.brief import Brief
 from score_sde.checks import number, one_of, tensor, whole
 from score_sde.cuda_graph import GraphedMoves
 from score_sde.grid import Grid
@@ -35,8 +36,8 @@ from score_sde.steps.step import Draw, History, Step
 from score_sde.steps.tabulated import Table, Tabulated
 
 
-@dataclass(frozen=True)
-class SampleResult:
+@dataclass(frozen=True, repr=False)
+class SampleResult(Brief):
     """What a sampler returns.
 
     Attributes:

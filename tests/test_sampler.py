@@ -448,3 +448,12 @@ def test_where_a_corrector_acts_is_a_mask_of_the_grid(mask, message):
         Sampler(DDIM(), FIVE, LangevinCorrector(), corrector_where=mask).check(VPSDE())
     with pytest.raises(ValueError, match="where a corrector acts, and there is none"):
         Sampler(DDIM(), FIVE, corrector_where=grid.every)
+
+
+def test_results_are_printed_on_one_line():
+    model = ExactScore(make("ring"), VPSDE())
+    result = Sampler(DDIM(), FIVE).sample(model, (7, 2), seed=0)
+    shown = repr(result)
+    assert shown.startswith("SampleResult(x=<7x2 float32>, nfe=6, seconds=")
+    assert shown.endswith("trajectory=None, times=<6 float64>)")
+    assert repr(model(result.x, 0.5)).startswith("Prediction(x=<7x2 float32>, raw=<7x2 float32>, alpha=0.")

@@ -23,6 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from score_sde import distributed
+from score_sde.brief import Brief
 from score_sde.checks import number, whole
 from score_sde.data import Data
 from score_sde.score import LearnedScore
@@ -45,8 +46,8 @@ class DivergenceError(RuntimeError):
     """More non-finite losses than `max_nonfinite`; the last checkpoint is intact."""
 
 
-@dataclass(frozen=True)
-class TrainingResult:
+@dataclass(frozen=True, repr=False)
+class TrainingResult(Brief):
     """The averaged model, the step reached, the signal that asked it to end, else None, and the rows logged."""
 
     model: LearnedScore
