@@ -51,4 +51,4 @@ def tensor(name: str, value: Any) -> Tensor:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, SupportsFloat) and not isinstance(value, bool)
+    return isinstance(value, int | float | SupportsFloat) and not isinstance(value, bool)
