@@ -1,7 +1,8 @@
 """A long computation cut into cells, each remembered by a hash of everything that determines it.
 
-What is described is values, not identities: settings, tensors, the code of functions, and for an object its class, the
-source files of that class and of its bases, and its attributes. Caches (`_levels`, `_cache`, `_copies` and cached
+What is described is values, not identities: settings, tensors, the code of functions, and for an object its attributes
+and its class: the source files of that class and of its bases, and their plain constants. What has no source file, as in a
+notebook, is described by the code of its methods and by the global names that code uses. Caches (CACHES and cached
 properties) are left out, so that using an object does not change its hash.
 """
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-CACHES = {"_levels", "_cache", "_copies"}
+CACHES = {"_levels", "_cache", "_copies", "_constants", "_orders", "_ladders"}
 # Whose source is not read: a release of these does not change what a cell says by more than rounding.
 STEADY = {*sys.stdlib_module_names, "torch", "numpy", "scipy"}
 
@@ -69,12 +70,20 @@ def _parts(thing: Any) -> Iterator[Any]:
     elif isinstance(thing, FunctionType):
         cells = [cell.cell_contents for cell in thing.__closure__ or ()]
         yield from (thing.__qualname__, thing.__code__, cells, thing.__defaults__, thing.__kwdefaults__)
-        yield _source(thing.__module__)
+        source = _source(thing.__module__)
+        yield source
+        if not source and not _is_steady(thing.__module__):
+            yield from ((name, thing.__globals__[name]) for name in sorted(_names(thing.__code__))
+                        if _is_telling(thing.__globals__.get(name)))  # fmt: skip
     elif isinstance(thing, CodeType):
         yield from (thing.co_code, thing.co_names, thing.co_consts)
-    elif isinstance(thing, (type, BuiltinFunctionType)):
+    elif isinstance(thing, type):
         yield from (thing.__module__, thing.__qualname__)
-        yield from (_source(base.__module__) for base in getattr(thing, "__mro__", ()))
+        for base in thing.__mro__:
+            yield _source(base.__module__)
+            yield from _of_class(base)
+    elif isinstance(thing, BuiltinFunctionType):
+        yield from (thing.__module__, thing.__qualname__)
     else:
         yield from (type(thing), _attributes(thing))
 
@@ -84,21 +93,63 @@ def _attributes(thing: Any) -> Any:
         return repr(thing)
     held = {name: value for name, value in vars(thing).items() if name not in CACHES and not _is_cached(thing, name)}
     if isinstance(thing, nn.Module):  # torch's registers of hooks and the like are no settings
-        registers = {"_parameters", "_buffers", "_modules"}
-        held = {name: value for name, value in held.items() if not name.startswith("_") or name in registers}
+        held = {name: value for name, value in held.items() if name not in _REGISTERS}
     return held
+
+
+_REGISTERS = {*vars(nn.Module())} - {"_parameters", "_buffers", "_modules"} | {"_compiled_call_impl"}
+
+
+def _of_class(kind: type) -> Iterator[Any]:
+    """A class's own constants, which a program may change, and where it has no source file the code of its methods."""
+    if _is_steady(kind.__module__):
+        return
+    bare = not _source(kind.__module__)
+    for name, value in sorted(vars(kind).items()):
+        value = getattr(value, "__func__", getattr(value, "fget", value))  # of class and static methods and properties
+        if (_is_constant(value) and not name.startswith("__")) or (bare and isinstance(value, FunctionType)):
+            yield (name, value)
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, complex, str)) or (
+        isinstance(value, tuple) and all(map(_is_constant, value))
+    )
+
+
+def _names(code: CodeType) -> set[str]:
+    """The global names that code may use, inner functions included."""
+    return {*code.co_names}.union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _is_telling(value: Any) -> bool:
+    """Whether a global says what a function computes: values, arrays, own code and what is made of it."""
+    if isinstance(value, (type, FunctionType)):
+        return not _is_steady(value.__module__)
+    plain = isinstance(value, (Tensor, np.ndarray, nn.Module, Mapping, list, tuple, functools.partial)) or _is_constant(
+        value
+    )
+    return plain or type(value).__module__.split(".")[0] in ("__main__", "score_sde")
 
 
 def _is_cached(thing: Any, name: str) -> bool:
     return isinstance(inspect.getattr_static(type(thing), name, None), functools.cached_property)
 
 
-@functools.cache
+def _is_steady(module: str) -> bool:
+    return module.split(".")[0] in STEADY - {"__main__"}
+
+
 def _source(module: str) -> bytes:
     """Digest of a module's source file; empty for one that has none, and for those in STEADY."""
     file = getattr(sys.modules.get(module), "__file__", None)
-    if module.split(".")[0] in STEADY or file is None or not Path(file).is_file():
+    if _is_steady(module) or file is None or not Path(file).is_file():
         return b""
+    return _digest(file, os.stat(file).st_mtime_ns)
+
+
+@functools.cache
+def _digest(file: str, written: int) -> bytes:
     return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).digest()
 
 

@@ -87,7 +87,8 @@ def compare(
         models: exact, learned or guided; a mapping gives them names.
         samplers: by name. A `Sampler` whose grid has `steps` gets as many as each budget allows (`at_budget`); a mapping
             {calls: sampler}, such as tuned tables, is asked for its largest number of calls within the budget; a
-            function is called with the budget. Any other sampler runs once, as budget 0: its tolerance decides.
+            function is called with the budget, and not held to it. Any other sampler runs once, as budget 0: its tolerance
+            decides.
         budgets: numbers of network calls, the last denoising included.
         reference: what samples are held against, for all models or by model: a target, or at least 2 `num_samples` exact
             samples.
@@ -128,7 +129,7 @@ def compare(
     refused = all(isinstance(cell.solver, str) for cell in cells)
     home = None if directory is None or refused else Path(directory)
     journal = Journal(None if home is None else home / "cells.jsonl")
-    missing = {cell.key: cell for cell in cells if not isinstance(cell.solver, str) and cell.key not in journal}
+    missing = {cell.key: cell for cell in cells if not isinstance(cell.solver, str) and not _is_done(journal, cell.key)}
     if missing or not all(floor in journal for floor in floors.values()):
         make = partial(Yardstick, n=num_samples, metrics=metrics, repeats=repeats)
         sticks = {floors[name]: make(law, generator=generator(seed, "compare")) for name, law in laws.items()}
@@ -142,6 +143,11 @@ def compare(
             bench = Bench(named, yardsticks, who, num_samples, batch_size, pairs, folder)
             _run(bench, list(missing.values()), journal, processes, progress)
     return _table(cells, journal, floors)
+
+
+def _is_done(journal: Journal, key: str) -> bool:
+    """Whether a cell need not be computed; what failed may have failed for what is no longer so."""
+    return key in journal and not str(journal[key].get("status")).startswith("failed")
 
 
 def _check(models: Mapping[str, ScoreModel], samplers: Mapping[str, Any], laws: Mapping[str, Any]) -> None:
@@ -597,15 +603,16 @@ def ranking(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
 
 
 def winners(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
-    """Which sampler to take within each budget.
+    """Which sampler to take within each budget, of those that spend no more.
 
     Returns:
         A row for each model and budget: `sampler`, the one of the smallest `excess` (see `judge`), its `excess`, the
         metric `worst`, and `equals`, the others that are there too, or within a tenth of it where it is not there.
     """
     summary = judge(table, within).dropna(subset="excess")
+    held = summary[(summary["budget"] != UNBUDGETED) & (summary["nfe"] <= summary["budget"])]
     rows = []
-    for (model, budget), runs in summary[summary["budget"] != UNBUDGETED].groupby(["model", "budget"], sort=False):
+    for (model, budget), runs in held.groupby(["model", "budget"], sort=False):
         runs = runs.sort_values("excess")
         best, others = runs.iloc[0], runs.iloc[1:]
         equal = others[others["excess"] <= max(1.0, 1.1 * best["excess"])]["sampler"]

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from score_sde.evaluation import (
 )
 from score_sde.evaluation.cells import Journal, fingerprint
 from score_sde.evaluation.comparison import COLUMNS, planned_calls
+from score_sde.guidance import MMPS, Matrix
 from score_sde.noise import NoiseSource
 from score_sde.sampler import SampleResult
 from score_sde.score import ExactScore, ScoreModel
@@ -340,11 +342,60 @@ def test_hashes_are_of_values() -> None:
     assert len({fingerprint(thing) for thing in different}) == len(different)
 
 
+NOTEBOOK = """
+import torch
+K, SCALE = {k}, {{"a": 1}}
+def helper(x): return {helper}
+def metric(x, y): return [helper(v) * K for v in (1.0, 2.0)][0] + SCALE["a"] * torch.zeros(()).item()
+class Base:
+    t_max = {t_max}
+    @property
+    def twice(self): return {twice} * self.t_max
+class Mine(Base):
+    calls = []
+    def __init__(self): self.k = 1
+    def step(self, x): return {step} * helper(x)
+"""
+
+
+@pytest.mark.parametrize("name", [None, "k", "helper", "t_max", "twice", "step"])
+def test_code_without_a_file_is_hashed_by_what_it_does(name: str | None, monkeypatch) -> None:
+    """As in a notebook, where an edited cell leaves neither a file nor a new name behind."""
+
+    def cell(**changed: str) -> dict[str, Any]:
+        parts = {"k": "1", "helper": "x + 1", "t_max": "1.0", "twice": "2", "step": "0.5"} | changed
+        notebook = types.ModuleType("notebook")
+        monkeypatch.setitem(sys.modules, "notebook", notebook)
+        exec(NOTEBOOK.format(**parts), vars(notebook))
+        return vars(notebook)
+
+    def hashes(made: dict[str, Any]) -> set[str]:
+        return {fingerprint(made["Mine"]()), fingerprint(made["metric"])}
+
+    before, used = hashes(cell()), cell()
+    used["Mine"].calls.append(1)
+    assert hashes(used) == before
+    if name is None:
+        used["Mine"].t_max = 0.6  # which any program may do
+        assert hashes(used) != before
+    else:
+        assert hashes(cell(**{name: "7"})) != before
+
+
 def test_using_a_model_does_not_change_its_hash_and_another_process_finds_the_same() -> None:
     model = ExactScore(make("ring"), VPSDE())
     before = fingerprint(model)
     model(torch.zeros(3, 2), 0.5)
     assert fingerprint(model) == before
+    guided = MMPS(model, Matrix([[1.0, 0.5]]), torch.tensor([0.3]), 0.2)
+    unused = fingerprint(guided)
+    guided(torch.zeros(3, 2), 0.5)
+    assert fingerprint(guided) == unused
+    network = torch.nn.Linear(2, 2)
+    network._k = 1  # a setting of one's own, whatever its name
+    one = fingerprint(network)
+    network._k = 5
+    assert fingerprint(network) != one
     code = ("from score_sde import *; from score_sde.targets import make; from score_sde.evaluation.cells import fingerprint;"
             "print(fingerprint(ExactScore(make('ring'), VPSDE())))")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == before
@@ -475,3 +526,35 @@ def test_a_killed_comparison_leaves_its_cells_and_no_workers(tmp_path: Path) -> 
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.5)
     assert len(Journal(cells).rows) >= 4
+
+
+def test_what_failed_is_tried_again_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    class Failing(Shifted):
+        def sample(self, model: ScoreModel, shape: Sequence[int], *, seed: int) -> SampleResult:
+            if (tmp_path / "broken").exists():
+                raise RuntimeError("CUDA out of memory")
+            return super().sample(model, shape, seed=seed)
+
+    (tmp_path / "broken").touch()
+
+    def statuses() -> list[str]:
+        Shifted.runs.clear()
+        samplers = {"good": lambda budget: Shifted(budget), "bad": lambda budget: Failing(budget)}
+        table = compare(MODEL, samplers, budgets=[3], reference=RING, num_samples=50, pairs=0, directory=tmp_path / "c",
+                        progress=False)  # fmt: skip
+        return list(table["status"])
+
+    assert statuses() == ["ok", "failed: RuntimeError: CUDA out of memory"]
+    (tmp_path / "broken").unlink()
+    assert statuses() == ["ok", "ok"]
+    assert Shifted.runs == [(3, 0)]
+
+
+def test_a_function_that_overspends_wins_no_budget() -> None:
+    samplers = {
+        "honest": lambda budget: Sampler(DDIM(), partial(grid.log_snr, steps=budget - 1)),
+        "over": lambda budget: Sampler(Heun(), partial(grid.log_snr, steps=3 * budget)),
+    }
+    table = compare(MODEL, samplers, budgets=[5], reference=RING, num_samples=300, pairs=0, progress=False)
+    assert dict(zip(table["sampler"], table["nfe"], strict=True)) == {"honest": 5, "over": 31}
+    assert list(winners(table)["sampler"]) == ["honest"]
