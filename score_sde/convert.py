@@ -295,7 +295,7 @@ def diffusers(path: str | Path) -> LearnedScore:
 
     Raises:
         FileNotFoundError: the folder has no config.json or no scheduler_config.json.
-        ValueError: the scheduler predicts something else, or the weights do not fit.
+        ValueError: the scheduler predicts something else or ends at zero signal, or the weights do not fit.
         ImportError: diffusers is not installed.
     """
     from score_sde.networks.diffusers import DiffusersUNet
@@ -325,6 +325,9 @@ def _diffusers_process(scheduler: Mapping[str, Any], score: bool) -> tuple[SDE, 
     predicts = scheduler.get("prediction_type", "epsilon")
     if predicts != "epsilon":
         raise ValueError(f"prediction_type={predicts!r}: only networks that predict the noise, 'epsilon', are read")
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise ValueError("rescale_betas_zero_snr=true: its last level has no signal at all, from which noise prediction says "
+                         "nothing of the data; such a ladder is not read")  # fmt: skip
     known = {name: scheduler[name] for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
                                                 "trained_betas") if name in scheduler}  # fmt: skip
     betas: Tensor = vars(DDPMScheduler(**known))["betas"]

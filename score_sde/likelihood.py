@@ -269,7 +269,7 @@ class GaussianDequantizer(nn.Module):
                 u, log_q = self(eps)
                 x = low + bin_width * (codes + u)
                 with torch.no_grad():
-                    slope = alpha * model((alpha * x).to(_dtype(model)), model.sde.t_min).score.double()
+                    slope = alpha * model((alpha * x).to(model.dtype), model.sde.t_min).score.double()
                 loss = (log_q - (slope * x).flatten(1).sum(1)).mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -304,21 +304,15 @@ def discrete_log_likelihood(
     terms = []
     for _ in range(draws):
         if dequantizer is None:
-            x, log_q = dequantize(codes, generator, bin_width=bin_width, low=low, dtype=_dtype(model)), 0.0
+            x, log_q = dequantize(codes, generator, bin_width=bin_width, low=low, dtype=model.dtype), 0.0
         else:
             eps = torch.randn(codes.shape, generator=generator, device=codes.device, dtype=torch.float64)
             with torch.no_grad():
                 u, log_q = dequantizer(eps)
-            x = (low + bin_width * (codes + u)).to(_dtype(model))
+            x = (low + bin_width * (codes + u)).to(model.dtype)
         terms.append(log_likelihood(model, x, seed=seed, **options).log_prob - log_q)
     volume = math.prod(codes.shape[1:]) * math.log(bin_width)
     return torch.stack(terms).logsumexp(0) - math.log(draws) + volume
-
-
-def _dtype(model: ScoreModel) -> torch.dtype:
-    """Of the model's weights; float32 where it has none."""
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
 
 # --- the flow ---------------------------------------------------------------------------------------------------------

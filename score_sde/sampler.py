@@ -144,7 +144,7 @@ def begin(
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is one of torch's, such as torch.float64, got {dtype!r}")
     device = model.device if x_init is None else x_init.device
-    dtype = dtype or (torch.get_default_dtype() if x_init is None else x_init.dtype)
+    dtype = dtype or (model.dtype if x_init is None else x_init.dtype)
     stream = (noise or BatchNoise(seed)).open(shape, dtype, device)
     t = model.sde.t_max if t is None else t
     x = model.start_at(stream(0, 0), t) if x_init is None else x_init.to(dtype)
@@ -243,7 +243,7 @@ class Sampler:
             condition: named conditions for the model.
             trajectory: keep the state at every grid time.
             progress: show a bar.
-            dtype: of the state; torch's default unless x_init is given.
+            dtype: of the state; x_init's, or the model's own.
 
         Raises:
             ValueError, TypeError: see `begin` and `grid.check`; nothing has been computed then.

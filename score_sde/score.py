@@ -57,6 +57,11 @@ class ScoreModel(ABC):
         """Where the model's parameters lie, and samples start unless told otherwise."""
         return torch.device("cpu")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What samples are made in unless told otherwise: torch's default, or that of a network's weights."""
+        return torch.get_default_dtype()
+
     @abstractmethod
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         """The prediction at x of shape (batch, *event_shape), t a float or a tensor of shape () or (batch,)."""
@@ -141,12 +146,18 @@ def _remember(known: dict[float, Any], fresh: dict[float, Any]) -> None:
     known |= fresh
 
 
+def level_dtype(x: Tensor) -> torch.dtype:
+    """Of c_noise for x."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class LearnedScore(nn.Module, ScoreModel):
     """A network F seen through a parameterization.
 
     Args:
         network: module (x, c_noise, **condition) -> F, with x and F of shape (batch, *event_shape) and c_noise of
-            shape (batch,). The named parameters of its `forward` beyond these two are the conditions it accepts, but
+            shape (batch,), in x's dtype but for half precision, where it is float32: bfloat16 would tell step 999 as
+            1000. The named parameters of its `forward` beyond these two are the conditions it accepts, but
             for `label` where it has an attribute `num_classes` that is None.
             One whose attribute `learned_variance` is true gives twice as many channels: F, and v of the variance weight
             w = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
@@ -158,6 +169,11 @@ class LearnedScore(nn.Module, ScoreModel):
         ValueError: the SDE's schedule cannot be used (see `SDE.check`).
     """
 
+    sde: SDE
+    parameterization: Parameterization
+    data_std: float
+    _levels: dict[float, tuple[float, ...]]
+
     def __init__(
         self, network: nn.Module, sde: SDE, parameterization: Parameterization, event_shape: Sequence[int]
     ) -> None:
@@ -166,18 +182,28 @@ class LearnedScore(nn.Module, ScoreModel):
         if not isinstance(parameterization, Parameterization):
             raise TypeError(f"a parameterization is an object, e.g. Karras(sigma_data=0.5); got {parameterization!r}")
         self.network, self.sde, self.parameterization = network, sde, parameterization
-        self.event_shape, self.data_std = tuple(event_shape), parameterization.sigma_data
+        self.event_shape = tuple(event_shape)
         parameters = list(inspect.signature(getattr(network, "_orig_mod", network).forward).parameters.values())
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         self.condition_names = frozenset(p.name for p in parameters[2:] if p.kind in named)
         if getattr(network, "num_classes", 0) is None:
             self.condition_names -= {"label"}
         self._learns_variance = bool(getattr(network, "learned_variance", False))
-        self._levels: dict[float, tuple[float, ...]] = {}
 
     @property
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("sde", "parameterization"):  # of which coefficients are kept
+            vars(self)["_levels"] = {}
+        if name == "parameterization":
+            vars(self)["data_std"] = value.sigma_data
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(tensor("x", x).shape, condition)
@@ -219,9 +245,9 @@ class LearnedScore(nn.Module, ScoreModel):
     def _network(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """F, and the weight w of a learnt variance."""
         if isinstance(row.c_in, Tensor):
-            scaled, c_noise = expand(row.c_in, x) * x, row.c_noise.to(x).expand(x.shape[0])
+            scaled, c_noise = expand(row.c_in, x) * x, row.c_noise.to(x.device, level_dtype(x)).expand(x.shape[0])
         else:
-            scaled, c_noise = row.c_in * x, x.new_full((x.shape[0],), row.c_noise)
+            scaled, c_noise = row.c_in * x, x.new_full((x.shape[0],), row.c_noise, dtype=level_dtype(x))
         output = self.network(scaled, c_noise, **condition)
         if output.shape != self._output_shape(x):
             raise ValueError(f"{type(self.network).__name__} gives shape {tuple(output.shape)} for x of shape "
@@ -303,6 +329,10 @@ class ReparameterizedScore(ScoreModel):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         alpha, sigma, inner, ratio = self._level(t)

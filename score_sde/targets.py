@@ -114,6 +114,12 @@ def _like_generator(shape: Sequence[int], generator: torch.Generator | None) -> 
     return {"size": tuple(shape), "generator": generator, "device": generator.device if generator else "cpu"}
 
 
+def _float64(values: Any) -> Tensor:
+    """Numbers, an array, a tensor or a list of tensors as one float64 tensor."""
+    listed = isinstance(values, Sequence) and len(values) > 0 and isinstance(values[0], Tensor)
+    return torch.stack(list(values)).double() if listed else torch.as_tensor(values, dtype=torch.float64)
+
+
 class GaussianMixture(Target):
     """p(x) = sum_k w_k N(x; mu_k, Sigma_k).
 
@@ -130,8 +136,8 @@ class GaussianMixture(Target):
     """
 
     def __init__(self, weights: Any, means: Any, covariances: Any) -> None:
-        self.means = torch.as_tensor(means, dtype=torch.float64)
-        self.covariances = torch.as_tensor(covariances, dtype=torch.float64)
+        self.means = _float64(means)
+        self.covariances = _float64(covariances)
         if self.means.ndim != 2 or self.covariances.shape != (*self.means.shape, self.means.shape[-1]):
             raise ValueError(f"means have shape (K, D) and covariances (K, D, D), got {tuple(self.means.shape)} and "
                              f"{tuple(self.covariances.shape)}")  # fmt: skip

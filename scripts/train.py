@@ -11,6 +11,7 @@ SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2 end a run after the step at hand, with a ch
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -100,9 +101,10 @@ def main(config: DictConfig) -> float:
             run.claim()
         run.save_config(config)
 
+    warnings.filterwarnings("ignore", "training was interrupted")  # it is said here
     trained = trainer.fit(
-        model, data, objective, time_sampler, run.path, seed=config.seed, resume=resumes,
-        on_start=on_start, on_sample=on_sample, on_evaluate=on_evaluate,
+        model, data, objective, time_sampler, run.path, seed=config.seed, resume=resumes, on_start=on_start,
+        on_sample=on_sample if trainer.sample_every else None, on_evaluate=on_evaluate if trainer.evaluate_every else None,
     )  # fmt: skip
     if trained.interrupted:
         print(f"interrupted at step {trained.step}; continue with: python scripts/train.py resume={run.path}")

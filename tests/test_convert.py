@@ -266,6 +266,9 @@ def test_folders_that_do_not_fit_are_refused(library, tmp_path) -> None:
     unet = saved(library, tmp_path, DDPM, library.DDPMScheduler(prediction_type="v_prediction"))
     with pytest.raises(ValueError, match="prediction_type='v_prediction'"):
         convert.diffusers(tmp_path)
+    library.DDPMScheduler(rescale_betas_zero_snr=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no signal at all"):
+        convert.diffusers(tmp_path)
     library.DDPMScheduler().save_pretrained(tmp_path)
     weights = unet.state_dict()
     weights.pop("conv_in.bias")

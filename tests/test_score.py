@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from score_sde import grid
-from score_sde.parameterization import Karras, Noise
+from score_sde.parameterization import Karras, Noise, PublishedNoise
 from score_sde.sampler import Sampler
 from score_sde.score import KEPT, ExactScore, LearnedScore, reparameterize
 from score_sde.sde import SDE, VPSDE, DiscreteSDE, KarrasSDE
@@ -75,6 +75,35 @@ def test_prepared_levels_change_nothing():
     ready.prepare([0.25, 0.5])
     for t in (0.25, 0.5, 0.75):
         assert torch.equal(ready(x, t).score, fresh(x, t).score)
+
+
+def test_another_process_or_parameterization_takes_effect():
+    model, x = learned(VPSDE(), Karras(0.5)), x_of()
+    model(x, 0.5)
+    model.parameterization = Noise(2.0)
+    torch.testing.assert_close(model(x, 0.5).denoised, learned(VPSDE(), Noise(2.0))(x, 0.5).denoised)
+    assert model.data_std == 2.0
+    model.sde = KarrasSDE()
+    assert model(x, 0.5).alpha == 1.0
+
+
+def test_a_network_in_half_precision_is_told_exact_times():
+    sde = DiscreteSDE.ddpm()
+    model = LearnedScore(Affine().bfloat16(), sde, PublishedNoise("time", scale=1), (2,))
+    x = x_of().bfloat16()
+    for t in (999.0, torch.full((3,), 999.0)):
+        model(x, t)
+        seen, c_noise = model.network.seen
+        assert (seen.dtype, c_noise.dtype) == (torch.bfloat16, torch.float32)
+        assert (c_noise == 999).all()
+
+
+def test_samples_are_made_in_the_dtype_of_the_weights():
+    for dtype in (F64, torch.bfloat16):
+        model = learned(VPSDE()).to(dtype)
+        for wrapped in (model, reparameterize(model, KarrasSDE())):
+            result = Sampler(DDIM(), functools.partial(grid.log_snr, steps=2)).sample(wrapped, (3, 2), seed=0)
+            assert result.x.dtype == dtype
 
 
 def test_the_coefficients_of_times_that_do_not_return_are_forgotten():

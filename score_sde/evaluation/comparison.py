@@ -421,7 +421,7 @@ def _converge(bench: Bench, limit: Limit) -> None:
     model, size = bench.models[limit.model], bench.parts()[0]
     try:
         with torch.no_grad():
-            z = BatchNoise(limit.seed).open((size, *model.event_shape), torch.get_default_dtype(), model.device)(0, 0)
+            z = BatchNoise(limit.seed).open((size, *model.event_shape), model.dtype, model.device)(0, 0)
             start = model.start(z)[: bench.pairs]
             end = CONVERGED.sample(model, tuple(start.shape), x_init=start).x
             both = torch.stack([end, model(end, model.sde.t_min).denoised])

@@ -38,6 +38,10 @@ class Guided(ScoreModel):
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
     def per_sample(self, name: str, value: Any, batch: int) -> bool:
         return self.model.per_sample(name, value, batch)
 

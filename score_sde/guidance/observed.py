@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_sde.checks import whole
+from score_sde.checks import number, whole
 from score_sde.guidance.base import Guided, Pull, moved, pushed, times, with_pull
 from score_sde.guidance.operators import LinearOperator, Operator
 from score_sde.prediction import Coefficient, Prediction
@@ -207,14 +207,15 @@ class PiGDM(Observed):
     Source: Song et al. 2023, https://openreview.net/forum?id=9_gsMA8MRKQ, eq. 7 and appendix A.3, whose data_std is 1.
 
     Args:
-        data_std: standard deviation of the clean data.
+        data_std: standard deviation of the clean data; the model's own when left out.
     """
 
     def __init__(
         self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0,
-        data_std: float = 1.0,
+        data_std: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__(model, operator, y, noise_std)
+        data_std = model.data_std if data_std is None else number("data_std", data_std)
         if not 0 < data_std < math.inf:
             raise ValueError(f"PiGDM's data_std is a positive standard deviation, got {data_std}")
         self.assumed_std = float(data_std)

@@ -43,7 +43,8 @@ class TwistedParticles:
     Args:
         grid: function SDE -> times.
         operator, y, noise_std: the observation, one for all particles.
-        data_std: of the clean data, for the twist (see `PiGDM`); any value is asymptotically right.
+        data_std: of the clean data, for the twist (see `PiGDM`); the model's own when left out, and any value is
+            asymptotically right.
         step: the base step p(x_s | x_t), linear, noisy and of memory 1.
         threshold: resamples, systematically, where the effective share of particles falls below it, in (0, 1].
         particles: size of the cloud from which the samples are drawn at the end; as many as samples when left out.
@@ -53,7 +54,7 @@ class TwistedParticles:
     """
 
     def __init__(
-        self, grid: Grid, operator: LinearOperator, y: Tensor, noise_std: float, *, data_std: float = 1.0,
+        self, grid: Grid, operator: LinearOperator, y: Tensor, noise_std: float, *, data_std: float | None = None,
         step: LinearStep | None = None, threshold: float = 0.5, particles: int | None = None,
     ) -> None:  # fmt: skip
         self.step = Ancestral() if step is None else step
@@ -63,12 +64,12 @@ class TwistedParticles:
             raise ValueError(f"threshold is a share of particles in (0, 1], got {threshold}")
         if tuple(y.shape) != tuple(operator.output_shape):
             raise ValueError(f"one observation y has shape {tuple(operator.output_shape)}, got {tuple(y.shape)}")
-        if not (noise_std > 0 and data_std > 0):
+        if not (noise_std > 0 and (data_std is None or data_std > 0)):
             raise ValueError(f"noise_std and data_std are positive, got {noise_std=} and {data_std=}")
         if particles is not None:
             whole("particles", particles)
         self.grid, self.operator, self.y, self.particles = grid, operator, y, particles
-        self.noise_std, self.data_std, self.threshold = float(noise_std), float(data_std), float(threshold)
+        self.noise_std, self.data_std, self.threshold = float(noise_std), data_std, float(threshold)
 
     @torch.no_grad()
     def sample(
@@ -114,7 +115,8 @@ class TwistedParticles:
         """The prediction, D, how far the twist moves D, and log pi_t up to a constant."""
         prediction, clean, pull = with_pull(model, x, t, condition)
         residual = self.y.to(x) - self.operator(clean)
-        solved = solve(self.operator, residual, spread(prediction, self.data_std), self.noise_std**2)
+        v = spread(prediction, model.data_std if self.data_std is None else self.data_std)
+        solved = solve(self.operator, residual, v, self.noise_std**2)
         guided = pushed(prediction, pull(self.operator.transpose(solved)))
         return prediction, clean, guided.denoised - clean, -(residual * solved).flatten(1).double().sum(1) / 2
 

@@ -68,7 +68,7 @@ class DiffusersUNet(nn.Module):
             return self.unet(x, c_noise, class_labels=label).sample
         sigma = c_noise.exp()
         score = self.unet((x + 1) / 2, sigma, class_labels=label).sample
-        return sigma[:, None, None, None] * score
+        return sigma[:, None, None, None].to(score) * score
 
 
 def _model_class() -> Any:

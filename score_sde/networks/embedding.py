@@ -72,8 +72,9 @@ class Embedding(nn.Module):
         self.augment = None if augment_width is None else nn.Linear(augment_width, width, bias=False)
 
     def forward(self, c_noise: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        phase = c_noise.to(self.frequencies.dtype)[:, None] * self.frequencies
-        embedded = self.noise(torch.cat([phase.cos(), phase.sin()], dim=1))
+        dtype = self.frequencies.dtype
+        phase = c_noise.to(torch.promote_types(dtype, torch.float32))[:, None] * self.frequencies
+        embedded = self.noise(torch.cat([phase.cos(), phase.sin()], dim=1).to(dtype))
         row = rows(label, c_noise, self.num_classes)
         if self.label is not None and row is not None:
             embedded = embedded + self.label(row)

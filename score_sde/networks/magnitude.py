@@ -104,8 +104,9 @@ class MPEmbedding(nn.Module):
         self.gain = None if augment_width is None else nn.Parameter(torch.zeros(()))
 
     def forward(self, c_noise: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        phase = c_noise.to(self.frequencies.dtype)[:, None] * self.frequencies + self.phases
-        embedded = self.noise(math.sqrt(2) * phase.cos())
+        dtype = self.frequencies.dtype
+        phase = c_noise.to(torch.promote_types(dtype, torch.float32))[:, None] * self.frequencies + self.phases
+        embedded = self.noise(math.sqrt(2) * phase.cos().to(dtype))
         row = rows(label, c_noise, self.num_classes)
         if self.label is not None and row is not None:
             # The null class lies behind the last column, and is cut off: a vector of zeros.

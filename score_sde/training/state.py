@@ -85,6 +85,15 @@ def joined(parts: Sequence[Losses]) -> Losses:
     return Losses(torch.cat([part.loss for part in parts]), diagnostics)
 
 
+def _coefficients(model: LearnedScore) -> Tensor:
+    """What SDE and parameterization do at nine times: alpha, sigma, c_in, c_skip, c_out and c_noise."""
+    sde = model.sde
+    t = sde.t_min + (sde.t_max - sde.t_min) * torch.linspace(0, 1, 9, dtype=torch.float64)
+    return torch.stack(
+        [sde.alpha(t), sde.sigma(t), *(part.expand(t.shape) for part in model.parameterization.row(sde, t))]
+    )
+
+
 class TrainingState:
     """Weights, averages, optimiser, step, and counts since the last report."""
 
@@ -243,6 +252,8 @@ class TrainingState:
             "seed": self.seed,
             "batch_size": self.trainer.batch_size,
             "examples": self.examples,
+            "process": (repr(self.model.sde), repr(self.model.parameterization)),
+            "coefficients": _coefficients(self.model),
             "nonfinite": self.nonfinite + self.window.nonfinite,
             "times": self.time_sampler.state_dict(),
             **{name: self._converted(part.state_dict(), self._whole) for name, part in self.optimizer.parts.items()},
@@ -264,7 +275,8 @@ class TrainingState:
     def restore(self, checkpoints: Checkpoints, step: int) -> None:
         """Takes up a checkpoint.
 
-        Raises ValueError where it is of another seed, batch size, number of examples, optimiser, set of averages or network.
+        Raises ValueError where it is of another seed, batch size, number of examples, SDE, parameterization, optimiser, set
+        of averages or network.
         """
         state = checkpoints.state(step)
         for name, given in (("seed", self.seed), ("batch_size", self.trainer.batch_size), ("examples", self.examples)):
@@ -272,6 +284,10 @@ class TrainingState:
                 raise ValueError(
                     f"{name}={given}, but the run was started with {state[name]}: resume it with that value"
                 )
+        own = _coefficients(self.model)
+        if not torch.allclose(state.get("coefficients", own), own, rtol=1e-6, atol=0):
+            was, now = " and ".join(state["process"]), f"{self.model.sde!r} and {self.model.parameterization!r}"
+            raise ValueError(f"the run was started with {was}, not with {now}: resume it so, or choose a new directory")
         if ("muon" in state) != (self.optimizer.muon is not None):
             was = "muon" if "muon" in state else "adamw"
             raise ValueError(f"optimizer={self.trainer.optimizer}, but the run was started with {was}: resume it so")

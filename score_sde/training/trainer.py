@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,6 +178,11 @@ class Trainer:
                 f"accumulate={self.accumulate}: the batch is that of all together"
             )
         time_sampler.check(model.sde)
+        sde, drawn = model.sde, time_sampler(model.sde, 64, torch.Generator().manual_seed(0)).t
+        slack = 1e-9 * (sde.t_max - sde.t_min)
+        if not ((drawn >= sde.t_min - slack) & (drawn <= sde.t_max + slack)).all():
+            raise ValueError(f"{type(time_sampler).__name__} draws times from {drawn.min():g} to {drawn.max():g}, those of "
+                             f"{sde!r} are {sde.t_min:g} to {sde.t_max:g}")  # fmt: skip
         if tuple(data.event_shape) != model.event_shape:
             raise ValueError(
                 f"the data have event shape {tuple(data.event_shape)}, the model {model.event_shape}: make them equal"
@@ -212,12 +218,19 @@ class Trainer:
         continues from the latest checkpoint, on any number of processes, or starts where none was written yet.
 
         Raises:
-            ValueError: model, data and times do not fit; the directory has checkpoints and `resume` is False; the
-                checkpoint is of another seed, batch size, network or number of examples, or of more than `steps` steps.
+            ValueError: model, data and times do not fit; a hook would never be called; the directory has checkpoints and
+                `resume` is False; the checkpoint is of another seed, batch size, SDE, parameterization, network or number
+                of examples, or of more than `steps` steps.
             DivergenceError: more than `max_nonfinite` non-finite steps. No checkpoint is written of that state.
         """
         distributed.start()
         self.check(model, data, time_sampler)
+        for name, hook, every in (
+            ("sample", on_sample, self.sample_every),
+            ("evaluate", on_evaluate, self.evaluate_every),
+        ):
+            if hook is not None and not every:
+                raise ValueError(f"on_{name} is never called with {name}_every=0: give Trainer({name}_every=...) too")
         folder = None if directory is None else Path(directory)
         checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", self.keep_checkpoints)
         snapshots = None if folder is None else Checkpoints(folder / "snapshots", keep=None)
@@ -263,6 +276,10 @@ class Trainer:
                 state.snapshot(snapshots)
         state.place.disconnect()
         number = signal.Signals(stopped) if stopped else None
+        if number is not None:
+            warnings.warn(
+                f"training was interrupted ({number.name}) at step {state.step} of {self.steps}", stacklevel=2
+            )
         return TrainingResult(state.shown()[1], state.step, number, metrics.rows)
 
     def _report(

@@ -125,6 +125,15 @@ def test_replacement_starts_at_any_time_with_what_a_sees_of_the_forward_process(
     torch.testing.assert_close(operator(x), sde.alpha(t).float() * y + sde.sigma(t).float() * operator(z))
 
 
+def test_pigdm_takes_the_spread_of_the_models_data():
+    law = GaussianMixture([1.0], [[0.0] * D], [9 * torch.eye(D).double()])
+    model = ExactScore(law, VPSDE())
+    operator, y, x = Matrix([[1.0, 0.0, 0.0, 0.0]]), torch.tensor([6.0]), 3 * points()
+    exact = ExactScore(law.condition(operator, y, 1.0), VPSDE())
+    torch.testing.assert_close(PiGDM(model, operator, y, 1.0)(x, 0.3).denoised, exact(x, 0.3).denoised)
+    assert not torch.allclose(PiGDM(model, operator, y, 1.0, 1.0)(x, 0.3).denoised, exact(x, 0.3).denoised, rtol=0.05)
+
+
 METHODS = {
     "replacement": lambda m, a, y: Replacement(m, a, y),
     "dps": lambda m, a, y: DPS(m, a, y, 0.5),

@@ -20,7 +20,7 @@ from torch import nn
 from score_sde import sde as sdes
 from score_sde.data import Batch, Data, TensorData
 from score_sde.networks import MLP
-from score_sde.parameterization import Noise
+from score_sde.parameterization import Denoised, Noise
 from score_sde.score import LearnedScore
 from score_sde.training import (
     Checkpoints,
@@ -253,6 +253,33 @@ def test_the_count_of_non_finite_steps_survives_a_resume(tmp_path):
     assert rows(tmp_path)[-1]["nonfinite"] == 2
 
 
+@pytest.mark.parametrize(
+    ("sde", "parameterization"),
+    [(sdes.CosineSDE(), Noise()), (sdes.VPSDE(beta_max=19.0), Noise()), (sdes.VPSDE(), Denoised())],
+)
+def test_a_run_of_another_process_is_not_resumed(tmp_path, sde, parameterization):
+    tiny.train(tmp_path, tiny.trainer(8))
+    network = tiny.model().network
+    with pytest.raises(ValueError, match=r"the run was started with VPSDE\(.*\) and Noise\(.*, not with"):
+        tiny.train(tmp_path, model=LearnedScore(network, sde, parameterization, (2,)), resume=True)
+    assert tiny.train(tmp_path, model=LearnedScore(network, sdes.VPSDE(), Noise(), (2,)), resume=True).step == 40
+
+
+def test_hooks_that_would_never_be_called_are_refused(tmp_path):
+    for name in ("sample", "evaluate"):
+        with pytest.raises(ValueError, match=f"on_{name} is never called with {name}_every=0"):
+            tiny.train(tmp_path, **{f"on_{name}": lambda step, raw, averaged: {}})
+
+
+def test_times_that_the_process_does_not_have_are_refused(tmp_path):
+    class Beyond(UniformTimes):
+        def quantile(self, sde, u):
+            return 3 * u
+
+    with pytest.raises(ValueError, match="Beyond draws times from"):
+        tiny.train(tmp_path, time_sampler=Beyond())
+
+
 def test_learning_rate_rises_then_follows_its_schedule():
     cosine = Trainer(steps=100, batch_size=1, warmup=10, learning_rate=2.0)
     constant = Trainer(steps=100, batch_size=1, warmup=10, learning_rate=2.0, schedule="constant")
@@ -325,9 +352,9 @@ def test_tensorboard_files_are_written_on_demand(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps=0 must be a positive integer"),
+        ({"steps": 0}, "steps >= 1, got steps=0"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
+        ({"learning_rate": -1.0}, "learning_rate > 0, got learning_rate=-1.0"),
         ({"schedule": "linear"}, "schedule='linear' must be one of constant, cosine"),
         ({"device": "tpu"}, "device='tpu' must be one of auto, cpu, cuda"),
         ({"precision": "fp16"}, "precision='fp16' must be one of 32-true, bf16-mixed"),
