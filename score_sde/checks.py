@@ -37,7 +37,8 @@ def wholes(name: str, values: Any, least: float = 1) -> list[int]:
 
 def number(name: str, value: Any, least: float = -math.inf, above: float = -math.inf) -> float:
     """The value as a float, where it is a number of any type, at least `least` and greater than `above`."""
-    if not _is_number(value) or not value >= least or not (value > above or above == -math.inf):
+    within = _is_number(value) and (value >= least or least == -math.inf) and (value > above or above == -math.inf)
+    if not within:
         bound = f" > {above:g}" if above > -math.inf else f" >= {least:g}" if least > -math.inf else ""
         raise ValueError(f"give a number {name}{bound}, got {name}={value!r}")
     return float(value)

@@ -151,6 +151,15 @@ def begin(
     return Start(x, stream, CountedModel(model, condition))
 
 
+def warn_of_lost(x: Tensor) -> None:
+    """Warns where samples are not finite."""
+    if not math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()):
+        lost = int((~x.reshape(len(x), -1).isfinite().all(1)).sum())
+        if lost:
+            warnings.warn(f"{lost} of {len(x)} samples are not finite: the model's outputs are not, or the sampler diverged",
+                          stacklevel=4)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Move:
     """One row of a run: which step, its coefficients, the key of its noise, and whether it ends at a grid time."""
@@ -159,6 +168,16 @@ class Move:
     row: Any
     key: int
     arrives: bool
+
+
+def _shown(part: Any) -> str:
+    """A part of a sampler as one writes it."""
+    if isinstance(part, partial):
+        bound = ", ".join(
+            [*map(_shown, part.args), *(f"{name}={_shown(value)}" for name, value in part.keywords.items())]
+        )
+        return f"partial({_shown(part.func)}, {bound})"
+    return getattr(part, "__name__", None) or repr(part)
 
 
 class Renoise(Carry):
@@ -219,6 +238,10 @@ class Sampler:
         self.final = one_of("final", final, FINALS)
         self.corrector_first, self.corrector_where = corrector_first, corrector_where
 
+    def __repr__(self) -> str:
+        parts = {name: value for name, value in vars(self).items() if value not in (None, False)}
+        return f"Sampler({', '.join(f'{name}={_shown(value)}' for name, value in parts.items())})"
+
     @classmethod
     def tabulated(cls, table: str | Path | Table) -> Sampler:
         """A table of scalars on the table's own grid (see `Tabulated`), then Tweedie's formula unless it ends at level 0."""
@@ -269,6 +292,7 @@ class Sampler:
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
         seconds = time.perf_counter() - clock
+        warn_of_lost(x)
         return SampleResult(x, start.model.calls, seconds, torch.stack(states) if trajectory else None, times)
 
     def check(self, sde: SDE) -> None:

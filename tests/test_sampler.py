@@ -457,3 +457,19 @@ def test_results_are_printed_on_one_line():
     assert shown.startswith("SampleResult(x=<7x2 float32>, nfe=6, seconds=")
     assert shown.endswith("trajectory=None, times=<6 float64>)")
     assert repr(model(result.x, 0.5)).startswith("Prediction(x=<7x2 float32>, raw=<7x2 float32>, alpha=0.")
+
+
+def test_a_sampler_is_shown_as_one_writes_it():
+    sampler = Sampler(Heun(), functools.partial(grid.churn, base=functools.partial(grid.karras, steps=5)), final="none")
+    shown = "Sampler(predictor=Heun(), grid=partial(churn, base=partial(karras, steps=5)), final='none', corrector_first=True)"
+    assert repr(sampler) == shown
+
+
+def test_samples_that_are_lost_are_warned_of():
+    model = ExactScore(make("ring"), VPSDE())
+    x = model.start(torch.zeros(3, 2))
+    x[1] = math.nan
+    with pytest.warns(UserWarning, match="1 of 3 samples are not finite"):
+        Sampler(DDIM(), FIVE).sample(model, x.shape, x_init=x)
+    with warnings.catch_warnings(action="error"):
+        Sampler(DDIM(), FIVE).sample(model, x.shape, seed=0)
