@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -647,6 +648,9 @@ class AdaptiveODE(ErrorControlled):
         self, model: ScoreModel, x: Tensor, condition: Mapping[str, Any], t_start: float, t_end: float,
         times: Tensor | None, progress: bool, denoise: bool,
     ) -> AdaptiveResult:  # fmt: skip
+        if self.rtol + self.atol < torch.finfo(x.dtype).eps:
+            warnings.warn(f"tolerances of {self.rtol:g} and {self.atol:g} are below what {x.dtype} resolves: what the steps "
+                          "follow is rounding; loosen them, or give dtype=torch.float32", stacklevel=4)  # fmt: skip
         clock = time.perf_counter()
         pair = PAIRS[self.method]()
         kind = DenoisedField if isinstance(pair, Exponential) else StandardField

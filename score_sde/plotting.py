@@ -35,6 +35,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
+from score_sde.checks import one_of
 from score_sde.evaluation.bounds import Bound
 from score_sde.evaluation.certify import Certificates
 from score_sde.evaluation.diagnostics import Diagnosis, field_error
@@ -303,7 +304,11 @@ def image_grid(ax: Axes, images: Tensor, *, columns: int | None = None) -> AxesI
 
 
 def loss_curves(
-    ax: Axes, metrics: pd.DataFrame, *, columns: Sequence[str] | None = None, halflife: float = 0.01
+    ax: Axes,
+    metrics: pd.DataFrame | Sequence[Mapping[str, Any]],
+    *,
+    columns: Sequence[str] | None = None,
+    halflife: float = 0.01,
 ) -> list[Line2D]:
     """Losses against training steps: each smoothed, over its raw values; on a logarithmic axis where all are positive.
 
@@ -311,13 +316,15 @@ def loss_curves(
 
     Args:
         ax: where to draw.
-        metrics: a `step` column and those to be drawn, as in a run's `metrics.jsonl`; empty cells are left out.
+        metrics: a `step` column and those to be drawn, as in a run's `metrics.jsonl`, or such rows
+            (`TrainingResult.metrics`); empty cells are left out.
         columns: which to draw; by default all whose name starts with "loss".
         halflife: of the exponential smoothing, as a fraction of the whole curve.
 
     Returns:
         The smoothed lines, one a column.
     """
+    metrics = pd.DataFrame(metrics)
     names = list(columns) if columns else [name for name in metrics if str(name).startswith("loss")]
     whole = next((name for name in names if not QUARTILE.search(str(name))), None)
     parts = [name for name in names if name != whole]
@@ -332,11 +339,11 @@ def loss_curves(
     values = metrics[names].to_numpy(dtype=float)
     if (values > 0).any() and not (values <= 0).any():
         ax.set_yscale("log")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     curves(
         ax,
         "training step",
-        "loss",
+        "loss" if all(str(name).startswith("loss") for name in names) else "",
         legend="beside",
         title=QUARTILES if any(QUARTILE.search(str(name)) for name in names) else "",
     )
@@ -353,15 +360,22 @@ def quality_against_nfe(
     Args:
         ax: where to draw.
         table: as `score_sde.evaluation.compare` returns it, of one model.
-        metric: a column of the table; its first metric by default.
+        metric: a column of the table; its first metric by default. Samplers that it does not apply to are left
+            out.
         against: "nfe", "seconds" or "seconds_per_sample".
+
+    Raises:
+        ValueError: the table is of several models, or has no such metric.
 
     Returns:
         One line a sampler, in the table's order.
     """
-    metric = metric or _metrics(table)[0]
+    metric = _metric_of(table, metric)
     lines = []
-    for i, (name, runs) in enumerate(table.groupby("sampler", sort=False)):
+    measured = table.groupby("sampler", sort=False).filter(
+        lambda runs: runs[metric].notna().any() or not runs["status"].eq("ok").any()
+    )
+    for i, (name, runs) in enumerate(measured.groupby("sampler", sort=False)):
         style = look(i)
         seeds = _over_seeds(runs, metric, against)
         ax.fill_between(seeds[against], seeds["min"], seeds["max"], color=style["color"], alpha=0.15, linewidth=0)
@@ -369,7 +383,7 @@ def quality_against_nfe(
         _crosses(ax, runs, against, style["color"])
     _floor(ax, table, metric)
     ax.set(xscale="log", yscale="log")
-    curves(ax, AGAINST[against], METRIC_NAMES.get(metric, metric))
+    curves(ax, AGAINST[against], METRIC_NAMES.get(metric, metric), legend="inside" if len(lines) <= 6 else "beside")
     return lines
 
 
@@ -431,7 +445,7 @@ def comparison_multiples(
         against: "nfe", "seconds" or "seconds_per_sample".
         columns: panels in a row.
     """
-    metric = metric or _metrics(table)[0]
+    metric = _metric_of(table, metric)
     names = [name for name, runs in table.groupby("sampler", sort=False) if runs[metric].notna().any()]
     curves = {name: _over_seeds(table[table["sampler"] == name], metric, against) for name in names}
     columns = max(1, min(columns, len(names)))
@@ -783,6 +797,14 @@ def _image_frames(ax: Axes, states: Tensor) -> Any:
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _metric_of(table: pd.DataFrame, metric: str | None) -> str:
+    """The metric, or the first one, of a table that is of one model."""
+    if "model" in table and table["model"].nunique() > 1:
+        models = ", ".join(map(repr, table["model"].unique()))
+        raise ValueError(f"one figure is of one model, the table of {models}: give table[table['model'] == ...]")
+    return _metrics(table)[0] if metric is None else one_of("metric", metric, map(str, table))
 
 
 def _metrics(table: pd.DataFrame) -> list[str]:

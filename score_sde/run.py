@@ -94,9 +94,12 @@ class Run:
         run = cls(path, trust)
         if not (run.path / "config.yaml").is_file():
             missing = "has no config.yaml" if run.path.is_dir() else "does not exist"
-            raise FileNotFoundError(
-                f"{run.path} {missing}, so it is no run: give the folder that scripts/train.py wrote"
-            )
+            fix = "give the folder that scripts/train.py wrote"
+            if run.checkpoints.latest() is not None:  # of Trainer.fit alone
+                fix = (
+                    f"load_state_dict(Checkpoints({str(run.checkpoints.folder)!r}).weights()) gives a model its weights"
+                )
+            raise FileNotFoundError(f"{run.path} {missing}, so it is no run: {fix}")
         return run
 
     def claim(self) -> None:

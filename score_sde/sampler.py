@@ -87,6 +87,9 @@ class CountedModel:
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
         prediction = self.model(x, t, **self.condition)
+        if not isinstance(prediction, Prediction):
+            raise TypeError(f"{type(self.model).__name__} returns a Prediction, got {type(prediction).__name__}: "
+                            "Prediction(x, D, alpha, sigma) says that D is the denoised x")  # fmt: skip
         self.calls += prediction.calls
         return prediction
 
@@ -109,6 +112,9 @@ def check_model(model: ScoreModel) -> None:
     if not isinstance(model, ScoreModel):
         raise TypeError(f"samples are drawn from a ScoreModel, got {type(model).__name__}: wrap a network, "
                         "LearnedScore(network, sde, parameterization, event_shape)")  # fmt: skip
+    for name in ("sde", "event_shape"):
+        if not hasattr(model, name):
+            raise TypeError(f"{type(model).__name__} has no {name}: a ScoreModel sets self.sde and self.event_shape")
     parts = [*model.modules()] if isinstance(model, nn.Module) and model.training else []
     if any(isinstance(part, nn.Dropout | nn.Dropout1d | nn.Dropout2d) and part.training and part.p for part in parts):
         warnings.warn("the model is in training mode, its dropout changes every call: model.eval() first", stacklevel=4)
@@ -342,11 +348,15 @@ class Sampler:
 def _advance(
     step: Step, row: Any, x: Tensor, history: History, model: CountedModel, draw: Draw
 ) -> tuple[Tensor, History]:
-    return step.advance(row, x, history, model, draw)
+    moved = step.advance(row, x, history, model, draw)
+    if not isinstance(moved, tuple) or len(moved) != 2:
+        raise TypeError(f"{type(step).__name__}.advance returns (x, history), got {type(moved).__name__}")
+    return moved
 
 
 def _rows(step: Step, sde: SDE, t: Tensor, s: Tensor, mask: Tensor) -> dict[int, tuple[Step, LinearRow]]:
-    if mask.all():
-        return dict(enumerate((step, row) for row in step.plan(sde, t, s)))
     chosen = mask.nonzero().squeeze(-1).tolist()
-    return {i: (step, row) for i, row in zip(chosen, step.plan(sde, t[mask], s[mask]) if chosen else [], strict=True)}
+    rows = step.plan(sde, t[mask], s[mask]) if chosen else []
+    if len(rows) != len(chosen):
+        raise ValueError(f"{type(step).__name__}.plan gives a row for each of {len(chosen)} moves, got {len(rows)}")
+    return {i: (step, row) for i, row in zip(chosen, rows, strict=True)}

@@ -179,6 +179,9 @@ class LearnedScore(nn.Module, ScoreModel):
     ) -> None:
         super().__init__()
         _check_sde(sde)
+        if not isinstance(network, nn.Module) or not isinstance(event_shape, Sequence):
+            raise TypeError("LearnedScore(network, sde, parameterization, event_shape) takes a torch.nn.Module and a tuple "
+                            f"such as (2,), got {type(network).__name__} and {event_shape!r}")  # fmt: skip
         if not isinstance(parameterization, Parameterization):
             raise TypeError(f"a parameterization is an object, e.g. Karras(sigma_data=0.5); got {parameterization!r}")
         self.network, self.sde, self.parameterization = network, sde, parameterization
@@ -249,8 +252,9 @@ class LearnedScore(nn.Module, ScoreModel):
         else:
             scaled, c_noise = row.c_in * x, x.new_full((x.shape[0],), row.c_noise, dtype=level_dtype(x))
         output = self.network(scaled, c_noise, **condition)
-        if output.shape != self._output_shape(x):
-            raise ValueError(f"{type(self.network).__name__} gives shape {tuple(output.shape)} for x of shape "
+        if not isinstance(output, Tensor) or output.shape != self._output_shape(x):
+            given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            raise ValueError(f"{type(self.network).__name__} gives {given} for x of shape "
                              f"{tuple(x.shape)}: it must be {self._output_shape(x)}")  # fmt: skip
         if not self._learns_variance:
             return output, None

@@ -214,6 +214,8 @@ class GaussianMixture(Target):
         Raises:
             ValueError: the operator or y does not fit, or noise_std is negative.
         """
+        if not hasattr(operator, "input_shape"):
+            raise TypeError(f"operator is a LinearOperator, such as guidance.Matrix(A), got {type(operator).__name__}")
         if tuple(operator.input_shape) != tuple(self.event_shape):
             raise ValueError(f"an operator on x of shape {tuple(operator.input_shape)} does not observe this mixture, "
                              f"whose events have shape {tuple(self.event_shape)}")  # fmt: skip

@@ -252,6 +252,17 @@ def test_quality_against_nfe_draws_means_floor_and_failures(ax: Axes) -> None:
     assert ax.get_ylabel() == "sliced $W_2$"
 
 
+def test_a_figure_of_samplers_is_of_one_model_and_of_a_metric_that_it_has(ax: Axes) -> None:
+    lines = plotting.quality_against_nfe(ax, comparison(), metric="endpoint_error")
+    assert [line.get_label() for line in lines] == ["Heun", "Langevin"]  # EM ran, and has no such error
+    two = pd.concat([comparison().assign(model=name) for name in ("one", "other")])
+    for draw in (lambda **options: plotting.quality_against_nfe(ax, **options), plotting.comparison_multiples):
+        with pytest.raises(ValueError, match="one figure is of one model"):
+            draw(table=two)
+        with pytest.raises(ValueError, match="metric is one of .*sliced_w2.*; got 'nope'"):
+            draw(table=comparison(), metric="nope")
+
+
 def test_multiples_have_a_panel_for_each_sampler_with_the_others_behind() -> None:
     figure = plotting.comparison_multiples(comparison(), metric="sliced_w2")
     heun, em = figure.axes

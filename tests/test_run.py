@@ -12,7 +12,7 @@ from score_sde.data import TensorData
 from score_sde.networks import MLP
 from score_sde.run import Run, build_model, instantiate
 from score_sde.sde import DiscreteSDE, SubVPSDE
-from score_sde.training import DenoisingScoreMatching, Trainer, UniformTimes
+from score_sde.training import Checkpoints, DenoisingScoreMatching, Trainer, UniformTimes
 
 CONFIG = {
     "seed": 3,
@@ -90,6 +90,9 @@ def test_a_directory_that_is_no_run_is_named(tmp_path):
         Run.open(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"has no config.yaml, so it is no run"):
         Run.open(tmp_path)
+    Checkpoints(tmp_path / "fitted" / "checkpoints").save(3, {"ema": {"weight": torch.zeros(2)}})
+    with pytest.raises(FileNotFoundError, match=r"so it is no run: load_state_dict\(Checkpoints\(.*\).weights\(\)\)"):
+        Run.open(tmp_path / "fitted")
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
         Run.create(tmp_path, CONFIG).model()
 

@@ -107,6 +107,8 @@ class ClassifierFree(_Extrapolated):
         negative: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(model, scale, interval, rescale)
+        if not model.condition_names:
+            raise ValueError("ClassifierFree guides a model towards a condition, and this one knows none")
         self.negative = dict(negative or {})
         model.check((0, *self.event_shape), self.negative)
 

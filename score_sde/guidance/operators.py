@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from score_sde.checks import tensor
+
 Spectral = Callable[[Tensor], Tensor]
 """A function of the eigenvalues s^2 of A A^T, elementwise up to broadcasting against (batch, 1, ..., 1)."""
 
@@ -54,7 +56,7 @@ class Operator(ABC):
         Raises:
             ValueError: another shape, for example that of the clean x, or values that are not finite.
         """
-        if tuple(y.shape) == self.output_shape:
+        if tuple(tensor("y", y).shape) == self.output_shape:
             y = y.unsqueeze(0)
         if tuple(y.shape[1:]) != self.output_shape or len(y) == 0:
             hint = ": pass the observation operator(x), not x itself" if tuple(y.shape[-len(self.input_shape) :]) == (

@@ -62,7 +62,8 @@ class UniPC(CorrectedStep):
     The published systems R(h) a B(h) = phi(h) have as solution the weights of the interpolating polynomial,
     `ExponentialAdams`'s, where they are solved; the two that are not, a = 1/2 in the two-node predictor of p = 2 and
     the corrector of p = 1, add B / 2 (D_1 - D_0) / r with B_1 = alpha_s h or B_2 = alpha_s (1 - e^{-h}).
-    Source: Zhao et al. 2023, https://arxiv.org/abs/2302.04867, eq. 3 to 9 and appendix E.
+    Source: Zhao et al. 2023, https://arxiv.org/abs/2302.04867, eq. 3 to 9 and appendix E. The published code also lowers p
+    in the last moves of a short run (lower_order_final), which this does not.
 
     Args:
         order: p, 1 to 3; of convergence, p + 1.

@@ -7,7 +7,6 @@ then carries one row out. All state is a value: the past outputs go in and come 
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -66,16 +65,21 @@ class Step(ABC):
         """Carries out one row on x of shape (batch, *event); returns the new x and history."""
 
     def __repr__(self) -> str:
-        given = [name for name in inspect.signature(type(self)).parameters if name in vars(self)]
-        return f"{type(self).__name__}({', '.join(f'{name}={vars(self)[name]!r}' for name in given)})"
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
+        return f"{type(self).__name__}({options})"
 
 
 def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[list[float]]:
     """The columns of a table as rows of floats, one for each time t of shape (moves,).
 
     Raises:
-        ValueError: an entry is not finite, with the time of the first such row.
+        ValueError: a column is neither a number nor of t's shape, or an entry is not finite, with the time of the first.
     """
+    columns = [torch.as_tensor(column, dtype=torch.float64) for column in columns]
+    for column in columns:
+        if column.shape not in ((), (1,), t.shape):
+            raise ValueError(f"{type(step).__name__} gives a coefficient of shape {tuple(column.shape)} for {len(t)} moves: "
+                             "write it elementwise in the times t and s, of shape (moves,)")  # fmt: skip
     table = torch.stack([column.expand(len(t)) for column in columns], 1)
     good = table.isfinite().all(1)
     if not good.all():

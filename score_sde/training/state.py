@@ -85,6 +85,13 @@ def joined(parts: Sequence[Losses]) -> Losses:
     return Losses(torch.cat([part.loss for part in parts]), diagnostics)
 
 
+def _check_batch(data: Data, batch: Batch, size: int) -> None:
+    """Refuses, with TypeError, what is not a Batch of so many examples."""
+    given = f"{len(batch.x)} examples" if isinstance(batch, Batch) else type(batch).__name__
+    if not isinstance(batch, Batch) or len(batch.x) != size:
+        raise TypeError(f"{type(data).__name__}.batch returns Batch(x) with {size} examples here, got {given}")
+
+
 def _coefficients(model: LearnedScore) -> Tensor:
     """What SDE and parameterization do at nine times: alpha, sigma, c_in, c_skip, c_out and c_noise."""
     sde = model.sde
@@ -141,6 +148,8 @@ class TrainingState:
 
         def read(step: int) -> list[Batch]:
             parts = [data.batch(step, batch_size)] if whole else [data.batch(step, batch_size, part) for part in rows]
+            for part, asked in zip(parts, rows, strict=True):
+                _check_batch(data, part, asked.stop - asked.start)
             return [part.to(self.device) for part in parts]
 
         def prepared(parts: Sequence[Batch]) -> list[Batch]:
@@ -203,7 +212,12 @@ class TrainingState:
         dtype = PRECISIONS[self.trainer.precision]
         drawn = Times(times.t[rows], times.u[rows], times.weight[rows])
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            return self.objective(model, batch, drawn, rows_of(source, self.trainer.batch_size, rows))
+            found = self.objective(model, batch, drawn, rows_of(source, self.trainer.batch_size, rows))
+        if not isinstance(found, Losses) or found.loss.shape != (len(batch.x),):
+            given = f"a loss of shape {tuple(found.loss.shape)}" if isinstance(found, Losses) else type(found).__name__
+            raise TypeError(f"{type(self.objective).__name__} returns Losses(loss) with one number for each of "
+                            f"{len(batch.x)} examples, got {given}")  # fmt: skip
+        return found
 
     def _differentiated(self, batch: Batch, rows: slice, times: Times, source: torch.Generator, last: bool) -> Losses:
         """The losses of a micro-batch, whose gradient has been added."""

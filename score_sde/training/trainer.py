@@ -170,7 +170,11 @@ class Trainer:
         return self.learning_rate * rise * decay
 
     def check(self, model: LearnedScore, data: Data, time_sampler: TimeSampler) -> None:
-        """Refuses, with ValueError, a model, data, times and processes that do not fit together."""
+        """Refuses, with ValueError or TypeError, a model, data, times and processes that do not fit together."""
+        asked = (("model", model, LearnedScore), ("data", data, Data), ("time_sampler", time_sampler, TimeSampler))
+        for name, part, kind in asked:
+            if not isinstance(part, kind):
+                raise TypeError(f"{name} is a {kind.__name__}, got {part if isinstance(part, type) else type(part)!r}")
         parts = distributed.count() * self.accumulate
         if self.batch_size % parts:
             raise ValueError(
@@ -221,10 +225,13 @@ class Trainer:
             ValueError: model, data and times do not fit; a hook would never be called; the directory has checkpoints and
                 `resume` is False; the checkpoint is of another seed, batch size, SDE, parameterization, network or number
                 of examples, or of more than `steps` steps.
+            TypeError: an argument is of another kind, or the data's batches or the objective's losses are.
             DivergenceError: more than `max_nonfinite` non-finite steps. No checkpoint is written of that state.
         """
         distributed.start()
         self.check(model, data, time_sampler)
+        if isinstance(objective, type) or not callable(objective):
+            raise TypeError(f"objective is an Objective, such as DenoisingScoreMatching(), got {objective!r}")
         for name, hook, every in (
             ("sample", on_sample, self.sample_every),
             ("evaluate", on_evaluate, self.evaluate_every),

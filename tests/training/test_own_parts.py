@@ -1,0 +1,151 @@
+"""What is wrong with a user's own step, model, data or objective is said in one line, before it ends in torch's depths."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from score_sde import DDIM, AdaptiveODE, ExactScore, LearnedScore, Sampler, grid
+from score_sde.data import Batch, Data
+from score_sde.guidance import MMPS, ClassifierFree, Matrix
+from score_sde.networks import MLP
+from score_sde.parameterization import Noise
+from score_sde.score import ScoreModel
+from score_sde.sde import VPSDE
+from score_sde.steps import LinearStep, Step
+from score_sde.targets import make
+from score_sde.training import Losses
+
+RING = make("ring")
+MODEL = ExactScore(RING, VPSDE())
+FIVE = partial(grid.log_snr, steps=5)
+
+
+class Own(LinearStep):
+    def __init__(self, given: Any) -> None:
+        self.given = given
+
+    def coefficients(self, sde, times, s):
+        return self.given(sde, times, s)
+
+
+class Moves(Step):
+    def __init__(self, rows: int, moved: Any) -> None:
+        self.rows, self.moved = rows, moved
+
+    def plan(self, sde, t, s):
+        return [None] * (len(t) + self.rows)
+
+    def advance(self, row, x, history, evaluate, draw):
+        return self.moved(x)
+
+
+class Answering(ScoreModel):
+    def __init__(self, answer: Any, **known: Any) -> None:
+        self.answer = answer
+        vars(self).update(known)
+
+    def __call__(self, x, t, **condition):
+        return self.answer(x)
+
+
+class Bad(Data):
+    event_shape, size, num_classes, target = (2,), None, None, None
+
+    def __init__(self, made: Any) -> None:
+        self.made = made
+
+    def batch(self, step, batch_size, rows=None):
+        return self.made(batch_size)
+
+    def reference(self, count):
+        raise NotImplementedError
+
+
+def draw(step: Any = None, model: ScoreModel = MODEL, **options: Any) -> Any:
+    return Sampler(step or DDIM(), FIVE).sample(model, (3, 2), seed=0, **options)
+
+
+def two(model, batch, times, source):
+    return batch.x
+
+
+def scalar(model, batch, times, source):
+    return Losses(batch.x.mean() + 0 * model(batch.x, times.t).raw.sum())
+
+
+WRONG = {
+    "two of five": (lambda: draw(Own(lambda sde, t, s: (torch.ones(2), [], s * 0))), ValueError, r"shape \(2,\)"),
+    "two things": (lambda: draw(Own(lambda sde, t, s: (s, [s]))), ValueError, "gives three things"),
+    "too few rows": (lambda: draw(Moves(-1, lambda x: (x, ()))), ValueError, "a row for each of 5 moves, got 4"),
+    "no history": (lambda: draw(Moves(0, lambda x: x)), TypeError, r"Moves.advance returns \(x, history\), got Tensor"),
+    "a tensor": (
+        lambda: draw(model=Answering(lambda x: x, sde=VPSDE(), event_shape=(2,))), TypeError,
+        "returns a Prediction, got Tensor",
+    ),
+    "no shape": (lambda: draw(model=Answering(lambda x: x, sde=VPSDE())), TypeError, "has no event_shape"),
+    "numpy": (lambda: MODEL([[0.0, 0.0]], 0.5), TypeError, "x is a tensor, got list"),
+    "dtype": (lambda: draw(dtype="float64"), TypeError, "such as torch.float64"),
+    "a function as network": (lambda: LearnedScore(max, VPSDE(), Noise(), (2,)), TypeError, "takes a torch.nn.Module"),
+    "an int as shape": (lambda: LearnedScore(MLP((2,)), VPSDE(), Noise(), 2), TypeError, "a tuple such as"),
+    "nothing to guide towards": (lambda: ClassifierFree(MODEL, 2.0), ValueError, "this one knows none"),
+    "a list as y": (lambda: MMPS(MODEL, Matrix([[1.0, 0.0]]), [4.0], 0.1), TypeError, "y is a tensor, got list"),
+    "a matrix as operator": (lambda: RING.condition(torch.eye(2), torch.zeros(2), 0.1), TypeError, "guidance.Matrix"),
+    "a number of samples": (lambda: RING.sample(10), TypeError, r"a tuple, such as \(10,\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_named(case: str) -> None:
+    make_it, kind, message = WRONG[case]
+    with pytest.raises(kind, match=message):
+        make_it()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": torch.zeros(5, 2)}, "data is a Data, got <class 'torch.Tensor'>"),
+        ({"model": MLP((2,))}, "model is a LearnedScore"),
+        ({"time_sampler": tiny.UniformTimes}, "time_sampler is a TimeSampler, got <class .*UniformTimes'>"),
+        ({"objective": tiny.DenoisingScoreMatching}, "objective is an Objective"),
+        (
+            {"data": Bad(lambda size: torch.zeros(size, 2))},
+            r"Bad.batch returns Batch\(x\) with 16 examples here, got Tensor",
+        ),
+        ({"data": Bad(lambda size: Batch(torch.zeros(size // 2, 2)))}, "got 8 examples"),
+        ({"objective": two}, r"returns Losses\(loss\) with one number for each of 16 examples, got Tensor"),
+        ({"objective": scalar}, r"got a loss of shape \(\)"),
+    ],
+)
+def test_what_cannot_be_trained_with_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        tiny.train(None, **options)
+
+
+def test_coefficients_may_be_plain_numbers() -> None:
+    class Halving(LinearStep):
+        def coefficients(self, sde, times, s):
+            return 0.5, [0.0], 0.0
+
+    x = torch.ones(3, 2)
+    assert torch.equal(Sampler(Halving(), FIVE, final="none").sample(MODEL, (3, 2), x_init=x).x, x / 32)
+
+
+def test_tolerances_below_the_rounding_are_warned_of() -> None:
+    for dtype, warned in ((torch.bfloat16, True), (torch.float32, False)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            AdaptiveODE(rtol=1e-4, atol=1e-4).sample(MODEL, (2, 2), seed=0, dtype=dtype)
+        assert any("below what torch.bfloat16 resolves" in str(warning.message) for warning in said) == warned
+
+
+def test_numbers_that_are_none_are_named() -> None:
+    for build in (lambda: AdaptiveODE(rtol="a"), lambda: partial(grid.karras, steps=5, rho="a")(VPSDE())):
+        with pytest.raises(ValueError, match="give a number"):
+            build()
