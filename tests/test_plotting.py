@@ -259,7 +259,7 @@ def test_a_figure_of_samplers_is_of_one_model_and_of_a_metric_that_it_has(ax: Ax
     for draw in (lambda **options: plotting.quality_against_nfe(ax, **options), plotting.comparison_multiples):
         with pytest.raises(ValueError, match="one figure is of one model"):
             draw(table=two)
-        with pytest.raises(ValueError, match="metric is one of .*sliced_w2.*; got 'nope'"):
+        with pytest.raises(ValueError, match=r"metric is one of .*sliced_w2.*; got 'nope'"):
             draw(table=comparison(), metric="nope")
 
 
