@@ -638,7 +638,10 @@ class AdaptiveODE(ErrorControlled):
         self, model: ScoreModel, x: Tensor, *, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
         progress: bool = False, points: int = 101, times: Tensor | None = None,
     ) -> AdaptiveResult:  # fmt: skip
-        """Integrates data x, taken as x(t_min), to their latent codes x(t_max); chosen times increase."""
+        """Integrates data x, taken as x(t_min), to their latent codes x(t_max); chosen times increase.
+
+        Where alpha(t_min) is not near 1, as on a rectified flow, give alpha(t_min) x, as `likelihood.encode` does itself.
+        """
         start = begin(model, x.shape, 0, None, x, condition, None)
         ends = (model.sde.t_min, model.sde.t_max)
         chosen = chosen_times(times, points, *ends) if trajectory or times is not None else None

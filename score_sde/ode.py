@@ -74,7 +74,7 @@ class ProbabilityFlowODE(ErrorControlled):
         self, model: ScoreModel, x: Tensor, *, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
         progress: bool = False, points: int = 101,
     ) -> SampleResult:  # fmt: skip
-        """Integrates data x, taken as x(t_min), to their latent codes x(t_max)."""
+        """Integrates data x, taken as x(t_min), to their latent codes x(t_max); see `AdaptiveODE.encode`."""
         start = begin(model, x.shape, 0, None, x, condition, None)
         sde = model.sde
         times = torch.linspace(sde.t_min, sde.t_max, points if trajectory else 2, dtype=torch.float64)

@@ -153,7 +153,7 @@ def begin(
     dtype = dtype or (model.dtype if x_init is None else x_init.dtype)
     stream = (noise or BatchNoise(seed)).open(shape, dtype, device)
     t = model.sde.t_max if t is None else t
-    x = model.start_at(stream(0, 0), t) if x_init is None else x_init.to(dtype)
+    x = model.start_at(stream(0, 0), t) if x_init is None else x_init.to(dtype, copy=True)  # a step may write into it
     return Start(x, stream, CountedModel(model, condition))
 
 
