@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from score_sde.checks import number
 from score_sde.sde import SDE, Time, as_time, expand
 
 
@@ -39,7 +40,7 @@ class Parameterization(ABC):
     """
 
     def __init__(self, sigma_data: float = 1.0) -> None:
-        if not sigma_data > 0:
+        if not number("sigma_data", sigma_data) > 0:
             raise ValueError(f"sigma_data is a positive standard deviation, got {sigma_data}")
         self.sigma_data = float(sigma_data)
 

@@ -80,8 +80,7 @@ class Run:
     def create(cls, path: str | Path, config: DictConfig | Mapping[str, Any], trust: Sequence[str] = ()) -> Run:
         """A new run with a config (see `save_config`). Raises ValueError where the directory holds a run already."""
         run = cls(path, trust)
-        run.claim()
-        run.save_config(config)
+        run.save_config(config, new=True)
         return run
 
     @classmethod
@@ -102,18 +101,6 @@ class Run:
             raise FileNotFoundError(f"{run.path} {missing}, so it is no run: {fix}")
         return run
 
-    def claim(self) -> None:
-        """Takes the directory for a new run. Raises ValueError where it holds one, if only since an instant."""
-        if not distributed.is_main():
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            if self.checkpoints.latest() is not None:
-                raise FileExistsError
-            (self.path / "config.yaml").touch(exist_ok=False)
-        except FileExistsError:
-            raise ValueError(f"{self.path} holds a run already: continue it, or choose a new directory") from None
-
     @cached_property
     def config(self) -> DictConfig:
         from omegaconf import DictConfig, OmegaConf
@@ -123,15 +110,25 @@ class Run:
             raise ValueError(f"{self.path / 'config.yaml'} holds no mapping: restore it from the run's .hydra folder")
         return config
 
-    def save_config(self, config: DictConfig | Mapping[str, Any]) -> None:
-        """Writes a config, resolved, to config.yaml in one instant. Raises OmegaConf's error where it has holes."""
+    def save_config(self, config: DictConfig | Mapping[str, Any], new: bool = False) -> None:
+        """Writes a config, resolved, to config.yaml in one instant.
+
+        Raises OmegaConf's error where it has holes, and ValueError for a `new` run where the directory holds one, if only
+        since an instant.
+        """
         from omegaconf import OmegaConf
 
         tree = config if OmegaConf.is_config(config) else OmegaConf.create(dict(config))
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
         if distributed.is_main():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+            text = OmegaConf.to_yaml(OmegaConf.create(plain))
+            try:
+                if new and self.checkpoints.latest() is not None:
+                    raise FileExistsError
+                write_atomically(self.path / "config.yaml", text, new)
+            except FileExistsError:
+                raise ValueError(f"{self.path} holds a run already: continue it, or choose a new directory") from None
 
     def model(self, ema: bool | float = True, step: int | None = None) -> LearnedScore:
         """The trained model on the CPU, in evaluation mode: averaged weights of the latest checkpoint by default.

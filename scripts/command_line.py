@@ -13,6 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+CLOSED = ("evaluation", "restoration")
+"""The mappings that have no `_target_`, and no keys but those of the config files."""
+
 
 def listed(value: Any) -> list[Any]:
     """A config's list, or one value as a list of it."""
@@ -38,15 +41,17 @@ def check(config: DictConfig) -> None:
         return
     choices = [override for override in own.overrides.task if override not in values]
     search = [override for override in own.overrides.hydra if key_of(override) == "hydra.searchpath"]
-    check_values(values, hydra.compose(own.job.config_name, [*choices, *search]), config)
+    check_values(values, hydra.compose(own.job.config_name, [*choices, *search]), config, own.overrides.hydra)
 
 
-def check_values(overrides: Sequence[str], default: DictConfig, config: DictConfig) -> None:
-    """Likewise, of overrides that made `config` out of `default`."""
+def check_values(
+    overrides: Sequence[str], default: DictConfig, config: DictConfig, of_hydra: Sequence[str] = ()
+) -> None:
+    """Likewise, of overrides that made `config` out of `default`, beside those of Hydra's own keys."""
     for override in overrides:
         key = key_of(override)
         if override.startswith("+") and not config.get("resume"):  # whose run may have what these groups have not
-            _check_known(key, default, config)
+            check_known(key, default, [OmegaConf.to_yaml(config), *of_hydra])
         if not override.startswith("~"):
             _check_kind(key, _select(default, key), config)
 
@@ -75,18 +80,21 @@ def _select(config: DictConfig, key: str) -> Any:
         return None
 
 
-def _check_known(key: str, default: DictConfig, config: DictConfig) -> None:
-    """What a `_target_` takes is for it to say; below an empty mapping, or in the place of null, all is new."""
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        home = ".".join(parts[:depth])
-        node = _select(default, home) if home else default
-        if not isinstance(node, DictConfig) or not node or "_target_" in node:
-            return
-        if part not in node:
-            name = ".".join(parts[: depth + 1])
-            if f"${{{name}" not in OmegaConf.to_yaml(config):  # a name of the user's own, for other values
-                raise ValueError(unknown("key", name, [str(one) for one in node]))
+def check_known(key: str, known: DictConfig, texts: Sequence[str]) -> None:
+    """Refuses, with ValueError, a key that is not among those known, unless an interpolation in the texts names it.
+
+    What a `_target_` takes is for it to say, and a mapping of the user's own is open.
+    """
+    home, _, name = key.rpartition(".")
+    top = key.partition(".")[0]
+    if top not in known:
+        home, name, key = "", top, top
+    node = known if not home else _select(known, home) if home in CLOSED else None
+    if node is None or name in node:
+        return
+    used = re.compile(r"\$\{[^}]*(?<![\w.])" + re.escape(key) + r"(?!\w)")
+    if not any(used.search(text) for text in texts):
+        raise ValueError(unknown("key", key, [str(one) for one in node]))
 
 
 def _check_kind(key: str, default: Any, config: DictConfig) -> None:

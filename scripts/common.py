@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import json
 import logging
@@ -126,7 +127,7 @@ def interrupted(again: str = "") -> int:
 def check_values(config: DictConfig) -> None:
     """Refuses, with ValueError, a seed or counts that are no whole numbers, and folders that are no names.
 
-    A folder whose name is a number becomes that name, in `config` itself.
+    What is right but for its kind (1.0 for 1, a number for a folder's name) becomes what it means, in `config` itself.
     """
     for name in ("run", "output", "folder"):
         value = config.get(name)
@@ -136,7 +137,7 @@ def check_values(config: DictConfig) -> None:
             raise ValueError(f"{name}={value} is no folder: give the name of one")
     for name, least in (("seed", -math.inf), ("num_samples", 1), ("batch_size", 1)):
         if config.get(name) is not None:
-            whole(name, config[name], least)
+            config[name] = whole(name, config[name], least)
 
 
 def plain(node: DictConfig) -> Any:
@@ -165,6 +166,9 @@ def one_line(error: BaseException) -> str:
         target = next(iter(re.findall("target '(.*?)'", str(error))), "")
         error = error.__cause__
     if isinstance(error, TypeError) and target:
+        wrong = next(iter(re.findall("unexpected keyword argument '(.*?)'", str(error))), "")
+        if wrong and (known := [*inspect.signature(hydra.utils.get_object(target)).parameters]):
+            return f"{target}: {unknown('argument', wrong, known)}; '~<key>' leaves a key out"
         return f"{error}: the keys beside _target_={target} are its arguments; '~<key>' leaves one out"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")

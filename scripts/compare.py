@@ -150,10 +150,11 @@ def contestant(node: DictConfig, config: DictConfig) -> Any:
 
 def heading(config: DictConfig, table: pd.DataFrame) -> tuple[str, str]:
     what = f"run {config.run}" if config.run else f"{config.target._target_.rpartition('.')[2]}, exact score"
+    seeds = f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}"
     count, good = len(table), int(table["status"].eq("ok").sum())
     return (f"Samplers compared: {what}",
             f"{table['sampler'].nunique()} samplers, budgets of {', '.join(map(str, config.budgets))} network calls, "
-            f"{len(config.seeds)} seeds, {config.num_samples} samples each: {count} runs, {good} without fault.")  # fmt: skip
+            f"{seeds}, {config.num_samples} samples each: {count} runs, {good} without fault.")  # fmt: skip
 
 
 def write(
@@ -248,7 +249,8 @@ def advice(table: pd.DataFrame) -> list[str]:
             listed = ", ".join(f"{r.sampler} (excess {r.excess:.3f}, by {r.worst})" for r in never.itertuples())
             lines.append(f"{mark}not there within any budget: {listed}.")
         paired = judge(runs).dropna(subset="endpoint_error")
-        for budget in (10, 20):
+        budgets = sorted(set(runs["budget"]) - {0})
+        for budget in [b for b in (10, 20) if b in budgets] or budgets[:2]:
             within = paired[paired["nfe"] <= budget]
             if len(within):
                 best = within.loc[within["endpoint_error"].idxmin()]

@@ -44,7 +44,8 @@ def collect(folder: Path, metric: str) -> pd.DataFrame:
     rows = [_row(home, folder, metric) for home in homes]
     if not rows:
         raise ValueError(f"{folder} holds no runs (no result.json below it): give the folder of a sweep")
-    shared = set.intersection(*(set(row["setting"]) for row in rows))
+    known = [set(row["setting"]) for row in rows if row["setting"]]  # but of what was killed before it wrote any
+    shared = set.intersection(*known) if known else set()
     for row in rows:
         row["setting"] = ", ".join(pair for pair in row["setting"] if pair not in shared) or "all"
     return pd.DataFrame(rows)

@@ -10,6 +10,7 @@ import common
 import figures
 import guiding
 import pandas as pd
+from command_line import listed
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
@@ -52,14 +53,14 @@ def run_task(config: DictConfig) -> Path:
 
 def chosen(node: DictConfig) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
     """Methods that are score models, the samplers they run with, and methods that are samplers of their own."""
-    names = node.methods or [*METHODS, *SOLVERS]
-    for kind, given, known in (("method", names, {**METHODS, **SOLVERS}), ("sampler", node.samplers, SAMPLERS)):
+    names = [*METHODS, *SOLVERS] if node.methods is None else listed(node.methods)
+    for kind, given, known in (("method", names, {**METHODS, **SOLVERS}), ("sampler", listed(node.samplers), SAMPLERS)):
         for name in given:
             if name not in known:
                 raise ValueError(f"unknown {kind} {name!r} for a task; known: {', '.join(known)}")
     pick = ({name: make for name, make in group.items() if name in names} for group in (METHODS, SOLVERS))
     guided, own = pick
-    return guided, {name: SAMPLERS[name] for name in node.samplers}, own
+    return guided, {name: SAMPLERS[name] for name in listed(node.samplers)}, own
 
 
 def problem_of(task: str, node: DictConfig, sde: SDE) -> Problem:

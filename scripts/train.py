@@ -20,13 +20,13 @@ from typing import Any
 import common
 import figures
 import torch
-from command_line import idle, key_of, listed
+from command_line import check_known, idle, key_of, listed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from score_sde import LearnedScore, Prediction, Sampler, ScoreModel, distributed
-from score_sde.checks import whole
+from score_sde.checks import number, whole
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, TensorData, generator
 from score_sde.evaluation import Evaluation, Reference, evaluate, known_metrics, score_error
@@ -41,6 +41,9 @@ FIXED = ("network", "sde", "parameterization", "data", "target", "event_shape", 
 
 @common.main("train")
 def main(config: DictConfig) -> float:
+    idle(HydraConfig.get().overrides.task, ["event_shape", "choices", "overrides"], "as it is filled in here")
+    if not 0 < number("sigma_max_quantile", config.sigma_max_quantile) <= 1:
+        raise ValueError(f"sigma_max_quantile is a share in (0, 1], got {config.sigma_max_quantile}")
     run, resumes = opened(config)
     config, trust = run.config, run.trust
     data: Data = instantiate(config.data, trust)
@@ -97,9 +100,7 @@ def main(config: DictConfig) -> float:
         return {f"eval/{metric}": value for metric, value in zip(table["metric"], table["value"], strict=True)}
 
     def on_start() -> None:
-        if not resumes:
-            run.claim()
-        run.save_config(config)
+        run.save_config(config, new=not resumes and config.resume != "auto")  # which starts what was killed too early
 
     warnings.filterwarnings("ignore", "training was interrupted")  # it is said here
     trained = trainer.fit(
@@ -203,7 +204,7 @@ def check_metrics(config: DictConfig, data: Data) -> None:
     for name, least in (("num_samples", 2), ("num_previews", 1), ("evaluation.num_periodic", 2)):
         count = OmegaConf.select(config, name)
         if count is not None:
-            whole(name, count, least)
+            OmegaConf.update(config, name, whole(name, count, least))
 
 
 def check_labels(config: DictConfig, data: Data) -> None:
@@ -275,6 +276,8 @@ def continued(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
         name, value = key_of(override), override.partition("=")[2]
         if override in known or name in ("resume", "trust") or value == "auto":
             continue
+        if override.startswith("+") and name not in own.choices:
+            check_known(name, own, [OmegaConf.to_yaml(own), *overrides])
         if override.startswith("~"):
             if OmegaConf.select(own, name) is not None:
                 raise ValueError(

@@ -91,12 +91,23 @@ class Checkpoints:
             shutil.rmtree(leftover)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the content of a file in one instant."""
-    partial = path.with_name(f".partial-{path.name}")
+def write_atomically(path: Path, text: str, new: bool = False) -> None:
+    """Replaces the content of a file in one instant; raises FileExistsError where it is to be `new` and is not."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}" if new else f".partial-{path.name}")
     partial.write_text(text)
     _flush(partial)
-    partial.replace(path)
+    if new:
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with path.open("x") as file:
+                file.write(text)
+        finally:
+            partial.unlink()
+    else:
+        partial.replace(path)
     _flush(path.parent)
 
 

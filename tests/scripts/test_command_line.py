@@ -43,8 +43,18 @@ def test_one_value_for_a_list_becomes_a_list() -> None:
 
 def test_a_name_of_ones_own_is_for_other_values() -> None:
     checked("+width=3", "steps=${width}")
-    with pytest.raises(ValueError, match="unknown key 'width'"):
-        checked("+width=3", "steps=3")
+    checked("+width=3", "steps=${oc.select:width}")
+    for other in ("steps=3", "run=${widths}", "run=${of.width}"):
+        with pytest.raises(ValueError, match="unknown key 'width'"):
+            checked("+width=3", other, widths=1, of={"width": 1})
+    default = OmegaConf.create(DEFAULT)
+    named = OmegaConf.merge(default, {"tag": "foo"})
+    command_line.check_values(["+tag=foo"], default, named, ["hydra.run.dir=runs/${tag}"])
+
+
+def test_a_mapping_of_ones_own_is_open() -> None:
+    default = OmegaConf.create({**DEFAULT, "notes": {"who": "me"}})
+    command_line.check_values(["+notes.new=5"], default, OmegaConf.merge(default, {"notes": {"new": 5}}))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,14 @@ def test_a_sweep_with_a_failing_job_is_reported(tmp_path: Path) -> None:
     assert (sweep / "report.png").exists()
 
 
+def test_the_same_command_starts_again_what_was_killed_before_its_first_checkpoint(run: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(run / "config.yaml", again)  # and nothing else
+    script("train", "resume=auto", f"hydra.run.dir={again}", "seed=0.0", *TINY, cwd=tmp_path)
+    assert json.loads((again / "result.json").read_text())["seed"] == 0
+
+
 def test_a_sweep_in_the_folder_of_another_leaves_it_as_it_was(tmp_path: Path) -> None:
     sweep, first = tmp_path / "sweep", tmp_path / "sweep/0"
     options = ["-m", "seed=0,1", f"hydra.sweep.dir={sweep}", *TINY]
@@ -197,6 +206,8 @@ WRONG = {
     "a key that nothing reads": ("sample", ["run={run}", "+count=3"], "unknown key 'count'"),
     "a key that no group reads": ("train", ["+evaluation.metric=w2"], "did you mean 'metrics'"),
     "no folder": ("train", ["resume=true"], "resume=True is no folder"),
+    "a filled-in key": ("train", ["event_shape=[3]"], "event_shape=[3] does nothing as it is filled in here"),
+    "an unknown key of a run": ("train", ["resume={run}", "+foo=6"], "unknown key 'foo'"),
     "a folder with a run": ("train", ["hydra.run.dir={run}"], "holds a run already: give resume="),
     "a target of data without": ("train", ["experiment=digits", "target=ring"], "target=ring does nothing with these"),
     "no metric": ("train", ["evaluation.metrics=[]"], "objective=sliced_w2 is not among evaluation.metrics"),
