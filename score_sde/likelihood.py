@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,7 +41,6 @@ __all__ = [
     "dequantize",
     "discrete_log_likelihood",
     "encode",
-    "interpolate",
     "log_likelihood",
     "reconstruction_error",
     "slerp",
@@ -204,12 +204,6 @@ def slerp(a: Tensor, b: Tensor, fractions: Tensor | Sequence[float]) -> Tensor:
     of_a = torch.where(straight, 1 - f, ((1 - f) * angle).sin() / sine)
     of_b = torch.where(straight, f, (f * angle).sin() / sine)
     return (of_a * u + of_b * v).to(a.dtype)
-
-
-def interpolate(model: ScoreModel, a: Tensor, b: Tensor, fractions: Tensor | Sequence[float], **options: Any) -> Tensor:
-    """Data on the way from a to b: the decoded `slerp` of their codes, shape (F, *a.shape); options as for `encode`."""
-    codes = slerp(encode(model, a, **options), encode(model, b, **options), fractions)
-    return decode(model, codes.flatten(0, 1), **options).view_as(codes)
 
 
 # --- discrete data ----------------------------------------------------------------------------------------------------
@@ -410,12 +404,20 @@ class _Flow:
 
 def _terminal_law(model: ScoreModel, terminal: str | HasLogProb) -> Callable[[Tensor], Tensor]:
     if not isinstance(terminal, str):
-        return lambda latent: terminal.log_prob(latent).double()
+        return partial(_log_prob_of, terminal)
     if terminal not in ("model", "prior"):
         raise ValueError(f"terminal is 'model', 'prior' or a law with log_prob, got {terminal!r}")
     if terminal == "model":
         return model.log_terminal
     return lambda latent: torch.distributions.Normal(0.0, model.sde.prior_std).log_prob(latent).flatten(1).sum(1)
+
+
+def _log_prob_of(law: HasLogProb, latent: Tensor) -> Tensor:
+    log_prob = law.log_prob(latent).double()
+    if log_prob.shape != latent.shape[:1]:
+        raise ValueError(f"terminal gives a log-density of shape {tuple(log_prob.shape)} for {len(latent)} codes: it is a law "
+                         f"of whole events, e.g. torch.distributions.Independent(law, {latent.ndim - 1})")  # fmt: skip
+    return log_prob
 
 
 def _trace(divergence: str, probes: int, x: Tensor, seed: int | Sequence[int]) -> Trace:

@@ -24,7 +24,7 @@ from score_sde.adaptive import PerSample, rms
 from score_sde.checks import one_of, whole
 from score_sde.grid import Grid
 from score_sde.noise import NoiseSource
-from score_sde.sampler import FINALS, SampleResult, Start, begin
+from score_sde.sampler import FINALS, SampleResult, Start, begin, warn_of_lost
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, expand
 from score_sde.steps.linear import LinearRow, LinearStep
@@ -60,7 +60,7 @@ class ParallelSampler:
         ValueError: the predictor is no `LinearStep`, or an option is outside its range.
     """
 
-    corrector = None  # as a Sampler without one
+    corrector = None  # what a Sampler without one has, for those who ask either
 
     def __init__(
         self, predictor: LinearStep, grid: Grid, window: int | None = None, tolerance: float = 1e-5,
@@ -99,8 +99,9 @@ class ParallelSampler:
             last = model(x, times[-1].item(), **start.model.condition)
             x, calls, rounds = last.denoised, calls + last.calls, rounds + 1
         nfe = math.ceil(calls.double().mean().item()) if len(calls) else 0
-        path = run.path if trajectory else None
-        return ParallelResult(x, nfe, time.perf_counter() - clock, path, times, rounds)
+        seconds = time.perf_counter() - clock
+        warn_of_lost(x)
+        return ParallelResult(x, nfe, seconds, run.path if trajectory else None, times, rounds)
 
     def _rows(self, sde: SDE) -> tuple[Tensor, list[LinearRow]]:
         times = grids.check(self.grid(sde), sde)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import hydra
@@ -63,10 +63,10 @@ def idle(overrides: Sequence[str], names: Iterable[str], why: str) -> None:
             raise ValueError(f"{override} does nothing {why}: leave it out")
 
 
-def unknown(kind: str, name: str, known: Sequence[str]) -> str:
-    """The line that refuses a name, with the nearest known one."""
-    near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+def unknown(kind: str, name: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
+    """The line that refuses a name, with the places that have it, or the nearest known one."""
+    near = elsewhere or difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     if not known:
         return f"{name} is new: a {kind} is added by +{name}=<value>"
     return f"unknown {kind.replace('/', ' ')} {name!r}: {hint}known: {', '.join(known)}"
@@ -94,7 +94,24 @@ def check_known(key: str, known: DictConfig, texts: Sequence[str]) -> None:
         return
     used = re.compile(r"\$\{[^}]*(?<![\w.])" + re.escape(key) + r"(?!\w)")
     if not any(used.search(text) for text in texts):
-        raise ValueError(unknown("key", key, [str(one) for one in node]))
+        raise ValueError(unknown_key(key, node))
+
+
+def unknown_key(key: str, node: DictConfig) -> str:
+    """The line that refuses a key that `node`, its home, lacks."""
+    name = key.rpartition(".")[2]
+    root = OmegaConf.to_container(node._get_root(), resolve=False)
+    elsewhere = ["hydra.run.dir"] if name == "output" else [*_places(root, name)]
+    return unknown("key", key, [str(one) for one in node], elsewhere)
+
+
+def _places(node: Any, name: str, home: str = "") -> Iterator[str]:
+    """The dotted keys that end in this name."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key == name:
+            yield f"{home}{key}"
+        if key != "hydra":
+            yield from _places(value, name, f"{home}{key}.")
 
 
 def _check_kind(key: str, default: Any, config: DictConfig) -> None:

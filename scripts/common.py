@@ -22,7 +22,7 @@ from typing import Any
 
 import command_line
 import hydra
-from command_line import listed, unknown
+from command_line import listed, unknown, unknown_key
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
@@ -183,7 +183,7 @@ def one_line(error: BaseException) -> str:
         return f"{error.filename} does not exist"
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
-        return unknown("key", cause.full_key, [str(key) for key in cause.parent_node])
+        return unknown_key(cause.full_key, cause.parent_node)
     return " ".join(str(error).split()) or type(error).__name__
 
 

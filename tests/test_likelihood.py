@@ -16,7 +16,6 @@ from score_sde.likelihood import (
     dequantize,
     discrete_log_likelihood,
     encode,
-    interpolate,
     log_likelihood,
     reconstruction_error,
     slerp,
@@ -249,10 +248,6 @@ def test_codes_of_gaussian_data_have_their_closed_form_and_come_back():
     torch.testing.assert_close(codes, a1 * target.mean + ratio * (x - target.mean), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(decode(model, codes), x, atol=5e-4, rtol=0)
     assert reconstruction_error(model, x).max() < 5e-4
-    path = interpolate(model, x[:2], x[2:4], [0.0, 0.5, 1.0])
-    assert path.shape == (3, 2, 2)
-    torch.testing.assert_close(path[0], x[:2], atol=1e-3, rtol=0)
-    torch.testing.assert_close(path[2], x[2:4], atol=1e-3, rtol=0)
 
 
 def test_slerp_keeps_norm_and_halves_the_angle():
@@ -337,6 +332,7 @@ def test_a_fitted_dequantiser_tightens_the_bound():
         (torch.zeros(2, 2), {"rtol": 0.0}, ValueError, "tolerances are positive"),
         (torch.zeros(2, 2), {"truncation": "clip"}, ValueError, "one of none, tweedie"),
         (torch.zeros(2, 2), {"terminal": "data"}, ValueError, "'model', 'prior' or a law"),
+        (torch.zeros(2, 2), {"terminal": torch.distributions.Normal(0.0, 1.0)}, ValueError, r"Independent\(law, 1\)"),
         (torch.zeros(2, 2), {"divergence": "hutchinson", "probes": 0}, ValueError, "probes=0"),
         (torch.zeros(2, 2), {"sigma_data": -1.0}, ValueError, "sigma_data is the positive"),
         (torch.zeros(2, 2), {"condition": {"lable": 1}}, TypeError, "unknown condition"),

@@ -14,6 +14,7 @@ from closed_forms import F64, affine_run, gaussian, mixture, moments, propagate
 
 from score_sde import grid
 from score_sde.noise import BatchNoise, SampleNoise
+from score_sde.parallel import ParallelSampler
 from score_sde.parameterization import Karras
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
@@ -471,5 +472,7 @@ def test_samples_that_are_lost_are_warned_of():
     x[1] = math.nan
     with pytest.warns(UserWarning, match="1 of 3 samples are not finite"):
         Sampler(DDIM(), FIVE).sample(model, x.shape, x_init=x)
+    with pytest.warns(UserWarning, match="1 of 3 samples are not finite"):
+        ParallelSampler(DDIM(), FIVE).sample(model, x.shape, x_init=x)
     with warnings.catch_warnings(action="error"):
         Sampler(DDIM(), FIVE).sample(model, x.shape, seed=0)

@@ -77,8 +77,8 @@ class TensorData(Data):
 
     Raises:
         ValueError: no examples, values that are not finite or not in 0..levels-1, integers without `dequantize`, labels
-            or a context that do not match, `held_out` outside [0, 1) or beside `test`, a test set of other events, `flip` or
-            `augment` for what is no image (channels, height, width), or both of them.
+            or a context that do not match, `held_out` outside [0, 1), of no example or beside `test`, a test set of other
+            events, `flip` or `augment` for what is no image (channels, height, width), or both of them.
     """
 
     def __init__(
@@ -107,6 +107,8 @@ class TensorData(Data):
         if flip and augment:
             raise ValueError("augment mirrors half of the images and tells the network: leave out flip")
         reserved, used = _order(len(train.x)).tensor_split([int(held_out * len(train.x))])
+        if held_out and not len(reserved):
+            raise ValueError(f"held_out={held_out} of {len(train.x)} examples is none: hold out more, or 0")
         self.size: int = len(used)
         self.num_classes = None if train.labels is None else int(train.labels.max()) + 1
         self._parts = {"train": Rows(train, used), "test": Rows(train, reserved if len(reserved) else used)}
@@ -190,6 +192,13 @@ class TensorData(Data):
         batch = self._parts[part].read(rows)
         scaled = batch.x if self.dequantize is None else _spread(batch.x, self.levels)
         return Batch(scaled, batch.condition)
+
+    def as_plain(self, x: Tensor) -> Tensor:
+        """Samples (n, *event_shape) of a model of these data on the scale of `plain`; of dequantised data, their integers."""
+        if not self.dequantize:
+            return x
+        codes = ((x.float() + 1) * (self.levels / 2)).floor()
+        return _spread(codes.clamp(0, self.levels - 1), self.levels)
 
     @cached_property
     def fingerprint(self) -> str:

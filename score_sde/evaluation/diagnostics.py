@@ -117,7 +117,9 @@ def fokker_planck_residual(model: ScoreModel, x: Tensor, t: float | Tensor, cond
 
     def divergence(v: Tensor) -> Tensor:
         _, pull = torch.func.vjp(lambda y: noise(y, t), v)  # type: ignore[misc]
-        return ExactTrace(x.flatten(1))(lambda w: pull(w.view_as(x))[0].flatten(1), torch.arange(len(x))).sum()
+        return ExactTrace(x.flatten(1))(
+            lambda w: pull(w.view_as(x))[0].flatten(1), torch.arange(len(x), device=x.device)
+        ).sum()
 
     along = (expand(sde.drift(t), x) * x, torch.ones_like(t))
     value, change = torch.func.jvp(noise, (x, t), along)  # type: ignore[misc]
@@ -136,6 +138,7 @@ def asymmetry(model: ScoreModel, x: Tensor, t: float | Tensor, condition: Condit
     size = x[0].numel()
     basis = torch.eye(size, dtype=x.dtype, device=x.device)[:, None].expand(size, len(x), size)
     jacobian = torch.func.vmap(lambda v: pull(v.view_as(x))[0].flatten(1))(basis).movedim(0, 1)
+    jacobian = jacobian.double()
     odd = (jacobian - jacobian.mT).square().sum((1, 2)).sqrt() / 2
     return odd / jacobian.square().sum((1, 2)).sqrt().clamp_min(1e-300)
 
@@ -149,6 +152,7 @@ class Calibration:
         slope: of the regression of x_0 on D over all dimensions, 1 for a posterior mean; below 1 D overreaches.
         slope_error: its standard error, large where D hardly varies.
         bias: E(x_0 - D), in root mean square over dimensions.
+        bias_floor: what it is for a posterior mean, by the number of points alone.
         mse: E|x_0 - D|^2 / d.
         predicted_mse: E sigma^2 / alpha tr(dD/dx) / d, the posterior variance that the model's own Jacobian states.
     """
@@ -158,6 +162,7 @@ class Calibration:
     slope: Tensor
     slope_error: Tensor
     bias: Tensor
+    bias_floor: Tensor
     mse: Tensor
     predicted_mse: Tensor
 
@@ -184,7 +189,8 @@ def calibration(
         spread = centred.square().sum().clamp_min(1e-300)
         slope = 1 + (error * centred).sum() / spread
         slope_error = (error * centred).flatten(1).sum(1).square().sum().sqrt() / spread
-        rows.append([slope, slope_error, error.mean(0).square().mean().sqrt(), error.square().mean(), variance])
+        bias, floor = error.mean(0).square().mean().sqrt(), (error.square().mean() / len(x0)).sqrt()
+        rows.append([slope, slope_error, bias, floor, error.square().mean(), variance])
     return Calibration(times, model.sde.half_log_snr(times), *torch.tensor(rows, dtype=torch.float64).T)
 
 

@@ -102,13 +102,13 @@ def evaluate(
     labels = (condition or {}).get("label")
     data, classifier_data = (_of_labels(part, labels) for part in (data, classifier_data))
     yardstick = _yardstick(data, num_samples, metrics, seed)
-    views: list[View] = [lambda x: yardstick(x[: yardstick.n]).assign(count=yardstick.n)]
+    views: list[View] = [lambda x: yardstick(x[: yardstick.n]).assign(count=list(yardstick.counts.values()))]
     if classifier_data is not None:
         views.append(_classifier_view(classifier_data, num_samples, model.device))
     made = [Reference.of(_finite(data, name), extractor, num_samples, path=(references or {}).get(name),
                          device=model.device, progress=progress)
             for name, extractor in (features or {}).items()]  # fmt: skip
-    views += [FeatureView(reference) for reference in made]
+    views += [_on_plain(data, FeatureView(reference)) for reference in made]
     neighbours = _MemorizationView(data, model.device) if memorization and _is_set_of_images(data) else None
     views += [neighbours] if neighbours else []
     samples, tables, near = {}, [], {}
@@ -158,7 +158,12 @@ def _classifier_view(data: TensorData, count: int, device: torch.device) -> View
     """A convolutional network's, or, for images of a few pixels, a multilayer perceptron's."""
     if max(data.event_shape) <= 12:
         return _DigitView(data)
-    return FeatureView(Reference.of(data, ConvClassifier(), count, device=device))
+    return _on_plain(data, FeatureView(Reference.of(data, ConvClassifier(), count, device=device)))
+
+
+def _on_plain(data: Data, view: View) -> View:
+    """A view of samples on the scale of images as they are read."""
+    return lambda x: view(data.as_plain(x) if isinstance(data, TensorData) else x)
 
 
 def _finite_or_none(value: float) -> float | None:
@@ -188,7 +193,8 @@ class _MemorizationView:
 
     def __call__(self, samples: Tensor) -> pd.DataFrame:
         """Rows for at most 2,000 samples: the share memorised, and the median distance to the nearest training image."""
-        inside = samples[:2000].clamp(-1, 1) if self.pictures_in_range else samples[:2000]
+        samples = self.data.as_plain(samples[:2000])
+        inside = samples.clamp(-1, 1) if self.pictures_in_range else samples
         found = nearest(inside, self.data, device=self.device)
         closest = found.distance[:, 0].argsort()[: self.shown]
         twins = self.data.plain("train", found.index[closest, 0]).x

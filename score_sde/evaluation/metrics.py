@@ -14,6 +14,7 @@ samples even when P = Q: the value between two independent exact draws is the no
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -226,7 +227,7 @@ class Yardstick:
 
     Made once and used for many samples, it holds all of them against the same draws. A figure is the mean over
     `repeats` draws of the metric between the samples and the draw; its floor, the mean of the metric between two draws,
-    whose standard deviation over the pairs is in `spreads`.
+    whose standard deviation over the pairs is in `spreads`. Some metrics take fewer points: `counts` has how many.
 
     Args:
         reference: a target, or a tensor (m, *event_shape) of exact samples, m >= 2 n.
@@ -251,6 +252,7 @@ class Yardstick:
     ) -> None:
         whole("repeats", repeats)
         self.n, self.metrics = n, _select(metrics, reference)
+        self.counts = {name: min(n, _most_points(metric) or n) for name, metric in self.metrics.items()}
         pairs = [_draw_pair(reference, n, generator) for _ in range(repeats)]
         self.draws = [draw for draw, _ in pairs]
         between = {
@@ -344,6 +346,12 @@ def pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"samples to compare have one event shape, got {tuple(x.shape[1:])} and {tuple(y.shape[1:])}")
     x = _flat(x)
     return x, _flat(y).to(x.device)
+
+
+def _most_points(metric: Metric) -> int | None:
+    """How many points of each sample a metric takes, where it says so."""
+    limit = inspect.signature(metric).parameters.get("max_points")
+    return None if limit is None else limit.default
 
 
 def _thin(x: Tensor, max_points: int) -> Tensor:

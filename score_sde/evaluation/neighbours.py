@@ -23,6 +23,9 @@ from score_sde.checks import whole
 from score_sde.data import TensorData
 from score_sde.evaluation.metrics import pair
 
+CANDIDATES = 8
+"""How many nearest examples are looked at for two different pictures."""
+
 __all__ = ["Nearest", "density_coverage", "nearest", "precision_recall"]
 
 
@@ -74,7 +77,10 @@ def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 @dataclass(frozen=True)
 class Nearest:
-    """The two nearest training examples of each sample: distances (n, 2), ascending, and their places in `plain`."""
+    """The two nearest training examples of each sample: distances (n, 2), ascending, and their places in `plain`.
+
+    The second is another picture than the first: of examples that are there several times, one counts.
+    """
 
     distance: Tensor
     index: Tensor
@@ -98,16 +104,31 @@ def nearest(samples: Tensor, data: TensorData, *, device: torch.device | str = "
     """
     ways = [samples, samples.flip(-1)] if data.mirrors else [samples]
     x = torch.stack(ways).to(device).float().flatten(2)
-    best = torch.full((len(samples), 2), torch.inf, device=device)
-    index = torch.zeros((len(samples), 2), dtype=torch.long, device=device)
+    best = torch.full((len(samples), CANDIDATES), torch.inf, device=device)
+    index = torch.zeros(best.shape, dtype=torch.long, device=device)
     starts = range(0, data.size, 4096)
     for start in tqdm(starts, desc="nearest training examples", delay=2, disable=not progress, leave=False):
         y = data.plain("train", slice(start, start + 4096)).x.to(device).flatten(1)
-        block, place = torch.cdist(x, y).amin(0).topk(min(2, len(y)), largest=False)
-        merged, order = torch.cat([best, block], 1).topk(2, largest=False)
+        block, place = torch.cdist(x, y).amin(0).topk(min(CANDIDATES, len(y)), largest=False)
+        merged, order = torch.cat([best, block], 1).topk(CANDIDATES, largest=False)
         best, index = merged, torch.cat([index, place + start], 1).gather(1, order)
-    found = torch.stack([data.plain("train", column).x for column in index.T.cpu()], dim=1).to(device)
     # Once more without the cancellation of |x|^2 + |y|^2 - 2 xy, which is all that is left of a copy's distance.
-    exact = (found.flatten(2).double() - x[:, :, None].double()).square().mean(dim=3).sqrt().amin(0)
-    sorted_, order = exact.sort(dim=1)
-    return Nearest(sorted_.cpu(), index.gather(1, order).cpu())
+    rows = zip(x.split(256, dim=1), index.split(256), strict=True)
+    parts = [_two_pictures(part, place, data) for part, place in rows]
+    distance, index = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return Nearest(distance, index)
+
+
+def _two_pictures(x: Tensor, index: Tensor, data: TensorData) -> tuple[Tensor, Tensor]:
+    """The nearest of candidates index (n, k) to x (ways round, n, D), and of those that differ from it the next."""
+    found = torch.stack([data.plain("train", column).x for column in index.T.cpu()], dim=1).to(x.device)
+    y = found.flatten(2).double()
+    order = (y - x[:, :, None].double()).square().mean(dim=3).sqrt().amin(0).sort(dim=1)
+    distance, places = order
+    y = y.gather(1, places[:, :, None].expand_as(y))
+    same = (y == y[:, :1]).all(2)
+    if data.mirrors:
+        same |= (y.view_as(found).flip(-1).flatten(2) == y[:, :1]).all(2)
+    second = same.long().argmin(1).where(~same.all(1), 1)  # the first that is another picture
+    chosen = torch.stack([torch.zeros_like(second), second], 1)
+    return distance.gather(1, chosen), index.gather(1, places).gather(1, chosen)

@@ -269,7 +269,7 @@ class LabelledMixture(ScoreModel):
 
     def __init__(self, target: GaussianMixture, sde: SDE) -> None:
         self.target, self.sde, self.event_shape = target, sde, tuple(target.event_shape)
-        self.parts = [component(target, k) for k in range(len(target.weights))]
+        self.parts = [ExactScore(component(target, k), sde) for k in range(len(target.weights))]
         self.whole, self.data_std = ExactScore(target, sde), target.std
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
@@ -280,7 +280,7 @@ class LabelledMixture(ScoreModel):
         known = ((label >= 0) & (label < len(self.parts))).all()
         if label.shape != (len(x),) or label.is_floating_point() or not known:
             raise ValueError(f"label is one of 0 to {len(self.parts) - 1} a sample, integers of shape ({len(x)},)")
-        predictions = [ExactScore(part, self.sde)(x, t) for part in self.parts]
+        predictions = [part(x, t) for part in self.parts]
         raw = torch.stack([p.raw for p in predictions])[label, torch.arange(len(x), device=x.device)]
         return Prediction(x, raw, predictions[0].alpha, predictions[0].sigma)
 
@@ -291,24 +291,46 @@ def component(mixture: GaussianMixture, k: int) -> GaussianMixture:
 
 
 def tilted(
-    whole: Target, part: Target, scale: float, count: int, *, generator: torch.Generator, extent: float = 10.0,
-    side: int = 801,
-) -> Tensor:  # fmt: skip
+    whole: Target, part: Target, scale: float, count: int, *, generator: torch.Generator, side: int = 801
+) -> Tensor:
     """Draws of whole(x)^(1 - scale) part(x)^scale, normalised, in the plane: what guidance is said to target.
 
-    From the cells of a square grid over [-extent, extent]^2, uniform in each.
+    From the cells of a grid of side x side over three times the extent of draws of both laws, uniform in each.
+
+    Raises:
+        ValueError: the cells are no smaller than what the density varies over, or the density lies beyond the grid.
     """
-    axis = torch.linspace(-extent, extent, side, dtype=torch.float64)
-    x = torch.cartesian_prod(axis, axis)
-    weights = ((1 - scale) * whole.log_prob(x) + scale * part.log_prob(x)).softmax(0)
+    seen = torch.cat([law.sample((4096,), generator=generator) for law in (whole, part)]).double()
+    low, high = seen.amin(0), seen.amax(0)
+    low, high = 2 * low - high, 2 * high - low
+    axes = [torch.linspace(a, b, side, dtype=torch.float64) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+    x = torch.cartesian_prod(*axes)
+    log_prob = ((1 - scale) * whole.log_prob(x) + scale * part.log_prob(x)).double()
+    weights = log_prob.softmax(0)
+    _check_cells(log_prob.view(side, side), weights.view(side, side))
     cell = torch.multinomial(weights, count, replacement=True, generator=generator)
     jitter = torch.rand(count, 2, generator=generator, dtype=torch.float64) - 0.5
-    return (x[cell] + jitter * (axis[1] - axis[0])).float()
+    return (x[cell] + jitter * (high - low) / (side - 1)).float()
+
+
+def _check_cells(log_prob: Tensor, weights: Tensor) -> None:
+    """Refuses, with ValueError, a grid that cuts a density off, or whose cells are wider than half a standard deviation.
+
+    Along an axis the second difference of a Gaussian's log-density is (cell / std)^2.
+    """
+    inner = weights[1:-1, 1:-1]
+    if 1 - inner.sum().item() > 1e-6:
+        raise ValueError("this tilted density lies beyond the region of its two laws: take a smaller scale")
+    bends = [log_prob.diff(2, 0)[:, 1:-1].abs(), log_prob.diff(2, 1)[1:-1].abs()]
+    width = max((bend * inner).sum().item() for bend in bends) ** 0.5
+    if not width < 0.5:
+        raise ValueError(f"the cells of {len(weights)} x {len(weights)} are {width:.2g} standard deviations wide, and half of "
+                         f"one is allowed: give side={math.ceil(len(weights) * width / 0.4)}")  # fmt: skip
 
 
 def compare_tilted(
     mixture: GaussianMixture, label: int, scales: Sequence[float], sampler: Samples, sde: SDE, *,
-    num_samples: int = 4000, seed: int = 0,
+    num_samples: int = 4000, seed: int = 0, side: int = 801,
 ) -> pd.DataFrame:  # fmt: skip
     """Classifier-free guidance towards one component of a plane mixture, against the tilted density of the same scale.
 
@@ -322,7 +344,7 @@ def compare_tilted(
     out = out / out.norm()
     for scale in scales:
         generator = torch.Generator().manual_seed(seed)
-        law = tilted(mixture, component(mixture, label), scale, 4 * num_samples, generator=generator)
+        law = tilted(mixture, component(mixture, label), scale, 4 * num_samples, generator=generator, side=side)
         guided = ClassifierFree(model, scale)
         x = sampler.sample(guided, (num_samples, 2), seed=seed, condition={"label": labels}).x  # type: ignore[call-arg]
         yardstick = Yardstick(law, num_samples, generator=generator, metrics=("sliced_w2",))

@@ -68,27 +68,27 @@ class Guided(ScoreModel):
 
 def check_alike(what: str, model: ScoreModel, other: ScoreModel) -> None:
     """Refuses, with ValueError, two models of different processes or event shapes."""
-    ends = torch.tensor([model.sde.t_min, model.sde.t_max], dtype=torch.float64)
-    kernels = [torch.stack([sde.alpha(ends), sde.sigma(ends)]) for sde in (model.sde, other.sde)]
+    t = torch.linspace(model.sde.t_min, model.sde.t_max, 65, dtype=torch.float64)
+    kernels = [torch.stack([sde.alpha(t), sde.sigma(t)]) for sde in (model.sde, other.sde)]
     if tuple(other.event_shape) != tuple(model.event_shape) or not torch.allclose(kernels[0], kernels[1]):
         raise ValueError(f"{what} takes two models of one process and event shape, got {model.sde!r} on "
                          f"{tuple(model.event_shape)} and {other.sde!r} on {tuple(other.event_shape)}: "
                          "reparameterize(model, sde) brings one to the other's process")  # fmt: skip
 
 
-def times(c: Coefficient, x: Tensor) -> Tensor:
+def scaled(c: Coefficient, x: Tensor) -> Tensor:
     """c x for a float or a tensor of shape (batch,)."""
     return (expand(c, x) if isinstance(c, Tensor) else c) * x
 
 
 def moved(prediction: Prediction, by: Tensor) -> Prediction:
     """The prediction whose denoiser is D + by."""
-    return replace(prediction, raw=prediction.raw + times(1 / prediction.c_out, by))
+    return replace(prediction, raw=prediction.raw + scaled(1 / prediction.c_out, by))
 
 
 def pushed(prediction: Prediction, gradient: Tensor) -> Prediction:
     """The prediction whose score is score + gradient."""
-    return moved(prediction, times(prediction.sigma**2 / prediction.alpha, gradient))
+    return moved(prediction, scaled(prediction.sigma**2 / prediction.alpha, gradient))
 
 
 def extrapolated(near: Prediction, far: Prediction, by: Tensor | float) -> Prediction:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import whole
+from score_sde.data import generator
 from score_sde.grid import Grid
 from score_sde.guidance.base import check_alike
 from score_sde.likelihood import slerp
@@ -78,14 +79,14 @@ def sdedit(
         seed: of the noise.
         condition: for the model.
     """
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
+    noise = torch.randn(x.shape, generator=generator(seed, "sdedit"), dtype=x.dtype).to(x.device)
     start = model.sde.perturb(x, time, noise)
     later = copy.copy(sampler)
     if hasattr(sampler, "grid"):
         later.grid = lambda sde: below(sde, sampler.grid, time)
     else:
         model = _until(model, time)
-    return later.sample(model, x.shape, seed=seed + 1, x_init=start, condition=condition)
+    return later.sample(model, x.shape, seed=seed, x_init=start, condition=condition)
 
 
 def _until(model: ScoreModel, time: float) -> ScoreModel:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import number, whole
-from score_sde.guidance.base import Guided, Pull, moved, pushed, times, with_pull
+from score_sde.guidance.base import Guided, Pull, moved, pushed, scaled, with_pull
 from score_sde.guidance.operators import LinearOperator, Operator
 from score_sde.prediction import Coefficient, Prediction
 from score_sde.score import ScoreModel
@@ -195,7 +195,7 @@ class DPS(Observed):
             g = self.sde.diffusion(t)
             rate = 1000 / ((self.sde.t_max - self.sde.t_min) * g**2)
             weight = self.zeta * rate.to(x) / norm
-        return pushed(prediction, times(weight, pull(back(residual)[0])))
+        return pushed(prediction, scaled(weight, pull(back(residual)[0])))
 
 
 class PiGDM(Observed):
@@ -255,7 +255,7 @@ class MMPS(Observed):
         gain = prediction.sigma**2 / prediction.alpha
 
         def covariance(v: Tensor) -> Tensor:
-            return operator(times(gain, pull(operator.transpose(v)))) + self.noise_std**2 * v
+            return operator(scaled(gain, pull(operator.transpose(v)))) + self.noise_std**2 * v
 
         solved = conjugate_gradients(covariance, y - operator(clean), self.iterations)
         return pushed(prediction, pull(operator.transpose(solved)))

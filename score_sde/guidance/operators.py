@@ -45,10 +45,18 @@ class Operator(ABC):
         return self._apply(self._checked(x, self.input_shape, "x"))
 
     def observe(self, x: Tensor, noise_std: float = 0.0, *, generator: torch.Generator | None = None) -> Tensor:
-        """A draw of y = A(x) + noise_std e."""
+        """A draw of y = A(x) + noise_std e, e from the generator.
+
+        Raises:
+            ValueError: there is noise and no generator, or x has another shape.
+        """
         y = self(x)
-        noise = torch.randn(y.shape, generator=generator, device=generator.device if generator else None)
-        return y + noise_std * noise.to(y)
+        if not noise_std:
+            return y
+        if generator is None:
+            raise ValueError("give observe the generator of its noise: generator=torch.Generator().manual_seed(0)")
+        noise = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=generator.device)
+        return y + noise_std * noise.to(y.device)
 
     def observation(self, y: Tensor) -> Tensor:
         """y as (batch, *output_shape), where batch is 1 for a single observation without a batch dimension.

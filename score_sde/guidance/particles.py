@@ -10,6 +10,7 @@ Source: Wu et al. 2023, https://arxiv.org/abs/2306.17775, algorithm 1.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from score_sde.guidance.observed import PiGDM, solve, spread
 from score_sde.guidance.operators import LinearOperator
 from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
-from score_sde.sampler import SampleResult, begin
+from score_sde.sampler import SampleResult, begin, warn_of_lost
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
 from score_sde.steps.linear import Ancestral, LinearRow, LinearStep
@@ -81,6 +82,7 @@ class TwistedParticles:
 
         Raises:
             ValueError: see `begin`, `grid.check`; or the step adds no noise.
+            FloatingPointError: no particle has a finite weight any more.
         """
         PiGDM(model, self.operator, self.y, self.noise_std, self.data_std)  # refuses what does not fit
         count = shape[0]
@@ -97,8 +99,12 @@ class TwistedParticles:
             prediction, clean, push, log_twist = self._twisted(model, x, times[i].item(), dict(condition or {}))
             calls += prediction.calls
             log_weights = log_weights + log_twist - (0.0 if twist is None else twist)
+            log_weights = log_weights.nan_to_num(nan=-math.inf, neginf=-math.inf)  # a lost particle has no descendants
             last = i == len(rows)
             if last:
+                if not log_weights.isfinite().any():
+                    raise FloatingPointError("no particle has a finite weight: the model's outputs are not finite, or "
+                                             "noise_std is far too small for y")  # fmt: skip
                 x = (clean + push)[_systematic(log_weights.softmax(0), start.noise(i + 1, 0), count)]
                 break
             chosen, log_weights = self._resampled(log_weights, start.noise(i + 1, 0))
@@ -107,7 +113,9 @@ class TwistedParticles:
             move = row.b[0] * push / row.c
             log_weights = log_weights - (move**2 / 2 + move * z).flatten(1).double().sum(1)
             x = row.a * x + row.b[0] * clean + row.c * (move + z)
-        return SampleResult(x, calls, time.perf_counter() - clock, None, times)
+        seconds = time.perf_counter() - clock
+        warn_of_lost(x)
+        return SampleResult(x, calls, seconds, None, times)
 
     def _twisted(
         self, model: ScoreModel, x: Tensor, t: float, condition: Mapping[str, Any]

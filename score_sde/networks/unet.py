@@ -10,6 +10,7 @@ Presets: `ddpm` (Ho et al. 2020, arXiv:2006.11239), `ddpmpp` and `ncsnpp` (Song 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,8 @@ class UNet(nn.Module):
         norm_groups: groups of a normalisation, None for about 8 channels a group.
         epsilon: of a normalisation.
         glorot: DDPM's first weights instead of torch's.
-        magnitude_preserving: the parts of EDM2; the options of the others' norms, modulation and pyramids do not apply.
+        magnitude_preserving: the parts of EDM2, which have no embedding, modulation, project_skip, rescale, norm_groups,
+            epsilon, glorot or pyramids to choose.
         context_width: of tokens that the blocks with attention also attend to.
         augment_width: of augmentation labels, 9 for Karras et al.'s.
         learned_variance: the output has twice the channels; the second half becomes the variance of a reverse step,
@@ -104,6 +106,9 @@ class UNet(nn.Module):
         if not set(attention) <= set(sizes):
             raise ValueError(f"attention={list(attention)} must name image heights of this U-Net: {sizes}")
         _check_pyramids(progressive_input, progressive_output, magnitude_preserving, resample)
+        if magnitude_preserving:
+            _check_magnitude_preserving(embedding=embedding, modulation=modulation, project_skip=project_skip, rescale=rescale,
+                                        norm_groups=norm_groups, epsilon=epsilon, glorot=glorot)  # fmt: skip
         if tuple(filter) != (1, 1) and resample == "strided":
             raise ValueError("resample='strided' has no filter: give filter=[1, 1], or resample='residual'")
         self.event_shape, self.num_classes = tuple(event_shape), num_classes
@@ -286,3 +291,10 @@ def _check_pyramids(inward: str | None, outward: str | None, magnitude_preservin
             raise ValueError(f"{name}={kind!r} does not preserve magnitudes: set it to null")
     if magnitude_preserving and resample != "residual":
         raise ValueError(f"resample={resample!r} does not preserve magnitudes: set resample='residual'")
+
+
+def _check_magnitude_preserving(**options: Any) -> None:
+    usual = inspect.signature(UNet.__init__).parameters
+    idle = [name for name, value in options.items() if value != usual[name].default]
+    if idle:
+        raise ValueError(f"{idle[0]}={options[idle[0]]!r} does nothing with magnitude_preserving: leave it out")

@@ -9,16 +9,17 @@ divergence E|n - n*|^2 / d, is what a network can lower. Vincent 2011; Song et a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from score_sde.data import Batch
 from score_sde.score import ClosedForm, ExactScore, LearnedScore
-from score_sde.sde import expand
+from score_sde.sde import SDE, expand
 from score_sde.training.draws import draw
 from score_sde.training.times import Times
 from score_sde.training.weighting import SimpleWeighting, Weighting
@@ -49,6 +50,10 @@ class Objective(Protocol):
         """The losses of the examples of a batch at their times; all randomness is the generator's."""
 
 
+exact_score: Callable[[Any, SDE], ExactScore] = lru_cache(8)(ExactScore)
+"""The exact score of a law and an SDE, checked once for all steps."""
+
+
 @torch.no_grad()
 def excess(
     target: ClosedForm | None, model: LearnedScore, x_t: Tensor, t: Tensor, eps: Tensor, noise: Tensor
@@ -62,7 +67,7 @@ def excess(
     if target is None:
         return {}
     with torch.autocast(x_t.device.type, enabled=False):
-        truth = ExactScore(target, model.sde)(x_t, t).noise.float()
+        truth = exact_score(target, model.sde)(x_t, t).noise.float()
     pairs = {"fisher": noise.float() - truth, "irreducible": eps.float() - truth}
     return {name: error.square().flatten(1).mean(1) for name, error in pairs.items()}
 

@@ -21,10 +21,14 @@ OPTIMIZERS = ("adamw", "muon")
 def hidden_matrices(network: nn.Module, channels: int) -> list[bool]:
     """Which parameters Muon takes: those of two or more dimensions, but for embeddings and what faces the data.
 
-    A weight faces the data if it has no more than `channels` inputs or outputs.
+    A weight faces the data if it has no more than `channels` inputs or outputs, or is part of a network's `first` or
+    `last` layer, which may see patches, or whole events.
     """
-    tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
-    return [p.ndim > 1 and min(p.shape[:2]) > channels and id(p) not in tables for p in network.parameters()]
+    others: list[nn.Module] = [module for module in network.modules() if isinstance(module, nn.Embedding)]
+    for part in (network, *network.children()):
+        others += [layer for name, layer in part.named_children() if name in ("first", "last")]
+    left = {id(p) for module in others for p in module.parameters()}
+    return [p.ndim > 1 and min(p.shape[:2]) > channels and id(p) not in left for p in network.parameters()]
 
 
 class Optimizer:

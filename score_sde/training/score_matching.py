@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from score_sde.data import Batch
-from score_sde.score import ClosedForm, ExactScore, LearnedScore
+from score_sde.score import ClosedForm, LearnedScore
 from score_sde.sde import expand
 from score_sde.trace import ExactTrace, Hutchinson, Trace
 from score_sde.training.draws import draw
-from score_sde.training.objective import Losses, excess
+from score_sde.training.objective import Losses, exact_score, excess
 from score_sde.training.times import Times
 from score_sde.training.weighting import SimpleWeighting, Weighting
 
@@ -160,7 +160,7 @@ class ExplicitScoreMatching(ScoreMatching):
     ) -> tuple[Tensor, Tensor]:
         assert self.target is not None
         noise = field(x)
-        return (noise - ExactScore(self.target, model.sde)(x, t).noise).square().flatten(1).sum(1), noise
+        return (noise - exact_score(self.target, model.sde)(x, t).noise).square().flatten(1).sum(1), noise
 
 
 def _rademacher(probes: int, x: Tensor, generator: torch.Generator) -> Tensor:

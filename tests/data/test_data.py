@@ -183,6 +183,7 @@ def test_digits_are_the_real_ones():
         (lambda: TensorData(torch.zeros(4, 2), torch.zeros(4)), "labels must be 4 integers"),
         (lambda: TensorData(torch.zeros(4, 2), torch.zeros(3, dtype=torch.long)), "labels must be 4 integers"),
         (lambda: TensorData(torch.zeros(4, 2), held_out=1.0), "held_out=1.0"),
+        (lambda: TensorData(torch.zeros(9, 2), held_out=0.1), "held_out=0.1 of 9 examples is none"),
     ],
 )
 def test_unusable_data_are_refused(build, message):

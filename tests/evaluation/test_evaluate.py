@@ -100,6 +100,32 @@ def test_a_ratio_is_taken_where_value_and_floor_have_one_count():
     assert json.loads(json.dumps(found.report()))["samplers"]["fresh"]["metrics"][metric]["count"] == 60
 
 
+def test_dequantised_data_are_measured_on_the_scale_of_their_images():
+    codes = ((images(400, 0) + 1) * 2).round().long()  # five grey levels, where the two scales are far apart
+    data = TensorData(codes, dequantize=True, levels=5, held_out=0.25)
+    samples = data.examples().x[:90]
+    torch.testing.assert_close(data.as_plain(data.examples().x), data.plain("train").x)
+    found = evaluate(Model(), data, {"copies": Given(samples)}, num_samples=90, metrics=["energy", "w2"],
+                     features={"pca": PCA(6)}, progress=False)  # fmt: skip
+    assert of(found, "copies", "nearest training image")["value"] == 0
+    assert of(found, "copies", "memorised")["value"] == 1
+    assert of(found, "copies", "FD (6 principal components)")["value"] < 1e-6
+
+
+def test_metrics_say_how_many_points_they_took():
+    target = targets.make("ring")
+    data = TargetStream(target)
+    sampler = Given(target.sample((2500,), generator=torch.Generator().manual_seed(0)))
+
+    class Plane:
+        event_shape, device = (2,), torch.device("cpu")
+
+    found = evaluate(
+        Plane(), data, {"exact": sampler}, num_samples=2500, metrics=["sliced_w2", "w2", "energy"], progress=False
+    )
+    assert found.table.set_index("metric")["count"].to_dict() == {"sliced_w2": 2500, "w2": 1000, "energy": 2000}
+
+
 def test_samples_of_one_class_are_held_against_that_class():
     """Classes that a shift tells apart: fresh images of class 1 are at the floor, and far from the whole."""
     x, labels = images(600, 0), torch.arange(600) % 2

@@ -99,6 +99,17 @@ def test_copies_of_training_examples_are_found_out():
     assert not nearest(data.plain("test").x, data).memorised.any()
 
 
+def test_copies_of_an_example_that_is_there_twice_are_found_out():
+    x = normal(50, 1, 6, 6, seed=0)
+    data = TensorData(torch.cat([x, x[:1], x[:1]]))
+    found = nearest(x[:2], data)
+    assert found.memorised.all()
+    assert (found.distance[:, 1] > 0.3).all()
+    mirrored = TensorData(torch.cat([x, x[:1].flip(-1)]), flip=True)
+    assert nearest(x[:2], mirrored).memorised.all()
+    assert nearest(x[:2], TensorData(x[:3])).memorised.all()
+
+
 @pytest.mark.parametrize("training", [{"flip": True}, {"augment": Augment()}])
 def test_a_mirrored_copy_is_a_copy_where_training_mirrors(training):
     x = normal(50, 1, 6, 6, seed=0)

@@ -92,6 +92,24 @@ def test_tilted_draws_have_the_moments_of_the_closed_form():
         assert x.var(0).mul(precision).sub(1).abs().max() < 4.5 * math.sqrt(2 / 40_000)
 
 
+def test_tilted_draws_lie_where_the_laws_do_or_are_refused():
+    far = GaussianMixture([0.5, 0.5], [[15.0, 0.0], [-15.0, 0.0]], torch.eye(2).expand(2, 2, 2) / 4)
+    x = tilted(far, component(far, 0), 1.0, 20_000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x.mean(0), torch.tensor([15.0, 0.0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(x.std(0), torch.tensor([0.5, 0.5]), atol=0.02, rtol=0)
+    table = compare_tilted(far, 0, [1.0], SAMPLERS["adams2"](60), SDE, num_samples=2000)
+    assert table["ratio"].item() < 2
+    thin = GaussianMixture([0.5, 0.5], [[1.0, 0.0], [-1.0, 0.0]], torch.eye(2).expand(2, 2, 2) / 1e4)
+    with pytest.raises(ValueError, match=r"and half of one is allowed: give side=\d+") as refusal:
+        tilted(thin, component(thin, 0), 1.0, 10, generator=torch.Generator().manual_seed(0), side=201)
+    side = int(str(refusal.value).rpartition("=")[2])
+    x = tilted(thin, component(thin, 0), 1.0, 20_000, generator=torch.Generator().manual_seed(0), side=side)
+    torch.testing.assert_close(x.std(0), torch.tensor([0.01, 0.01]), atol=4e-4, rtol=0)
+    apart = GaussianMixture([1.0], [[0.5, 0.0]], torch.eye(2)[None])
+    with pytest.raises(ValueError, match="beyond the region of its two laws"):
+        tilted(apart, GaussianMixture([1.0], [[1.5, 0.0]], torch.eye(2)[None]), 30.0, 10, generator=torch.Generator())
+
+
 def test_guidance_misses_the_tilted_density_except_at_scales_zero_and_one():
     target = ring(3, 2.0, 0.8)
     table = compare_tilted(target, 0, [0.0, 1.0, 3.0], SAMPLERS["adams2"](60), SDE, num_samples=3000).set_index("scale")

@@ -17,13 +17,15 @@ from score_sde.parameterization import Noise
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
 from score_sde.score import ExactScore, LearnedScore
-from score_sde.sde import VESDE, VPSDE
+from score_sde.sde import VESDE, VPSDE, DiscreteSDE
 from score_sde.steps import DDIM, Heun
 from score_sde.targets import GaussianMixture, make
 
 SDE = VPSDE()
 RING = make("ring", components=3, radius=2.0, std=0.6)
 LABEL = torch.tensor([0, 1, 2, 1])
+SPACED = torch.linspace(0.01 ** (1 / 7), 50 ** (1 / 7), 100, dtype=torch.float64) ** 7
+LADDERS = (DiscreteSDE.geometric(0.01, 50.0, 100), DiscreteSDE.smld(SPACED))  # of the same ends
 
 
 def points(batch=4):
@@ -166,6 +168,7 @@ def test_a_point_alone_is_a_point_among_many():
         (lambda m: ClassifierFree(m, 2.0)(points(), 0.5), ValueError, "towards a condition, got none"),
         (lambda m: ClassifierFree(m, 2.0)(points(), 0.5, labels=LABEL), TypeError, "unknown condition 'labels'"),
         (lambda m: Autoguidance(m, ExactScore(RING, VESDE()), 2.0), ValueError, "one process"),
+        (lambda m: Autoguidance(*(ExactScore(RING, sde) for sde in LADDERS), 2.0), ValueError, "one process"),
         (lambda m: DynamicThreshold(m, 1.5), ValueError, "quantile=1.5"),
         (lambda m: ClassifierFree(RING, 2.0), TypeError, "wraps a ScoreModel, got GaussianMixture"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -236,9 +237,44 @@ def test_particles_reach_the_posterior_of_a_mixture(step):
     torch.testing.assert_close(result.x.mean(0).double(), posterior.mean, rtol=0, atol=0.1)
 
 
+def test_a_lost_particle_has_no_descendants():
+    class Broken(Shrink):
+        lost = slice(1)
+
+        def __call__(self, x, t, **condition):
+            prediction = super().__call__(x, t, **condition)
+            return replace(prediction, raw=prediction.raw.index_fill(0, torch.arange(len(x))[self.lost], math.nan))
+
+    filters = TwistedParticles(BASE, Matrix([[1.0, 0.0]]), torch.zeros(1), 0.3, data_std=1.0)
+    x = filters.sample(Broken(SDE, (2,)), (30, 2), seed=0).x
+    assert x.isfinite().all()
+    assert len(x.unique(dim=0)) > 10
+    Broken.lost = slice(None)
+    with pytest.raises(FloatingPointError, match="no particle has a finite weight"):
+        filters.sample(Broken(SDE, (2,)), (30, 2), seed=0)
+
+
+def test_seeds_of_sdedit_share_no_noise():
+    seen = []
+
+    class Seen(Shrink):
+        def __call__(self, x, t, **condition):
+            seen.append(x)
+            return super().__call__(x, t, **condition)
+
+    x, model = torch.zeros(3, 2), Seen(SDE, (2,))
+    for seed in (0, 1):
+        sdedit(Sampler(EulerMaruyama(), BASE), model, x, 0.5, seed=seed)
+    start = [states[0] / float(SDE.sigma(0.5)) for states in (seen, seen[len(seen) // 2 :])]
+    firsts = [torch.randn(3, 2, generator=generator(seed)) for seed in (0, 1, 2)]
+    assert not any(torch.allclose(a, b) for a in start for b in firsts)
+    assert not torch.allclose(*start)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda a: a.observe(torch.zeros(1, 2), 0.1), "give observe the generator of its noise"),
         (lambda a: Impute(a, torch.zeros(2, 3)), "not x itself"),
         (lambda a: Impute(a, torch.zeros(1), -1.0), "noise_std is 0 or more, got -1.0"),
         (lambda a: DDRM(a, torch.zeros(1), eta=2.0), "lie in [0, 1], got eta=2.0"),

@@ -246,6 +246,8 @@ def test_a_context_of_another_width_is_refused() -> None:
         ({"filter": (1, 3, 3, 1), "resample": "strided"}, "has no filter"),
         ({"progressive_input": "sum"}, "must be null, 'skip' or 'residual'"),
         ({"magnitude_preserving": True}, "set resample='residual'"),
+        ({"magnitude_preserving": True, "resample": "residual", "rescale": True}, "rescale=True does nothing with"),
+        ({"magnitude_preserving": True, "resample": "residual", "embedding": "typo"}, "embedding='typo' does nothing"),
         ({"magnitude_preserving": True, "resample": "residual", "progressive_input": "skip"}, "set it to null"),
         ({"dropout": 1.0}, "a probability below 1"),
         ({"head_channels": -1}, "head_channels=-1 must be a positive integer"),

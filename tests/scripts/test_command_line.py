@@ -70,6 +70,7 @@ def test_a_mapping_of_ones_own_is_open() -> None:
         ("+step=3", "unknown key 'step': did you mean 'steps'"),
         ("++step=3", "unknown key 'step': did you mean 'steps'"),
         ("+evaluation.metric=w2", "unknown key 'evaluation.metric': did you mean 'metrics'"),
+        ("+evaluation.steps=3", "unknown key 'evaluation.steps': did you mean 'steps' or 'sampler.grid.steps'"),
     ],
 )
 def test_others_are_refused(override: str, message: str) -> None:

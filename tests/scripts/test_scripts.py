@@ -205,6 +205,12 @@ WRONG = {
     "a word for true": ("sample", ["run={run}", "agreement=no"], "agreement='no' is neither true nor false"),
     "a key that nothing reads": ("sample", ["run={run}", "+count=3"], "unknown key 'count'"),
     "a key that no group reads": ("train", ["+evaluation.metric=w2"], "did you mean 'metrics'"),
+    "a key without its home": (
+        "train",
+        ["batch_size=8"],
+        "did you mean 'trainer.batch_size' or 'evaluation.batch_size'",
+    ),
+    "a run's folder": ("train", ["output=mine"], "did you mean 'hydra.run.dir'"),
     "no folder": ("train", ["resume=true"], "resume=True is no folder"),
     "a filled-in key": ("train", ["event_shape=[3]"], "event_shape=[3] does nothing as it is filled in here"),
     "an unknown key of a run": ("train", ["resume={run}", "+foo=6"], "unknown key 'foo'"),

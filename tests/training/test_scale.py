@@ -99,6 +99,16 @@ def test_muon_takes_hidden_matrices_and_leaves_what_faces_the_data():
     hidden = hidden_matrices(convolutions, 2)
     assert not any(h for h, p in zip(hidden, convolutions.parameters(), strict=True) if 2 in p.shape[:2])
     assert any(h for h, p in zip(hidden, convolutions.parameters(), strict=True) if p.ndim == 4)
+    for whole in (
+        MLP((1, 8, 8)),
+        UNet((3, 8, 8), width=16, learned_variance=True),
+        UNet.edm2((3, 8, 8), width=16, attention=()),
+    ):
+        names = [
+            n for (n, _), hidden in zip(whole.named_parameters(), hidden_matrices(whole, 3), strict=True) if hidden
+        ]
+        assert names
+        assert not [n for n in names if n.partition(".")[0] in ("first", "last")]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
