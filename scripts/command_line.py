@@ -114,6 +114,15 @@ def _places(node: Any, name: str, home: str = "") -> Iterator[str]:
             yield from _places(value, name, f"{home}{key}.")
 
 
+def _is_numeral(word: Any) -> bool:
+    """Whether a word, of the environment for example, spells a number."""
+    try:
+        float(word)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(word, str)
+
+
 def _check_kind(key: str, default: Any, config: DictConfig) -> None:
     value = _select(config, key)
     if value is None:
@@ -124,7 +133,8 @@ def _check_kind(key: str, default: Any, config: DictConfig) -> None:
     if number and not switch and value != "auto":
         for one in listed(value):
             if isinstance(one, bool) or not isinstance(one, int | float):
-                raise ValueError(f"{key}={value!r} is no number: give one such as {default:g}")
+                words = ", which ${oc.decode:...} would read as one" if _is_numeral(one) else ""
+                raise ValueError(f"{key}={value!r} is no number{words}: give one such as {default:g}")
     if OmegaConf.is_list(default) and not OmegaConf.is_list(value):
         OmegaConf.update(config, key, [value])
     elif isinstance(default, DictConfig) and "_target_" not in default and not isinstance(value, DictConfig):

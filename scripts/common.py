@@ -282,6 +282,8 @@ def chosen(config: DictConfig, group: str) -> str:
 def sampler_nodes(config: DictConfig, folder: Path | None = None) -> dict[str, DictConfig]:
     """name -> config: those that `evaluation.samplers` names in conf/sampler, or the run's own `sampler` for null."""
     names = config.evaluation.samplers
+    if OmegaConf.is_list(names) and len({*names}) < len(names):
+        raise ValueError(f"evaluation.samplers={list(names)} names one twice: name each once")
     nodes = {chosen(config, "sampler"): config.sampler} if names is None else {name: name for name in listed(names)}
     return {name: sampler_config(node, folder) for name, node in nodes.items()}
 

@@ -211,6 +211,8 @@ WRONG = {
         "did you mean 'trainer.batch_size' or 'evaluation.batch_size'",
     ),
     "a run's folder": ("train", ["output=mine"], "did you mean 'hydra.run.dir'"),
+    "a word that spells a number": ("train", ["seed='3'"], "seed='3' is no number, which ${oc.decode:...} would read"),
+    "a sampler twice": ("evaluate", ["run={run}", "samplers=[heun,ode,heun]"], "names one twice"),
     "no folder": ("train", ["resume=true"], "resume=True is no folder"),
     "a filled-in key": ("train", ["event_shape=[3]"], "event_shape=[3] does nothing as it is filled in here"),
     "an unknown key of a run": ("train", ["resume={run}", "+foo=6"], "unknown key 'foo'"),
