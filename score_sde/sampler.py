@@ -30,7 +30,7 @@ from score_sde.memory import keep_freed_memory
 from score_sde.noise import BatchNoise, NoiseSource, Stream
 from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel
-from score_sde.sde import SDE
+from score_sde.sde import SDE, as_time
 from score_sde.steps.linear import Carry, LinearRow
 from score_sde.steps.step import Draw, History, Step
 from score_sde.steps.tabulated import Table, Tabulated
@@ -90,8 +90,20 @@ class CountedModel:
         if not isinstance(prediction, Prediction):
             raise TypeError(f"{type(self.model).__name__} returns a Prediction, got {type(prediction).__name__}: "
                             "Prediction(x, D, alpha, sigma) says that D is the denoised x")  # fmt: skip
+        if not self.calls and isinstance(t, float):
+            self._check_kernel(prediction, t)
         self.calls += prediction.calls
         return prediction
+
+    def _check_kernel(self, prediction: Prediction, t: float) -> None:
+        """Refuses, with ValueError, a prediction with other coefficients than the SDE's, as far as the host knows them."""
+        given, sde = (prediction.alpha, prediction.sigma), self.model.sde
+        if any(isinstance(part, Tensor) and (part.is_cuda or part.numel() != 1) for part in given):
+            return
+        (a, b), (alpha, sigma) = map(float, given), (float(part(as_time(t))) for part in (sde.alpha, sde.sigma))
+        if not (math.isclose(a, alpha, rel_tol=1e-3) and math.isclose(b, sigma, rel_tol=1e-3, abs_tol=1e-6)):
+            raise ValueError(f"{type(self.model).__name__} predicts with alpha={a:.4g} and sigma={b:.4g} at t={t:.4g}, "
+                             f"where its sde has {alpha:.4g} and {sigma:.4g}")  # fmt: skip
 
     def log_prob(self, x: Tensor, t: float | Tensor) -> Tensor:
         """Log-density of p_t at x, shape (batch,), of a model that has one; for the steps with `needs_density`."""

@@ -466,6 +466,15 @@ def test_a_sampler_is_shown_as_one_writes_it():
     assert repr(sampler) == shown
 
 
+def test_a_model_that_speaks_of_another_process_is_refused():
+    class Foreign(ExactScore):
+        def __call__(self, x, t, **condition):
+            return ExactScore(self.target, VESDE())(x, t)
+
+    with pytest.raises(ValueError, match="predicts with alpha=1 and sigma=50 at t=1, where its sde has 0.006572 and 1"):
+        Sampler(DDIM(), FIVE).sample(Foreign(make("ring"), VPSDE()), (3, 2), seed=0)
+
+
 def test_samples_that_are_lost_are_warned_of():
     model = ExactScore(make("ring"), VPSDE())
     x = model.start(torch.zeros(3, 2))
