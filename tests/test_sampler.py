@@ -471,7 +471,9 @@ def test_a_model_that_speaks_of_another_process_is_refused():
         def __call__(self, x, t, **condition):
             return ExactScore(self.target, VESDE())(x, t)
 
-    with pytest.raises(ValueError, match="predicts with alpha=1 and sigma=50 at t=1, where its sde has 0.006572 and 1"):
+    with pytest.raises(
+        ValueError, match=r"predicts with alpha=1 and sigma=50 at t=1, where its sde has 0\.006572 and 1"
+    ):
         Sampler(DDIM(), FIVE).sample(Foreign(make("ring"), VPSDE()), (3, 2), seed=0)
 
 
