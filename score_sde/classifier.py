@@ -33,6 +33,8 @@ class NoisyClassifier(LearnedScore):
         TypeError: it is asked for a prediction, as a sampler does.
     """
 
+    num_classes: int
+
     def __init__(
         self, network: nn.Module, sde: SDE, parameterization: Parameterization, event_shape: Sequence[int]
     ) -> None:

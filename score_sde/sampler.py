@@ -149,6 +149,10 @@ def begin(
         raise ValueError(f"shape is (batch, {', '.join(map(str, model.event_shape))}) for this model, got {shape!r}")
     shape = tuple(whole("size in shape", size, 0) for size in shape)
     model.check(shape, condition)
+    label = condition.get("label")
+    if model.num_classes and isinstance(label, Tensor) and label.numel() and not int(label.max()) < model.num_classes:
+        raise ValueError(f"label={int(label.max())}, but this model knows the classes 0 to {model.num_classes - 1} "
+                         "(and -1 for none)")  # fmt: skip
     if seed is not None and noise is not None:
         raise ValueError("give either seed= (one generator for the batch) or noise= (a noise source), not both")
     if noise is not None and not isinstance(noise, NoiseSource):

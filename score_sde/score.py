@@ -45,11 +45,13 @@ class ScoreModel(ABC):
         event_shape: shape of one sample.
         condition_names: the keywords that a call accepts beside x and t.
         data_std: standard deviation of the clean data as far as the model knows it, a scale for solvers.
+        num_classes: how many classes the condition `label` may name, where that is known.
     """
 
     sde: SDE
     event_shape: tuple[int, ...]
     data_std: float = 1.0
+    num_classes: int | None = None
     condition_names: frozenset[str] = frozenset()
 
     @property
@@ -191,6 +193,7 @@ class LearnedScore(nn.Module, ScoreModel):
         self.condition_names = frozenset(p.name for p in parameters[2:] if p.kind in named)
         if getattr(network, "num_classes", 0) is None:
             self.condition_names -= {"label"}
+        self.num_classes = getattr(network, "num_classes", None)
         self._learns_variance = bool(getattr(network, "learned_variance", False))
 
     @property

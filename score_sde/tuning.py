@@ -40,6 +40,7 @@ from score_sde.steps import IPNDM, AdamsBashforth, ExponentialAdams, RectifiedAd
 from score_sde.steps.linear import LinearStep
 
 METHODS = ("coefficients", "grid")
+EARLIER = "the earlier table"
 
 CONVERGED = AdaptiveODE("dopri5", rtol=1e-5, atol=1e-5, final="denoise")
 """What a table is fitted to, and held against: the probability-flow ODE, with the error of each sample controlled."""
@@ -384,7 +385,7 @@ def tune(
     model: ScoreModel, steps: int, *, method: str = "coefficients", samples: int | None = None, iterations: int = 800,
     starts: int = 12, seed: int = 0, teacher: Samples | None = None, robust: float = 0.07,
     batch_size: int | None = None, minutes: float | None = None, pairs: tuple[Pairs, Pairs] | None = None,
-    progress: bool = True,
+    earlier: TunedTable | None = None, progress: bool = True,
 ) -> TunedTable:  # fmt: skip
     """The best table found for this model and this number of network calls.
 
@@ -411,10 +412,11 @@ def tune(
             before. The machine's speed then decides how many there are; None gives the same table everywhere.
         pairs: what `converged_pairs` returned, which serves every number of calls; samples, seed, teacher, robust and
             batch_size are its own then.
+        earlier: a table of as many calls to be held against the others, and returned where it validates best.
         progress: show bars.
 
     Raises:
-        ValueError: an option is unknown or not positive, or the SDE cannot be used.
+        ValueError: an option is unknown or not positive, the SDE cannot be used, or the earlier table does not fit.
     """
     check(steps, method=method, iterations=iterations, starts=starts, minutes=minutes)
     known, late = untuned(model.sde, steps), begun_late(model.sde, steps)
@@ -433,6 +435,13 @@ def tune(
         ranked = {name: late[name] for name in promising[: (starts + 1) // 2]}
         tables = ranked | _random(Span.of(model.sde), int(steps), starts // 2, seed)
         tuned = _halving(fit, validation, tables, iterations, seed, progress)
+    if earlier is not None:
+        if len(earlier.weights) != steps:
+            raise ValueError(
+                f"the earlier table is of {len(earlier.weights)} calls, and a table of {steps} is asked for"
+            )
+        TunedSampler(earlier).check(model.sde)
+        tuned[EARLIER] = earlier
     return _chosen(known, late | tuned, losses | _losses(tuned, validation), method)
 
 

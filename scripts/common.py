@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import itertools
 import json
@@ -15,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ REFUSALS = (ValueError, TypeError, OSError, ImportError, DivergenceError, HydraE
 def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """`hydra.main` over conf/<config_name>.yaml; a wrong input ends in one line on stderr and exit status 1.
 
-    HYDRA_FULL_ERROR=1 shows the traceback instead. In a sweep a failed job leaves its reason in its result.json. Ctrl-C
-    ends in a line and status 130.
+    --help shows the file, whose comments say what each key is. HYDRA_FULL_ERROR=1 shows the traceback instead. In a sweep
+    a failed job leaves its reason in its result.json. Ctrl-C ends in a line and status 130.
     """
     full_error = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
 
@@ -81,6 +82,8 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                 sys.exit(interrupted(again if Run(output).checkpoints.latest() is not None else ""))
 
         def run() -> None:
+            if {"-h", "--help"} & {*sys.argv[1:]}:
+                print((CONF / f"{config_name}.yaml").read_text())
             before = dict(os.environ)
             os.environ["HYDRA_FULL_ERROR"] = "1"
             # A job that submitit starts elsewhere finds these scripts' own modules.
@@ -219,10 +222,12 @@ class NoTablesError(ValueError):
     """A folder holds no tables of the pattern that a sampler names."""
 
 
-def sampler_config(node: str | DictConfig, folder: Path | None = None) -> DictConfig:
+def sampler_config(node: str | DictConfig, folder: Path | None = None, step: int | None = None) -> DictConfig:
     """A sampler's config from its name or its node, whose parts may be names too, and its `table` a pattern in a folder.
 
-    Raises ValueError for a name that is unknown and a pattern that fits no file.
+    Of the pattern's files that of `calls` is taken, or of the most. Prints where a table was fitted to other weights than
+    those of the run in the folder at `step`, by default its last. Raises ValueError for a name that is unknown and a
+    pattern that fits no file.
     """
     node = (
         named("sampler", node) if isinstance(node, str) else OmegaConf.create(plain(node))
@@ -230,10 +235,37 @@ def sampler_config(node: str | DictConfig, folder: Path | None = None) -> DictCo
     for part in ("predictor", "corrector", "corrector_where", "grid"):
         if isinstance(node.get(part), str):
             node[part] = named(f"sampler/{part}", node[part])
+    calls = node.pop("calls", None)
     if is_pattern(node.get("table")):
         tables = tables_of(folder, node.table)
-        node.table = str(tables[max(tables)])
+        if calls is not None and calls not in tables:
+            raise ValueError(
+                f"{folder} has {node.table} for {', '.join(map(str, tables))} calls, not for calls={calls}"
+            )
+        node.table = str(tables[calls or max(tables)])
+    elif calls is not None:
+        raise ValueError(f"calls={calls} does nothing with the file table={node.table}: leave one of them out")
+    if folder is not None and isinstance(node.get("table"), str) and Path(node.table).is_file():
+        _warn_of_others({calls or 0: Path(node.table)}, folder, step)
     return node
+
+
+def content_of(table: Any) -> str | None:
+    """A hash of a table's file, None where a sampler has none."""
+    return hashlib.blake2b(Path(table).read_bytes()).hexdigest()[:32] if isinstance(table, str) else None
+
+
+def _warn_of_others(tables: Mapping[int, Path], folder: Path, step: int | None = None) -> None:
+    """Prints which tables were fitted to other weights than those of the run in the folder at `step`, or its last."""
+    step = Run(folder).checkpoints.latest() if step is None else step
+    for file in tables.values():
+        fitted = json.loads(file.read_text()).get("record", {}).get("step", step) if file.suffix == ".json" else step
+        home = file.parent
+        if (home / "config.yaml").is_file() and home.resolve() != folder.resolve():
+            print(f"{file}: fitted to another run")
+        elif fitted != step:
+            print(f"{file}: fitted to the weights of step {fitted}, not of step {step}: fit it again with "
+                  f"python scripts/tune.py run={folder}")  # fmt: skip
 
 
 def is_pattern(table: Any) -> bool:
@@ -257,12 +289,6 @@ def tables_of(folder: Path | None, pattern: str) -> dict[int, Path]:
         raise NoTablesError(
             f"{folder} holds no tables {name}: make one with python scripts/tune.py {of} steps=6{spectrum}"
         )
-    step = Run(folder).checkpoints.latest()
-    old = sorted(calls for calls, file in tables.items()
-                 if json.loads(file.read_text()).get("record", {}).get("step", step) != step)  # fmt: skip
-    if old:
-        print(f"{folder}: its tables for {', '.join(map(str, old))} calls were fitted to other weights than those of "
-              f"step {step}: fit them again with python scripts/tune.py run={folder} steps={old}")  # fmt: skip
     return dict(sorted(tables.items()))
 
 
@@ -279,13 +305,13 @@ def chosen(config: DictConfig, group: str) -> str:
     return choices.get(group) or config[group]._target_.rpartition(".")[2]
 
 
-def sampler_nodes(config: DictConfig, folder: Path | None = None) -> dict[str, DictConfig]:
+def sampler_nodes(config: DictConfig, folder: Path | None = None, step: int | None = None) -> dict[str, DictConfig]:
     """name -> config: those that `evaluation.samplers` names in conf/sampler, or the run's own `sampler` for null."""
     names = config.evaluation.samplers
     if OmegaConf.is_list(names) and len({*names}) < len(names):
         raise ValueError(f"evaluation.samplers={list(names)} names one twice: name each once")
     nodes = {chosen(config, "sampler"): config.sampler} if names is None else {name: name for name in listed(names)}
-    return {name: sampler_config(node, folder) for name, node in nodes.items()}
+    return {name: sampler_config(node, folder, step) for name, node in nodes.items()}
 
 
 def samplers_of(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
@@ -384,12 +410,13 @@ def folder_of(settings: Mapping[str, Any], home: Path) -> Path:
     own = json.loads(json.dumps(settings))
     for i in itertools.count(1):
         folder = home if i == 1 else home.with_name(f"{home.name}-{i}")
+        folder.mkdir(parents=True, exist_ok=True)
         record = folder / "settings.json"
-        if not record.exists() or json.loads(record.read_text()) == own:
-            break
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, json.dumps(own, indent=2) + "\n")
-    return folder
+        with suppress(FileExistsError):  # of two processes one comes first
+            write_atomically(record, json.dumps(own, indent=2) + "\n", new=True)
+        if json.loads(record.read_text()) == own:
+            return folder
+    raise AssertionError
 
 
 def save_samples(folder: Path, samples: Mapping[str, Any]) -> None:
@@ -397,7 +424,9 @@ def save_samples(folder: Path, samples: Mapping[str, Any]) -> None:
     import numpy as np
 
     for name, x in samples.items():
-        np.save(folder / f"{name}.npy", x.numpy())
+        partial = folder / f".partial-{os.getpid()}-{name}.npy"
+        np.save(partial, x.numpy())
+        partial.replace(folder / f"{name}.npy")
 
 
 def show(table: Any) -> None:

@@ -141,7 +141,9 @@ def contestant(node: DictConfig, config: DictConfig) -> Any:
     files = config.tables
     if not isinstance(files, DictConfig):
         files = common.tables_of(Path(files or common.tuned_folder(config)), node.table)
-    made = {int(calls): OmegaConf.merge(node, {"table": str(file)}) for calls, file in files.items()}
+    folder = Path(config.run) if config.run else None
+    made = {int(calls): common.sampler_config(OmegaConf.merge(node, {"table": str(file)}), folder)
+            for calls, file in files.items()}  # fmt: skip
     return {calls: instantiate(made[calls], config.trust) for calls in sorted(made)}
 
 

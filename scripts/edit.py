@@ -55,7 +55,7 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
         whole(name, config[name])
     run = common.open_run(config)
     model = common.model_of(run, config)
-    sampler = instantiate(common.sampler_config(config.sampler, run.path), run.trust)
+    sampler = instantiate(common.sampler_config(config.sampler, run.path, config.step), run.trust)
     sampler.check(model.sde)
     edit = {"class": relabelled, "interpolate": interpolated}.get(config.task, restored)
     before, after, columns = edit(config, run, model, sampler)

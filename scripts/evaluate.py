@@ -81,11 +81,11 @@ def write(
 def _sampler_nodes(config: DictConfig, run: Run) -> dict[str, DictConfig]:
     """Of the one `sampler` that is given, or of those that the settings name."""
     if "sampler" not in config:
-        return common.sampler_nodes(run.config, run.path)
+        return common.sampler_nodes(run.config, run.path, config.step)
     if config.samplers is not None:
         raise ValueError("give either sampler=<one> with its settings, or samplers=[<names>]")
     name = common.chosen(config, "sampler")
-    return {name: common.sampler_config(config.sampler, run.path)}
+    return {name: common.sampler_config(config.sampler, run.path, config.step)}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import common
 import figures
 import guiding
 import pandas as pd
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from score_sde.run import instantiate
 def main(config: DictConfig) -> None:
     run = common.open_run(config)
     model = common.model_of(run, config)
-    node = common.sampler_config(config.sampler, run.path)
+    node = common.sampler_config(config.sampler, run.path, config.step)
     sampler = instantiate(node, run.trust)
     sampler.check(model.sde)
     labels = guiding.labels_of(config.label)
@@ -48,7 +47,7 @@ def main(config: DictConfig) -> None:
     suffix = "" if not labels else f"-label-{labels[0]}" if len(labels) == 1 else "-labels"
     settings = {name: config[name] for name in ("num_samples", "threshold", "seed", "ema")}
     settings |= {"step": config.step or run.checkpoints.latest(), "label": labels, "sampler": common.plain(node),
-                 "guidance": common.plain(config.guidance)}  # fmt: skip
+                 "guidance": common.plain(config.guidance), "table": common.content_of(node.get("table"))}  # fmt: skip
     folder = common.folder_of(settings, Path(config.output or run.samples / f"{name}{suffix}"))
     common.save_samples(folder, {"samples": samples})
     if samples[0].shape == (2,):
@@ -68,8 +67,7 @@ def agreement(data: TensorData, samples: Tensor, labels: Tensor) -> pd.DataFrame
     train, held_out = data.examples(), data.reference(10_000)
     classifier = DigitClassifier(train.x, train.condition["label"])
     own = classifier.accuracy(held_out.x, held_out.condition["label"])
-    seen = torch.tensor(classifier.classes)[classifier.probabilities(samples).argmax(1)]
-    table = pd.DataFrame({"label": labels, "agrees": seen == labels})
+    table = pd.DataFrame({"label": labels, "agrees": classifier.predict(samples) == labels})
     print(f"a classifier agrees on {table['agrees'].mean():.1%} of the samples; on held-out data, {own:.1%}")
     return table.groupby("label", as_index=False).mean()
 

@@ -260,7 +260,10 @@ def opened(config: DictConfig) -> tuple[Run, bool]:
         run.config = config
     else:
         run = Run.open(folder if automatic else config.resume, trust)
-        run.config = continued(run.config, HydraConfig.get().overrides.task)
+        own, run.config = run.config, continued(run.config, HydraConfig.get().overrides.task)
+        check_steps_left(
+            run, [override for override in run.config.overrides if override not in (own.get("overrides") or [])]
+        )
     return run, known is not None
 
 
@@ -296,6 +299,16 @@ def continued(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
     replaced = {key_of(override) for override in new}
     merged.overrides = [override for override in known if key_of(override) not in replaced] + new
     return merged  # type: ignore[return-value]
+
+
+def check_steps_left(run: Run, new: Sequence[str]) -> None:
+    """Refuses, with ValueError, new settings of the training where it has come to its end."""
+    done = run.checkpoints.latest() or 0
+    settings = [override for override in new if key_of(override).partition(".")[0] in ("trainer", "objective", "time_sampler")
+                and key_of(override) not in ("trainer.steps", "trainer.device", "trainer.progress")]  # fmt: skip
+    if settings and done >= run.config.trainer.steps:
+        raise ValueError(f"{settings[0]} does nothing: all {done} steps of {run.path} are done; give trainer.steps={2 * done} "
+                         "too, or leave it out")  # fmt: skip
 
 
 def _same(name: str, own: Any, given: Any) -> None:

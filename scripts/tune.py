@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,13 @@ from compare import model_and_reference
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from score_sde import Run, ScoreModel, plotting
+from score_sde import SDE, Run, ScoreModel, plotting
 from score_sde.checks import whole, wholes
 from score_sde.data import generator
 from score_sde.evaluation.coupled import Course, best_of_each, course_table
 from score_sde.targets import Target
 from score_sde.training import write_atomically
-from score_sde.tuning import Pairs, TunedTable, check, converged_pairs, tune, tune_spectrum
+from score_sde.tuning import EARLIER, Pairs, TunedSampler, TunedTable, check, converged_pairs, tune, tune_spectrum
 
 TEACHING = ("samples", "seed", "robust", "batch_size")
 FITTING = ("method", "iterations", "starts", "seed", "minutes")
@@ -42,16 +46,20 @@ def main(config: DictConfig) -> None:
     model, reference = model_and_reference(config)
     folder = Path(config.output or common.tuned_folder(config))
     folder.mkdir(parents=True, exist_ok=True)
-    options = {name: config[name] for name in TEACHING}
-    pairs = None if config.spectrum else converged_pairs(model, **options)
     step = Run(config.run).checkpoints.latest() if config.run else None
+    settings = settings_of(config, step)
+
+    @cache
+    def pairs() -> tuple[Pairs, Pairs]:
+        return converged_pairs(model, **{name: config[name] for name in TEACHING})
+
     tables = {}
     for calls in steps:
-        for kind, table in fitted(model, reference, calls, pairs, config).items():
+        spectrum = tune_spectrum(spectrum_of(reference, config), calls, sde=model.sde)
+        found = {} if config.spectrum else {"tuned": tuned(model, calls, pairs, config, settings, folder)}
+        for kind, table in (found | {"spectrum": spectrum}).items():
             path = folder / f"{kind}-{calls}.json"
-            if kind == "tuned" and step is not None:
-                table.record["step"] = step  # of the weights that it was fitted to
-            table.save(path)
+            save(table, path)
             tables[kind, calls] = table
             validation(table)
             print(f"{path}: use it with sampler={kind} sampler.table={path}")
@@ -61,13 +69,42 @@ def main(config: DictConfig) -> None:
         report(course_table(course, tables).assign(step=step or 0, num_samples=config.num_samples), folder)
 
 
-def fitted(
-    model: ScoreModel, reference: Any, calls: int, pairs: tuple[Pairs, Pairs] | None, config: DictConfig
-) -> dict[str, TunedTable]:
-    """The tuned table, unless there are no pairs to fit it to, and beside it the network-free one."""
+def settings_of(config: DictConfig, step: int | None) -> dict[str, Any]:
+    """All that a fit depends on, for its table's record."""
+    settings = {name: config[name] for name in dict.fromkeys((*TEACHING, *FITTING))} | {"step": step}
+    law = {} if config.run else {"target": common.plain(config.target), "sde": common.plain(config.sde)}
+    return json.loads(json.dumps(settings | law))
+
+
+def tuned(
+    model: ScoreModel, calls: int, pairs: Callable[[], tuple[Pairs, Pairs]], config: DictConfig, settings: dict[str, Any],
+    folder: Path,
+) -> TunedTable:  # fmt: skip
+    """The tuned table; one in the folder that these settings gave is taken as it is, another has to be beaten."""
+    path = folder / f"tuned-{calls}.json"
+    earlier = earlier_table(path, model.sde)
+    if earlier is not None and earlier.record.get("settings") == settings:
+        print(f"{path}: fitted with these settings already; another seed, or without the file, fits anew")
+        return earlier
     options = {name: config[name] for name in FITTING}
-    tables = {} if pairs is None else {"tuned": tune(model, calls, pairs=pairs, **options)}
-    return tables | {"spectrum": tune_spectrum(spectrum_of(reference, config), calls, sde=model.sde)}
+    table = tune(model, calls, pairs=pairs(), earlier=earlier, **options)
+    if table.record["chosen"] == EARLIER:
+        print(f"{path}: the table that was there is kept, the new fit is no better")
+    table.record.update(settings=settings, step=settings["step"])
+    return table
+
+
+def earlier_table(path: Path, sde: SDE) -> TunedTable | None:
+    """The table in a file, where there is one that serves this SDE."""
+    with suppress(ValueError, FileNotFoundError):
+        TunedSampler(path).check(sde)
+        return TunedTable.load(path)
+    return None
+
+
+def save(table: TunedTable, path: Path) -> None:
+    """Writes a table in one instant."""
+    write_atomically(path, json.dumps(table.contents(), indent=1) + "\n")
 
 
 def spectrum_of(reference: Any, config: DictConfig) -> torch.Tensor:

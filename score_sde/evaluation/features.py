@@ -73,10 +73,13 @@ class DigitClassifier:
         weights, bias = self._network.coefs_[0], self._network.intercepts_[0]
         return torch.from_numpy(self._pixels(images) @ weights + bias).relu()
 
+    def predict(self, images: Tensor) -> Tensor:
+        """The most probable class of each image, (n,)."""
+        return torch.tensor(self.classes)[self.probabilities(images).argmax(dim=1)]
+
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """Share of images whose most probable class is their label."""
-        predicted = torch.tensor(self.classes)[self.probabilities(images).argmax(dim=1)]
-        return (predicted == labels.cpu()).double().mean().item()
+        return (self.predict(images) == labels.cpu()).double().mean().item()
 
     def _pixels(self, images: Tensor) -> np.ndarray:
         if tuple(images.shape[1:]) != self.event_shape:

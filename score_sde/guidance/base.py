@@ -32,7 +32,7 @@ class Guided(ScoreModel):
         if not isinstance(model, ScoreModel):
             raise TypeError(f"{type(self).__name__} wraps a ScoreModel, got {type(model).__name__}")
         self.model, self.sde, self.event_shape = model, model.sde, tuple(model.event_shape)
-        self.condition_names, self.data_std = model.condition_names, model.data_std
+        self.condition_names, self.data_std, self.num_classes = model.condition_names, model.data_std, model.num_classes
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from score_sde.checks import tensor
+
 __all__ = ["Embedding", "check_shape", "context_of", "grid_shape", "image_shape", "positive", "rows", "zeroed"]
 
 M = TypeVar("M", bound=nn.Module)
@@ -92,10 +94,10 @@ def rows(label: Tensor | None, c_noise: Tensor, num_classes: int | None) -> Tens
     null = torch.full_like(c_noise, num_classes, dtype=torch.long)
     if label is None:
         return null
-    if label.shape != c_noise.shape or label.is_floating_point():
+    if tensor("label", label).shape != c_noise.shape or label.is_floating_point():
         given = f"{label.dtype} of shape {tuple(label.shape)}"
         raise ValueError(f"label must be integers of shape {tuple(c_noise.shape)}, one a sample; got {given}")
-    return torch.where(label < 0, null, label)
+    return torch.where(label < 0, null, label + (label >= num_classes))  # past the null class's, where there is no row
 
 
 def check_augment(layer: M | None, augment: Tensor) -> M:

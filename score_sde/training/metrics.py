@@ -90,7 +90,7 @@ class Window:
 
 
 class MetricsLog:
-    """Rows of numbers, in `rows` and, where there is a directory, in its metrics.jsonl, one object a line.
+    """Rows of numbers, in `rows` and, where there is a directory, in its metrics.jsonl, one object a line; old ones first.
 
     Where asked for they go to TensorBoard's event files in the folder `tensorboard` too.
 
@@ -107,6 +107,7 @@ class MetricsLog:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
+            self.rows += map(json.loads, kept)
         self._file = path.open("a")
         self._board = _board(directory / "tensorboard", step) if tensorboard else None
 

@@ -61,6 +61,20 @@ def test_guided_score_is_that_of_the_tilted_density_at_each_noise_level():
         torch.testing.assert_close(classified(x, 0.3, label=LABEL).score, gradient)
 
 
+def test_a_label_beyond_the_classes_is_refused_and_no_null_class():
+    network = MLP((2,), width=8, depth=1, frequencies=4, num_classes=3)
+    model = LearnedScore(network, SDE, Noise(), (2,))
+    sampler = Sampler(DDIM(), partial(grid.log_snr, steps=2))
+    for asked in (model, ClassifierFree(model, 2.0)):
+        for label in (torch.tensor([0, 3]), torch.tensor([4, -1])):
+            with pytest.raises(ValueError, match="but this model knows the classes 0 to 2"):
+                sampler.sample(asked, (2, 2), seed=0, condition={"label": label})
+        with pytest.raises(TypeError, match="label is a tensor"):
+            sampler.sample(asked, (2, 2), seed=0, condition={"label": 1})
+    with pytest.raises(IndexError):
+        model(torch.zeros(2, 2), 0.5, label=torch.tensor([0, 3]))
+
+
 def test_calls_are_counted_as_they_are_made():
     model = Labelled(RING, SDE)
     sampler = Sampler(DDIM(), partial(grid.log_snr, steps=9))

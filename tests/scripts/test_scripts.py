@@ -212,6 +212,11 @@ WRONG = {
     ),
     "a run's folder": ("train", ["output=mine"], "did you mean 'hydra.run.dir'"),
     "a word that spells a number": ("train", ["seed='3'"], "seed='3' is no number, which ${oc.decode:...} would read"),
+    "settings of a training that is done": (
+        "train",
+        ["resume={run}", "trainer.learning_rate=0.5"],
+        "trainer.learning_rate=0.5 does nothing: all 4 steps of",
+    ),
     "a sampler twice": ("evaluate", ["run={run}", "samplers=[heun,ode,heun]"], "names one twice"),
     "no folder": ("train", ["resume=true"], "resume=True is no folder"),
     "a filled-in key": ("train", ["event_shape=[3]"], "event_shape=[3] does nothing as it is filled in here"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from typed import script
 
 from score_sde.tuning import TunedTable
@@ -66,11 +68,39 @@ def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path) -> None:
     assert "2 network calls each" in script("sample", f"run={run}", "sampler=tuned", "num_samples=5", cwd=tmp_path)
     said = script("evaluate", f"run={run}", "samplers=[tuned,spectrum]", "num_samples=20", cwd=tmp_path)
     assert set(pd.read_csv(run / "evaluation.csv")["sampler"]) == {"tuned", "spectrum"}
-    assert "other weights" not in said
+    assert "fitted to" not in said
     script("train", f"resume={run}", "trainer.steps=4", cwd=tmp_path)
-    said = script("sample", f"run={run}", "sampler=tuned", "num_samples=5", cwd=tmp_path)
-    assert "its tables for 2 calls were fitted to other weights than those of step 4: fit them again" in said
-    assert "other weights" not in script("sample", f"run={run}", "sampler=spectrum", "num_samples=5", cwd=tmp_path)
+    ways = (
+        ["sampler=tuned"],
+        ["sampler=tuned", "sampler.calls=2"],
+        ["sampler=tuned", f"sampler.table={run}/tuned-2.json"],
+    )
+    for given in ways:
+        said = script("sample", f"run={run}", *given, "num_samples=5", cwd=tmp_path)
+        assert "fitted to the weights of step 2, not of step 4: fit it again" in said
+    assert "fitted to" not in script("sample", f"run={run}", "sampler=tuned", "step=2", "num_samples=5", cwd=tmp_path)
+    assert "fitted to" not in script("sample", f"run={run}", "sampler=spectrum", "num_samples=5", cwd=tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("config.yaml", "tuned-2.json"):
+        shutil.copy(run / name, other)
+    said = script("sample", f"run={run}", "sampler=tuned", f"sampler.table={other}/tuned-2.json", cwd=tmp_path)
+    assert "fitted to another run" in said
+    said = script("sample", f"run={run}", "sampler=tuned", "sampler.calls=3", cwd=tmp_path, code=1)
+    assert "has tuned-*.json for 2 calls, not for calls=3" in said
+
+
+def test_a_better_table_is_kept_and_the_same_one_not_fitted_again(tmp_path: Path) -> None:
+    given = ["target=ring", "steps=2", "report=false", "samples=512", "starts=2"]
+    path = tmp_path / "outputs/tuned/ring/vp/tuned-2.json"
+    script("tune", *given, "iterations=60", cwd=tmp_path)
+    text, good = path.read_text(), TunedTable.load(path)
+    assert "fitted with these settings already" in script("tune", *given, "iterations=60", cwd=tmp_path)
+    assert path.read_text() == text
+    assert "the table that was there is kept" in script("tune", *given, "iterations=1", cwd=tmp_path)
+    kept = TunedTable.load(path)
+    assert all(torch.equal(a, b) for a, b in zip(good.numbers, kept.numbers, strict=True))
+    assert kept.record["chosen"] == "the earlier table"
 
 
 @pytest.mark.parametrize(
