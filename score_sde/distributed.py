@@ -167,7 +167,7 @@ def sample(
         of the busiest process.
     """
     batches = torch.arange(total).split(batch_size)
-    parts, nfe, seconds = [torch.empty(0, *model.event_shape)], 0, 0.0
+    parts, nfe, seconds = [torch.empty(0, *model.event_shape, dtype=model.dtype)], 0, 0.0
     for indices in _mine(batches, progress):
         named = {name: value[indices.to(value.device)].to(model.device) for name, value in (condition or {}).items()}
         noise, shape = SampleNoise.of_run(seed, indices), (len(indices), *model.event_shape)

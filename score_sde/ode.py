@@ -87,14 +87,15 @@ class ProbabilityFlowODE(ErrorControlled):
             raise ValueError(f"a trajectory has points >= 2, got points={len(times)}")
         clock = time.perf_counter()
         parts = [x] if self.error_control == "joint" else list(x.split(1))
-        states, calls = [], []
+        states, calls = list[Tensor](), list[int]()
         with tqdm(
             total=len(parts), desc=self.method, unit="solve", disable=not progress, delay=1.0, leave=False
         ) as bar:
             for part in parts:
-                before = model.calls
-                states.append(self._solve(model, part, times))
-                calls.append(model.calls - before)
+                own = model if part is x else _of_sample(model, len(states), len(x))
+                before = own.calls
+                states.append(self._solve(own, part, times))
+                calls.append(own.calls - before)
                 bar.update()
         path = torch.cat(states, dim=1)
         end = path[-1]
@@ -124,3 +125,10 @@ class ProbabilityFlowODE(ErrorControlled):
             raise RuntimeError(f"{self.method} did not reach t={span[1]:g}: {solution.message} "
                                "Loosen rtol and atol, or take another method.")  # fmt: skip
         return torch.from_numpy(np.ascontiguousarray(solution.y.T)).to(x).view(len(times), *x.shape)
+
+
+def _of_sample(model: CountedModel, i: int, batch: int) -> CountedModel:
+    """The model under the conditions of sample i of a batch."""
+    own = {name: value[i : i + 1] if model.model.per_sample(name, value, batch) else value
+           for name, value in model.condition.items()}  # fmt: skip
+    return CountedModel(model.model, own)

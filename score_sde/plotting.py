@@ -641,7 +641,8 @@ def diagnosis(found: Diagnosis) -> Figure:
     slope.axhline(1, color=INK, linewidth=1, linestyle="--", label="posterior mean")
     slope.set_xscale("log")
     curves(slope, NOISE_LEVEL, "slope")
-    slope.set(ylim=(0.8, 1.2), title="Is the denoiser calibrated?")
+    known = table["slope"][table["slope_error"] < 0.2]
+    slope.set(ylim=(min(0.8, known.min() - 0.05), max(1.2, known.max() + 0.05)), title="Is the denoiser calibrated?")
     _by_noise(spread, table, {"mse": "squared error of $D$", "predicted_mse": "what its Jacobian says"})
     spread.set(title="Does it know its own error?", ylabel="posterior variance")
     _by_noise(law, table, {"residual": "Fokker-Planck residual", "asymmetry": "asymmetry of the Jacobian"})
@@ -840,9 +841,11 @@ def _floor(ax: Axes, table: pd.DataFrame, metric: str) -> None:
 def _share_curves(figure: Figure, axes: np.ndarray, count: int, x: str, y: str) -> None:
     """One pair of logarithmic axes for the first `count` panels, with labels along the edges alone."""
     used = list(axes.flat[:count])
-    for name in ("x", "y"):
-        spans = np.array([getattr(ax.dataLim, f"interval{name}") for ax in used])
+    for i, name in enumerate("xy"):
+        spans = np.array([(ax.dataLim.minpos[i], getattr(ax.dataLim, f"interval{name}")[1]) for ax in used])
         spans = spans[(spans > 0).all(axis=1) & np.isfinite(spans).all(axis=1)]
+        if not len(spans):  # zeros alone
+            continue
         margin = (spans.max() / spans.min()) ** 0.06 * 1.08
         for ax in used:
             ax.set(**{f"{name}lim": (spans.min() / margin, spans.max() * margin)})

@@ -328,8 +328,8 @@ class ReparameterizedScore(ScoreModel):
         _check_sde(sde)
         self.model, self.sde = model, _common_range(model.sde, sde, one_of("outside", outside, OUTSIDE))
         self.event_shape, self.data_std = tuple(model.event_shape), model.data_std
-        self.condition_names = model.condition_names
-        slack = 1e-9 * (self.sde.t_max - self.sde.t_min)
+        self.condition_names, self.num_classes = model.condition_names, model.num_classes
+        slack = 1e-6 * (self.sde.t_max - self.sde.t_min)  # times may come in single precision
         self._range = (self.sde.t_min - slack, self.sde.t_max + slack)
         self._levels: dict[float, tuple[float, float, float, float]] = {}
 

@@ -566,7 +566,8 @@ class DiscreteSDE(SDE):
     def _ladder_like(self, t: Tensor) -> Tensor:
         key = (t.device, t.dtype)
         if key not in self._copies:
-            self._copies[key] = self.ladder.to(t)
+            with torch.inference_mode(False):  # else gradients could never go through it
+                self._copies[key] = self.ladder.to(t, copy=True)
         return self._copies[key]
 
     def half_log_snr(self, t: Time) -> Tensor:

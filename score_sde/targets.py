@@ -88,7 +88,8 @@ class _Cached:
     def like(self, x: Tensor) -> dict[str, Tensor]:
         key = (x.device, x.dtype)
         if key not in self._copies:
-            self._copies[key] = {name: value.to(x) for name, value in self._parameters.items()}
+            with torch.inference_mode(False):  # else gradients could never go through them
+                self._copies[key] = {name: value.to(x, copy=True) for name, value in self._parameters.items()}
         return self._copies[key]
 
 

@@ -5,6 +5,7 @@ Leaves comparison.csv (every run), summary.csv (means over seeds), figures, samp
 
 from __future__ import annotations
 
+import math
 import platform
 import shlex
 import sys
@@ -251,6 +252,7 @@ def advice(table: pd.DataFrame) -> list[str]:
             listed = ", ".join(f"{r.sampler} (excess {r.excess:.3f}, by {r.worst})" for r in never.itertuples())
             lines.append(f"{mark}not there within any budget: {listed}.")
         paired = judge(runs).dropna(subset="endpoint_error")
+        paired = paired[paired["excess"] < math.inf]
         budgets = sorted(set(runs["budget"]) - {0})
         for budget in [b for b in (10, 20) if b in budgets] or budgets[:2]:
             within = paired[paired["nfe"] <= budget]

@@ -58,9 +58,8 @@ def write(
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     (folder / "figures").mkdir(exist_ok=True)
     common.save_samples(folder / "samples", evaluation.samples)
-    step = run.checkpoints.latest() if config.step is None else config.step
     settings = {"samplers": asked, "guidance": common.plain(config.guidance), "threshold": config.threshold}
-    report = {"run": str(run.path), "step": step, "ema": config.ema, "seed": config.seed,
+    report = {"run": str(run.path), "step": config.step, "ema": config.ema, "seed": config.seed,
               "label": guiding.labels_of(config.label), "num_samples": len(next(iter(evaluation.samples.values()))),
               "settings": settings, **evaluation.report()}  # fmt: skip
     write_atomically(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")

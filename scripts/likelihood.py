@@ -80,10 +80,10 @@ def lattice(data: Data) -> dict[str, float] | None:
 
 
 def examples(data: Data, count: int, ood: list[str], generator: torch.Generator) -> dict[str, Tensor]:
-    """Held-out examples and sets out of distribution, integers where the data were."""
+    """Held-out examples, or of data that hold none out training examples, and sets out of distribution; integers stay."""
     bins = lattice(data)
     x = codes_of(data, "test", count) if bins else data.reference(count).x
-    sets = {"held out": x}
+    sets = {"held out" if getattr(data, "has_test", True) else "training": x}
     for name in ood:
         if name == "shuffled":
             order = torch.rand(x.flatten(1).shape, generator=generator).argsort(1)

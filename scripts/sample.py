@@ -46,7 +46,7 @@ def main(config: DictConfig) -> None:
         return
     suffix = "" if not labels else f"-label-{labels[0]}" if len(labels) == 1 else "-labels"
     settings = {name: config[name] for name in ("num_samples", "threshold", "seed", "ema")}
-    settings |= {"step": config.step or run.checkpoints.latest(), "label": labels, "sampler": common.plain(node),
+    settings |= {"step": config.step, "label": labels, "sampler": common.plain(node),
                  "guidance": common.plain(config.guidance), "table": common.content_of(node.get("table"))}  # fmt: skip
     folder = common.folder_of(settings, Path(config.output or run.samples / f"{name}{suffix}"))
     common.save_samples(folder, {"samples": samples})

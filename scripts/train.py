@@ -167,7 +167,8 @@ def finish_classifier(run: Run, model: NoisyClassifier, data: Data, config: Dict
         return score
     figures.save(figures.accuracy(table), run.figures / "accuracy.png")
     figures.save(figures.losses(run), run.figures / "losses.png")
-    meaning = "cross-entropy of held-out labels in nats, mean over noise levels"
+    which = "held-out" if getattr(data, "has_test", True) else "training"
+    meaning = f"cross-entropy of {which} labels in nats, mean over noise levels"
     result = {"status": "finished", "metric": score, "metric_meaning": meaning,
               "overrides": list(config.overrides or []), "seed": config.seed,
               "accuracy_by_noise": table.to_dict("records")}  # fmt: skip

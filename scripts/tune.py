@@ -18,7 +18,7 @@ from compare import model_and_reference
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from score_sde import SDE, Run, ScoreModel, plotting
+from score_sde import SDE, ScoreModel, plotting
 from score_sde.checks import whole, wholes
 from score_sde.data import generator
 from score_sde.evaluation.coupled import Course, best_of_each, course_table
@@ -46,7 +46,7 @@ def main(config: DictConfig) -> None:
     model, reference = model_and_reference(config)
     folder = Path(config.output or common.tuned_folder(config))
     folder.mkdir(parents=True, exist_ok=True)
-    step = Run(config.run).checkpoints.latest() if config.run else None
+    step = config.get("step")  # of the run's weights
     settings = settings_of(config, step)
 
     @cache

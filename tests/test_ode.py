@@ -8,6 +8,7 @@ import pytest
 import torch
 from closed_forms import F64, flow, gaussian, mixture, quantiles
 
+from score_sde.evaluation.posterior import LabelledMixture
 from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS, ProbabilityFlowODE
 from score_sde.score import ExactScore, ScoreModel
@@ -81,6 +82,15 @@ def test_latent_codes_are_normal():
     code = ProbabilityFlowODE().encode(ExactScore(target, sde), x).x
     assert (code.mean(0).abs() < 5 / math.sqrt(2000)).all()
     assert ((code.std(0) - 1).abs() < 5 / math.sqrt(4000)).all()
+
+
+def test_each_sample_has_its_own_condition():
+    target = make("ring", components=3)
+    model, x = LabelledMixture(target, VPSDE()), torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    condition = {"label": torch.tensor([2, 0, 1])}
+    each, joint = (ProbabilityFlowODE(error_control=control).sample(model, (3, 2), x_init=x, condition=condition).x
+                   for control in ("each", "joint"))  # fmt: skip
+    torch.testing.assert_close(each, joint, atol=2e-3, rtol=0)
 
 
 def test_each_samples_error_is_its_own():

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +285,16 @@ def test_multiples_have_a_panel_for_each_sampler_with_the_others_behind() -> Non
     assert np.asarray(paired.axes[0].containers[0].lines[0].get_xydata()).tolist() == [[10, 0.1], [40, 0.025]]
 
 
+def test_multiples_of_values_that_are_zero_are_drawn() -> None:
+    for metric in ("sliced_w2", "endpoint_error"):
+        table = comparison()
+        table.loc[table["sampler"] == "Heun", metric] = 0.0
+        figure = plotting.comparison_multiples(table, metric=metric)
+        figure.canvas.draw()
+        table[metric] = 0.0
+        plotting.comparison_multiples(table, metric=metric).canvas.draw()
+
+
 def test_ratio_table_writes_every_ratio_and_reason(ax: Axes) -> None:
     rows = [("ddim", 5, 1.234, "ok", 5), ("ddim", 10, 57.3, "ok", 10), ("ode", 0, 1.0, "ok", 86),
             ("adams", 5, 2041.3, "ok", 5), ("adams", 10, 3.1e9, "ok", 10),
@@ -368,6 +379,10 @@ def test_diagnosis_draws_every_number_by_noise_level() -> None:
     np.testing.assert_allclose(loss.lines[1].get_xydata(), np.stack([noise, found.table["irreducible"]], 1))
     np.testing.assert_allclose(slope.lines[0].get_ydata(), found.table["slope"])
     assert law.get_yscale() == "log"
+    loud = replace(found, calibration=replace(found.calibration, slope=found.calibration.slope / 2))
+    low, high = plotting.diagnosis(loud).axes[1].get_ylim()
+    assert low < loud.table["slope"][loud.table["slope_error"] < 0.2].min() < 0.6
+    assert high > 1
 
 
 def test_bound_terms_are_drawn_at_their_noisier_level(ax: Axes) -> None:

@@ -163,6 +163,12 @@ def test_noise_levels_that_the_model_does_not_know_are_left_out_or_refused() -> 
     assert torch.equal(out.isnan().any(1), torch.tensor([False, True, False]))
 
 
+def test_a_time_in_single_precision_may_be_the_last() -> None:
+    model, x = reparameterize(ExactScore(LAW, VPSDE()), RectifiedFlow()), torch.zeros(2, 2)
+    for t in (torch.full((2,), model.sde.t_max), torch.tensor(model.sde.t_max), torch.full((2,), model.sde.t_min)):
+        assert model(x, t).denoised.isfinite().all()
+
+
 def test_a_path_inside_the_models_range_keeps_its_times_and_starts_at_its_own_marginal() -> None:
     own = ExactScore(LAW, VESDE())
     model = reparameterize(own, KarrasSDE(sigma_min=0.1, sigma_max=3.0))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from score_sde import targets
+from score_sde import VPSDE, DiscreteSDE, ExactScore, targets
 from score_sde.targets import Empirical, GaussianMixture, UniformBoxes
 
 F64 = torch.float64
@@ -331,3 +331,13 @@ def test_the_empirical_denoiser_has_its_jacobian_by_every_way_of_differentiation
     directions = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     torch.testing.assert_close(torch.func.vmap(pull)(directions)[0], torch.einsum("bij,pbj->pbi", expected, directions))
     torch.autograd.gradgradcheck(lambda v: law.denoise(v, alpha, sigma), x.requires_grad_())
+
+
+def test_sampling_in_inference_mode_leaves_gradients_possible():
+    for model in (ExactScore(mixture(), VPSDE()), ExactScore(mixture(), DiscreteSDE.ddpm(50))):
+        t = float(model.sde.t_max) / 2
+        with torch.inference_mode():
+            model(torch.zeros(3, 2), t)
+        x = torch.zeros(3, 2).requires_grad_()
+        model(x, t).score.sum().backward()
+        assert x.grad.isfinite().all()

@@ -53,6 +53,7 @@ def sampled_law(sampler: Sampler, model: ScoreModel) -> Law:
     (size,) = model.event_shape
     unit, nothing = torch.eye(size, dtype=torch.float64), torch.zeros(1 + size, size, dtype=torch.float64)
     x, z = torch.cat([nothing[:1], unit, nothing[1:]]), torch.cat([nothing, unit])
+    anywhere = torch.randn(2, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     times = grids.check(sampler.grid(model.sde), model.sde)
     law = Law(torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64))
     law = law.then(model.start_at(z, times[0].item()))
@@ -61,12 +62,15 @@ def sampled_law(sampler: Sampler, model: ScoreModel) -> Law:
     def draw(k: int) -> Tensor:
         if k > 0:
             raise ValueError(f"the law is followed through one draw a move; {sampler.predictor!r} takes more")
-        return z
+        return torch.cat([z, anywhere[1:]])
 
     for move in sampler.plan(model.sde, times):
-        out, history = move.step.advance(move.row, x, (), model, draw)
+        out, history = move.step.advance(move.row, torch.cat([x, anywhere[:1]]), (), model, draw)
+        out, other = out[:-1], out[-1]
         if history and getattr(move.step, "memory", 1) > 1:
             raise ValueError(f"the law is followed through steps without history, got {move.step!r}")
+        if not torch.allclose(other, out[0] + anywhere.flatten() @ (out[1:] - out[0]), rtol=1e-6, atol=1e-9):
+            raise ValueError(f"{move.step!r} is not affine in x and noise, so that what is sampled is no Gaussian")
         law = law.then(out)
     return law.then(model(x, times[-1].item()).denoised) if sampler.final == "denoise" else law
 

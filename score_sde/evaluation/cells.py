@@ -141,11 +141,21 @@ def _is_steady(module: str) -> bool:
 
 
 def _source(module: str) -> bytes:
-    """Digest of a module's source file; empty for one that has none, and for those in STEADY."""
+    """Digest of a module's source file, of all of this package's for its own; empty for one that has none, and in STEADY."""
+    if module.split(".")[0] == "score_sde":
+        return _package()
     file = getattr(sys.modules.get(module), "__file__", None)
     if _is_steady(module) or file is None or not Path(file).is_file():
         return b""
     return _digest(file, os.stat(file).st_mtime_ns)
+
+
+@functools.cache
+def _package() -> bytes:
+    """Digest of all source files of this package, as what any of them computes may go through any other; but for figures."""
+    root = Path(__file__).resolve().parent.parent
+    files = sorted(file for file in root.rglob("*.py") if file.name != "plotting.py")
+    return hashlib.blake2b(b"".join(map(Path.read_bytes, files)), digest_size=16).digest()
 
 
 @functools.cache

@@ -563,7 +563,8 @@ def judge(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
 
     The goal of a metric is the largest of `within` times its noise floor; two standard errors of the floor above it,
     which no set of samples is told apart from; and `within` times the best mean of any sampler on that model, where the
-    network and not the sampler sets the limit. A sampler is there when `excess` is at most 1. Empty runs have NaN.
+    network and not the sampler sets the limit. A sampler is there when `excess` is at most 1. Empty runs have NaN; where
+    a seed diverged or failed it is infinite, whatever the others say.
     """
     summary, names = summarise(table), metrics_of(table)
     best = summary.groupby("model")[names].transform("min")
@@ -577,6 +578,8 @@ def judge(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
     known = share.notna().any(axis=1)
     summary["excess"] = share.max(axis=1)
     summary["worst"] = share[known].idxmax(axis=1).reindex(summary.index)
+    lost = known & summary["status"].str.startswith(("diverged", "failed"))
+    summary.loc[lost, ["excess", "worst"]] = [math.inf, "a lost run"]
     return summary
 
 

@@ -87,7 +87,9 @@ class ConvClassifier(Extractor):
         self.accuracy = self._accuracy(data).to(device)
 
     def _accuracy(self, data: TensorData) -> Tensor:
-        """The share of test images, of 10,000 at most, whose most probable class is their label."""
+        """The share of test images, of 10,000 at most, whose most probable class is their label; NaN without any."""
+        if not data.has_test:
+            return torch.tensor(math.nan)
         right = []
         for start in range(0, min(data.count("test"), 10_000), 250):
             batch = data.plain("test", slice(start, start + 250))

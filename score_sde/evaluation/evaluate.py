@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import pandas as pd
@@ -32,7 +32,8 @@ class Evaluation:
 
     Attributes:
         samples: by sampler.
-        table: the columns sampler, nfe, seconds, metric, value, floor, ratio and count, the number of samples measured.
+        table: the columns sampler, nfe, seconds, metric, value, floor, ratio and count, the number of samples measured; of
+            samples that are not all finite the value is NaN and the ratio infinite.
         nearest: by sampler, the samples nearest to a training image and those images, (2, n, C, H, W).
         references: what made each reference of features.
     """
@@ -47,13 +48,13 @@ class Evaluation:
         named = self.table["metric"].str.split(" @ ").str[0] == metric  # at the floor's count, see `Reference.compare`
         return float(self.table.loc[named, "ratio"].mean())
 
-    def flat(self) -> dict[str, float]:
+    def flat(self) -> dict[str, float | None]:
         """{"<sampler>/<metric>": value, "<sampler>/<metric>/floor": ..., "<sampler>/nfe": ...} for a result.json."""
-        flat: dict[str, float] = {}
+        flat: dict[str, float | None] = {}
         for row in self.table.to_dict("records"):
             name = f"{row['sampler']}/{row['metric']}"
             floor = {f"{name}/floor": row["floor"]} if math.isfinite(row["floor"]) else {}
-            flat |= {name: row["value"], **floor, f"{row['sampler']}/nfe": row["nfe"]}
+            flat |= {name: _finite_or_none(row["value"]), **floor, f"{row['sampler']}/nfe": row["nfe"]}
         return flat
 
     def report(self) -> dict[str, Any]:
@@ -117,9 +118,11 @@ def evaluate(
             sampler, model, num_samples, seed=seed, batch_size=batch_size, condition=condition,
             progress=name if progress else None,
         )  # fmt: skip
-        table = pd.concat([view(samples[name]) for view in views], ignore_index=True)
+        broken = int((~samples[name].flatten(1).isfinite().all(1)).sum())
+        parts = [_unmeasured(yardstick)] if broken else [view(samples[name]) for view in views]
+        table = pd.concat(parts, ignore_index=True)
         tables.append(table.assign(sampler=name, nfe=nfe, seconds=seconds))
-        if neighbours:
+        if neighbours and not broken:
             near[name] = neighbours.pictures
     order = ["sampler", "nfe", "seconds", "metric", "value", "floor", "ratio", "count"]
     table = pd.concat(tables, ignore_index=True)[order]
@@ -157,8 +160,14 @@ def _finite(data: Data, name: str) -> TensorData:
 def _classifier_view(data: TensorData, count: int, device: torch.device) -> View:
     """A convolutional network's, or, for images of a few pixels, a multilayer perceptron's."""
     if max(data.event_shape) <= 12:
-        return _DigitView(data)
+        return _digit_view(data)
     return _on_plain(data, FeatureView(Reference.of(data, ConvClassifier(), count, device=device)))
+
+
+def _unmeasured(yardstick: Yardstick) -> pd.DataFrame:
+    """The rows of samples that are not all finite."""
+    table = pd.DataFrame({"metric": list(yardstick.floors), "floor": yardstick.floors.values()})
+    return table.assign(value=math.nan, ratio=math.inf, count=list(yardstick.counts.values()))
 
 
 def _on_plain(data: Data, view: View) -> View:
@@ -211,15 +220,21 @@ class _DigitView:
 
     def __init__(self, data: TensorData) -> None:
         self.train, self.held_out, known = data.examples(), data.reference(10**6), data.whole.examples()
+        self.tested = data.has_test
         self.classifier = DigitClassifier(known.x, known.condition["label"])
 
     def __call__(self, samples: Tensor) -> pd.DataFrame:
         table = digit_report(self.classifier, samples.clamp(-1, 1), self.held_out.x, self.train.x)
-        accuracy = self.classifier.accuracy(self.held_out.x, self.held_out.condition["label"])
+        accuracy = (
+            self.classifier.accuracy(self.held_out.x, self.held_out.condition["label"]) if self.tested else math.nan
+        )
         row = pd.DataFrame({"metric": "classifier accuracy on held-out", "value": accuracy, "floor": accuracy,
                             "count": [len(self.held_out.x)]})  # fmt: skip
         table = pd.concat([table, row], ignore_index=True)
         return table.assign(ratio=table["value"] / table["floor"])
+
+
+_digit_view = lru_cache(2)(_DigitView)  # which trains a classifier
 
 
 def starts(model: ScoreModel, count: int, seed: int) -> Tensor:

@@ -25,7 +25,7 @@ from score_sde.training.objective import Objective
 from score_sde.training.state import PRECISIONS, TrainingState
 from score_sde.training.throughput import flops_per_example
 from score_sde.training.times import TimeSampler
-from score_sde.training.trainer import Trainer
+from score_sde.training.trainer import Trainer, own_global_generator
 
 __all__ = ["training_overhead"]
 
@@ -45,7 +45,7 @@ def training_overhead(
     rounds, steps = whole("rounds", rounds), whole("steps", steps)
     trainer.check(model, data, time_sampler)
     state = TrainingState(trainer, model, objective, time_sampler, seed)
-    with state.feed(data) as batches:
+    with own_global_generator(state.device), state.feed(data) as batches:
         ready = batches()
         bare = _bare_step(trainer, model.network, ready, state.device)
 

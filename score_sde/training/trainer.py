@@ -260,7 +260,7 @@ class Trainer:
             MetricsLog(folder if distributed.is_main() else None, state.step, self.tensorboard) as metrics,
             bar,
             interrupts() as received,
-            _own_global_generator(state.device),
+            own_global_generator(state.device),
             state.feed(data) as batches,
         ):
             while state.step < self.steps and not distributed.greatest(received[0] if received else 0):
@@ -270,17 +270,18 @@ class Trainer:
                 if state.step % self.log_every == 0 or state.step == self.steps:
                     self._report(state, metrics, bar, checkpoints, on_evaluate if evaluates else None)
                 with state.window.paused():
-                    if checkpoints is not None and state.step % self.checkpoint_every == 0:
-                        state.save(checkpoints)
+                    # Snapshots first: those beyond the checkpoint that a killed run goes on from are made again.
                     if snapshots is not None and self.snapshot_every and state.step % self.snapshot_every == 0:
                         state.snapshot(snapshots)
+                    if checkpoints is not None and state.step % self.checkpoint_every == 0:
+                        state.save(checkpoints)
                     if on_sample is not None and self.sample_every and state.step % self.sample_every == 0:
                         state.show(on_sample)
             stopped = distributed.greatest(received[0] if received else 0)
-            if checkpoints is not None:
-                state.save(checkpoints)
             if snapshots is not None and self.snapshot_every and state.step == self.steps:
                 state.snapshot(snapshots)
+            if checkpoints is not None:
+                state.save(checkpoints)
         state.place.disconnect()
         number = signal.Signals(stopped) if stopped else None
         if number is not None:
@@ -309,7 +310,7 @@ class Trainer:
 
 
 @contextmanager
-def _own_global_generator(device: torch.device) -> Iterator[None]:
+def own_global_generator(device: torch.device) -> Iterator[None]:
     """Dropout draws from torch's global generator, which each step seeds: the caller's is restored afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

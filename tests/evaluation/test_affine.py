@@ -13,7 +13,7 @@ from score_sde.evaluation.posterior import METHODS, SAMPLERS, SOLVERS, certify_g
 from score_sde.sampler import Sampler
 from score_sde.score import ExactScore
 from score_sde.sde import VPSDE
-from score_sde.steps import Ancestral, ExponentialAdams
+from score_sde.steps import Ancestral, ExponentialAdams, LangevinCorrector, UnadjustedLangevin
 from score_sde.targets import GaussianMixture
 
 PROBLEM = gaussian_problem(VPSDE(), 3, correlated=True)
@@ -63,5 +63,10 @@ def test_refusals():
     with pytest.raises(ValueError, match="is not affine in x"):
         sampled_law(SAMPLERS["ddim"](5), ring.model)
     gaussian = ExactScore(PROBLEM.prior, VPSDE())
+    for corrector in (LangevinCorrector(norm="sample"), UnadjustedLangevin(adapt=True)):
+        sampler = Sampler(Ancestral(), partial(grid.log_snr, steps=5), corrector=corrector)
+        with pytest.raises(ValueError, match="is not affine in x and noise"):
+            sampled_law(sampler, gaussian)
+    sampled_law(Sampler(Ancestral(), partial(grid.log_snr, steps=5), LangevinCorrector(norm="expected")), gaussian)
     with pytest.raises(ValueError, match="steps without history"):
         sampled_law(Sampler(ExponentialAdams(2), partial(grid.log_snr, steps=5)), gaussian)

@@ -22,6 +22,7 @@ from score_sde.data import generator
 from score_sde.evaluation import (
     at_budget,
     by_metric,
+    cells,
     compare,
     judge,
     load_samples,
@@ -37,7 +38,7 @@ from score_sde.noise import NoiseSource
 from score_sde.sampler import SampleResult
 from score_sde.score import ExactScore, ScoreModel
 from score_sde.sde import VPSDE
-from score_sde.steps import AnnealedLangevin, Step
+from score_sde.steps import AnnealedLangevin, Step, UniPC, multistep
 from score_sde.targets import GaussianMixture, make
 
 RING = make("ring")
@@ -439,6 +440,27 @@ def test_a_sampler_is_there_when_every_metric_is() -> None:
     best = winners(verdicts())
     assert best["sampler"].tolist() == ["fast"] * 3
     assert best["equals"].tolist() == ["", "", "slow"]
+
+
+def test_a_seed_that_diverged_counts_against_its_sampler() -> None:
+    table = verdicts()
+    table.loc[(table["sampler"] == "fast") & (table["seed"] == 1), "status"] = "diverged: x"
+    judged = judge(table).set_index(["sampler", "budget"])
+    assert judged["excess"]["fast", 5] == math.inf
+    assert judged["worst"]["fast", 5] == "a lost run"
+    assert ranking(table)["sampler"][0] == "slow"
+    assert "fast" not in set(winners(table)["sampler"])
+
+
+def test_a_change_anywhere_in_the_package_changes_every_hash(monkeypatch) -> None:
+    before = fingerprint(UniPC(3))
+    read = Path.read_bytes
+    changed = Path(multistep.__file__)
+    cells._package.cache_clear()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b" " if path == changed else b""))
+    after = fingerprint(UniPC(3))
+    cells._package.cache_clear()
+    assert before != after
 
 
 def test_where_the_network_sets_the_limit_the_best_is_the_goal() -> None:

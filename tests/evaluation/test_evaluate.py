@@ -34,7 +34,7 @@ def images(count: int, seed: int) -> torch.Tensor:
 
 
 class Model:
-    event_shape, device = (1, 8, 8), torch.device("cpu")
+    event_shape, device, dtype = (1, 8, 8), torch.device("cpu"), torch.float32
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +118,33 @@ def test_metrics_say_how_many_points_they_took():
     sampler = Given(target.sample((2500,), generator=torch.Generator().manual_seed(0)))
 
     class Plane:
-        event_shape, device = (2,), torch.device("cpu")
+        event_shape, device, dtype = (2,), torch.device("cpu"), torch.float32
 
     found = evaluate(
         Plane(), data, {"exact": sampler}, num_samples=2500, metrics=["sliced_w2", "w2", "energy"], progress=False
     )
     assert found.table.set_index("metric")["count"].to_dict() == {"sliced_w2": 2500, "w2": 1000, "energy": 2000}
+
+
+def test_a_sample_that_is_lost_costs_its_sampler_alone():
+    data = TensorData(images(400, 0), held_out=0.25)
+    broken = images(90, 2).index_fill(0, torch.tensor([3]), math.nan)
+    found = evaluate(Model(), data, {"good": Given(images(90, 1)), "bad": Given(broken)}, num_samples=90,
+                     metrics=["sliced_w2"], features={"pca": PCA(6)}, progress=False)  # fmt: skip
+    assert 0.6 < of(found, "good", "sliced_w2")["ratio"] < 1.7
+    assert math.isnan(of(found, "bad", "sliced_w2")["value"])
+    assert found.mean_ratio("sliced_w2") == math.inf
+    assert found.flat()["bad/sliced_w2"] is None
+    json.dumps(found.report(), allow_nan=False)
+
+
+def test_no_accuracy_is_said_to_be_held_out_where_nothing_is():
+    x, labels = images(300, 0), torch.arange(300) % 3
+    for held_out, seen in ((0.0, False), (0.3, True)):
+        data = TensorData(x, labels, held_out=held_out)
+        found = evaluate(Model(), data, {"fresh": Given(images(60, 1))}, num_samples=60, metrics=["sliced_w2"],
+                         classifier_data=data, memorization=False, progress=False)  # fmt: skip
+        assert math.isfinite(of(found, "fresh", "classifier accuracy on held-out")["value"]) == seen
 
 
 def test_samples_of_one_class_are_held_against_that_class():

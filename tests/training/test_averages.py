@@ -13,6 +13,7 @@ from score_sde.run import Run
 from score_sde.training import EMA, Checkpoints, HalfLife, PowerFunction, reconstruct
 from score_sde.training.ema import power_exponent
 from score_sde.training.posthoc import combination
+from score_sde.training.state import TrainingState
 
 
 @pytest.mark.parametrize(("std", "exponent"), [(0.05, 16.97219860), (0.10, 6.93720394), (0.15, 3.55786877)])
@@ -96,6 +97,23 @@ def test_a_resumed_run_tracks_the_same_averages_and_drops_later_snapshots(tmp_pa
     first, second = (Checkpoints(tmp_path / name / "checkpoints").weights(ema="ema-0.1") for name in ("whole", "cut"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert Checkpoints(tmp_path / "cut/snapshots").steps() == [5, 10, 14, 15, 20]
+
+
+def test_a_kill_while_a_snapshot_is_written_loses_none(tmp_path, monkeypatch):
+    options = {"power_emas": [0.1], "snapshot_every": 10, "checkpoint_every": 10}
+    write = TrainingState.snapshot
+
+    def killed(state, snapshots):
+        if state.step == 20:
+            raise KeyboardInterrupt
+        write(state, snapshots)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingState, "snapshot", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.train(tmp_path, tiny.trainer(40, **options))
+    tiny.train(tmp_path, tiny.trainer(40, **options), resume=True)
+    assert Checkpoints(tmp_path / "snapshots").steps() == [10, 20, 30, 40]
 
 
 def test_a_half_life_longer_than_the_run_is_cut_by_the_ramp():
