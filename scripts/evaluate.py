@@ -43,7 +43,7 @@ def main(config: DictConfig) -> None:
     evaluation = evaluate(
         guiding.guided(config, run, model), data, samplers, num_samples=count, seed=config.seed,
         metrics=settings.metrics,
-        condition={"label": guiding.turns(labels, count)} if labels else None, **common.views_of(settings, run.trust),
+        condition={"label": guiding.natural(labels, data, count)} if labels else None, **common.views_of(settings, run.trust),
     )  # fmt: skip
     if distributed.is_main():
         asked = {name: common.plain(node) for name, node in nodes.items()}

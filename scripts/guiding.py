@@ -11,7 +11,7 @@ from torch import Tensor
 
 from score_sde import LearnedScore, ScoreModel
 from score_sde.classifier import NoisyClassifier
-from score_sde.data import TensorData
+from score_sde.data import Data, TensorData
 from score_sde.evaluation.extractors import in_range
 from score_sde.guidance import Classifier, ClassifierFree, DynamicThreshold, Observed
 from score_sde.run import Run, instantiate
@@ -33,6 +33,19 @@ def labels_of(label: Any) -> list[int]:
 def turns(labels: list[int], count: int) -> Tensor:
     """`count` labels, the given ones taking turns."""
     return torch.tensor(labels)[torch.arange(count) % len(labels)]
+
+
+def first_labels(data: Data, count: int) -> Tensor:
+    """Labels (count,) of the first training examples, whose order the seed of the data decides: in the data's own shares."""
+    batches = [data.batch(step, 100).condition["label"] for step in range(-(-count // 100))]
+    return torch.cat(batches)[:count]
+
+
+def natural(labels: list[int], data: Data, count: int) -> Tensor:
+    """`count` of the labels in the shares that they have in the data, to be held against those; in turn without any."""
+    if not isinstance(data, TensorData) or data.num_classes is None:
+        return turns(labels, count)
+    return first_labels(data.of_classes(labels), count)
 
 
 def check_labels(labels: list[int], model: LearnedScore) -> None:

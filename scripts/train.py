@@ -19,7 +19,7 @@ from typing import Any
 
 import common
 import figures
-import torch
+import guiding
 from command_line import check_known, idle, key_of, listed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -238,8 +238,7 @@ def labels_of(config: DictConfig, data: Data, count: int) -> dict[str, Tensor]:
     """
     if data.num_classes is None or config.objective.get("label_dropout"):
         return {}
-    batches = [data.batch(step, 100).condition["label"] for step in range(-(-count // 100))]
-    return {"label": torch.cat(batches)[:count]}
+    return {"label": guiding.first_labels(data, count)}
 
 
 def opened(config: DictConfig) -> tuple[Run, bool]:

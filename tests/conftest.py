@@ -41,11 +41,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "Ancestral": [{"variance": "forward"}],
     "ExponentialAdams": [{"order": 1}, {"order": 3}, {"order": 4}, {"order": 2, "eta": 0.7}, {"order": 3, "eta": 1.0}],
     "LangevinCorrector": [{"norm": "sample"}, {"norm": "batch"}, {"snr": 0.3, "steps": 2}],
+    "LearnedVariance": [],  # of networks that learn one
     "Tabulated": [],  # a table of another step on one grid: that step is tested, and the copy in test_tabulated
 }
-
-# Classes that are nothing without a table of their own; they have tests of their own.
-FROM_A_FILE = {"Tabulated"}
 
 
 def concrete(base: type) -> list[type]:

@@ -246,3 +246,43 @@ class Ancestral(LinearStep):
         std = sde.sigma(t) * ratio.sqrt()
         c = std * scale if self.variance == "posterior" else std
         return sde.alpha(t) / sde.alpha(s) * scale**2, [sde.alpha(s) * ratio], c
+
+
+class LearnedVariance(Step):
+    """A linear step with a variance that the network has learnt, between those of two that differ in it alone.
+
+    x_s = a x + b N + c_small^(1 - w) c_large^w z for the weight w of the prediction (`Prediction.variance_weight`), of x's
+    shape. Source: Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 15.
+
+    Args:
+        small, large: of memory 1, e.g. Ancestral() and Ancestral("forward"); x and N are weighed as `small` does.
+
+    Raises:
+        ValueError: a step has a memory, no noise, or is none; while sampling, the network has no variance head.
+    """
+
+    point_mass = False  # the variance is the network's
+
+    def __init__(self, small: LinearStep, large: LinearStep) -> None:
+        for step in (small, large):
+            if not isinstance(step, LinearStep) or step.memory != 1 or step.role != "predictor":
+                raise ValueError(f"LearnedVariance is between two linear predictors of memory 1, got {step!r}")
+        self.small, self.large = small, large
+
+    def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[tuple[LinearRow, float]]:
+        """The rows of `small`, and log(c_large / c_small) of each."""
+        pairs = list(zip(self.small.plan(sde, t, s), self.large.plan(sde, t, s), strict=True))
+        if not all(small.c > 0 and large.c > 0 for small, large in pairs):
+            raise ValueError(f"LearnedVariance is between steps with noise, got {self.small!r} and {self.large!r}")
+        return [(small, math.log(large.c / small.c)) for small, large in pairs]
+
+    def advance(
+        self, row: tuple[LinearRow, Scalar], x: Tensor, history: History, evaluate: Evaluate, draw: Draw
+    ) -> tuple[Tensor, History]:
+        small, log_ratio = row
+        prediction = evaluate(x, small.t)
+        if prediction.variance_weight is None:
+            raise ValueError("LearnedVariance needs a network with a variance head: train one with "
+                             "network.learned_variance=true objective=hybrid, or take Ancestral()")  # fmt: skip
+        noise = (prediction.variance_weight * log_ratio).exp().mul_(draw(0)).mul_(small.c)
+        return prediction.combine(small.a, small.b[0], *small.output).add_(noise), history

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ import torch
 from closed_forms import F64
 from scipy.integrate import quad, solve_ivp
 
+from score_sde import grid
 from score_sde.parameterization import Denoised, Karras, Noise, Velocity
 from score_sde.prediction import Prediction
-from score_sde.sampler import Renoise
-from score_sde.score import LearnedScore
+from score_sde.sampler import Renoise, Sampler
+from score_sde.score import ExactScore, LearnedScore
 from score_sde.sde import SDE, VESDE, VPSDE, DiscreteSDE, KarrasSDE
 from score_sde.steps import (
     DDIM,
@@ -21,12 +24,14 @@ from score_sde.steps import (
     Ancestral,
     EulerMaruyama,
     ExponentialAdams,
+    LearnedVariance,
     LinearStep,
     ProbabilityFlowEuler,
     RectifiedAdams,
     ReverseDiffusion,
 )
 from score_sde.steps.linear import Carry, LinearRow
+from score_sde.targets import GaussianMixture
 
 
 def row(step: LinearStep, sde: SDE, t: float, s: float):
@@ -271,3 +276,34 @@ def test_weights_are_a_list_of_at_most_memory_tensors():
         Euler(lambda b: b).plan(VPSDE(), t, s)
     with pytest.raises(ValueError, match=r"at most memory=1, here 1.* got 2 of them"):
         Euler(lambda b: [b / 2, b / 2]).plan(VPSDE(), t, s)
+
+
+def test_a_learned_variance_lies_between_two_on_a_logarithmic_scale():
+    """w = 0 and 1 are the two steps; between them the noise's standard deviation is their weighted geometric mean."""
+    small, large = Ancestral(), Ancestral("forward")
+    step, sde, times = LearnedVariance(small, large), DiscreteSDE.ddpm(100), partial(grid.uniform, steps=20)
+
+    class Knowing(ExactScore):
+        weight: float | None = 0.0
+
+        def __call__(self, x, t, **condition):
+            weight = None if self.weight is None else torch.full_like(x, self.weight)
+            return replace(super().__call__(x, t, **condition), variance_weight=weight)
+
+    model = Knowing(GaussianMixture([1.0], [[0.5, 0.0]], [[[0.3, 0.1], [0.1, 0.2]]]), sde)
+    for weight, known in ((0.0, small), (1.0, large)):
+        model.weight = weight
+        mine, theirs = (Sampler(one, times).sample(model, (8, 2), seed=0, dtype=F64).x for one in (step, known))
+        torch.testing.assert_close(mine, theirs)
+    model.weight = 0.25
+    t, s = (torch.tensor([time], dtype=F64) for time in (60.0, 40.0))
+    (row,), (low,), (high,) = (one.plan(sde, t, s) for one in (step, small, large))
+    x, z = torch.ones(1, 2, dtype=F64), torch.ones(1, 2, dtype=F64)
+    still, noisy = (step.advance(row, x, (), model, lambda _, z=z: z)[0] for z in (0 * z, z))
+    torch.testing.assert_close(noisy - still, (low.c**0.75 * high.c**0.25) * z)
+    model.weight = None
+    with pytest.raises(ValueError, match="needs a network with a variance head"):
+        Sampler(step, times).sample(model, (8, 2), seed=0)
+    for pair in ((DDIM(), large), (small, ExponentialAdams(2))):
+        with pytest.raises(ValueError, match="LearnedVariance is between"):
+            LearnedVariance(*pair).plan(sde, t, s)
