@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import cloudpickle
 import hydra
 import numpy as np
 import pandas as pd
@@ -13,14 +14,17 @@ import torch
 from omegaconf import OmegaConf
 
 from score_sde.classifier import NoisyClassifier
+from score_sde.data import TensorData
 from score_sde.guidance import Autoguidance, Classifier, ClassifierFree, DynamicThreshold
 from score_sde.run import Run, build_model
 from score_sde.training import DenoisingScoreMatching, NoisyCrossEntropy, Trainer, UniformTimes
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
+import common  # noqa: E402
 import figures  # noqa: E402
 import guiding  # noqa: E402
+import sample  # noqa: E402
 from typed import script  # noqa: E402
 
 NETWORKS = {
@@ -154,3 +158,29 @@ def test_nothing_lies_over_a_classifiers_accuracy():
     assert [ax.get_ylabel() for ax in (left, right)] == ["accuracy on held-out examples", "cross-entropy in nats"]
     assert [ax.lines[0].get_ydata().tolist() for ax in (left, right)] == [[0.9, 0.6, 0.1], [0.3, 1.1, 2.3]]
     assert left.get_legend() is right.get_legend() is None
+
+
+def test_labels_to_be_measured_have_the_shares_of_the_data():
+    x, labels = torch.zeros(200, 2), (torch.arange(200) % 10 == 0).long()
+    data = TensorData(x, labels)
+    assert guiding.natural([0, 1], data, 200).sum() == 20
+    assert guiding.natural([1], data, 50).tolist() == [1] * 50
+    assert guiding.natural([0, 1], TensorData(x), 6).tolist() == [0, 1] * 3
+
+
+def test_a_launcher_can_send_what_the_script_does_to_another_process():
+    cloudpickle.register_pickle_by_value(sample)  # as it is where the script is __main__
+    try:
+        assert cloudpickle.loads(cloudpickle.dumps(sample.agreement)).__name__ == "agreement"
+        assert cloudpickle.dumps(sample.main)
+    finally:
+        cloudpickle.unregister_pickle_by_value(sample)
+
+
+def test_results_of_other_settings_take_another_folder(tmp_path):
+    home = tmp_path / "heun"
+    assert common.folder_of({"seed": 0}, home) == home
+    assert common.folder_of({"seed": 1}, home) == tmp_path / "heun-2"
+    assert common.folder_of({"seed": 0}, home) == home
+    assert common.folder_of({"seed": 1}, home) == tmp_path / "heun-2"
+    assert not list(tmp_path.rglob(".partial*"))
