@@ -230,6 +230,7 @@ class Trainer:
         """
         distributed.start()
         self.check(model, data, time_sampler)
+        _warn_of_cancellation(model)
         if isinstance(objective, type) or not callable(objective):
             raise TypeError(f"objective is an Objective, such as DenoisingScoreMatching(), got {objective!r}")
         for name, hook, every in (
@@ -307,6 +308,17 @@ class Trainer:
                 "allowed: lower learning_rate or check the data; the last good checkpoint is "
                 f"{'none' if checkpoints is None or last is None else checkpoints.path(last)}"
             )
+
+
+def _warn_of_cancellation(model: LearnedScore) -> None:
+    """Warns where samples start at times at which D = c_skip x + c_out F is a small difference of large numbers."""
+    t_max = torch.tensor(model.sde.t_max, dtype=torch.float64)
+    size = abs(float(model.parameterization.row(model.sde, t_max).c_skip)) * model.sde.prior_std / model.data_std
+    if size > 1000:
+        kind, alpha = type(model.parameterization).__name__, float(model.sde.alpha(t_max))
+        warnings.warn(f"where samples start (alpha={alpha:.2g} at t_max) an error of the {kind} prediction is {size:,.0f} "
+                      "times as large in x_0, and some samples will end far away: take parameterization=velocity or karras",
+                      stacklevel=3)  # fmt: skip
 
 
 @contextmanager

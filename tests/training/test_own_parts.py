@@ -11,15 +11,15 @@ import tiny
 import torch
 
 from score_sde import DDIM, AdaptiveODE, ExactScore, LearnedScore, Sampler, grid
-from score_sde.data import Batch, Data
+from score_sde.data import Batch, Data, TargetStream
 from score_sde.guidance import MMPS, ClassifierFree, Matrix
 from score_sde.networks import MLP
-from score_sde.parameterization import Noise
+from score_sde.parameterization import Noise, Velocity
 from score_sde.score import ScoreModel
-from score_sde.sde import VPSDE
+from score_sde.sde import VPSDE, DiscreteSDE
 from score_sde.steps import LinearStep, Step
 from score_sde.targets import make
-from score_sde.training import Losses
+from score_sde.training import DenoisingScoreMatching, Losses, UniformTimes
 
 RING = make("ring")
 MODEL = ExactScore(RING, VPSDE())
@@ -143,6 +143,23 @@ def test_tolerances_below_the_rounding_are_warned_of() -> None:
             warnings.simplefilter("always")
             AdaptiveODE(rtol=1e-4, atol=1e-4).sample(MODEL, (2, 2), seed=0, dtype=dtype)
         assert any("below what torch.bfloat16 resolves" in str(warning.message) for warning in said) == warned
+
+
+def test_a_prediction_that_says_nothing_of_the_data_where_samples_start_is_warned_of() -> None:
+    ladder = DiscreteSDE.cosine(1000)
+    hopeless, good, mild = (LearnedScore(MLP((2,)), sde, kind, (2,))
+                            for sde, kind in ((ladder, Noise()), (ladder, Velocity()), (VPSDE(), Noise())))  # fmt: skip
+
+    def fit(model: LearnedScore) -> None:
+        tiny.trainer(1).fit(model, TargetStream(make("ring")), DenoisingScoreMatching(), UniformTimes())
+
+    with pytest.warns(
+        UserWarning, match=r"alpha=4\.9e-05 at t_max\) an error of the Noise prediction is 20,291 times as"
+    ):
+        fit(hopeless)
+    with warnings.catch_warnings(action="error"):
+        fit(good)
+        fit(mild)
 
 
 def test_numbers_that_are_none_are_named() -> None:
