@@ -10,6 +10,7 @@ Integers are read as they are and scaled, mirrored and augmented where the model
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -77,8 +78,8 @@ class TensorData(Data):
 
     Raises:
         ValueError: no examples, values that are not finite or not in 0..levels-1, integers without `dequantize`, labels
-            or a context that do not match, `held_out` outside [0, 1), of no example or beside `test`, a test set of other
-            events, `flip` or `augment` for what is no image (channels, height, width), or both of them.
+            or a context that do not match, `held_out` outside [0, 1) or beside `test`, a test set of other events,
+            `flip` or `augment` for what is no image (channels, height, width), or both of them.
     """
 
     def __init__(
@@ -108,7 +109,8 @@ class TensorData(Data):
             raise ValueError("augment mirrors half of the images and tells the network: leave out flip")
         reserved, used = _order(len(train.x)).tensor_split([int(held_out * len(train.x))])
         if held_out and not len(reserved):
-            raise ValueError(f"held_out={held_out} of {len(train.x)} examples is none: hold out more, or 0")
+            warnings.warn(f"held_out={held_out} of {len(train.x)} examples is none: samples will be held against training "
+                          "examples", stacklevel=2)  # fmt: skip
         self.size: int = len(used)
         self.num_classes = None if train.labels is None else int(train.labels.max()) + 1
         self._parts = {"train": Rows(train, used), "test": Rows(train, reserved if len(reserved) else used)}

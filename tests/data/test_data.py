@@ -102,6 +102,12 @@ def test_stream_follows_its_target_and_references_are_fresh():
     assert not set(map(tuple, reference.tolist())) & set(map(tuple, x.tolist()))
 
 
+def test_a_share_held_out_that_is_no_example_is_warned_of():
+    with pytest.warns(UserWarning, match=r"held_out=0.1 of 9 examples is none: samples will be held against training"):
+        data = TensorData(torch.zeros(9, 2), held_out=0.1)
+    assert not data.has_test
+
+
 def test_held_out_examples_are_fixed_and_disjoint_from_training():
     data = numbered(50, held_out=0.2, seed=0)
     held = set(data.reference(100).x[:, 0].tolist())
@@ -183,7 +189,6 @@ def test_digits_are_the_real_ones():
         (lambda: TensorData(torch.zeros(4, 2), torch.zeros(4)), "labels must be 4 integers"),
         (lambda: TensorData(torch.zeros(4, 2), torch.zeros(3, dtype=torch.long)), "labels must be 4 integers"),
         (lambda: TensorData(torch.zeros(4, 2), held_out=1.0), "held_out=1.0"),
-        (lambda: TensorData(torch.zeros(9, 2), held_out=0.1), "held_out=0.1 of 9 examples is none"),
     ],
 )
 def test_unusable_data_are_refused(build, message):
