@@ -10,12 +10,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from typed import script
 
 from score_sde.tuning import TunedTable
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
+import common  # noqa: E402
 import tune  # noqa: E402
 
 QUICK = ["iterations=10", "starts=2", "samples=64", "num_samples=50", "seeds=[0,1]"]
@@ -58,7 +60,7 @@ def test_figures_of_earlier_calls_are_kept(tmp_path: Path, capsys) -> None:
         assert "written anew" in capsys.readouterr().out
 
 
-def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path) -> None:
+def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["trainer.steps=2", "trainer.batch_size=16", "num_samples=20", "trainer.progress=false",
             "trainer.sample_every=0", "evaluation.samplers=[ddim]", "evaluation.metrics=[sliced_w2]"]  # fmt: skip
     run = tmp_path / "run"
@@ -70,24 +72,24 @@ def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path) -> None:
     assert set(pd.read_csv(run / "evaluation.csv")["sampler"]) == {"tuned", "spectrum"}
     assert "fitted to" not in said
     script("train", f"resume={run}", "trainer.steps=4", cwd=tmp_path)
-    ways = (
-        ["sampler=tuned"],
-        ["sampler=tuned", "sampler.calls=2"],
-        ["sampler=tuned", f"sampler.table={run}/tuned-2.json"],
-    )
-    for given in ways:
-        said = script("sample", f"run={run}", *given, "num_samples=5", cwd=tmp_path)
-        assert "fitted to the weights of step 2, not of step 4: fit it again" in said
-    assert "fitted to" not in script("sample", f"run={run}", "sampler=tuned", "step=2", "num_samples=5", cwd=tmp_path)
-    assert "fitted to" not in script("sample", f"run={run}", "sampler=spectrum", "num_samples=5", cwd=tmp_path)
+    said = script("sample", f"run={run}", "sampler=tuned", "num_samples=5", cwd=tmp_path)
+    assert "fitted to the weights of step 2, not of step 4: fit it again" in said
+
+    def of(step: int | None = None, name: str = "tuned", **given: object) -> str:
+        common.sampler_config(OmegaConf.merge(common.named("sampler", name), given), run, step)
+        return capsys.readouterr().out
+
+    for given in ({}, {"calls": 2}, {"table": str(run / "tuned-2.json")}):
+        assert "fitted to the weights of step 2, not of step 4" in of(**given)
+        assert of(step=2, **given) == ""
+    assert of(name="spectrum") == ""
     other = tmp_path / "other"
     other.mkdir()
     for name in ("config.yaml", "tuned-2.json"):
         shutil.copy(run / name, other)
-    said = script("sample", f"run={run}", "sampler=tuned", f"sampler.table={other}/tuned-2.json", cwd=tmp_path)
-    assert "fitted to another run" in said
-    said = script("sample", f"run={run}", "sampler=tuned", "sampler.calls=3", cwd=tmp_path, code=1)
-    assert "has tuned-*.json for 2 calls, not for calls=3" in said
+    assert "fitted to another run" in of(table=str(other / "tuned-2.json"))
+    with pytest.raises(ValueError, match=r"has tuned-\*.json for 2 calls, not for calls=3"):
+        of(calls=3)
 
 
 def test_a_better_table_is_kept_and_the_same_one_not_fitted_again(tmp_path: Path) -> None:
