@@ -105,9 +105,13 @@ class TunedTable:
         return {"start": self.start, "half_log_snr": self.half_log_snr.tolist(), "noise": self.noise.tolist(),
                 "weights": rows, "record": self.record}  # fmt: skip
 
+    def text(self) -> str:
+        """The table as JSON, its numbers to the last bit."""
+        return json.dumps(self.contents(), indent=1) + "\n"
+
     def save(self, path: str | Path) -> None:
-        """Writes the table as JSON, its numbers to the last bit."""
-        Path(path).write_text(json.dumps(self.contents(), indent=1) + "\n")
+        """Writes `text` into a file."""
+        Path(path).write_text(self.text())
 
     @classmethod
     def load(cls, path: str | Path) -> TunedTable:

@@ -59,7 +59,7 @@ def main(config: DictConfig) -> None:
         found = {} if config.spectrum else {"tuned": tuned(model, calls, pairs, config, settings, folder)}
         for kind, table in (found | {"spectrum": spectrum}).items():
             path = folder / f"{kind}-{calls}.json"
-            save(table, path)
+            write_atomically(path, table.text())
             tables[kind, calls] = table
             validation(table)
             print(f"{path}: use it with sampler={kind} sampler.table={path}")
@@ -100,11 +100,6 @@ def earlier_table(path: Path, sde: SDE) -> TunedTable | None:
         TunedSampler(path).check(sde)
         return TunedTable.load(path)
     return None
-
-
-def save(table: TunedTable, path: Path) -> None:
-    """Writes a table in one instant."""
-    write_atomically(path, json.dumps(table.contents(), indent=1) + "\n")
 
 
 def spectrum_of(reference: Any, config: DictConfig) -> torch.Tensor:
