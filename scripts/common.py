@@ -246,7 +246,7 @@ def sampler_config(node: str | DictConfig, folder: Path | None = None, step: int
     elif calls is not None:
         raise ValueError(f"calls={calls} does nothing with the file table={node.table}: leave one of them out")
     if folder is not None and isinstance(node.get("table"), str) and Path(node.table).is_file():
-        _warn_of_others({calls or 0: Path(node.table)}, folder, step)
+        _warn_of_other_weights(Path(node.table), folder, step)
     return node
 
 
@@ -255,17 +255,15 @@ def content_of(table: Any) -> str | None:
     return hashlib.blake2b(Path(table).read_bytes()).hexdigest()[:32] if isinstance(table, str) else None
 
 
-def _warn_of_others(tables: Mapping[int, Path], folder: Path, step: int | None = None) -> None:
-    """Prints which tables were fitted to other weights than those of the run in the folder at `step`, or its last."""
+def _warn_of_other_weights(table: Path, folder: Path, step: int | None) -> None:
+    """Prints where a table was fitted to other weights than those of the run in the folder at `step`, or its last."""
     step = Run(folder).checkpoints.latest() if step is None else step
-    for file in tables.values():
-        fitted = json.loads(file.read_text()).get("record", {}).get("step", step) if file.suffix == ".json" else step
-        home = file.parent
-        if (home / "config.yaml").is_file() and home.resolve() != folder.resolve():
-            print(f"{file}: fitted to another run")
-        elif fitted != step:
-            print(f"{file}: fitted to the weights of step {fitted}, not of step {step}: fit it again with "
-                  f"python scripts/tune.py run={folder}")  # fmt: skip
+    fitted = json.loads(table.read_text()).get("record", {}).get("step", step) if table.suffix == ".json" else step
+    if (table.parent / "config.yaml").is_file() and table.parent.resolve() != folder.resolve():
+        print(f"{table}: fitted to another run")
+    elif fitted != step:
+        print(f"{table}: fitted to the weights of step {fitted}, not of step {step}: fit it again with "
+              f"python scripts/tune.py run={folder}")  # fmt: skip
 
 
 def is_pattern(table: Any) -> bool:
@@ -410,16 +408,15 @@ OmegaConf.register_new_resolver("started", _started, use_cache=True, replace=Tru
 
 def folder_of(settings: Mapping[str, Any], home: Path) -> Path:
     """A folder for results of these settings, which it records: `home`, or home-2, ... where that has those of others."""
-    own = json.loads(json.dumps(settings))
-    for i in itertools.count(1):
-        folder = home if i == 1 else home.with_name(f"{home.name}-{i}")
+    own, folder, others = json.loads(json.dumps(settings)), home, itertools.count(2)
+    while True:
         folder.mkdir(parents=True, exist_ok=True)
         record = folder / "settings.json"
         with suppress(FileExistsError):  # of two processes one comes first
             write_atomically(record, json.dumps(own, indent=2) + "\n", new=True)
         if json.loads(record.read_text()) == own:
             return folder
-    raise AssertionError
+        folder = home.with_name(f"{home.name}-{next(others)}")
 
 
 def save_samples(folder: Path, samples: Mapping[str, Any]) -> None:
