@@ -137,8 +137,7 @@ def asymmetry(model: ScoreModel, x: Tensor, t: float | Tensor, condition: Condit
     _, pull = torch.func.vjp(lambda v: model(v, t, **(condition or {})).denoised, x)  # type: ignore[misc]
     size = x[0].numel()
     basis = torch.eye(size, dtype=x.dtype, device=x.device)[:, None].expand(size, len(x), size)
-    jacobian = torch.func.vmap(lambda v: pull(v.view_as(x))[0].flatten(1))(basis).movedim(0, 1)
-    jacobian = jacobian.double()
+    jacobian = torch.func.vmap(lambda v: pull(v.view_as(x))[0].flatten(1))(basis).movedim(0, 1).double()
     odd = (jacobian - jacobian.mT).square().sum((1, 2)).sqrt() / 2
     return odd / jacobian.square().sum((1, 2)).sqrt().clamp_min(1e-300)
 
