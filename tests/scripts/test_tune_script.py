@@ -92,6 +92,13 @@ def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path, capsys: pytes
         of(calls=3)
 
 
+def test_help_says_what_the_script_and_its_keys_are_for(tmp_path: Path) -> None:
+    said = script("tune", "--help", cwd=tmp_path)
+    assert said.startswith("# Fits solvers of few network calls")
+    assert "candidates that are fitted" in said
+    assert "== Configuration groups ==" in said
+
+
 def test_a_better_table_is_kept_and_the_same_one_not_fitted_again(tmp_path: Path) -> None:
     given = ["target=ring", "steps=2", "report=false", "samples=512", "starts=2"]
     path = tmp_path / "outputs/tuned/ring/vp/tuned-2.json"

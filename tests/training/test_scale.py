@@ -67,6 +67,12 @@ def test_training_without_a_directory_writes_nothing_and_returns_its_rows(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_rows_of_a_training_that_goes_on_begin_with_the_old_ones(tmp_path):
+    for steps, expected in ((10, [5, 10]), (20, [5, 10, 15, 20]), (20, [5, 10, 15, 20])):
+        result = tiny.train(tmp_path, tiny.trainer(steps), resume=True)
+        assert [row["step"] for row in result.metrics] == expected
+
+
 def test_evaluations_join_the_rows_of_metrics():
     def measure(step: int, raw: LearnedScore, averaged: LearnedScore) -> dict[str, float]:
         assert not raw.training
