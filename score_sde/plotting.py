@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib import colormaps
-from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,6 +32,7 @@ from matplotlib.lines import Line2D
 from matplotlib.quiver import Quiver
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 from torch import Tensor
 
 from score_sde.checks import one_of
@@ -758,14 +758,15 @@ def animation(
     ax.set_position((0.13, 0.07, 0.84, 0.84))
     draw = _image_frames(ax, states) if states.ndim == 5 else _point_frames(ax, states)
     caption = ax.set_title(" ", fontsize=10, color=INK)
-
-    def update(frame: int) -> list[Any]:
-        index = min(frame, len(states) - 1)
-        caption.set_text(levels[chosen[index]] if levels else f"step {chosen[index]} of {len(trajectory) - 1}")
-        return [draw(index), caption]
-
-    total = len(states) + round(hold * fps)
-    FuncAnimation(figure, update, frames=total, blit=False).save(path, writer=PillowWriter(fps=fps), dpi=110)
+    figure.set_dpi(110)
+    canvas, pages = FigureCanvasAgg(figure), []
+    for index, step in enumerate(chosen):
+        caption.set_text(levels[step] if levels else f"step {step} of {len(trajectory) - 1}")
+        draw(index)
+        canvas.draw()
+        pages.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+    milliseconds = [1000 / fps] * (len(pages) - 1) + [1000 / fps + 1000 * hold]
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=milliseconds, loop=0)
     return Path(path)
 
 

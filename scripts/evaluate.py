@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from score_sde import Run, distributed
 from score_sde.data import Data
-from score_sde.evaluation import Evaluation, evaluate
+from score_sde.evaluation import Evaluation, diagnose, evaluate
 from score_sde.run import instantiate
 from score_sde.training import write_atomically
 
@@ -56,7 +56,6 @@ def write(
 ) -> None:  # fmt: skip
     """evaluation.json with all that was `asked` for, the same as a table, the samples and their figures."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    (folder / "figures").mkdir(exist_ok=True)
     common.save_samples(folder / "samples", evaluation.samples)
     settings = {"samplers": asked, "guidance": common.plain(config.guidance), "threshold": config.threshold}
     report = {"run": str(run.path), "step": config.step, "ema": config.ema, "seed": config.seed,
@@ -65,16 +64,15 @@ def write(
     write_atomically(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     write_atomically(folder / "evaluation.csv", evaluation.table.to_csv(index=False))
     common.show(evaluation.table)
-    drawn = figures.evaluation_sheets(data, evaluation)  # after the numbers, which no fault of a figure shall cost
-    for name, figure in drawn.items():
-        figures.save(figure, folder / "figures" / f"{name}.png")
-    if not drawn:
-        figures.draw(run, model, data, evaluation, samplers, config.seed)
-    if data.target is not None:
-        table = figures.diagnose(run, model, data, config.seed).table
-        write_atomically(folder / "diagnostics.csv", table.to_csv(index=False))
-        common.show(table[::3])
-    print(f"\n{folder}: evaluation.json, evaluation.csv, samples/, figures/")
+    found = diagnose(model, data.target, seed=config.seed) if data.target is not None else None
+    if found:
+        write_atomically(folder / "diagnostics.csv", found.table.to_csv(index=False))
+        common.show(found.table[::3])
+    if config.figures:  # last: no fault of a figure costs the numbers
+        figures.draw(run, model, data, evaluation, samplers, config.seed, folder / "figures")
+        if found:
+            figures.draw_diagnosis(model, data, found, folder / "figures")
+    print(f"\n{folder}: evaluation.json, evaluation.csv, samples/{', figures/' if config.figures else ''}")
 
 
 def _sampler_nodes(config: DictConfig, run: Run) -> dict[str, DictConfig]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,40 +11,56 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
-from score_sde import ExactScore, ProbabilityFlowODE, Sampler, ScoreModel, evaluation, grid, plotting
+from score_sde import ExactScore, ProbabilityFlowODE, Sampler, ScoreModel, grid, plotting
 from score_sde.data import Data
 from score_sde.evaluation import Diagnosis, Evaluation, starts
 from score_sde.run import Run
 from score_sde.steps import EulerMaruyama
+from score_sde.targets import Target
+
+Drawing = Callable[[Path], Path]
+"""Draws a figure into a file and returns its path."""
 
 
 def draw(
-    run: Run, model: ScoreModel, data: Data, found: Evaluation, samplers: Mapping[str, Any], seed: int
+    run: Run, model: ScoreModel, data: Data, found: Evaluation, samplers: Mapping[str, Any], seed: int, folder: Path
 ) -> list[Path]:
     """Writes every figure that fits the data: densities, score fields, trajectories, sample sheets, losses, a GIF."""
-    figures = evaluation_sheets(data, found)
-    if tuple(data.event_shape) == (2,):
+    plane = tuple(data.event_shape) == (2,)
+    drawings = evaluation_sheets(data, found)
+    if plane:
         law = data.target if data.target is not None else data.reference(20_000).x
-        figures["densities"] = plotting.density_comparison(law, found.samples)
-    if tuple(data.event_shape) == (2,) and data.target is not None:
+        drawings["densities.png"] = _png(plotting.density_comparison, law, found.samples)
+    if plane and data.target is not None:
         exact = ExactScore(data.target, model.sde)
-        figures["score_field"] = plotting.score_field_comparison(model, exact, field_times(exact))
-        figures["trajectories"] = plotting.trajectory_comparison(trajectories(model, seed), target=data.target)
+        drawings["score_field.png"] = _png(plotting.score_field_comparison, model, exact, field_times(exact))
+        drawings["trajectories.png"] = _png(trajectories, model, data.target, seed)
     if len(run.metrics()):
-        figures["losses"] = losses(run)
-    paths = [save(figure, run.figures / f"{name}.png") for name, figure in figures.items()]
+        drawings["losses.png"] = _png(losses, run)
     if drawable(data):
-        paths.append(animate(model, next(iter(samplers.values())), run.figures / "noise_to_data.gif", seed))
-    return paths
+        drawings["noise_to_data.gif"] = partial(animate, model, next(iter(samplers.values())), seed)
+    return write(drawings, folder)
 
 
-def evaluation_sheets(data: Data, evaluation: Evaluation) -> dict[str, Figure]:
+def write(drawings: Mapping[str, Drawing], folder: Path) -> list[Path]:
+    """The files, drawn one after the other behind a bar."""
+    folder.mkdir(exist_ok=True)
+    bar = tqdm(drawings.items(), desc="figures", delay=2)
+    return [draw_into(folder / name) for name, draw_into in bar]
+
+
+def _png(make: Callable[..., Figure], *arguments: Any) -> Drawing:
+    return lambda path: save(make(*arguments), path)
+
+
+def evaluation_sheets(data: Data, evaluation: Evaluation) -> dict[str, Drawing]:
     """For images, a sheet of each sampler's samples, and one of those nearest to training images; else nothing."""
     if not _is_image(data):
         return {}
-    sheets = {f"samples_{name}": sheet(x) for name, x in evaluation.samples.items()}
-    return sheets | {f"nearest_{name}": pairs(*both) for name, both in evaluation.nearest.items()}
+    sheets = {f"samples_{name}.png": _png(sheet, x) for name, x in evaluation.samples.items()}
+    return sheets | {f"nearest_{name}.png": _png(pairs, *both) for name, both in evaluation.nearest.items()}
 
 
 def pairs(samples: Tensor, nearest: Tensor) -> Figure:
@@ -99,14 +115,13 @@ def losses(run: Run) -> Figure:
     return figure
 
 
-def diagnose(run: Run, model: ScoreModel, data: Data, seed: int) -> Diagnosis:
-    """The diagnostics of a model whose data have a closed form, with their figures."""
-    exact = ExactScore(data.target, model.sde)
-    found = evaluation.diagnose(model, data.target, seed=seed)
-    save(plotting.diagnosis(found), run.figures / "diagnosis.png")
+def draw_diagnosis(model: ScoreModel, data: Data, found: Diagnosis, folder: Path) -> list[Path]:
+    """The figures of what `evaluation.diagnose` found of a model whose data have a closed form."""
+    drawings = {"diagnosis.png": _png(plotting.diagnosis, found)}
     if tuple(data.event_shape) == (2,):
-        save(plotting.score_error_field(model, exact, field_times(exact)), run.figures / "score_error.png")
-    return found
+        exact = ExactScore(data.target, model.sde)
+        drawings["score_error.png"] = _png(plotting.score_error_field, model, exact, field_times(exact))
+    return write(drawings, folder)
 
 
 def accuracy(table: pd.DataFrame) -> Figure:
@@ -126,32 +141,32 @@ def field_times(exact: ExactScore) -> list[float]:
     return exact.sde.time_at(-levels.log()).clamp(exact.sde.t_min, exact.sde.t_max).tolist()
 
 
-def trajectories(model: ScoreModel, seed: int, count: int = 300) -> dict[str, Tensor]:
+def trajectories(model: ScoreModel, target: Target, seed: int, count: int = 300) -> Figure:
     """Paths of the reverse SDE and of the probability-flow ODE from the same starting points."""
     x = starts(model, count, seed).to(model.device)
     sde = Sampler(EulerMaruyama(), partial(grid.log_snr, steps=400))
     paths = {"reverse-time SDE": sde, "probability-flow ODE": ProbabilityFlowODE()}
-    return {name: _path(sampler.sample(model, tuple(x.shape), seed=seed, x_init=x, trajectory=True).trajectory)
-            for name, sampler in paths.items()}  # fmt: skip
+    return plotting.trajectory_comparison(
+        {name: _path(sampler, model, x, seed) for name, sampler in paths.items()}, target=target
+    )
 
 
-def animate(model: ScoreModel, sampler: Any, path: Path, seed: int) -> Path:
+def animate(model: ScoreModel, sampler: Any, seed: int, path: Path) -> Path:
     """Noise becoming data, as a GIF: images by the run's sampler, points along the reverse-time SDE."""
     points = len(model.event_shape) == 1
     sampler = Sampler(EulerMaruyama(), partial(grid.log_snr, steps=200)) if points else sampler
     x = starts(model, 1500 if points else 16, seed).to(model.device)
-    result = sampler.sample(model, tuple(x.shape), seed=seed, x_init=x, trajectory=True)
-    return plotting.animation(_path(result.trajectory), path)
+    return plotting.animation(_path(sampler, model, x, seed), path)
+
+
+def _path(sampler: Any, model: ScoreModel, x: Tensor, seed: int) -> Tensor:
+    """Every state on the way from x."""
+    return sampler.sample(model, tuple(x.shape), seed=seed, x_init=x, trajectory=True).trajectory.cpu()
 
 
 def save(figure: Figure, path: Path) -> Path:
     figure.savefig(path)
     return path
-
-
-def _path(trajectory: Tensor | None) -> Tensor:
-    assert trajectory is not None
-    return trajectory.cpu()
 
 
 def drawable(data: Data) -> bool:

@@ -151,9 +151,16 @@ def finish(
         result["fisher"] = score_error(model, data.target, seed=config.seed).mean
     run.save_result(result | {"overrides": list(config.overrides or []), "seed": config.seed} | evaluation.flat())
     common.show(evaluation.table)
-    figures.draw(run, model, data, evaluation, samplers, config.seed)  # last: no fault of a figure costs the numbers
-    print(f"\n{run.path}: figures/, samples/, metrics.jsonl, result.json")
+    drawn = drawing(config)
+    if drawn:  # last: no fault of a figure costs the numbers
+        figures.draw(run, model, data, evaluation, samplers, config.seed, run.figures)
+    print(f"\n{run.path}: {'figures/, ' if drawn else ''}samples/, metrics.jsonl, result.json")
     return score
+
+
+def drawing(config: DictConfig) -> bool:
+    """Whether the run's figures are wanted; runs of before there was a choice have them."""
+    return bool(config.get("figures", True))
 
 
 def finish_classifier(run: Run, model: NoisyClassifier, data: Data, config: DictConfig) -> float:
@@ -165,8 +172,6 @@ def finish_classifier(run: Run, model: NoisyClassifier, data: Data, config: Dict
     score = float(table["cross_entropy"].mean())
     if not distributed.is_main():
         return score
-    figures.save(figures.accuracy(table), run.figures / "accuracy.png")
-    figures.save(figures.losses(run), run.figures / "losses.png")
     which = "held-out" if getattr(data, "has_test", True) else "training"
     meaning = f"cross-entropy of {which} labels in nats, mean over noise levels"
     result = {"status": "finished", "metric": score, "metric_meaning": meaning,
@@ -174,7 +179,11 @@ def finish_classifier(run: Run, model: NoisyClassifier, data: Data, config: Dict
               "accuracy_by_noise": table.to_dict("records")}  # fmt: skip
     run.save_result(result)
     common.show(table)
-    print(f"\n{run.path}: figures/, metrics.jsonl, result.json")
+    drawn = drawing(config)
+    if drawn:
+        figures.save(figures.accuracy(table), run.figures / "accuracy.png")
+        figures.save(figures.losses(run), run.figures / "losses.png")
+    print(f"\n{run.path}: {'figures/, ' if drawn else ''}metrics.jsonl, result.json")
     return score
 
 

@@ -15,13 +15,13 @@ from typed import script
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["trainer.steps=4", "trainer.batch_size=16", "trainer.checkpoint_every=2", "trainer.log_every=1", "num_samples=40",
         "trainer.progress=false", "trainer.sample_every=0", "evaluation.samplers=[ddim,ode]",
-        "evaluation.metrics=[sliced_w2]"]  # fmt: skip
+        "evaluation.metrics=[sliced_w2]", "figures=false"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    script("train", f"hydra.run.dir={folder}", *TINY, cwd=folder)
+    script("train", f"hydra.run.dir={folder}", *TINY, "figures=true", cwd=folder)
     return folder
 
 
@@ -40,7 +40,19 @@ def test_the_other_scripts_read_it(run: Path) -> None:
         options = ["sampler=heun", "sampler.grid.steps=3", f"num_samples={count}"]
         assert f"in {run / 'samples' / name}\n" in script("sample", f"run={run}", *options, cwd=run)
         assert np.load(run / "samples" / name / "samples.npy").shape == (count, 2)
-    script("evaluate", f"run={run}", "samplers=[heun]", "num_samples=20", cwd=run)
+    out = script("evaluate", f"run={run}", "samplers=[heun]", "num_samples=20", f"output={run / 'of_heun'}", cwd=run)
+    assert "samples/, figures/" in out
+    figures = {
+        "densities.png",
+        "score_field.png",
+        "trajectories.png",
+        "losses.png",
+        "noise_to_data.gif",
+        "diagnosis.png",
+        "score_error.png",
+    }
+    assert set(os.listdir(run / "of_heun/figures")) == figures
+    script("evaluate", f"run={run}", "samplers=[heun]", "num_samples=20", "figures=false", cwd=run)
     assert set(pd.read_csv(run / "evaluation.csv")["sampler"]) == {"heun"}
     options = ["samplers=[ddim,heun,ode]", "budgets=[6,12]", "seeds=[0,1]", "num_samples=30"]
     script("compare", f"run={run}", *options, f"output={run / 'compared'}", cwd=run)
@@ -65,10 +77,13 @@ def test_a_sampler_of_ones_own_stands_in_the_place_of_the_group(run: Path, tmp_p
     own = f"+sampler={{_target_: score_sde.Sampler, predictor: {{_target_: score_sde.Heun}}, {grid}}}"
     out = script("sample", f"run={run}", "~sampler", own, "num_samples=7", f"output={tmp_path}", cwd=run)
     assert "7 samples of Sampler: 7 network calls each" in out
-    script("evaluate", f"run={run}", "~sampler", own, "num_samples=20", f"output={tmp_path}", cwd=run)
+    script("evaluate", f"run={run}", "~sampler", own, "num_samples=20", f"output={tmp_path}", "figures=false", cwd=run)
     again = tmp_path / "again"
-    script("train", "debug=minute", "~sampler", own, f"hydra.run.dir={again}", cwd=tmp_path)
-    assert "Sampler" in script("evaluate", f"run={again}", "num_samples=20", cwd=tmp_path)
+    script("train", "debug=minute", "~sampler", own, f"hydra.run.dir={again}", "figures=false", cwd=tmp_path)
+    assert {"config.yaml", "checkpoints", "metrics.jsonl", "samples", "result.json"} == set(os.listdir(again))
+    out = script("evaluate", f"run={again}", "num_samples=20", "figures=false", cwd=tmp_path)
+    assert "Sampler" in out
+    assert "figures" not in os.listdir(again)
 
 
 def test_samples_do_not_depend_on_the_batch_size(run: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import train
 
 TINY = ["trainer.batch_size=16", "trainer.checkpoint_every=20", "trainer.log_every=10", "num_samples=40",
         "trainer.progress=false", "trainer.sample_every=0", "evaluation.samplers=[ddim]",
-        "evaluation.metrics=[sliced_w2]", "trainer.schedule=constant"]  # fmt: skip
+        "evaluation.metrics=[sliced_w2]", "trainer.schedule=constant", "figures=false"]  # fmt: skip
 
 OWN = OmegaConf.create({
     "network": {"width": 32, "event_shape": [2]}, "sde": {"sigma_max": 7.5}, "data": {"path": "a"}, "seed": 0,
@@ -155,7 +155,7 @@ def test_a_model_that_is_trained_with_labels_alone_is_never_asked_without_one(tm
     ]
     views = ["evaluation.features=[pixels]", "evaluation.num_periodic=12", "evaluation.batch_size=7"]
     run = tmp_path / "run"
-    script("train", f"hydra.run.dir={run}", *TINY, *own, *looks, *views, cwd=tmp_path)
+    script("train", f"hydra.run.dir={run}", *TINY, *own, *looks, *views, "figures=true", cwd=tmp_path)
     assert (run / "figures/noise_to_data.gif").exists()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all({"eval/sliced_w2", "eval/FD (pixels)", "eval/memorised"} <= row.keys() for row in rows)
@@ -212,7 +212,7 @@ def test_data_that_are_no_pictures_are_trained_on_and_evaluated(tmp_path: Path, 
     """Vectors, signals and latents: no preview and no animation of them, and all the figures in numbers."""
     np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((200, *shape)).astype(np.float32))
     script("train", "data=file", f"data.path={tmp_path}/data.npy", "trainer.steps=4", f"hydra.run.dir={tmp_path}/run",
-           *TINY, "trainer.sample_every=2", cwd=tmp_path)  # fmt: skip
+           *TINY, "trainer.sample_every=2", "figures=true", cwd=tmp_path)  # fmt: skip
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
     script("evaluate", f"run={tmp_path}/run", "sampler=ddim", "num_samples=20", cwd=tmp_path)
     assert (tmp_path / "run" / "evaluation.json").exists()
