@@ -26,7 +26,8 @@ def main(config: DictConfig) -> None:
     table.to_csv(folder / "runs.csv", index=False)
     summary.to_csv(folder / "report.csv", index=False)
     label = table["meaning"].dropna().iloc[0] if config.metric == "metric" and table["meaning"].any() else config.metric
-    figures.save(plotting.means_with_errors(summary, label=label), folder / "report.png")
+    shown = summary.assign(setting=[with_lost(row) for row in summary.to_dict("records")])
+    figures.save(plotting.means_with_errors(shown, label=label), folder / "report.png")
     common.show(summary)
     for row in table[table["status"] != "finished"].to_dict("records"):
         print(f"{row['status']}: {row['run']} ({row['setting']}, seed {row['seed']}): {row['error']}")
@@ -77,6 +78,12 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     groups = table.assign(value=table["value"].astype(float), **counts).groupby("setting", sort=False)
     figures = groups["value"].agg(mean="mean", standard_error="sem")
     return figures.join(groups[[*counts]].sum()).reset_index()
+
+
+def with_lost(row: dict[str, Any]) -> str:
+    """A setting, and how many of its seeds its mean is without."""
+    lost = [f"{row[status]} {status}" for status in ("failed", "unfinished") if row[status]]
+    return f"{row['setting']} ({', '.join(lost)})" if lost else row["setting"]
 
 
 def _natural(path: Path) -> tuple[int, str]:

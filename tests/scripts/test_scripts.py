@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from typed import script
+from typed import ROOT, script
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+import report
+
 TINY = ["trainer.steps=4", "trainer.batch_size=16", "trainer.checkpoint_every=2", "trainer.log_every=1", "num_samples=40",
         "trainer.progress=false", "trainer.sample_every=0", "evaluation.samplers=[ddim,ode]",
         "evaluation.metrics=[sliced_w2]", "figures=false"]  # fmt: skip
@@ -124,6 +127,11 @@ def test_a_sweep_with_a_failing_job_is_reported(tmp_path: Path) -> None:
     assert f"unfinished: 2 ({names[0]}, seed 1)" in out
     assert "learning_rate > 0, got learning_rate=-1" in out
     assert (sweep / "report.png").exists()
+
+
+def test_the_figure_of_a_sweep_says_how_many_seeds_a_mean_is_without() -> None:
+    rows = [{"setting": "sde=vp", "failed": 0, "unfinished": 0}, {"setting": "sde=ve", "failed": 2, "unfinished": 1}]
+    assert [report.with_lost(row) for row in rows] == ["sde=vp", "sde=ve (2 failed, 1 unfinished)"]
 
 
 def test_the_same_command_starts_again_what_was_killed_before_its_first_checkpoint(run: Path, tmp_path: Path) -> None:
