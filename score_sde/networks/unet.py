@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,19 +119,8 @@ class UNet(nn.Module):
             len(sides), 4 * width, dropout, modulation, resample, tuple(filter), project_skip, rescale, head_channels,
             norm_groups, epsilon, context_width,
         )  # fmt: skip
-
-        def block(
-            here: int, there: int, attends: bool = False, scale: float | None = None, up: bool = False
-        ) -> nn.Module:
-            if magnitude_preserving:
-                return MPBlock(here, there, style, attends, scale, decoder=up)
-            return Block(here, there, style, attends, scale)
-
-        def resampling(channels: int, scale: float) -> nn.Module:
-            if resample == "residual":
-                return block(channels, channels, scale=scale, up=scale > 1)
-            return Resample(channels, style, scale)
-
+        parts = _Parts(style, magnitude_preserving)
+        levels = [(width * m, size in attention) for m, size in zip(multipliers, sizes, strict=True)]
         self.embedding: nn.Module
         self.first: nn.Module
         self.join: nn.Module
@@ -143,43 +133,55 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         # Pyramids, by the index of the layer of `down` or `up` behind which they stand.
         self.inward, self.outward = nn.ModuleDict(), nn.ModuleDict()
-        h, pyramid, skips = width, channels, [width]
-        for level, size in enumerate(sizes):
-            there = width * multipliers[level]
-            if level > 0:
-                self.down.append(resampling(h, 0.5))
-                skips.append(h)
-                if progressive_input:
-                    self.inward[str(len(self.down) - 1)] = PyramidIn(progressive_input, pyramid, h, style)
-                    pyramid = h if progressive_input == "residual" else channels
-            for _ in range(blocks):
-                self.down.append(block(h, there, size in attention))
-                h = there
-                skips.append(h)
-        lowest = sizes[-1] in attention
-        self.middle = nn.ModuleList(
-            block(h, h, attends, up=True) for attends in ((True, False) if middle_attention else (lowest, lowest))
-        )
-        before: int | None = None
-        for level, size in reversed(list(enumerate(sizes))):
-            there = width * multipliers[level]
-            for i in range(blocks + 1):
-                attends = size in attention and (i == blocks or not attend_once)
-                self.up.append(block(h + skips.pop(), there, attends, up=True))
-                h = there
-            if progressive_output:
-                self.outward[str(len(self.up) - 1)] = PyramidOut(progressive_output, h, outward, before, style)
-                before = h if progressive_output == "residual" else outward
-            if level > 0:
-                self.up.append(resampling(h, 2.0))
+        skips = self._make_down(parts, levels, blocks, width, channels, progressive_input)
+        h, attends = levels[-1]
+        pair = (True, False) if middle_attention else (attends, attends)
+        self.middle = nn.ModuleList(parts.block(h, h, attends, up=True) for attends in pair)
+        self._make_up(parts, levels, blocks, skips, outward, progressive_output, attend_once)
         self.last: nn.Module | None
         if magnitude_preserving:
-            self.last = MPOutput(style.dims, h, outward)
+            self.last = MPOutput(style.dims, levels[0][0], outward)
         else:
-            self.last = None if progressive_output == "skip" else Head(h, outward, style)
+            self.last = None if progressive_output == "skip" else Head(levels[0][0], outward, style)
         self.null_context = None if context_width is None else nn.Parameter(torch.randn(1, context_width))
         if glorot:
             glorot_weights(self)
+
+    def _make_down(
+        self, parts: _Parts, levels: Sequence[tuple[int, bool]], blocks: int, width: int, channels: int, pyramid: str | None
+    ) -> list[int]:  # fmt: skip
+        """Fills `down` and `inward`; returns the channels of what the way up reads."""
+        h, source, skips = width, channels, [width]
+        for level, (there, attends) in enumerate(levels):
+            if level > 0:
+                self.down.append(parts.resampling(h, 0.5))
+                skips.append(h)
+                if pyramid:
+                    self.inward[str(len(self.down) - 1)] = PyramidIn(pyramid, source, h, parts.style)
+                    source = h if pyramid == "residual" else channels
+            for _ in range(blocks):
+                self.down.append(parts.block(h, there, attends))
+                h = there
+                skips.append(h)
+        return skips
+
+    def _make_up(
+        self, parts: _Parts, levels: Sequence[tuple[int, bool]], blocks: int, skips: list[int], channels: int,
+        pyramid: str | None, attend_once: bool,
+    ) -> None:  # fmt: skip
+        """Fills `up` and `outward`."""
+        h, before = levels[-1][0], None
+        for level, (there, attends) in reversed(list(enumerate(levels))):
+            for i in range(blocks + 1):
+                self.up.append(
+                    parts.block(h + skips.pop(), there, attends and (i == blocks or not attend_once), up=True)
+                )
+                h = there
+            if pyramid:
+                self.outward[str(len(self.up) - 1)] = PyramidOut(pyramid, h, channels, before, parts.style)
+                before = h if pyramid == "residual" else channels
+            if level > 0:
+                self.up.append(parts.resampling(h, 2.0))
 
     def forward(
         self,
@@ -274,6 +276,26 @@ def _preset(
     options = preset | changes
     options.setdefault("frequencies", max(int(features * options["width"]), 1))
     return cls(event_shape, **options)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the ways down and up are made of."""
+
+    style: Style
+    magnitude_preserving: bool
+
+    def block(
+        self, here: int, there: int, attends: bool = False, scale: float | None = None, up: bool = False
+    ) -> nn.Module:
+        if self.magnitude_preserving:
+            return MPBlock(here, there, self.style, attends, scale, decoder=up)
+        return Block(here, there, self.style, attends, scale)
+
+    def resampling(self, channels: int, scale: float) -> nn.Module:
+        if self.style.resample == "residual":
+            return self.block(channels, channels, scale=scale, up=scale > 1)
+        return Resample(channels, self.style, scale)
 
 
 class Concatenate(nn.Module):
