@@ -78,23 +78,6 @@ def main(config: DictConfig) -> float:
             condition=labels(count), progress=progress, **views,
         )  # fmt: skip
 
-    def on_sample(step: int, raw: LearnedScore, averaged: LearnedScore) -> None:
-        if not figures.drawable(data):
-            return
-        count = config.num_previews
-        for name, shown in (("raw", raw), ("ema", averaged)):
-            samples, *_ = distributed.sample(
-                preview, shown, count, seed=config.seed, batch_size=250, condition=labels(count)
-            )
-            if not distributed.is_main():
-                continue
-            if tuple(data.event_shape) == (2,):
-                law = data.target if data.target is not None else data.reference(10_000).x
-                picture = figures.plotting.density_comparison(law, {f"{name}, step {step}": samples})
-            else:
-                picture = figures.sheet(samples)
-            figures.save(picture, run.samples / f"step-{step:09d}-{name}.png")
-
     def on_evaluate(step: int, raw: LearnedScore, averaged: LearnedScore) -> dict[str, float]:
         table = measure(averaged, {"preview": preview}, periodic, False).table
         return {f"eval/{metric}": value for metric, value in zip(table["metric"], table["value"], strict=True)}
@@ -105,7 +88,8 @@ def main(config: DictConfig) -> float:
     warnings.filterwarnings("ignore", "training was interrupted")  # it is said here
     trained = trainer.fit(
         model, data, objective, time_sampler, run.path, seed=config.seed, resume=resumes, on_start=on_start,
-        on_sample=on_sample if trainer.sample_every else None, on_evaluate=on_evaluate if trainer.evaluate_every else None,
+        on_sample=previews(run, data, preview, labels, config) if trainer.sample_every and figures.drawable(data) else None,
+        on_evaluate=on_evaluate if trainer.evaluate_every else None,
     )  # fmt: skip
     if trained.interrupted:
         print(f"interrupted at step {trained.step}; continue with: python scripts/train.py resume={run.path}")
@@ -116,6 +100,29 @@ def main(config: DictConfig) -> float:
         return finish_classifier(run, averaged, data, config)
     evaluation = measure(averaged, samplers, config.num_samples, config.trainer.progress)
     return finish(run, Labelled(averaged, labels) if labels(1) else averaged, data, evaluation, samplers, config)
+
+
+def previews(
+    run: Run, data: Data, sampler: Sampler, labels: Callable[[int], dict[str, Tensor]], config: DictConfig
+) -> Callable[[int, LearnedScore, LearnedScore], None]:
+    """What draws samples of the raw and of the averaged weights of a step into run.samples, of data that are pictures."""
+
+    def draw(step: int, raw: LearnedScore, averaged: LearnedScore) -> None:
+        count = config.num_previews
+        for name, model in (("raw", raw), ("ema", averaged)):
+            samples, *_ = distributed.sample(
+                sampler, model, count, seed=config.seed, batch_size=250, condition=labels(count)
+            )
+            if not distributed.is_main():
+                continue
+            if tuple(data.event_shape) == (2,):
+                law = data.target if data.target is not None else data.reference(10_000).x
+                picture = figures.plotting.density_comparison(law, {f"{name}, step {step}": samples})
+            else:
+                picture = figures.sheet(samples)
+            figures.save(picture, run.samples / f"step-{step:09d}-{name}.png")
+
+    return draw
 
 
 class Labelled(Guided):
