@@ -29,7 +29,7 @@ from score_sde import LearnedScore, Prediction, Sampler, ScoreModel, distributed
 from score_sde.checks import number, whole
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, TensorData, generator
-from score_sde.evaluation import Evaluation, Reference, evaluate, known_metrics, score_error
+from score_sde.evaluation import Evaluation, Reference, check_counts, evaluate, known_metrics, score_error
 from score_sde.evaluation.classification import accuracy_by_noise
 from score_sde.guidance import Guided
 from score_sde.run import Run, build_model, instantiate
@@ -67,6 +67,8 @@ def main(config: DictConfig) -> float:
     check_labels(config, data)
     check_references(config, data, views)
     periodic = config.evaluation.get("num_periodic") or config.num_samples
+    if samplers:
+        check_counts(data, min(periodic, config.num_samples), views["features"], views["classifier_data"])
 
     @cache
     def labels(count: int) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from score_sde.evaluation.diagnostics import (
     fokker_planck_residual,
     score_error,
 )
-from score_sde.evaluation.evaluate import Evaluation, evaluate, starts
+from score_sde.evaluation.evaluate import Evaluation, check_counts, evaluate, starts
 from score_sde.evaluation.extractors import PCA, EfficientNetLite0, Extractor, Inception, Pixels
 from score_sde.evaluation.features import DigitClassifier, digit_report
 from score_sde.evaluation.metrics import (
@@ -78,6 +78,7 @@ __all__ = [
     "calibration",
     "certify",
     "certify_all",
+    "check_counts",
     "compare",
     "consistency",
     "continuous_bound",

@@ -20,7 +20,7 @@ from score_sde.evaluation.extractors import Extractor, in_range
 from score_sde.evaluation.features import DigitClassifier, digit_report
 from score_sde.evaluation.metrics import Yardstick
 from score_sde.evaluation.neighbours import Nearest, nearest
-from score_sde.evaluation.reference import FeatureView, Reference
+from score_sde.evaluation.reference import FeatureView, Reference, check_count
 from score_sde.score import ScoreModel
 
 View = Callable[[Tensor], pd.DataFrame]
@@ -102,6 +102,7 @@ def evaluate(
         raise ValueError("nothing to evaluate: give one sampler or more")
     labels = (condition or {}).get("label")
     data, classifier_data = (_of_labels(part, labels) for part in (data, classifier_data))
+    check_counts(data, num_samples, features, classifier_data)
     yardstick = _yardstick(data, num_samples, metrics, seed)
     views: list[View] = [lambda x: yardstick(x[: yardstick.n]).assign(count=list(yardstick.counts.values()))]
     if classifier_data is not None:
@@ -129,12 +130,24 @@ def evaluate(
     return Evaluation(samples, table, near, [dict(reference.made_of) for reference in made])
 
 
+def check_counts(
+    data: Data, num_samples: int, features: Mapping[str, Extractor] | None = None,
+    classifier_data: TensorData | None = None,
+) -> None:  # fmt: skip
+    """Refuses, with ValueError, too few samples or held-out examples for `evaluate`, before anything is trained or drawn."""
+    if num_samples < 2:
+        raise ValueError(f"metrics compare two samples or more: give num_samples >= 2, not {num_samples}")
+    if data.target is None and (held := len(data.reference(4).x)) < 4:
+        raise ValueError(f"metrics need 4 held-out examples or more, of these data there are {held}: raise held_out")
+    for name in features or {}:
+        check_count(_finite(data, name), num_samples)
+    if classifier_data is not None and not _is_small(classifier_data):
+        check_count(classifier_data, num_samples)
+
+
 def _yardstick(data: Data, num_samples: int, metrics: Sequence[str] | None, seed: int) -> Yardstick:
     reference = data.target if data.target is not None else data.reference(2 * num_samples).x
     count = num_samples if data.target is not None else min(num_samples, len(reference) // 2)
-    if count < 2:
-        held = "" if data.target is not None else f" and 4 held-out examples or more, not {len(reference)}"
-        raise ValueError(f"metrics compare two samples or more: give num_samples >= 2, not {num_samples}{held}")
     return Yardstick(reference, count, generator=generator(seed, "yardstick"), metrics=metrics)
 
 
@@ -159,9 +172,13 @@ def _finite(data: Data, name: str) -> TensorData:
 
 def _classifier_view(data: TensorData, count: int, device: torch.device) -> View:
     """A convolutional network's, or, for images of a few pixels, a multilayer perceptron's."""
-    if max(data.event_shape) <= 12:
+    if _is_small(data):
         return _digit_view(data)
     return _on_plain(data, FeatureView(Reference.of(data, ConvClassifier(), count, device=device)))
+
+
+def _is_small(data: TensorData) -> bool:
+    return max(data.event_shape) <= 12
 
 
 def _unmeasured(yardstick: Yardstick) -> pd.DataFrame:

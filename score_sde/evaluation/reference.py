@@ -136,13 +136,22 @@ class FeatureView:
         return self.reference.compare(distributed.gather(features))
 
 
-def _made_of(data: TensorData, extractor: Extractor, count: int) -> dict[str, Any]:
-    train, rest = data.count("train"), data.count("test") if data.has_test else data.count("train") // 2
-    test = min(count, rest)
-    if test < 6:
+def check_count(data: TensorData, count: int) -> int:
+    """How many real images a reference of this count holds its training images against.
+
+    Raises ValueError where they are fewer than the six that the metrics need.
+    """
+    found = min(count, data.count("test") if data.has_test else data.count("train") // 2)
+    if found < 6:
+        fix = "draw more samples" if count < 6 else "raise held_out, or leave the features out"
         raise ValueError(
-            f"a reference needs 6 real images of each kind at least, not {test}: raise count, or hold out more"
+            f"features of samples need 6 real images of each kind or more to stand beside, not {found}: {fix}"
         )
+    return found
+
+
+def _made_of(data: TensorData, extractor: Extractor, count: int) -> dict[str, Any]:
+    train, test = data.count("train"), check_count(data, count)
     return {"data": data.fingerprint, "event_shape": list(data.event_shape), **extractor.settings(), "floor_count": test,
             "count": min(count, train),
             "floor": "held-out images" if data.has_test else "another part of the training set", "version": 2}  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 
 from score_sde import VPSDE, ExactScore, Sampler, grid, targets
 from score_sde.data import TargetStream, TensorData
-from score_sde.evaluation import PCA, evaluate
+from score_sde.evaluation import PCA, check_counts, evaluate
 from score_sde.sampler import SampleResult
 from score_sde.steps import DDIM
 
@@ -164,15 +164,22 @@ def test_samples_of_one_class_are_held_against_that_class():
 
 
 def test_nothing_to_measure_is_refused():
-    data, given = TensorData(images(60, 0), held_out=0.05), {"fresh": Given(images(9, 1))}
-    for samplers, count, message in (
-        (given, 1, "num_samples >= 2, not 1"),
-        (given, 9, "held-out examples or more, not 3"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            evaluate(Model(), data, samplers, num_samples=count)
     with pytest.raises(ValueError, match="one sampler or more"):
         evaluate(Model(), TensorData(images(60, 0)), {}, num_samples=9)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "count", "features", "says"),
+    [(0.05, 10, {}, "there are 3: raise held_out"), (0.0, 1, {}, "num_samples >= 2, not 1"),
+     (0.09, 10, {"pca": PCA()}, "not 5: raise held_out"), (0.5, 5, {"pca": PCA()}, "not 5: draw more")],
+)  # fmt: skip
+def test_too_few_to_compare_is_said_before_anything_is_drawn(held_out, count, features, says):
+    data = TensorData(images(60, 0), held_out=held_out)
+    with pytest.raises(ValueError, match=says):
+        check_counts(data, count, features)
+    with pytest.raises(ValueError, match=says):
+        evaluate(Model(), data, {"never drawn": None}, num_samples=count, features=features)
+    check_counts(TensorData(images(60, 0), held_out=0.1), 6, features)
 
 
 def test_samples_do_not_depend_on_the_batches():

@@ -174,6 +174,7 @@ def test_labels_of_samples_have_the_frequencies_of_the_data() -> None:
 
 REFUSED = {
     "an extra that is missing": (["data=digits", "evaluation.features=[inception]"], "torch_fidelity is not installed: pip"),
+    "too few samples": (["data=digits", "evaluation.features=[pixels]", "evaluation.num_periodic=4"], "not 4: draw more"),
     "features of points": (["evaluation.features=[pca]"], "'pca' are for finite sets of images: set evaluation.features=[]"),
 }  # fmt: skip
 
