@@ -426,7 +426,7 @@ def _trace(divergence: str, probes: int, x: Tensor, seed: int | Sequence[int]) -
     noise = SampleNoise.of_run(seed, range(len(x))) if isinstance(seed, int) else SampleNoise(seed)
     stream = noise.open((len(x), math.prod(x.shape[1:])), x.dtype, x.device)
     kind, needed = (Hutchinson, probes) if divergence == "hutchinson" else (HutchPlusPlus, 2 * probes)
-    return kind(torch.stack([stream(0, draw) for draw in range(needed)]).sign())
+    return kind(torch.stack([stream(0, draw) for draw in range(needed)]))
 
 
 # --- integration ------------------------------------------------------------------------------------------------------

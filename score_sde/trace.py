@@ -45,10 +45,10 @@ class ExactTrace(Trace):
 
 
 class Hutchinson(Trace):
-    """v^T J v for each probe v, shape (probes, batch, d): unbiased, and without variance on diagonal J if v is +-1."""
+    """v^T J v for the signs v of standard normal probes (probes, batch, d): unbiased, without variance on diagonal J."""
 
     def __init__(self, probes: Tensor) -> None:
-        self.probes, self.count = probes, len(probes)
+        self.probes, self.count = probes.sign(), len(probes)
 
     def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
         v = self.probes[:, ids]
@@ -59,12 +59,13 @@ class HutchPlusPlus(Trace):
     """d - tr(Q^T B Q) - g^T P B P g, B = 1 - J, P = 1 - Q Q^T: for J near the identity but for a few directions.
 
     So is the Jacobian of sigma n under strong noise, B being the denoiser's. Q spans B^T times the first half of the
-    probes (2 count, batch, d), g are the others. Source: Meyer et al. 2021, arXiv:2010.09649, algorithm 1.
+    standard normal probes (2 count, batch, d), g are the signs of the others. Two signs may coincide in few dimensions,
+    and what they span then would be left to round-off. Source: Meyer et al. 2021, arXiv:2010.09649, algorithm 1.
     """
 
     def __init__(self, probes: Tensor) -> None:
         self.count = len(probes) // 2
-        self.sketch, self.g = probes[: min(self.count, probes.shape[2])], probes[self.count :]
+        self.sketch, self.g = probes[: min(self.count, probes.shape[2])], probes[self.count :].sign()
 
     def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
         jacobian = torch.func.vmap(pull)

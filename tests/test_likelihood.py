@@ -202,6 +202,14 @@ def test_hutch_plus_plus_is_exact_where_its_sketch_spans_the_space_and_steadier_
     assert error("hutch++", 4) < 0.2 * error("hutchinson", 12)
 
 
+def test_hutch_plus_plus_ends_whatever_its_probes_are():
+    """Of 20 samples in three dimensions five had two probes of the same signs, and step sizes shrank without end."""
+    target = targets.GaussianMixture([1.0], [[1.0, -2.0, 0.5]], [[[0.25, 0.2, 0.2], [0.2, 1.2, 0.2], [0.2, 0.2, 9.2]]])
+    x = target.sample((20,), generator=torch.Generator().manual_seed(0)).double()
+    found = log_likelihood(ExactScore(target, VPSDE()), x, divergence="hutch++", probes=2, truncation="none")
+    assert found.calls.max() < 300
+
+
 @pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3"])
 def test_companions_change_no_bit_on_the_device(method):
     model = WhiteImages(VPSDE(), (2, 3), bend=0.3)
