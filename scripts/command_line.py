@@ -22,6 +22,11 @@ def listed(value: Any) -> list[Any]:
     return list(value) if OmegaConf.is_list(value) else [value]
 
 
+def typed() -> list[str]:
+    """The job's overrides as they were typed: read from Hydra's config they are resolved, before the data fill it in."""
+    return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[return-value]
+
+
 def key_of(override: str) -> str:
     """The dotted key, or the group, that an override is about."""
     return override.lstrip("+~").partition("=")[0].partition("@")[0]
@@ -34,12 +39,10 @@ def check(config: DictConfig) -> None:
     """
     own = HydraConfig.get()
     groups = {*own.runtime.choices, *GlobalHydra.instance().config_loader().list_groups("")}
-    values = [
-        override for override in own.overrides.task if key_of(override) not in groups and "/" not in key_of(override)
-    ]
+    values = [override for override in typed() if key_of(override) not in groups and "/" not in key_of(override)]
     if not values:
         return
-    choices = [override for override in own.overrides.task if override not in values]
+    choices = [override for override in typed() if override not in values]
     search = [override for override in own.overrides.hydra if key_of(override) == "hydra.searchpath"]
     check_values(values, hydra.compose(own.job.config_name, [*choices, *search]), config, own.overrides.hydra)
 

@@ -112,7 +112,7 @@ def record_failure(output: Path, error: BaseException, config: DictConfig) -> No
     result = output / "result.json"
     if not result.exists() or json.loads(result.read_text()).get("status") != "finished":
         Run(output).save_result({"status": "failed", "error": one_line(error), "seed": config.get("seed"),
-                                 "overrides": list(HydraConfig.get().overrides.task)})  # fmt: skip
+                                 "overrides": command_line.typed()})  # fmt: skip
 
 
 def leave(output: Path) -> None:

@@ -20,8 +20,7 @@ import page
 import pandas as pd
 import restoring
 import torch
-from command_line import idle, listed
-from hydra.core.hydra_config import HydraConfig
+from command_line import idle, listed, typed
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
@@ -38,11 +37,12 @@ SHOWN = {"nfe": "calls", "seconds_per_sample": "s per sample", "endpoint_error":
 
 @common.main("compare")
 def main(config: DictConfig) -> None:
-    check_options(config, HydraConfig.get().overrides.task)
+    check_options(config, typed())
     if config.task:
         restoring.run_task(config)
         return
     models, reference = models_and_reference(config)
+    fit_to(config, reference)
     known = [m for m in DEFAULT_METRICS if m in known_metrics(reference)]
     metrics = known if config.metrics is None else listed(config.metrics)
     folder = Path(config.output)
@@ -105,6 +105,17 @@ def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
     if getattr(model.network, "num_classes", None) is not None:
         print(f"{run.path} knows {model.network.num_classes} labels: sampled without, against data of all of them")
     return model, reference
+
+
+def fit_to(config: DictConfig, reference: Any) -> None:
+    """Cuts `num_samples` to the two disjoint sets of real examples that samples and the noise floor need."""
+    most = len(reference) // 2 if isinstance(reference, torch.Tensor) else config.num_samples
+    if most < 2:
+        raise ValueError(f"{config.run} has {len(reference)} held-out examples, and samples are held against 4 or more: "
+                         "train with a greater data.held_out")  # fmt: skip
+    if config.num_samples > most:
+        print(f"num_samples={most}, not {config.num_samples}: {config.run} has {len(reference)} held-out examples")
+        config.num_samples = most
 
 
 def models_and_reference(config: DictConfig) -> tuple[dict[str, ScoreModel], Any]:

@@ -11,8 +11,7 @@ import figures
 import guiding
 import numpy as np
 import torch
-from command_line import idle
-from hydra.core.hydra_config import HydraConfig
+from command_line import idle, typed
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -37,7 +36,7 @@ Edited = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 @common.main("edit")
 def main(config: DictConfig) -> None:
-    run_task(config, HydraConfig.get().overrides.task)
+    run_task(config, typed())
 
 
 def check_options(task: str, overrides: Sequence[str]) -> None:

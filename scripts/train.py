@@ -20,7 +20,7 @@ from typing import Any
 import common
 import figures
 import guiding
-from command_line import check_known, idle, key_of, listed
+from command_line import check_known, idle, key_of, listed, typed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -41,7 +41,7 @@ FIXED = ("network", "sde", "parameterization", "data", "target", "event_shape", 
 
 @common.main("train")
 def main(config: DictConfig) -> float:
-    idle(HydraConfig.get().overrides.task, ["event_shape", "choices", "overrides"], "as it is filled in here")
+    idle(typed(), ["event_shape", "choices", "overrides"], "as it is filled in here")
     if not 0 < number("sigma_max_quantile", config.sigma_max_quantile) <= 1:
         raise ValueError(f"sigma_max_quantile is a share in (0, 1], got {config.sigma_max_quantile}")
     run, resumes = opened(config)
@@ -52,7 +52,7 @@ def main(config: DictConfig) -> float:
                         "wrap arrays, e.g. return TensorData(x)")  # fmt: skip
     trainer = instantiate(config.trainer, trust)
     if not resumes:
-        fill_in(config, data, HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task)
+        fill_in(config, data, HydraConfig.get().runtime.choices, typed())
     model = build_model(config, trust)
     objective, time_sampler = (instantiate(config[name], trust) for name in ("objective", "time_sampler"))
     samplers = common.samplers_of(config, trust)
@@ -278,7 +278,7 @@ def opened(config: DictConfig) -> tuple[Run, bool]:
         run.config = config
     else:
         run = Run.open(folder if automatic else config.resume, trust)
-        own, run.config = run.config, continued(run.config, HydraConfig.get().overrides.task)
+        own, run.config = run.config, continued(run.config, typed())
         check_steps_left(
             run, [override for override in run.config.overrides if override not in (own.get("overrides") or [])]
         )

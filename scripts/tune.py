@@ -13,9 +13,8 @@ import common
 import figures
 import pandas as pd
 import torch
-from command_line import idle, listed
+from command_line import idle, listed, typed
 from compare import model_and_reference
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from score_sde import SDE, ScoreModel, plotting
@@ -38,7 +37,7 @@ def main(config: DictConfig) -> None:
     if bool(config.run) == bool(config.get("target")):
         raise ValueError("tune for what? give either run=<directory> or target=<name>, e.g. target=ring")
     if config.run:
-        idle(HydraConfig.get().overrides.task, ["sde"], f"with run={config.run}, which has its own")
+        idle(typed(), ["sde"], f"with run={config.run}, which has its own")
     steps, seeds = wholes("steps", listed(config.steps)), wholes("seeds", listed(config.seeds), 0)
     whole("num_samples", config.num_samples, 2)
     for calls in steps:

@@ -6,6 +6,8 @@ sigma_data = sqrt(mean x^2), over all components: the RMS that c_in divides out.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,7 @@ def _examples(data: Data, count: int) -> Tensor:
 
 
 def _positive(value: float, name: str) -> float:
-    if value <= 0:
-        raise ValueError(f"{name}: auto measures {value} on these data, which do not vary: give {name} as a number")
+    if not 0 < value < math.inf:
+        why = "do not vary" if value <= 0 else "are too large"
+        raise ValueError(f"{name}: auto measures {value} on these data, which {why}: give {name} as a number")
     return value

@@ -258,11 +258,15 @@ def _checked_scale(x: Tensor, dequantize: bool | None, levels: int) -> bool | No
     """`dequantize`, None for floats, once it fits the examples."""
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(f"x of shape {tuple(x.shape)}: give (N, *event) with at least one example")
+    if x.is_complex():
+        raise ValueError(
+            f"x is {x.dtype}: give real numbers, e.g. torch.view_as_real(x), parts in a dimension of their own"
+        )
     if x.is_floating_point():
         if dequantize is not None:
             raise ValueError(f"dequantize={dequantize} is for integers, x is {x.dtype}: leave it out, or give integers")
-        if not torch.isfinite(x).all():
-            raise ValueError("x holds values that are not finite: remove or replace them")
+        if not torch.isfinite(x.float()).all():
+            raise ValueError("x holds values that are not finite in single precision: remove or replace them")
         return None
     if dequantize is None:
         raise ValueError(
@@ -278,7 +282,9 @@ def _checked_scale(x: Tensor, dequantize: bool | None, levels: int) -> bool | No
 
 
 def _checked_labels(labels: Tensor, count: int) -> Tensor:
-    if labels.shape != (count,) or labels.is_floating_point() or labels.min() < 0:
-        given = f"{labels.dtype} of shape {tuple(labels.shape)}"
+    whole = not (labels.is_floating_point() or labels.is_complex())
+    if labels.shape != (count,) or not whole or labels.min() < 0:
+        least = f", the least {int(labels.min())}" if whole and labels.numel() else ""
+        given = f"{labels.dtype} of shape {tuple(labels.shape)}{least}"
         raise ValueError(f"labels must be {count} integers from 0, one an example; got {given}")
     return labels.long()

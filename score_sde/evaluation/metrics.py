@@ -95,7 +95,7 @@ def mmd(
     """Maximum mean discrepancy between at most `max_points` points of each sample.
 
     The kernel is k(x, y) = mean_h exp(-|x - y|^2 / (2 h^2)) over the `bandwidths` h; left out, these are
-    1, 1/4 and 1/16 times the median distance between points of y.
+    1, 1/4 and 1/16 times the median distance between points of y that differ (times 1 where none do).
 
     Args:
         x, y: (n, *event_shape) and (m, *event_shape).
@@ -111,10 +111,12 @@ def mmd(
     if len(y) < 2 or (unbiased and len(x) < 2):
         raise ValueError(f"mmd compares two points or more, got {len(x)} and {len(y)}")
     if bandwidths is None:
-        median = torch.pdist(y[:1000]).median().item()
-        bandwidths = [median / 4**i for i in range(3)]
+        distances = torch.pdist(y[:1000])
+        distances = distances[distances > 0]
+        scale = distances.median().item() if len(distances) else 1.0
+        bandwidths = [scale / 4**i for i in range(3)]
     if not bandwidths or min(bandwidths) <= 0:
-        raise ValueError(f"bandwidths are positive lengths, got {list(bandwidths)}; a constant y has no scale")
+        raise ValueError(f"bandwidths are positive lengths, got {list(bandwidths)}")
 
     def kernel(distance: Tensor) -> Tensor:
         squared = distance.square_()

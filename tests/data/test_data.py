@@ -184,6 +184,12 @@ def test_digits_are_the_real_ones():
         (lambda: TensorData(torch.zeros(4, 2), dequantize=True), "is for integers"),
         (lambda: TensorData(torch.full((4, 2), 17), dequantize=False, levels=17), r"levels=17 allows 0\.\.16"),
         (lambda: TensorData(torch.tensor([[1.0], [float("nan")]])), "not finite"),
+        (lambda: TensorData(torch.tensor([[1.0], [1e39]], dtype=torch.float64)), "not finite in single precision"),
+        (
+            lambda: TensorData(torch.zeros(4, 2, dtype=torch.complex64), dequantize=False),
+            "complex64: give real numbers",
+        ),
+        (lambda: TensorData(torch.zeros(4, 2), torch.tensor([0, -1, 2, 1])), r"shape \(4,\), the least -1"),
         (lambda: TensorData(torch.zeros(0, 2)), "at least one example"),
         (lambda: TensorData(torch.zeros(4)), r"give \(N, \*event\)"),
         (lambda: TensorData(torch.zeros(4, 2), torch.zeros(4)), "labels must be 4 integers"),

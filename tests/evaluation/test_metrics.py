@@ -105,6 +105,13 @@ def test_mmd_bandwidths_follow_the_median_distance_of_the_reference() -> None:
     x, y = normal(60, 2), 1 + normal(50, 2, seed=1)
     median = torch.pdist(y).median().item()
     assert metrics.mmd(x, y) == pytest.approx(metrics.mmd(x, y, bandwidths=[median / 4**i for i in range(3)]))
+    sparse = torch.cat([torch.zeros(450, 2), y])  # most pairs coincide, which say nothing of a scale
+    distances = torch.pdist(sparse)
+    scale = distances[distances > 0].median().item()
+    assert metrics.mmd(x, sparse) == pytest.approx(metrics.mmd(x, sparse, bandwidths=[scale / 4**i for i in range(3)]))
+    one, half = torch.zeros(5, 2), math.exp(-0.5) + math.exp(-8) + math.exp(-128)
+    assert metrics.mmd(one, one) == 0
+    assert metrics.mmd(one + torch.tensor([1.0, 0.0]), one) == pytest.approx(math.sqrt(2 - 2 * half / 3))
 
 
 @pytest.mark.parametrize("metric", TWO_SAMPLE)
@@ -254,7 +261,7 @@ def test_refusals_name_the_fix() -> None:
     with pytest.raises(ValueError, match=r"measures 5 samples, .* got 10"):
         Yardstick(x, 5, generator=generator())(x)
     with pytest.raises(ValueError, match="bandwidths are positive"):
-        metrics.mmd(x, torch.zeros(5, 2))
+        metrics.mmd(x, x, bandwidths=[1.0, 0.0])
     with pytest.raises(ValueError, match="two points or more, got 10 and 1"):
         metrics.mmd(x, x[:1])
     with pytest.raises(ValueError, match="two points or more, got 1 and 10"):
