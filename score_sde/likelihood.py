@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from score_sde.adaptive import PAIRS, Norm, PerSample, integrate, mixed_tolerance, whole_lanes
 from score_sde.brief import Brief
@@ -257,7 +258,7 @@ class GaussianDequantizer(nn.Module):
         generator = torch.Generator(codes.device).manual_seed(seed)
         optimizer = torch.optim.Adam(self.parameters(), learning_rate)
         alpha = float(model.sde.alpha(model.sde.t_min))
-        for _ in range(steps):
+        for _ in tqdm(range(steps), desc="dequantizer", delay=2, leave=False):
             eps = torch.randn(codes.shape, generator=generator, device=codes.device, dtype=torch.float64)
             with torch.enable_grad():
                 u, log_q = self(eps)

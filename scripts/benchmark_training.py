@@ -15,6 +15,7 @@ import train
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from score_sde.checks import whole
 from score_sde.data import Data, TensorData
 from score_sde.evaluation.benchmark import machine
 from score_sde.run import build_model, instantiate
@@ -24,6 +25,7 @@ from score_sde.training.benchmark import training_overhead
 
 @common.main("benchmark_training")
 def main(config: DictConfig) -> None:
+    whole("rounds", config.rounds, 2)
     choices = HydraConfig.get().runtime.choices
     data: Data = random_images(config.images) if config.images else instantiate(config.data, config.trust)
     train.fill_in(config, data, choices)

@@ -62,7 +62,8 @@ def check_values(
 def idle(overrides: Sequence[str], names: Iterable[str], why: str) -> None:
     """Refuses, with ValueError, overrides of these keys or of what is below them."""
     for override in overrides:
-        if re.split(r"[./]", key_of(override))[0] in names:
+        key = key_of(override).replace("/", ".") + "."
+        if any(key.startswith(f"{name}.") for name in names):
             raise ValueError(f"{override} does nothing {why}: leave it out")
 
 
@@ -72,7 +73,8 @@ def unknown(kind: str, name: str, known: Sequence[str], elsewhere: Sequence[str]
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     if not known:
         return f"{name} is new: a {kind} is added by +{name}=<value>"
-    return f"unknown {kind.replace('/', ' ')} {name!r}: {hint}known: {', '.join(known)}"
+    more = "; pip install 'score_sde[sweep]' brings more" if kind in ("hydra/launcher", "hydra/sweeper") else ""
+    return f"unknown {kind.replace('/', ' ')} {name!r}: {hint}known: {', '.join(known)}{more}"
 
 
 def _select(config: DictConfig, key: str) -> Any:

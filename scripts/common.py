@@ -262,7 +262,8 @@ def _warn_of_other_weights(table: Path, folder: Path, step: int | None) -> None:
     if (table.parent / "config.yaml").is_file() and table.parent.resolve() != folder.resolve():
         print(f"{table}: fitted to another run")
     elif fitted != step:
-        print(f"{table}: fitted to the weights of step {fitted}, not of step {step}: fit it again with "
+        what = "an exact target" if fitted is None else f"the weights of step {fitted}"
+        print(f"{table}: fitted to {what}, not to step {step} of this run: fit one with "
               f"python scripts/tune.py run={folder}")  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import torch
 from command_line import idle, listed, typed
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
 from score_sde import ExactScore, ScoreModel, plotting
 from score_sde.data import TargetStream
@@ -80,8 +81,13 @@ def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
     if not config.task:
         idle(overrides, ["restoration"], "without a task")
     else:
-        others = ["samplers", "own", "tables", "target", "exact", "pairs", "metrics", "processes"]
+        others = ["samplers", "own", "tables", "target", "exact", "pairs", "metrics", "processes", "batch_size"]
         idle(overrides, others, f"in task={config.task}, which has the options of restoration")
+        if config.run:
+            idle(overrides, ["num_samples", "restoration.prior"], f"with run={config.run}, whose images are restored")
+        else:
+            with_run = ["restoration.operator", "restoration.count", "restoration.draws"]
+            idle(overrides, with_run, f"in task={config.task} without a run, against an exact posterior")
     if config.run:
         idle(overrides, ["sde"], f"with run={config.run}, which has its own")
     else:
@@ -182,19 +188,15 @@ def write(
                page.text("A sampler is there (excess at most 1) when each metric is within 1.25 of its noise floor, within "
                          "two standard errors of it, or within 1.25 of the best that any sampler reaches on this model."),
                page.folded("Every sampler: its fewest calls", page.table(ranking(table))))  # fmt: skip
-    drawn = {
-        name: list(draw(runs, summary[summary["model"] == name], metrics)) for name, runs in table.groupby("model")
-    }
-    for name, pictures in drawn.items():
-        mark = f", {name} score" if len(drawn) > 1 else ""
-        for stem, title, caption, figure in pictures:
-            figures.save(figure, folder / (f"{name}_{stem}.png" if mark else f"{stem}.png"))
-            report.add(title + mark, page.picture(figure, caption))
-    for name, sheet in sheets(load_samples(folder, table), reference):
-        figures.save(sheet, folder / (f"{name}_samples.png" if len(drawn) > 1 else "samples.png"))
-        title = f"Samples, {name} score" if len(drawn) > 1 else "Samples"
-        report.add(title, page.picture(sheet, "The first seed's samples: a row for each sampler, from the same starting "
-                                       "noise, beside the data. Empty: refused, diverged or failed."))  # fmt: skip
+    drawn = [(name, *picture) for name, runs in table.groupby("model")
+             for picture in draw(runs, summary[summary["model"] == name], metrics)]  # fmt: skip
+    drawn += [(name, "samples", "Samples", "The first seed's samples: a row for each sampler, from the same starting noise, "
+               "beside the data. Empty: refused, diverged or failed.", sheet)
+              for name, sheet in sheets(load_samples(folder, table), reference)]  # fmt: skip
+    several = table["model"].nunique() > 1
+    for name, stem, title, caption, figure in tqdm(drawn, desc="figures", delay=2):
+        file = figures.save(figure, folder / (f"{name}_{stem}.png" if several else f"{stem}.png"))
+        report.add(f"{title}, {name} score" if several else title, page.picture(file, caption))
     report.add("All numbers", page.text("Means over seeds. Click on a column's head to sort."),
                page.table(shown(summary, metrics), SHOWN))  # fmt: skip
     if len(faults(table)):

@@ -65,7 +65,8 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
     common.save_samples(folder, {"before": before, "after": after})
     if before.ndim == 4:
         figures.save(figures.columns(columns), folder / "sheet.png")
-    print(f"{config.task}: {after.shape[1]} results for each of {len(after)} inputs; in {folder}")
+    inputs = "pairs" if config.task == "interpolate" else "inputs"
+    print(f"{config.task}: {after.shape[1]} results for each of {len(after)} {inputs}; in {folder}")
     return folder
 
 

@@ -72,7 +72,8 @@ def write(
         figures.draw(run, model, data, evaluation, samplers, config.seed, folder / "figures")
         if found:
             figures.draw_diagnosis(model, data, found, folder / "figures")
-    print(f"\n{folder}: evaluation.json, evaluation.csv, samples/{', figures/' if config.figures else ''}")
+    written = ["evaluation.json", "evaluation.csv"] + ["diagnostics.csv"] * bool(found) + ["samples/"]
+    print(f"\n{folder}: {', '.join(written + ['figures/'] * bool(config.figures))}")
 
 
 def _sampler_nodes(config: DictConfig, run: Run) -> dict[str, DictConfig]:

@@ -25,8 +25,9 @@ Drawing = Callable[[Path], Path]
 
 
 def draw(
-    run: Run, model: ScoreModel, data: Data, found: Evaluation, samplers: Mapping[str, Any], seed: int, folder: Path
-) -> list[Path]:
+    run: Run, model: ScoreModel, data: Data, found: Evaluation, samplers: Mapping[str, Any], seed: int, folder: Path,
+    progress: bool = True,
+) -> list[Path]:  # fmt: skip
     """Writes every figure that fits the data: densities, score fields, trajectories, sample sheets, losses, a GIF."""
     plane = tuple(data.event_shape) == (2,)
     drawings = evaluation_sheets(data, found)
@@ -41,13 +42,13 @@ def draw(
         drawings["losses.png"] = _png(losses, run)
     if drawable(data):
         drawings["noise_to_data.gif"] = partial(animate, model, next(iter(samplers.values())), seed)
-    return write(drawings, folder)
+    return write(drawings, folder, progress)
 
 
-def write(drawings: Mapping[str, Drawing], folder: Path) -> list[Path]:
+def write(drawings: Mapping[str, Drawing], folder: Path, progress: bool = True) -> list[Path]:
     """The files, drawn one after the other behind a bar."""
     folder.mkdir(exist_ok=True)
-    bar = tqdm(drawings.items(), desc="figures", delay=2)
+    bar = tqdm(drawings.items(), desc="figures", delay=2, disable=not progress)
     return [draw_into(folder / name) for name, draw_into in bar]
 
 

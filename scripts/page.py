@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
+from PIL import Image
 
 STYLE = """
 :root { --ink: #22262c; --soft: #5d6570; --rule: #e1e5ea; --back: #f6f7f9; --accent: #0072b2; }
@@ -107,12 +107,11 @@ def folded(heading: str, *parts: str) -> str:
     return f"<details><summary>{escape(heading)}</summary>\n{''.join(parts)}\n</details>"
 
 
-def picture(figure: Figure, caption: str) -> str:
-    """A figure, embedded as PNG at its own resolution, and what it shows."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    width = round(figure.get_figwidth() * 100)
-    data = base64.b64encode(buffer.getvalue()).decode()
+def picture(file: Path, caption: str) -> str:
+    """A figure's PNG file, embedded at 100 pixels an inch, and what it shows."""
+    with Image.open(file) as image:
+        width = round(100 * image.width / image.info["dpi"][0])
+    data = base64.b64encode(file.read_bytes()).decode()
     return (f'<figure><img width="{width}" alt="{escape(caption)}" src="data:image/png;base64,{data}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>")  # fmt: skip
 

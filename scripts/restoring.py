@@ -40,7 +40,8 @@ def run_task(config: DictConfig) -> Path:
     """Carries out the comparison of a task, on a run's images or on an exact posterior; returns its folder."""
     if config.task not in (*TASKS, "linear"):
         raise ValueError(
-            f"unknown task {config.task!r}; known: {', '.join(TASKS)}, and linear for prior=ring, gaussian"
+            f"unknown task {config.task!r}; known: {', '.join(TASKS)}, and linear with restoration.prior=ring, gaussian "
+            "or gaussian64"
         )
     methods, samplers, solvers = chosen(config.restoration)
     options = {"methods": methods, "samplers": samplers, "solvers": solvers, "seeds": list(config.seeds)}
@@ -84,7 +85,8 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
     title = f"{config.task}, {config.restoration.prior}: {problem.prior!r}, {problem.operator!r}"
     label = "sliced $W_2$ to the exact posterior,\nover its noise floor"
     figures.save(curves(table, "ratio", label, title, "noise floor", 1.0), folder / "posteriors.png")
-    if len(problem.prior.weights) == 1:
+    one_gaussian = len(problem.prior.weights) == 1
+    if one_gaussian:
         certificate = certify_guidance(problem, max(config.budgets), options["methods"])
         certificate.to_csv(folder / "certificate.csv", index=False)
         common.show(certificate)
@@ -92,7 +94,7 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
     for row in table[table["error"] != ""].to_dict("records"):
         print(f"{row['method']} with {row['sampler']}, {row['budget']} steps, seed {row['seed']}: {row['error']}")
     print(f"\nsliced W2 over its noise floor, means of {len(config.seeds)} seeds")
-    print(f"{folder}: posteriors.csv, posteriors.png")
+    print(f"{folder}: {'certificate.csv, ' if one_gaussian else ''}posteriors.csv, posteriors.png")
     return folder
 
 

@@ -64,6 +64,7 @@ def main(config: DictConfig) -> None:
 
 def agreement(data: TensorData, samples: Tensor, labels: Tensor) -> pd.DataFrame:
     """Prints and returns, for each label, the share of samples in which a classifier of labelled data sees it."""
+    print("training a classifier on the labelled data", flush=True)
     train, held_out = data.examples(), data.reference(10_000)
     classifier = DigitClassifier(train.x, train.condition["label"])
     own = classifier.accuracy(held_out.x, held_out.condition["label"])

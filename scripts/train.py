@@ -162,7 +162,7 @@ def finish(
     common.show(evaluation.table)
     drawn = drawing(config)
     if drawn:  # last: no fault of a figure costs the numbers
-        figures.draw(run, model, data, evaluation, samplers, config.seed, run.figures)
+        figures.draw(run, model, data, evaluation, samplers, config.seed, run.figures, config.trainer.progress)
     print(f"\n{run.path}: {'figures/, ' if drawn else ''}samples/, metrics.jsonl, result.json")
     return score
 

@@ -38,6 +38,12 @@ def main(config: DictConfig) -> None:
         raise ValueError("tune for what? give either run=<directory> or target=<name>, e.g. target=ring")
     if config.run:
         idle(typed(), ["sde"], f"with run={config.run}, which has its own")
+    if config.spectrum:
+        idle(
+            typed(),
+            ["samples", "method", "iterations", "starts", "robust", "batch_size", "minutes"],
+            "with spectrum=true",
+        )
     steps, seeds = wholes("steps", listed(config.steps)), wholes("seeds", listed(config.seeds), 0)
     whole("num_samples", config.num_samples, 2)
     for calls in steps:

@@ -102,5 +102,5 @@ def test_refusals():
     times = UniformTimes()(SDE, 2, g)
     with pytest.raises(ValueError, match=r"data\.labels=true"):
         NoisyCrossEntropy()(model, Batch(torch.zeros(2, 2)), times, g)
-    with pytest.raises(ValueError, match="one process and event shape"):
+    with pytest.raises(ValueError, match="one process, got"):
         Classifier(ExactScore(MIXTURE, VPSDE()), model)

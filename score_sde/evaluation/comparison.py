@@ -18,6 +18,7 @@ import os
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -459,7 +460,9 @@ def _sample(bench: Bench, model: ScoreModel, cell: Cell) -> tuple[Witness | None
         noise = BatchNoise(_seed_of(cell.seed, part))
         witness = Witness(noise) if watched else None
         source: dict[str, Any] = {"noise": witness} if watched else {"seed": noise.seed}
-        results.append(cell.solver.sample(model, (size, *model.event_shape), **source))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"\d+ of \d+ samples are not finite")  # which the status will say
+            results.append(cell.solver.sample(model, (size, *model.event_shape), **source))
     seconds = sum(result.seconds for result in results)
     cost = {"nfe": max(result.nfe for result in results), "seconds": seconds,
             "seconds_per_sample": seconds / bench.num_samples}  # fmt: skip

@@ -138,7 +138,8 @@ def course_table(course: Course, tables: Mapping[tuple[str, int], TunedTable], p
     budgets = sorted({calls for _, calls in tables})
     budgets.append(2 * budgets[-1])
     solvers = [(kind, table.record.get("chosen", kind), calls, table) for (kind, calls), table in tables.items()]
-    solvers += [(kind, name, calls, table) for calls in budgets
+    ranking = tqdm(budgets, desc="ranking", disable=not progress, delay=2, leave=False)
+    solvers += [(kind, name, calls, table) for calls in ranking
                 for kind, known in (("untuned", untuned), ("late", begun_late))
                 for name, table in course.ranked(known(course.model.sde, calls)).items()]  # fmt: skip
     rows = [{"kind": "converged", "solver": "converged", "calls": 0, "seed": seed} | course.figures(y, seed)

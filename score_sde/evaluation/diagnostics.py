@@ -11,13 +11,15 @@ Source: Vincent 2011; Lai et al. 2023, https://arxiv.org/abs/2210.04296 (score F
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from score_sde.score import ExactScore, ScoreModel
 from score_sde.sde import SDE, expand
@@ -254,8 +256,11 @@ def diagnose(
     """
     x0 = target.sample((max(2, count // 4),), generator=torch.Generator().manual_seed(seed + 1)).to(model.device)
     shared: dict[str, Any] = {"levels": levels, "seed": seed, "condition": condition}
-    error = score_error(model, target, count=count, **shared)
-    return Diagnosis(error, calibration(model, x0, **shared), consistency(model, x0, **shared))
+    parts: list[Callable[[], Any]] = [
+        partial(score_error, model, target, count=count, **shared),
+        partial(calibration, model, x0, **shared), partial(consistency, model, x0, **shared),
+    ]  # fmt: skip
+    return Diagnosis(*(part() for part in tqdm(parts, desc="diagnosis", delay=2, leave=False)))
 
 
 def _levels(sde: SDE, count: int) -> Tensor:

@@ -213,4 +213,4 @@ def _needed(module: str, extra: str | None) -> Any:
     except ImportError as error:
         install = f"'score_sde[{extra}]'" if extra else "torch-fidelity torchvision"
         raise ImportError(f"{module.partition('.')[0]} is not installed: pip install {install}, or take "
-                          "evaluation.features=[pca]") from error  # fmt: skip
+                          "other features, such as pca") from error  # fmt: skip

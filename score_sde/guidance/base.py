@@ -70,9 +70,11 @@ def check_alike(what: str, model: ScoreModel, other: ScoreModel) -> None:
     """Refuses, with ValueError, two models of different processes or event shapes."""
     t = torch.linspace(model.sde.t_min, model.sde.t_max, 65, dtype=torch.float64)
     kernels = [torch.stack([sde.alpha(t), sde.sigma(t)]) for sde in (model.sde, other.sde)]
-    if tuple(other.event_shape) != tuple(model.event_shape) or not torch.allclose(kernels[0], kernels[1]):
-        raise ValueError(f"{what} takes two models of one process and event shape, got {model.sde!r} on "
-                         f"{tuple(model.event_shape)} and {other.sde!r} on {tuple(other.event_shape)}: "
+    if tuple(other.event_shape) != tuple(model.event_shape):
+        raise ValueError(f"{what} takes two models of one event shape, got {tuple(model.event_shape)} and "
+                         f"{tuple(other.event_shape)}")  # fmt: skip
+    if not torch.allclose(kernels[0], kernels[1]):
+        raise ValueError(f"{what} takes two models of one process, got {model.sde!r} and {other.sde!r}: "
                          "reparameterize(model, sde) brings one to the other's process")  # fmt: skip
 
 

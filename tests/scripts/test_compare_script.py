@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import hydra
 import pandas as pd
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 
-from score_sde import VPSDE, LearnedScore, networks
+from score_sde import VPSDE, LearnedScore, networks, targets
 from score_sde.parameterization import Noise
 from score_sde.tuning import untuned
 
@@ -116,6 +117,14 @@ def test_a_killed_run_is_taken_up_where_it_was(compared: Path, tmp_path: Path) -
 WRONG = {
     "no tables": (["target=ring", "samplers=[tuned]"], "outputs/tuned/ring/vp holds no tables tuned-<calls>.json"),
     "unknown metric": (["target=ring", "metrics=[fid]"], "unknown metric 'fid'"),
+    "posteriors without images": (
+        ["task=superres", "restoration.draws=2"],
+        "restoration.draws=2 does nothing",
+    ),
+    "images without a law": (
+        ["task=superres", "run=x", "restoration.prior=ring"],
+        "does nothing with run=x, whose images",
+    ),
     "nothing can run": (["target=ring", "samplers=annealed_langevin", "budgets=3"], "no sampler could run"),
     "untrusted code": (["target=ring", "+own.x._target_=os.system"], "is refused"),
 }
@@ -152,6 +161,17 @@ class Own(RectifiedFlow): pass
     options = ["task=linear", "restoration.prior=ring", "restoration.methods=[exact]", "restoration.samplers=[ddim]"]
     few = ["budgets=[3]", "seeds=[0]", "num_samples=50", f"output={tmp_path / 'out'}"]
     restoring.run_task(composed(*own, "trust=[own_law]", *options, *few))
+
+
+def test_samples_are_as_many_as_the_held_out_examples_allow(capsys: pytest.CaptureFixture[str]) -> None:
+    config = OmegaConf.create({"run": "runs/few", "num_samples": 2000})
+    compare.fit_to(config, targets.make("ring"))
+    assert config.num_samples == 2000
+    compare.fit_to(config, torch.zeros(301, 2))
+    assert config.num_samples == 150
+    assert capsys.readouterr().out == "num_samples=150, not 2000: runs/few has 301 held-out examples\n"
+    with pytest.raises(ValueError, match=r"runs/few has 3 held-out examples, .* greater data\.held_out"):
+        compare.fit_to(config, torch.zeros(3, 2))
 
 
 def test_labels_of_a_run_are_said_to_be_left_out(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,7 @@ WRONG = {
     "no label of several": ("labelled", ["label=[]"], "label=[] names no class"),
     "an interval of nothing": ("plain", ["guidance.interval=[0.2,2]"], "give label=<number>"),
     "a classifier of another process": (
-        "plain", ["label=3", "guidance=classifier", "guidance.run={elsewhere}"], "one process and event shape"),
+        "plain", ["label=3", "guidance=classifier", "guidance.run={elsewhere}"], "one process, got"),
     "a posterior sampler": ("plain", ["label=3", "guidance=mmps"], "use scripts/edit.py"),
     "a network that knows nothing without labels": ("always labelled", [], "give label=<number>"),
     "bad interval": ("labelled", ["label=3", "guidance.interval=[2,1]"], "0 <= low < high"),

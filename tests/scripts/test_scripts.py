@@ -24,7 +24,8 @@ TINY = ["trainer.steps=4", "trainer.batch_size=16", "trainer.checkpoint_every=2"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    script("train", f"hydra.run.dir={folder}", *TINY, "figures=true", cwd=folder)
+    own = "network.event_shape=${event_shape}"
+    script("train", f"hydra.run.dir={folder}", *TINY, "figures=true", own, cwd=folder)
     return folder
 
 
@@ -36,6 +37,7 @@ def test_training_leaves_a_whole_run(run: Path) -> None:
     assert result["status"] == "finished"
     assert result["step"] == 4
     assert result["ddim/nfe"] == 51
+    assert "network.event_shape=[2]" in result["overrides"]
 
 
 def test_the_other_scripts_read_it(run: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path, capsys: pytes
     assert "fitted to" not in said
     script("train", f"resume={run}", "trainer.steps=4", cwd=tmp_path)
     said = script("sample", f"run={run}", "sampler=tuned", "num_samples=5", cwd=tmp_path)
-    assert "fitted to the weights of step 2, not of step 4: fit it again" in said
+    assert "fitted to the weights of step 2, not to step 4 of this run: fit one" in said
 
     def of(step: int | None = None, name: str = "tuned", **given: object) -> str:
         common.sampler_config(OmegaConf.merge(common.named("sampler", name), given), run, step)
@@ -116,7 +116,8 @@ def test_a_better_table_is_kept_and_the_same_one_not_fitted_again(tmp_path: Path
     ("arguments", "message"),
     [([], "tune for what?"), (["target=ring", "run=x"], "tune for what?"), (["target=ring", "steps=0"], "steps >= 1"),
      (["target=ring", "steps=[3,2.5]"], "steps >= 1, got steps=2.5"),
-     (["target=ring", "method=magic"], "coefficients, grid")],
+     (["target=ring", "method=magic"], "coefficients, grid"),
+     (["target=ring", "spectrum=true", "method=grid"], "method=grid does nothing with spectrum=true")],
 )  # fmt: skip
 def test_wrong_inputs_end_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     said = script("tune", *arguments, *QUICK, cwd=tmp_path, code=1)
