@@ -19,19 +19,12 @@ STARTS.set_forkserver_preload(["score_sde.evaluation", "score_sde.training", "sc
 def script(name: str, *arguments: str, cwd: Path, processes: int = 1, code: int = 0) -> str:
     """What scripts/<name>.py prints; where it is to end with a `code`, what stderr says."""
     command = [str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
-    run = _alone if processes == 1 else _several
-    returned, out, err = run(command, cwd, processes)
+    returned, out, err = _alone(command, cwd) if processes == 1 else _several(command, cwd, processes)
     assert returned == code, out + err
     return out if code == 0 else err
 
 
-def _several(command: Sequence[str], cwd: Path, processes: int) -> tuple[int, str, str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([sys.executable, *launcher, *command], cwd=cwd, capture_output=True, text=True, timeout=600)
-    return done.returncode, done.stdout, done.stderr
-
-
-def _alone(command: Sequence[str], cwd: Path, processes: int) -> tuple[int, str, str]:
+def _alone(command: Sequence[str], cwd: Path) -> tuple[int, str, str]:
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("out", "err")]
         process = STARTS.Process(target=_begin, args=(command, cwd, dict(os.environ), streams))
@@ -53,3 +46,9 @@ def _begin(command: Sequence[str], cwd: Path, environment: Mapping[str, str], st
     own = [str(Path(command[0]).parent), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     sys.path[:0], sys.argv = own, list(command)
     runpy.run_path(command[0], run_name="__main__")
+
+
+def _several(command: Sequence[str], cwd: Path, processes: int) -> tuple[int, str, str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run([sys.executable, *launcher, *command], cwd=cwd, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout, done.stderr
