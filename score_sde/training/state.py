@@ -325,7 +325,7 @@ class TrainingState:
         for model, held in ((self.model, self.place.held), (self._averaged, average.tensors)):
             for i, (weight, tensor) in enumerate(zip(model.parameters(), held, strict=True)):
                 if weight is not tensor:
-                    weight.data = self.place.full(i, tensor.detach()).to(self.device)
+                    weight.data = self.place.full(i, tensor.detach()).to(self.device, weight.dtype)
         for shown, current in zip(self._averaged.buffers(), self.model.buffers(), strict=True):
             shown.copy_(current)
         return self.model.to(self.device).eval(), self._averaged.to(self.device).eval()

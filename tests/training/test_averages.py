@@ -27,6 +27,13 @@ def test_widths_without_a_positive_exponent_are_refused(std):
         PowerFunction(std)
 
 
+def test_averages_of_half_precision_weights_do_not_stand_still():
+    average = EMA([torch.zeros(3, dtype=torch.bfloat16)], lambda *_: 0.9999)
+    for n in range(1000):
+        average.update([torch.ones(3, dtype=torch.bfloat16)], 1, n)
+    assert average.tensors[0].tolist() == pytest.approx([1 - 0.9999**1000] * 3, rel=1e-4)
+
+
 def test_a_power_function_average_of_time_is_its_mean_and_has_its_width():
     # theta(tau) = tau and tau^2: moments of the density (gamma + 1) tau^gamma / n^(gamma + 1).
     average = EMA([torch.zeros(2, dtype=torch.float64)], PowerFunction(0.1))
