@@ -80,7 +80,7 @@ def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path, capsys: pytes
         return capsys.readouterr().out
 
     for given in ({}, {"calls": 2}, {"table": str(run / "tuned-2.json")}):
-        assert "fitted to the weights of step 2, not of step 4" in of(**given)
+        assert "fitted to the weights of step 2, not to step 4" in of(**given)
         assert of(step=2, **given) == ""
     assert of(name="spectrum") == ""
     other = tmp_path / "other"
