@@ -69,7 +69,10 @@ def write(
         write_atomically(folder / "diagnostics.csv", found.table.to_csv(index=False))
         common.show(found.table[::3])
     if config.figures:  # last: no fault of a figure costs the numbers
-        figures.draw(run, model, data, evaluation, samplers, config.seed, folder / "figures")
+        if sheets := figures.evaluation_sheets(data, evaluation):
+            figures.write(sheets, folder / "figures")
+        else:
+            figures.draw(run, model, data, evaluation, samplers, config.seed, folder / "figures")
         if found:
             figures.draw_diagnosis(model, data, found, folder / "figures")
     written = ["evaluation.json", "evaluation.csv"] + ["diagnostics.csv"] * bool(found) + ["samples/"]

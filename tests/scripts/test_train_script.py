@@ -160,6 +160,9 @@ def test_a_model_that_is_trained_with_labels_alone_is_never_asked_without_one(tm
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all({"eval/sliced_w2", "eval/FD (pixels)", "eval/memorised"} <= row.keys() for row in rows)
     assert np.load(run / "samples/ddim.npy").shape == (40, 1, 8, 8)
+    asked = ["sampler=heun", "sampler.grid.steps=3", "label=[0,1,2,3,4,5,6,7,8,9]", "num_samples=20", "trust=[strict]"]
+    script("evaluate", f"run={run}", *asked, f"output={tmp_path / 'out'}", cwd=tmp_path)
+    assert set(os.listdir(tmp_path / "out/figures")) == {"samples_heun.png", "nearest_heun.png"}
 
 
 def test_labels_of_samples_have_the_frequencies_of_the_data() -> None:
