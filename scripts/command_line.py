@@ -39,10 +39,11 @@ def check(config: DictConfig) -> None:
     """
     own = HydraConfig.get()
     groups = {*own.runtime.choices, *GlobalHydra.instance().config_loader().list_groups("")}
-    values = [override for override in typed() if key_of(override) not in groups and "/" not in key_of(override)]
+    overrides = typed()
+    values = [override for override in overrides if key_of(override) not in groups and "/" not in key_of(override)]
     if not values:
         return
-    choices = [override for override in typed() if override not in values]
+    choices = [override for override in overrides if override not in values]
     search = [override for override in own.overrides.hydra if key_of(override) == "hydra.searchpath"]
     check_values(values, hydra.compose(own.job.config_name, [*choices, *search]), config, own.overrides.hydra)
 
