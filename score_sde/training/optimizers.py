@@ -68,17 +68,29 @@ class Optimizer:
         # The fused step skips itself where `found_inf` is 1, so that nothing has to wait for the device.
         self.adamw.found_inf = (~good).float()  # type: ignore[attr-defined]
         self.adamw.step()
-        if self.muon is not None and bool(good):  # Muon cannot skip itself: it waits
-            for weight, matrix in self.matrices:
-                matrix.grad = None if weight.grad is None else _matrix(weight.grad)
-            self.muon.step()
+        if self.muon is not None:
+            self._step_or_undo(self.muon, good)
+
+    @torch.no_grad()
+    def _step_or_undo(self, muon: torch.optim.Optimizer, good: Tensor) -> None:
+        """Muon cannot skip itself, and to ask first would wait for the device: a step that was not good is taken back."""
+        changed = [part for _, matrix in self.matrices for part in (matrix, muon.state[matrix]["momentum_buffer"])]
+        before = [part.clone() for part in changed]
+        for weight, matrix in self.matrices:
+            matrix.grad = None if weight.grad is None else _matrix(weight.grad)
+        muon.step()
+        for part, old in zip(changed, before, strict=True):
+            part.copy_(torch.where(good, part, old))
 
 
 def _muon(matrices: Sequence[nn.Parameter], weight_decay: float) -> torch.optim.Optimizer:
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"optimizer='muon' needs torch 2.9 or newer, this is {torch.__version__}: use 'adamw'")
     options: dict[str, Any] = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return torch.optim.Muon(matrices, **options)
+    muon = torch.optim.Muon(matrices, **options)
+    for matrix in matrices:  # which it would make at its first step
+        muon.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+    return muon
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -134,8 +134,10 @@ def test_a_muon_step_has_orthogonal_direction_and_the_size_of_an_adamw_step(layo
     exact = -(u @ v)
     assert torch.cosine_similarity(update.flatten(), exact.flatten(), dim=0) > 0.98
     before = weight.detach().clone()
+    weight.grad = torch.full_like(weight, torch.nan)
     optimizer.step(0.1, torch.tensor(False))
     assert torch.equal(weight, before)
+    assert all(state["momentum_buffer"].isfinite().all() for state in optimizer.muon.state.values())
 
 
 def test_muon_learns_and_resumes_exactly(tmp_path):
