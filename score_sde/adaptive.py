@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from score_sde.checks import one_of, whole
+from score_sde.copies import Copies
 from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
 from score_sde.sampler import ErrorControlled, SampleResult, begin
@@ -102,8 +103,8 @@ class RungeKutta(Pair):
         self.inner = [node for node in c if node != 1]  # the stages before the step's end, each at a time of its own
         self.level = [min(i, len(self.inner)) for i in range(len(c))]
         rows = [*a, error]
-        self.columns = [[row[j] for row in rows[j:]] for j in range(len(rows))]  # weights of k_j in what comes after it
-        self._copies: dict[tuple[torch.dtype, torch.device, int], list[Tensor]] = {}
+        weights = {f"k{j}": [row[j] for row in rows[j:]] for j in range(len(rows))}  # of k_j in what comes after it
+        self.columns = Copies(**{name: torch.tensor(column, dtype=torch.float64) for name, column in weights.items()})
 
     def attempt(self, field: Field, y: Tensor, slope: Tensor, u: Tensor, v: Tensor, ids: Tensor) -> Attempt:
         h = v - u
@@ -120,12 +121,7 @@ class RungeKutta(Pair):
 
     def _weights(self, y: Tensor) -> list[Tensor]:
         """The columns in y's dtype, on its device, to go before its dimensions."""
-        key = (y.dtype, y.device, y.ndim)
-        if key not in self._copies:
-            self._copies[key] = [
-                torch.tensor(column, dtype=torch.float64).to(y).view(-1, *[1] * y.ndim) for column in self.columns
-            ]
-        return self._copies[key]
+        return [column.view(-1, *[1] * y.ndim) for column in self.columns.like(y).values()]
 
     def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
         for row, stage in zip(self.dense, stages, strict=True):
@@ -296,9 +292,14 @@ def default_block(y: Tensor) -> int:
     return len(y) if y.device.type != "cpu" else max(64, 2**17 // elements)
 
 
+def first_step(pair: Pair, u_start: float, u_end: float, tolerance: float) -> float:
+    """The length of a first step: the share tolerance^(1 / order) of the way, a fifth of it at most."""
+    return abs(u_end - u_start) * min(0.2, tolerance ** (1 / pair.order))
+
+
 def integrate(
     field: Field, pair: Pair, y: Tensor, u_start: float, u_end: float, norm: Norm, first: float, *,
-    times: Tensor | None = None, block: int | None = None, progress: bool = False, unit: str = "u",
+    times: Tensor | None = None, block: int | None = None, progress: bool = False,
     spent: Callable[[], int] | None = None,
 ) -> Solution:  # fmt: skip
     """Integrates dy/du = field from u_start to u_end, every sample with its own step sizes.
@@ -314,7 +315,6 @@ def integrate(
         times: float64 times between u_start and u_end, in the direction of travel, at which the solution is wanted.
         block: how many samples are worked on at once; see `default_block`.
         progress: show a bar.
-        unit: what u is, for messages.
         spent: what all evaluations so far have cost, if that is not one each.
 
     Raises:
@@ -439,8 +439,10 @@ class _Run:
         stuck = self.h.abs() < self.shortest
         if stuck.any():
             place = int(stuck.nonzero()[0])
-            raise RuntimeError(f"the step size of sample {int(self.ids[place])} vanished at u={self.u[place]:g}: "
-                               "the model's output there is not finite or has a jump")  # fmt: skip
+            way = f"vanished at {self.u[place]:g} on the way from {self.start:g} to {self.end:g}"
+            raise RuntimeError(
+                f"the step size of sample {int(self.ids[place])} {way}: the model's output there is not finite or has a jump"
+            )
 
 
 class PerSample:
@@ -463,7 +465,7 @@ class PerSample:
         """D(x, t), t of shape (samples,) and ids the samples' places in the batch."""
         return self.predict(x, t, ids).denoised
 
-    def predict(self, x: Tensor, t: Tensor, ids: Tensor) -> Prediction:
+    def predict(self, x: Tensor, t: Time, ids: Tensor) -> Prediction:
         """The model's whole prediction, likewise."""
         own = {name: value[ids] for name, value in self.own.items()}
         prediction = self.model(x, t, **self.shared, **own)
@@ -659,8 +661,7 @@ class AdaptiveODE(ErrorControlled):
         kind = DenoisedField if isinstance(pair, Exponential) else StandardField
         field = kind(PerSample(model, condition, len(x)), model.data_std, x)
         u_start, u_end = float(field.u(t_start)), float(field.u(t_end))
-        tolerance = self.rtol + self.atol
-        first = abs(u_end - u_start) * min(0.2, tolerance ** (1 / pair.order))
+        first = first_step(pair, u_start, u_end, self.rtol + self.atol)
         norm = field.norm(self.rtol, self.atol)
         inner = None if times is None else field.u(times)
         begin = field.state(x, t_start)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def quadratic(sde: SDE, steps: int) -> Tensor:
 
 def log_snr(sde: SDE, steps: int) -> Tensor:
     """Equal steps in lambda = log(alpha / sigma) (Lu et al. 2022, https://arxiv.org/abs/2206.00927, section 4.3)."""
-    first, last = sde.half_log_snr(sde.t_max), sde.half_log_snr(sde.t_min)
+    first, last = sde.half_log_snr_range
     return _between(sde, sde.time_at(first + _fractions(steps) * (last - first)))
 
 
@@ -91,8 +92,8 @@ def karras(sde: SDE, steps: int, rho: float = 7.0) -> Tensor:
     """
     if not 0 < number("rho", rho) < math.inf:
         raise ValueError(f"the Karras grid needs a finite rho > 0, got rho={rho}")
-    first, last = ((-sde.half_log_snr(t) / rho).exp() for t in (sde.t_max, sde.t_min))
-    return _between(sde, sde.time_at(-rho * (first + _fractions(steps) * (last - first)).log()))
+    first, last = (level ** (1 / rho) for level in sde.noise_level_range)
+    return _between(sde, sde.time_at_noise_level((first + _fractions(steps) * (last - first)) ** rho))
 
 
 exponential = log_snr  # equal ratios of the noise level, under k-diffusion's name
@@ -106,7 +107,7 @@ def poly_exponential(sde: SDE, steps: int, rho: float = 1.0) -> Tensor:
     """
     if not 0 < number("rho", rho) < math.inf:
         raise ValueError(f"the poly-exponential grid needs a finite rho > 0, got rho={rho}")
-    first, last = sde.half_log_snr(sde.t_max), sde.half_log_snr(sde.t_min)
+    first, last = sde.half_log_snr_range
     return _between(sde, sde.time_at(last + (first - last) * (1 - _fractions(steps)) ** rho))
 
 
@@ -118,7 +119,7 @@ def hyperbolic(sde: SDE, steps: int, bend: float = 2.5) -> Tensor:
     """
     if not 0 < bend < math.inf:
         raise ValueError(f"the hyperbolic grid needs a finite bend > 0, got bend={bend}")
-    first, last = sde.half_log_snr(sde.t_max), sde.half_log_snr(sde.t_min)
+    first, last = sde.half_log_snr_range
     place = torch.sinh(bend * (2 * _fractions(steps) - 1)) / math.sinh(bend)
     return _between(sde, sde.time_at((first + last) / 2 + (last - first) / 2 * place))
 
@@ -128,8 +129,8 @@ def cosine(sde: SDE, steps: int) -> Tensor:
 
     Source: Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17; Salimans & Ho 2022, appendix D.
     """
-    first, last = ((-sde.half_log_snr(t)).exp().atan() for t in (sde.t_max, sde.t_min))
-    return _between(sde, sde.time_at(-(first + _fractions(steps) * (last - first)).tan().log()))
+    first, last = map(math.atan, sde.noise_level_range)
+    return _between(sde, sde.time_at_noise_level((first + _fractions(steps) * (last - first)).tan()))
 
 
 def beta(sde: SDE, steps: int, a: float = 0.6, b: float = 0.6) -> Tensor:
@@ -151,14 +152,11 @@ def iddpm(sde: SDE, steps: int, C_1: float = 0.001, C_2: float = 0.008, M: int =
     abar_j = sin^2(pi / 2 j / (M (C_2 + 1))). Between two levels log u is linear in j; the grid ends at the SDE's own
     levels, also where these lie beyond the table's, 0.0064 to 20,291. Source: Karras et al. 2022, table 1.
     """
-    import numpy as np
-
     abar = np.sin(np.pi / 2 * np.arange(M + 1) / (M * (C_2 + 1))) ** 2
     ratio = np.maximum(abar[:-1] / abar[1:], C_1)  # index j - 1
     levels = np.sqrt(np.cumprod(1 / ratio[::-1])[::-1] - 1)  # u_0 ... u_{M-1}: (u_{j-1}^2 + 1) = (u_j^2 + 1) / ratio
     noise, order = np.log(levels[::-1]), np.arange(M)[::-1].astype(float)  # increasing in noise
-    first, last = (-sde.half_log_snr(t).item() for t in (sde.t_max, sde.t_min))
-    start, stop = np.interp([first, last], noise, order)
+    start, stop = np.interp(np.log(sde.noise_level_range), noise, order)
     index = start + _fractions(steps).numpy() * (stop - start)
     return _between(sde, sde.time_at(-torch.from_numpy(np.interp(index, order[::-1], noise[::-1]))))
 
@@ -189,14 +187,13 @@ def tabulated(sde: SDE, steps: int, levels: str | Sequence[float], stretch: bool
     if len(table) < 2 or not (table > 0).all() or not (table.diff() < 0).all():
         raise ValueError(f"levels are at least two positive numbers that decrease, got {table.tolist()[:8]}")
     place = _fractions(steps) * (len(table) - 1)
-    index = place.floor().long().clamp(max=len(table) - 2)
-    noise = torch.lerp(table.log()[index], table.log()[index + 1], place - index)
-    first, last = -sde.half_log_snr(sde.t_max), -sde.half_log_snr(sde.t_min)
+    noise = torch.from_numpy(np.interp(place, np.arange(len(table)), table.log()))
+    first, last = map(math.log, sde.noise_level_range)
     if stretch:
         return _between(sde, sde.time_at(-(last + (noise - noise[-1]) / (noise[0] - noise[-1]) * (first - last))))
     if noise[0] > first + 1e-9 or noise[-1] < last - 1e-9:
         raise ValueError(f"levels {table[0].item():g} to {table[-1].item():g} reach beyond {sde!r}'s own, "
-                         f"{first.exp().item():g} to {last.exp().item():g}: use stretch=True")  # fmt: skip
+                         f"{math.exp(first):g} to {math.exp(last):g}: use stretch=True")  # fmt: skip
     return sde.time_at(-noise)
 
 
@@ -248,11 +245,11 @@ def churn(
     if not (S_churn >= 0 and 0 <= S_min <= S_max):
         raise ValueError(f"churn needs S_churn >= 0 and 0 <= S_min <= S_max, got {S_churn=}, {S_min=}, {S_max=}")
     times = check(_based(base, steps)(sde), sde)
-    level = -sde.half_log_snr(times)
+    level = sde.noise_level(times)
     gamma = min(S_churn / len(times), math.sqrt(2) - 1)
-    inside = (level.exp() >= S_min) & (level.exp() <= S_max)
+    inside = (level >= S_min) & (level <= S_max)
     inside[-1] = False
-    raised = sde.time_at(-torch.where(inside, level + math.log1p(gamma), level)).clamp(max=sde.t_max)
+    raised = sde.time_at_noise_level(torch.where(inside, (1 + gamma) * level, level)).clamp(max=sde.t_max)
     grown = inside & (raised > times)
     return torch.stack([times, raised], 1).flatten()[torch.stack([torch.ones_like(grown), grown], 1).flatten()]
 
@@ -267,7 +264,7 @@ def restart(
     Source: Xu et al. 2023, https://arxiv.org/abs/2306.14878, algorithm 1.
     """
     times = check(_based(base, steps)(sde), sde)
-    levels = (-sde.half_log_snr(times)).exp()
+    levels = sde.noise_level(times)
     jumps: dict[int, Tensor] = {}
     for low, high, down, repeats in intervals:
         place = int((levels - low).abs().argmin())
@@ -276,11 +273,55 @@ def restart(
             raise ValueError("a restart interval is (low, high, down, repeats), low < high within the grid's levels "
                              f"and repeats >= 1; got {(low, high, down, repeats)}")  # fmt: skip
         fall = (high ** (1 / 7) + _fractions(down) * (bottom ** (1 / 7) - high ** (1 / 7))) ** 7
-        inner = sde.time_at(-fall[:-1].log())
+        inner = sde.time_at_noise_level(fall[:-1])
         jumps[place] = torch.cat(
             [jumps.get(place, times[:0]), torch.cat([inner, times[place : place + 1]]).repeat(repeats)]
         )
     return torch.cat([torch.cat([times[i : i + 1], jumps.get(i, times[:0])]) for i in range(len(times))])
+
+
+def jump_back(sde: SDE, base: Grid, length: int = 10, repeats: int = 10, low: float = 0.0) -> Tensor:
+    """RePaint's resampling: after every `length` steps of the base grid, `repeats` - 1 times back up and down again.
+
+    A grid of N steps becomes one of `repeats` N steps down, with a jump up before each repeat; a jump costs no call.
+    Source: Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865, section 4.2 and appendix.
+
+    Args:
+        sde: the forward process.
+        base: the grid to repeat, e.g. `functools.partial(grid.uniform, steps=250)`.
+        length: steps of one jump, 1 or more.
+        repeats: how often each stretch is gone through, 1 (no jump) or more.
+        low: the noise level sigma / alpha below which no stretch is repeated. With `Impute` of noisy observations,
+            noise_std / operator.least_singular_value(): below it nothing knows of y, and each repeat forgets more of it.
+
+    Raises:
+        ValueError: length or repeats is below 1.
+    """
+    length, repeats = whole("length", length), whole("repeats", repeats)
+    times = base(sde)
+    level, parts = sde.noise_level(times), [times[:1]]
+    for first in range(1, len(times), length):
+        stretch = times[first : first + length]
+        parts.append(stretch)
+        if level[first : first + length][-1] >= low:
+            parts += [times[first - 1 : first], stretch] * (repeats - 1)
+    return torch.cat(parts)
+
+
+# --- a part of a grid ------------------------------------------------------------------------------------------------
+
+
+def below(sde: SDE, base: Grid, time: float) -> Tensor:
+    """The base grid from `time` down: `time` itself and what follows the base's last descent through it.
+
+    Raises:
+        ValueError: the time does not lie above the grid's end, within (t_min, t_max].
+    """
+    times = base(sde)
+    if not times[-1].item() < time <= sde.t_max:
+        raise ValueError(f"a start at time={time:g} must lie in ({times[-1].item():g}, {sde.t_max:g}]")
+    first = int((times >= time).nonzero()[-1]) + 1 if (times >= time).any() else 0
+    return torch.cat([times.new_tensor([time]), times[first:]])
 
 
 # --- where on a grid a corrector acts ---------------------------------------------------------------------------------
@@ -288,7 +329,7 @@ def restart(
 
 def within(sde: SDE, times: Tensor, low: float = 0.0, high: float = math.inf) -> Tensor:
     """The grid times whose noise level sigma / alpha lies in [low, high], as a mask (see `Sampler`)."""
-    level = (-sde.half_log_snr(times)).exp()
+    level = sde.noise_level(times)
     return (level >= low) & (level <= high)
 
 

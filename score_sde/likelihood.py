@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from score_sde.adaptive import PAIRS, Norm, PerSample, integrate, mixed_tolerance, whole_lanes
+from score_sde.adaptive import PAIRS, Norm, PerSample, first_step, integrate, mixed_tolerance, whole_lanes
 from score_sde.brief import Brief
 from score_sde.checks import one_of, tensor, whole
 from score_sde.memory import keep_freed_memory
@@ -142,7 +142,9 @@ def log_likelihood(
     latent = alpha * flow.scale(flow.s_max) * state[:, : flow.size].unflatten(1, flow.shape)
     log_terminal, draws = law(latent), state[:, flow.size :]
     stretch = flow.size * math.log(alpha * flow.scale(flow.s_max) / flow.scale(flow.s_min))
-    end, calls = _truncation(flow), calls + 1
+    before = flow.model.spent
+    end = _truncation(flow)
+    calls = calls + flow.model.spent - before
     log_prob = log_terminal + draws.mean(1) + stretch + (end if truncation == "tweedie" else 0.0)
     exact = torch.zeros_like(log_prob) if divergence == "exact" else torch.full_like(log_prob, math.nan)
     std_error = draws.std(1) / math.sqrt(trace.count) if trace.count > 1 else exact
@@ -338,9 +340,9 @@ class _Flow:
         scale = math.sqrt(2) * (model.data_std if sigma_data is None else sigma_data)
         if not 0 < scale < math.inf:
             raise ValueError(f"sigma_data is the positive standard deviation of the data, got {sigma_data}")
-        self.model, self.sde, self.trace, self.calls = PerSample(model, condition, len(x)), model.sde, trace, 0
+        self.model, self.sde, self.trace = PerSample(model, condition, len(x)), model.sde, trace
         self.x, self.shape, self.size = x, x.shape[1:], math.prod(x.shape[1:])
-        self.s_min, self.s_max = (math.exp(-float(self.sde.half_log_snr(t))) for t in (self.sde.t_min, self.sde.t_max))
+        self.s_max, self.s_min = self.sde.noise_level_range
         # Near s = 0 a rounding error of n counts (k / s)^2 fold: k stays within reach of s_min in single precision.
         finest = scale / 64 if x.dtype == torch.float64 else min(scale / 64, 32 * self.s_min)
         self.c2, self.k2 = scale**2, finest**2
@@ -373,7 +375,7 @@ class _Flow:
     def _levels(self, u: Tensor) -> tuple[Tensor, ...]:
         ratio = torch.expm1(-u * u)
         s = ((self.k2 - self.c2) / ratio - self.c2).clamp_min(0).sqrt().clamp(self.s_min, self.s_max)
-        t = self.sde.time_at(-s.log()).clamp(self.sde.t_min, self.sde.t_max)
+        t = self.sde.time_at_noise_level(s).clamp(self.sde.t_min, self.sde.t_max)
         r2 = s * s + self.c2
         speed = -u * (s * s + self.k2) * r2 / (s * s * (self.c2 - self.k2))
         return t, self.sde.alpha(t) * r2.sqrt(), self.sde.sigma(t), speed, speed * s / r2.sqrt(), speed * s * s / r2
@@ -387,12 +389,10 @@ class _Flow:
 
     def noise(self, x: Tensor, t: Tensor, sigma: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """n and the columns of sigma tr(dn / dx) at flat points x, both float64, from one call of the model."""
-        self.calls += 1
-        own = {name: value[ids] for name, value in self.model.own.items()}
         time = t.item() if t.ndim == 0 else t
 
         def evaluate(v: Tensor) -> Tensor:
-            return self.model.model(v, time, **self.model.shared, **own).noise
+            return self.model.predict(v, time, ids).noise
 
         at = x.unflatten(1, self.shape).to(self.x.dtype)
         if self.trace is None:
@@ -439,17 +439,19 @@ def _integrate(
 ) -> tuple[Tensor, Tensor]:
     """The state at ends[1] and the calls of the model for each sample."""
     keep_freed_memory()
-    ids, before = torch.arange(len(start), device=start.device), flow.calls
+    ids, model = torch.arange(len(start), device=start.device), flow.model
+    before = model.spent
     if method in ON_DEVICE:
-        first = abs(ends[1] - ends[0]) * min(0.2, (rtol + atol) ** (1 / 5))
-        found = integrate(flow, PAIRS[method](), start, *ends, flow.norm(rtol, atol), first, unit="w")
+        pair = PAIRS[method]()
+        first = first_step(pair, *ends, rtol + atol)
+        found = integrate(flow, pair, start, *ends, flow.norm(rtol, atol), first, spent=lambda: model.spent)
         return found.y, found.calls
 
     def field(w: float, state: Tensor) -> Tensor:
         return flow(state, flow.levels(torch.tensor(w, dtype=torch.float64)), ids)
 
     if method == "adams":
-        return _adams(field, start, ends, steps or 118), torch.full_like(ids, flow.calls - before)
+        return _adams(field, start, ends, steps or 118), torch.full_like(ids, model.spent - before)
 
     def flat(w: float, state: np.ndarray) -> np.ndarray:
         return field(w, torch.from_numpy(state).to(start.device).view_as(start)).flatten().cpu().numpy()
@@ -460,7 +462,7 @@ def _integrate(
     if not solution.success:
         raise RuntimeError(f"{method} failed: {solution.message} Loosen rtol and atol, or take another method.")
     end = torch.from_numpy(solution.y[:, -1].copy()).to(start.device).view_as(start)
-    return end, torch.full_like(ids, flow.calls - before)
+    return end, torch.full_like(ids, model.spent - before)
 
 
 def _adams(field: Callable[[float, Tensor], Tensor], state: Tensor, ends: tuple[float, float], steps: int) -> Tensor:

@@ -127,7 +127,7 @@ class Karras(Parameterization):
         super().__init__(sigma_data)
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, s = sde.alpha(t), (-sde.half_log_snr(t)).exp()
+        alpha, s = sde.alpha(t), sde.noise_level(t)
         total = s**2 + self.sigma_data**2
         return self.sigma_data**2 / (total * alpha), s * self.sigma_data * total.rsqrt()
 

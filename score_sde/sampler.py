@@ -31,7 +31,7 @@ from score_sde.noise import BatchNoise, NoiseSource, Stream
 from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, as_time
-from score_sde.steps.linear import Carry, LinearRow
+from score_sde.steps.linear import Carry, LinearRow, Renoise
 from score_sde.steps.step import Draw, History, Step
 from score_sde.steps.tabulated import Table, Tabulated
 
@@ -200,16 +200,6 @@ def _shown(part: Any) -> str:
         )
         return f"partial({_shown(part.func)}, {bound})"
     return getattr(part, "__name__", None) or repr(part)
-
-
-class Renoise(Carry):
-    """x_s = alpha_s / alpha_t x + G z for s noisier than t: the exact forward transition."""
-
-    point_mass = True
-
-    def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-        scale, std = sde.transition_kernel(times[0], s)
-        return scale, [], std
 
 
 class Sampler:

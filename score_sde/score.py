@@ -316,22 +316,14 @@ class ExactScore(ScoreModel):
         return f"ExactScore({self.target!r}, {self.sde!r})"
 
 
-OUTSIDE = ("restrict", "refuse")
+class WrappedScore(ScoreModel):
+    """A score model around another, which keeps what it does not change: SDE, event shape, conditions, device and start."""
 
-
-class ReparameterizedScore(ScoreModel):
-    """A model of one SDE seen in another's coordinates; see `reparameterize`."""
-
-    def __init__(self, model: ScoreModel, sde: SDE, outside: str) -> None:
+    def __init__(self, model: ScoreModel) -> None:
         if not isinstance(model, ScoreModel):
-            raise TypeError(f"reparameterize(model, sde) takes a score model, got {model!r}")
-        _check_sde(sde)
-        self.model, self.sde = model, _common_range(model.sde, sde, one_of("outside", outside, OUTSIDE))
-        self.event_shape, self.data_std = tuple(model.event_shape), model.data_std
-        self.condition_names, self.num_classes = model.condition_names, model.num_classes
-        slack = 1e-6 * (self.sde.t_max - self.sde.t_min)  # times may come in single precision
-        self._range = (self.sde.t_min - slack, self.sde.t_max + slack)
-        self._levels: dict[float, tuple[float, float, float, float]] = {}
+            raise TypeError(f"{type(self).__name__} wraps a ScoreModel, got {type(model).__name__}")
+        self.model, self.sde, self.event_shape = model, model.sde, tuple(model.event_shape)
+        self.condition_names, self.data_std, self.num_classes = model.condition_names, model.data_std, model.num_classes
 
     @property
     def device(self) -> torch.device:
@@ -340,6 +332,41 @@ class ReparameterizedScore(ScoreModel):
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
+
+    def per_sample(self, name: str, value: Any, batch: int) -> bool:
+        return self.model.per_sample(name, value, batch)
+
+    def start(self, z: Tensor) -> Tensor:
+        return self.model.start(z)
+
+    def clean_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.clean_moments(like)
+
+    def prepare(self, times: Iterable[float]) -> None:
+        self.model.prepare(times)
+
+    def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None:
+        super().check(shape, condition)
+        own = {name: value for name, value in condition.items() if name in self.model.condition_names}
+        self.model.check(shape, own)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model!r})"
+
+
+OUTSIDE = ("restrict", "refuse")
+
+
+class ReparameterizedScore(WrappedScore):
+    """A model of one SDE seen in another's coordinates; see `reparameterize`."""
+
+    def __init__(self, model: ScoreModel, sde: SDE, outside: str) -> None:
+        super().__init__(model)
+        _check_sde(sde)
+        self.sde = _common_range(model.sde, sde, one_of("outside", outside, OUTSIDE))
+        slack = 1e-6 * (self.sde.t_max - self.sde.t_min)  # times may come in single precision
+        self._range = (self.sde.t_min - slack, self.sde.t_max + slack)
+        self._levels: dict[float, tuple[float, float, float, float]] = {}
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         alpha, sigma, inner, ratio = self._level(t)
@@ -358,16 +385,10 @@ class ReparameterizedScore(ScoreModel):
         _remember(self._levels, dict(zip(times, rows, strict=True)))
         self.model.prepare(columns[2].tolist())
 
-    def per_sample(self, name: str, value: Any, batch: int) -> bool:
-        return self.model.per_sample(name, value, batch)
-
     def start(self, z: Tensor) -> Tensor:
         """The model's own start at the noise level of this t_max, on this path."""
         _, _, inner, ratio = self._level(self.sde.t_max)
         return (self.model.start_at(z.double(), float(inner)) / ratio).to(z)
-
-    def clean_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.clean_moments(like)
 
     def _level(self, t: Time) -> tuple[Coefficient, Coefficient, Time, Coefficient]:
         """alpha and sigma here, the model's time of the same noise level, and its alpha over this one."""
@@ -428,15 +449,16 @@ def reparameterize(model: ScoreModel, sde: SDE, outside: str = "restrict") -> Sc
     Raises:
         ValueError: the two ranges of noise levels have nothing in common, or one is refused.
     """
+    if not isinstance(model, ScoreModel):
+        raise TypeError(f"reparameterize(model, sde) takes a score model, got {model!r}")
     kind = ReparameterizedDensity if hasattr(type(model), "log_prob") else ReparameterizedScore
     return kind(model, sde, outside)
 
 
 def _common_range(known: SDE, sde: SDE, outside: str) -> SDE:
     """`sde`, or a copy of it whose t_min and t_max have noise levels that `known` has too."""
-    first, last = float(sde.half_log_snr(sde.t_max)), float(sde.half_log_snr(sde.t_min))
-    low = max(first, float(known.half_log_snr(known.t_max)))
-    high = min(last, float(known.half_log_snr(known.t_min)))
+    (first, last), (lowest, highest) = sde.half_log_snr_range, known.half_log_snr_range
+    low, high = max(first, lowest), min(last, highest)
     if low >= high:
         raise ValueError(f"{sde!r} and the model's {known!r} have no noise levels in common")
     wide = 1e-9 * (high - low)

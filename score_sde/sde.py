@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
+from score_sde.copies import Copies
+
 Time = Tensor | float
 
 
@@ -114,6 +116,28 @@ class SDE(ABC):
     def half_log_snr(self, t: Time) -> Tensor:
         """lambda(t) = log(alpha(t) / sigma(t)), strictly decreasing in t."""
         return self.alpha(t).log() - self.sigma(t).log()
+
+    def snr(self, t: Time) -> Tensor:
+        """The signal-to-noise ratio alpha^2 / sigma^2 = exp(2 lambda), for data of unit variance."""
+        return (2 * self.half_log_snr(t)).exp()
+
+    def noise_level(self, t: Time) -> Tensor:
+        """s(t) = sigma(t) / alpha(t) = exp(-lambda), the noise of x / alpha in the data's unit: EDM's sigma."""
+        return (-self.half_log_snr(t)).exp()
+
+    def time_at_noise_level(self, level: Time) -> Tensor:
+        """The time t at which s(t) takes the given positive value; the inverse of `noise_level`."""
+        return self.time_at(-as_time(level).log())
+
+    @property
+    def half_log_snr_range(self) -> tuple[float, float]:
+        """lambda where sampling starts and where it ends: (lambda(t_max), lambda(t_min))."""
+        return float(self.half_log_snr(self.t_max)), float(self.half_log_snr(self.t_min))
+
+    @property
+    def noise_level_range(self) -> tuple[float, float]:
+        """s where sampling starts and where it ends: (s(t_max), s(t_min))."""
+        return float(self.noise_level(self.t_max)), float(self.noise_level(self.t_min))
 
     def time_at(self, half_log_snr: Time) -> Tensor:
         """The time t at which lambda(t) takes the given value; the inverse of `half_log_snr`.
@@ -476,7 +500,7 @@ class DiscreteSDE(SDE):
         self.ladder, self.variance_preserving = ladder, variance_preserving
         self.num_steps = len(ladder)
         self.t_max = float(self.num_steps - 1)
-        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._copies = Copies(ladder=ladder)
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float]) -> DiscreteSDE:
@@ -563,16 +587,9 @@ class DiscreteSDE(SDE):
         levels = 1 + math.log(sigma_max / sigma_min) / math.log1p(low)
         return cls.geometric(sigma_min, sigma_max, max(math.ceil(levels), 2))
 
-    def _ladder_like(self, t: Tensor) -> Tensor:
-        key = (t.device, t.dtype)
-        if key not in self._copies:
-            with torch.inference_mode(False):  # else gradients could never go through it
-                self._copies[key] = self.ladder.to(t, copy=True)
-        return self._copies[key]
-
     def half_log_snr(self, t: Time) -> Tensor:
         t = as_time(t)
-        ladder = self._ladder_like(t)
+        ladder = self._copies.like(t)["ladder"]
         index = t.detach().floor().long().clamp(0, self.num_steps - 2)
         return torch.lerp(ladder[index], ladder[index + 1], t - index)
 
@@ -586,7 +603,7 @@ class DiscreteSDE(SDE):
 
     def time_at(self, half_log_snr: Time) -> Tensor:
         lmbda = as_time(half_log_snr)
-        ladder = self._ladder_like(lmbda)
+        ladder = self._copies.like(lmbda)["ladder"]
         index = (torch.searchsorted(-ladder, -lmbda.detach().contiguous()) - 1).clamp(0, self.num_steps - 2)
         low, high = ladder[index], ladder[index + 1]
         return index + (lmbda - low) / (high - low)

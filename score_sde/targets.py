@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from score_sde.copies import Copies
 from score_sde.prediction import Coefficient
 from score_sde.sde import expand
 
@@ -76,21 +77,6 @@ class Target(ABC):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             return torch.autograd.grad(self.log_prob(x).sum(), x)[0]
-
-
-class _Cached:
-    """Parameters kept in float64 and copied once to each dtype and device in which they are asked for."""
-
-    def __init__(self, **parameters: Tensor) -> None:
-        self._parameters = {name: value.detach().to("cpu", torch.float64) for name, value in parameters.items()}
-        self._copies: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-
-    def like(self, x: Tensor) -> dict[str, Tensor]:
-        key = (x.device, x.dtype)
-        if key not in self._copies:
-            with torch.inference_mode(False):  # else gradients could never go through them
-                self._copies[key] = {name: value.to(x, copy=True) for name, value in self._parameters.items()}
-        return self._copies[key]
 
 
 def _weights(weights: Any, count: int) -> Tensor:
@@ -153,7 +139,7 @@ class GaussianMixture(Target):
         self.event_shape = self.means.shape[1:]
         variances = variances.clamp_min(0)
         centre = torch.einsum("kde,kd->ke", basis, self.means)
-        self._cache = _Cached(log_weights=self.weights.log(), means=self.means, basis=basis, variances=_once(variances),
+        self._copies = Copies(log_weights=self.weights.log(), means=self.means, basis=basis, variances=_once(variances),
                               centre=centre)  # fmt: skip
         self._roots = basis * variances.sqrt().unsqueeze(-2)
         self._flat = bool((variances <= 1e-14 * variances.amax(-1, keepdim=True)).any())
@@ -189,7 +175,7 @@ class GaussianMixture(Target):
 
     def denoise(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         log_joint, offset, total = self._log_joint(x, alpha, sigma)
-        p = self._cache.like(x)
+        p = self._copies.like(x)
         (alpha,) = _columns(x, alpha)
         weight = log_joint.softmax(-1)
         gain = weight.unsqueeze(-1) * (alpha * p["variances"] / total * offset)
@@ -240,7 +226,7 @@ class GaussianMixture(Target):
 
     def _log_joint(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> tuple[Tensor, Tensor, Tensor]:
         """log w_k N(x; alpha mu_k, total), the offset x - alpha mu_k in the eigenbasis and the variances there."""
-        p = self._cache.like(x)
+        p = self._copies.like(x)
         alpha, sigma = _columns(x, alpha, sigma)
         offset = torch.einsum("bd,kde->bke", x, p["basis"]) - alpha * p["centre"]
         total = alpha**2 * p["variances"] + sigma**2
@@ -307,7 +293,7 @@ class Empirical(Target):
             raise ValueError(f"bandwidth is a standard deviation >= 0, got {bandwidth}")
         self.data, self.bandwidth = data.to("cpu", torch.float64), float(bandwidth)
         self.event_shape = self.data.shape[1:]
-        self._cache = _Cached(points=self.data.flatten(1))
+        self._copies = Copies(points=self.data.flatten(1))
         self.mean = self.data.mean(0)
         self.std = (((self.data - self.mean) ** 2).mean() + self.bandwidth**2).sqrt().item()
 
@@ -330,7 +316,7 @@ class Empirical(Target):
 
     def denoise(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         variance = alpha**2 * self.bandwidth**2 + sigma**2
-        points = self._cache.like(x)["points"]
+        points = self._copies.like(x)["points"]
         mean = torch.cat([logits.softmax(-1) @ points for logits in self._logits(x, alpha, variance)]).view_as(x)
         if self.bandwidth == 0:
             return mean
@@ -343,7 +329,7 @@ class Empirical(Target):
 
     def _logits(self, x: Tensor, alpha: Coefficient, variance: Coefficient) -> Iterator[Tensor]:
         """-|x - alpha x_i|^2 / (2 variance) for blocks of rows that fit the processor's cache."""
-        points = self._cache.like(x)["points"]
+        points = self._copies.like(x)["points"]
         rows = max(1, (2**18 if x.device.type == "cpu" else 2**26) // len(points))
         alpha, variance = (
             v.to(x).expand(len(x))[:, None] if isinstance(v, Tensor) else x.new_full((len(x), 1), v)
@@ -381,7 +367,7 @@ class UniformBoxes(Target):
         self.low, self.high, self.bandwidth = low, high, float(bandwidth)
         self.weights = _weights(torch.ones(len(low)) if weights is None else weights, len(low))
         self.event_shape = low.shape[1:]
-        self._cache = _Cached(low=low, high=high, log_weights=self.weights.log())
+        self._copies = Copies(low=low, high=high, log_weights=self.weights.log())
         centre = (low + high) / 2
         self.mean = self.weights @ centre
         variance = ((high - low) ** 2 / 12 + (centre - self.mean) ** 2).mean(-1)
@@ -399,7 +385,7 @@ class UniformBoxes(Target):
         y = x.double()
         if self.bandwidth > 0:
             return self._log_joint(y, 1.0, self.bandwidth)[0].logsumexp(-1).to(x)
-        p = self._cache.like(y)
+        p = self._copies.like(y)
         inside = ((y[:, None] >= p["low"]) & (y[:, None] <= p["high"])).all(-1)
         log_volume = (p["high"] - p["low"]).log().sum(-1)
         return (p["log_weights"] - log_volume).masked_fill(~inside, -math.inf).logsumexp(-1).to(x)
@@ -409,7 +395,7 @@ class UniformBoxes(Target):
         std = (alpha**2 * self.bandwidth**2 + sigma**2) ** 0.5
         log_joint, a, b, log_mass = self._log_joint(y, alpha, std)
         alpha, std = _columns(y, alpha, std)
-        p = self._cache.like(y)
+        p = self._copies.like(y)
         # Mean of the box coordinate u given x: (x - s z) / alpha with z in [b, a], z a truncated standard normal.
         z = (-(b**2 + LOG_2PI) / 2 - log_mass).exp() - (-(a**2 + LOG_2PI) / 2 - log_mass).exp()
         inside = ((y[:, None] - std * z) / alpha).clamp(p["low"], p["high"])
@@ -423,7 +409,7 @@ class UniformBoxes(Target):
 
     def _log_joint(self, y: Tensor, alpha: Coefficient, std: Coefficient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log w_k p_k(y), the standardised corners a = (y - alpha low) / s > b, and log(Phi(a) - Phi(b)) by side."""
-        p = self._cache.like(y)
+        p = self._copies.like(y)
         alpha, std = _columns(y, alpha, std)
         a, b = (y[:, None] - alpha * p["low"]) / std, (y[:, None] - alpha * p["high"]) / std
         # In the upper tail the same mass is taken from below by symmetry, where log_ndtr keeps its digits.

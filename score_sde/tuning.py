@@ -165,7 +165,7 @@ class TunedSampler(Sampler):
         Raises:
             ValueError: the table starts at another noise level than the SDE, or goes below its t_min.
         """
-        first, last = (float(sde.half_log_snr(t)) for t in (sde.t_max, sde.t_min))
+        first, last = sde.half_log_snr_range
         start, end = self.table.start, self.table.half_log_snr[-1].item()
         if abs(start - first) > 1e-3 or end >= last:
             raise ValueError(f"this table goes from half log SNR {start:.4g} to a last call at {end:.4g}, "
@@ -275,7 +275,7 @@ class Span:
     @classmethod
     def of(cls, sde: SDE) -> Span:
         sde.check()
-        return cls(float(sde.half_log_snr(sde.t_max)), float(sde.half_log_snr(sde.t_min)))
+        return cls(*sde.half_log_snr_range)
 
     def inside(self, half_log_snr: Tensor) -> Tensor:
         """Levels that start no earlier than `first` and, about a thousandth of a unit apart or more, end before `last`."""

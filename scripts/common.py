@@ -28,7 +28,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -369,10 +369,9 @@ def model_of(run: Run, config: DictConfig) -> LearnedScore:
 
     Raises ValueError for a run of a classifier, and what `Run.model` refuses.
     """
-    if config.get("step") is None:  # read once: a run that still trains may have another before the work is done
-        with open_dict(config):
-            config.step = run.checkpoints.latest()
-    model = run.model(ema=config.get("ema", True), step=config.step).to(device_of(config.device))
+    if config.step is None:  # read once: a run that still trains may have another before the work is done
+        config.step = run.checkpoints.latest()
+    model = run.model(ema=config.ema, step=config.step).to(device_of(config.device))
     if isinstance(model, NoisyClassifier):
         raise ValueError(f"{run.path} is a classifier of noisy data, which has no samples: give it as guidance.run= with "
                          "guidance=classifier, and a score model as run=")  # fmt: skip

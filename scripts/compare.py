@@ -91,7 +91,7 @@ def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
     if config.run:
         idle(overrides, ["sde"], f"with run={config.run}, which has its own")
     else:
-        idle(overrides, ["exact"], "with a target, whose score is exact")
+        idle(overrides, ["exact", "ema", "step"], "with a target, whose score is exact")
 
 
 def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:

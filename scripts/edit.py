@@ -60,7 +60,6 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
     before, after, columns = edit(config, run, model, sampler)
     left_out = {"run", "output", "device", "trust", "hydra"}
     settings = {name: value for name, value in common.plain(config).items() if name not in left_out}
-    settings["step"] = config.step or run.checkpoints.latest()
     folder = common.folder_of(settings, Path(config.output or run.path / "edits" / config.task))
     common.save_samples(folder, {"before": before, "after": after})
     if before.ndim == 4:

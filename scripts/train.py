@@ -31,8 +31,8 @@ from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, TensorData, generator
 from score_sde.evaluation import Evaluation, Reference, check_counts, evaluate, known_metrics, score_error
 from score_sde.evaluation.classification import accuracy_by_noise
-from score_sde.guidance import Guided
 from score_sde.run import Run, build_model, instantiate
+from score_sde.score import WrappedScore
 from score_sde.training.interrupt import hand_on
 
 # What the weights, and the order of examples, are nothing without: a run goes on with its own.
@@ -127,7 +127,7 @@ def previews(
     return draw
 
 
-class Labelled(Guided):
+class Labelled(WrappedScore):
     """A model that knows nothing without labels, for figures: row i of a batch has label i of `labels(batch)`."""
 
     def __init__(self, model: LearnedScore, labels: Callable[[int], dict[str, Tensor]]) -> None:

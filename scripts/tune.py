@@ -38,6 +38,8 @@ def main(config: DictConfig) -> None:
         raise ValueError("tune for what? give either run=<directory> or target=<name>, e.g. target=ring")
     if config.run:
         idle(typed(), ["sde"], f"with run={config.run}, which has its own")
+    else:
+        idle(typed(), ["ema", "step"], "with a target, whose score is exact")
     if config.spectrum:
         idle(
             typed(),
@@ -51,8 +53,7 @@ def main(config: DictConfig) -> None:
     model, reference = model_and_reference(config)
     folder = Path(config.output or common.tuned_folder(config))
     folder.mkdir(parents=True, exist_ok=True)
-    step = config.get("step")  # of the run's weights
-    settings = settings_of(config, step)
+    settings = settings_of(config)
 
     @cache
     def pairs() -> tuple[Pairs, Pairs]:
@@ -71,13 +72,15 @@ def main(config: DictConfig) -> None:
     if config.report:
         law = reference if isinstance(reference, Target) and not config.run else None
         course = Course(model, law, num_samples=config.num_samples, seeds=seeds)
-        report(course_table(course, tables).assign(step=step or 0, num_samples=config.num_samples), folder)
+        report(course_table(course, tables).assign(step=config.step or 0, num_samples=config.num_samples), folder)
 
 
-def settings_of(config: DictConfig, step: int | None) -> dict[str, Any]:
+def settings_of(config: DictConfig) -> dict[str, Any]:
     """All that a fit depends on, for its table's record."""
-    settings = {name: config[name] for name in dict.fromkeys((*TEACHING, *FITTING))} | {"step": step}
-    law = {} if config.run else {"target": common.plain(config.target), "sde": common.plain(config.sde)}
+    settings = {name: config[name] for name in dict.fromkeys((*TEACHING, *FITTING, "step"))}
+    law = (
+        {"ema": config.ema} if config.run else {"target": common.plain(config.target), "sde": common.plain(config.sde)}
+    )
     return json.loads(json.dumps(settings | law))
 
 

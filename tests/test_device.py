@@ -41,9 +41,9 @@ from score_sde.guidance import (
 )
 from score_sde.networks import MLP, UNet
 from score_sde.parameterization import Karras, Parameterization
-from score_sde.sampler import Renoise
 from score_sde.sde import SDE, VPSDE
 from score_sde.steps import DDIM, Step
+from score_sde.steps.linear import Renoise
 from score_sde.training import DenoisingScoreMatching, ImportanceTimes, UniformTimes
 
 STEPS = partial(grid.log_snr, steps=6)

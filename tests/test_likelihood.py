@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from score_sde import targets
+from score_sde.guidance import ClassifierFree
 from score_sde.likelihood import (
     DIVERGENCES,
     GaussianDequantizer,
@@ -169,6 +170,20 @@ def test_every_call_of_the_network_is_counted_and_gives_drift_and_divergence(opt
     assert result.nfe == len(calls)
     if method == "adams":
         assert result.nfe == 118 + 9 + 1
+
+
+@pytest.mark.parametrize("method", ["dopri5", "RK45", "adams"])
+def test_calls_of_a_guided_model_are_those_of_its_network(method):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network = MLP((2,), width=16, depth=2, num_classes=3).eval().double()
+    model, calls = ClassifierFree(LearnedScore(network, VPSDE(), Noise(), (2,)), scale=2.0), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    x, condition = torch.zeros(1, 2, dtype=torch.float64), {"label": torch.tensor([1])}
+    tolerance = {} if method == "adams" else {"rtol": 1e-3, "atol": 1e-3}
+    result = log_likelihood(model, x, method=method, condition=condition, **tolerance)
+    assert result.nfe == result.calls.item() == len(calls)
+    assert method != "adams" or result.nfe == 2 * (118 + 9 + 1)
 
 
 @pytest.mark.parametrize("sde", SDES, ids=repr)

@@ -192,6 +192,16 @@ def test_time_at_inverts_half_log_snr(sde):
     assert sde.time_at(float(lmbda[3])).shape == ()
 
 
+def test_noise_levels_and_signal_to_noise_ratios_are_those_of_the_kernel(sde):
+    t = inner_times(sde)
+    torch.testing.assert_close(sde.noise_level(t), sde.sigma(t) / sde.alpha(t), rtol=1e-9, atol=0)
+    torch.testing.assert_close(sde.snr(t), (sde.alpha(t) / sde.sigma(t)) ** 2, rtol=1e-9, atol=0)
+    torch.testing.assert_close(sde.time_at_noise_level(sde.noise_level(t)), t, rtol=1e-9, atol=1e-12)
+    (first, last), (noisiest, cleanest) = sde.half_log_snr_range, sde.noise_level_range
+    assert first == float(sde.half_log_snr(sde.t_max)) < last == float(sde.half_log_snr(sde.t_min))
+    assert (noisiest, cleanest) == (pytest.approx(math.exp(-first)), pytest.approx(math.exp(-last)))
+
+
 def test_the_time_of_a_small_noise_level_keeps_its_digits():
     """The inverse has no cancellation: relative accuracy at t = 1e-7."""
     t = torch.tensor([1e-7, 1e-6], dtype=F64)

@@ -39,7 +39,7 @@ from score_sde.ode import ProbabilityFlowODE
 from score_sde.parameterization import Noise
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
-from score_sde.score import ExactScore, LearnedScore, ScoreModel
+from score_sde.score import ExactScore, LearnedScore, ScoreModel, WrappedScore
 from score_sde.sde import SDE, VPSDE, Time
 from score_sde.steps import (
     DDIM,
@@ -153,17 +153,12 @@ class Trivial(ScoreModel):
         return 0.5 * x
 
 
-class Timed(ScoreModel):
+class Timed(WrappedScore):
     """A model that adds up the seconds spent and the samples seen in it (on a CPU)."""
 
     def __init__(self, model: ScoreModel) -> None:
-        self.model, self.sde, self.event_shape = model, model.sde, tuple(model.event_shape)
-        self.data_std, self.seconds, self.samples = model.data_std, 0.0, 0
-        self.start, self.prepare = model.start, model.prepare  # type: ignore[method-assign]
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
+        super().__init__(model)
+        self.seconds, self.samples = 0.0, 0
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         start = time.perf_counter()

@@ -108,17 +108,17 @@ def continuous_bound(
     condition = _checked(model, x, draws, condition)
     sde, decoder = model.sde, decoder or ContinuousDecoder()
     ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
-    bottom, top = sde.half_log_snr(ends).tolist()
+    first, last = sde.half_log_snr_range
     generator = torch.Generator(x.device).manual_seed(seed)
     steps = torch.zeros((draws, len(x)), dtype=torch.float64, device=x.device)
     for i in range(draws):
         u = (i + torch.rand(len(x), generator=generator, dtype=torch.float64, device=x.device)) / draws
-        t = sde.time_at(top + (bottom - top) * u).clamp(sde.t_min, sde.t_max)
+        t = sde.time_at(first + (last - first) * u).clamp(sde.t_min, sde.t_max)
         noise = _noise(x, generator)
         error = noise - model(sde.perturb(x, t, noise), t, **condition).noise
-        steps[i] = (bottom - top) * error.double().square().flatten(1).sum(1)
+        steps[i] = (last - first) * error.double().square().flatten(1).sum(1)
     denoised = model(sde.perturb(x, sde.t_min, _noise(x, generator)), sde.t_min, **condition).denoised
-    level = expand(torch.tensor(-2 * bottom), x.double())
+    level = expand(torch.tensor(-2 * last), x.double())
     ends_at = decoder(x.double(), denoised.double(), level).flatten(1).sum(1)
     return Bound(Ladder(sde, ends).prior(x), ends_at, steps, ends[:0], draws + 1)
 

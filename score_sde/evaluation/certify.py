@@ -35,6 +35,7 @@ from score_sde.sampler import Sampler
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, VPSDE, Time, as_time
 from score_sde.steps import Step
+from score_sde.steps.linear import Carry, Renoise
 from score_sde.steps.multistep import CLOCKS, PREDICTIONS, output_of
 from score_sde.targets import GaussianMixture
 
@@ -266,8 +267,8 @@ WARM = 6  # moves that begin at exact states: more than any history is long
 
 def uneven(sde: SDE, steps: int) -> Tensor:
     """A smooth grid whose steps are equal in none of t, lambda and sigma / alpha, over noise levels 5 to 0.35."""
-    first, last = sde.half_log_snr(sde.t_max), sde.half_log_snr(sde.t_min)
-    low, high = (torch.as_tensor(v, dtype=torch.float64).clamp(first, last) for v in (-math.log(5.0), -math.log(0.35)))
+    first, last = sde.half_log_snr_range
+    low, high = (min(max(-math.log(level), first), last) for level in (5.0, 0.35))
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     return sde.time_at(low + (high - low) * (u + 0.3 * u * (1 - u)))
 
@@ -553,6 +554,10 @@ def _default_sde() -> SDE:
     return VPSDE()
 
 
+MACHINERY = (Carry, Renoise)
+"""Steps that are the sampler's own."""
+
+
 def discover(base: type[Step] = Step) -> dict[str, Step]:
     """Every step of the package and of modules imported by the user: default settings, then each class's presets.
 
@@ -560,21 +565,13 @@ def discover(base: type[Step] = Step) -> dict[str, Step]:
     """
     found: dict[str, Step] = {}
     for cls in base.__subclasses__():
-        if not inspect.isabstract(cls) and not cls.__name__.startswith("_") and cls not in (_hidden()):
+        if not inspect.isabstract(cls) and not cls.__name__.startswith("_") and cls not in MACHINERY:
             required = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
             settings: dict[str, Mapping[str, Any]] = {} if required else {cls.__name__: {}}
             settings |= vars(cls).get("presets", {})
             found |= {name: cls(**options) for name, options in settings.items()}
         found |= discover(cls)
     return found
-
-
-def _hidden() -> tuple[type[Step], ...]:
-    """Steps that are the sampler's own machinery."""
-    from score_sde.sampler import Renoise
-    from score_sde.steps.linear import Carry
-
-    return Carry, Renoise
 
 
 @dataclass(frozen=True)

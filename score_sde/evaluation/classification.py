@@ -34,9 +34,9 @@ def accuracy_by_noise(
         A row a level: level, accuracy in [0, 1], cross_entropy in nats.
     """
     rows, sde = [], classifier.sde
-    low, high = (float((-sde.half_log_snr(t)).exp()) for t in (sde.t_min, sde.t_max))
+    high, low = sde.noise_level_range
     for level in (level for level in levels if low <= level <= high):
-        t = float(sde.time_at(-torch.tensor(level, dtype=torch.float64).log()))
+        t = float(sde.time_at_noise_level(level))
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
         log_probs = classifier.log_probs(sde.perturb(x, t, noise).to(classifier.device), t).double().cpu()
         right = (log_probs.argmax(1) == labels).double().mean().item()

@@ -266,8 +266,8 @@ def diagnose(
 def _levels(sde: SDE, count: int) -> Tensor:
     if count < 2:
         raise ValueError(f"levels is at least 2, got {count}")
-    first, last = sde.half_log_snr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).tolist()
-    return sde.time_at(torch.linspace(first, last, count, dtype=torch.float64)).clamp(sde.t_min, sde.t_max)
+    first, last = sde.half_log_snr_range
+    return sde.time_at(torch.linspace(last, first, count, dtype=torch.float64)).clamp(sde.t_min, sde.t_max)
 
 
 def _draw(model: ScoreModel, target: Target, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

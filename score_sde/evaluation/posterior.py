@@ -34,7 +34,6 @@ from score_sde.guidance import (
     PiGDM,
     Replacement,
     TwistedParticles,
-    jump_back,
     task_operator,
 )
 from score_sde.prediction import Prediction
@@ -117,10 +116,10 @@ def _log_snr(steps: int) -> grid.Grid:
 def _repaint(problem: Case, steps: int) -> Sampler:
     """Five times through what lies above the observation's noise level, once through the rest: `steps` in all, or less."""
     low, sde = problem.noise_std / problem.operator.least_singular_value(), problem.model.sde
-    first, last = (float(sde.half_log_snr(t)) for t in (sde.t_max, sde.t_min))
+    first, last = sde.half_log_snr_range
     share = min(1.0, max(0.0, (-math.log(low) - first) / (last - first))) if low else 1.0
     base = _log_snr(max(1, int(steps / (1 + 4 * share))))
-    again = partial(jump_back, base=base, length=max(1, steps // 50), repeats=5, low=low)
+    again = partial(grid.jump_back, base=base, length=max(1, steps // 50), repeats=5, low=low)
     return Sampler(Ancestral(), again, corrector=Impute(problem.operator, problem.y, problem.noise_std))
 
 

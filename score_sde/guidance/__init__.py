@@ -6,9 +6,8 @@ posterior over the posterior's spread, on isotropic / correlated Gaussian data i
 noise, after 500 ancestral steps. The posterior's own score has 0.01 / 0.01 there, the solver's; the prior 0.98 / 0.69.
 """
 
-from score_sde.guidance.base import Guided
 from score_sde.guidance.conditional import Autoguidance, Classifier, ClassifierFree, DynamicThreshold
-from score_sde.guidance.editing import below, interpolate, jump_back, sdedit, translate
+from score_sde.guidance.editing import interpolate, sdedit, translate
 from score_sde.guidance.observed import DPS, MMPS, DiffPIR, Observed, PiGDM, Replacement
 from score_sde.guidance.operators import (
     TASKS,
@@ -40,7 +39,6 @@ __all__ = [
     "DynamicThreshold",
     "FourierSubsample",
     "Grey",
-    "Guided",
     "Impute",
     "LinearOperator",
     "Mask",
@@ -51,9 +49,7 @@ __all__ = [
     "PiGDM",
     "Replacement",
     "TwistedParticles",
-    "below",
     "interpolate",
-    "jump_back",
     "sdedit",
     "task_operator",
     "translate",

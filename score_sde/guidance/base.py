@@ -9,8 +9,7 @@ and moves every other view with it. The move is made in the model's own raw outp
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,47 +22,6 @@ from score_sde.sde import Time, expand
 
 Pull = Callable[[Tensor], Tensor]
 """v -> J^T v for the denoiser's Jacobian J = dD / dx, each sample by itself."""
-
-
-class Guided(ScoreModel):
-    """A wrapper around a score model that keeps its SDE, event shape, conditions, device and start."""
-
-    def __init__(self, model: ScoreModel) -> None:
-        if not isinstance(model, ScoreModel):
-            raise TypeError(f"{type(self).__name__} wraps a ScoreModel, got {type(model).__name__}")
-        self.model, self.sde, self.event_shape = model, model.sde, tuple(model.event_shape)
-        self.condition_names, self.data_std, self.num_classes = model.condition_names, model.data_std, model.num_classes
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    def per_sample(self, name: str, value: Any, batch: int) -> bool:
-        return self.model.per_sample(name, value, batch)
-
-    def start(self, z: Tensor) -> Tensor:
-        return self.model.start(z)
-
-    def clean_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.clean_moments(like)
-
-    def prepare(self, times: Iterable[float]) -> None:
-        self.model.prepare(times)
-
-    def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None:
-        super().check(shape, condition)
-        own = {name: value for name, value in condition.items() if name in self.model.condition_names}
-        self.model.check(shape, own)
-
-    @abstractmethod
-    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction: ...
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.model!r})"
 
 
 def check_alike(what: str, model: ScoreModel, other: ScoreModel) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from score_sde.checks import number
 from score_sde.classifier import NoisyClassifier
-from score_sde.guidance.base import Guided, check_alike, denoised, extrapolated, pushed
+from score_sde.guidance.base import check_alike, denoised, extrapolated, pushed
 from score_sde.prediction import Prediction
-from score_sde.score import ScoreModel
+from score_sde.score import ScoreModel, WrappedScore
 from score_sde.sde import Time, expand
 
 
@@ -32,7 +32,7 @@ def _check_scale(name: str, scale: float) -> None:
         raise ValueError(f"{name}'s scale is a finite number, got {scale!r}")
 
 
-class _Extrapolated(Guided):
+class _Extrapolated(WrappedScore):
     """D = D_away + scale (D_toward - D_away), within an interval of noise levels sigma / alpha."""
 
     def __init__(
@@ -67,7 +67,7 @@ class _Extrapolated(Guided):
         """Whether guidance acts at t; a tensor for a time per sample."""
         if self.interval is None:
             return True
-        level = (-self.sde.half_log_snr(t)).exp()
+        level = self.sde.noise_level(t)
         inside = (level > self.interval[0]) & (level <= self.interval[1])
         return inside if level.ndim or level.device.type != "cpu" else bool(inside)
 
@@ -166,7 +166,7 @@ class Autoguidance(_Extrapolated):
         return self._between(lambda: self.model(x, t, **condition), lambda: self.bad_model(x, t, **own), t)
 
 
-class Classifier(Guided):
+class Classifier(WrappedScore):
     """score = score(x) + scale grad_x log p(label | x_t), by a classifier of noisy data.
 
     One network call and one gradient of the classifier a prediction. Assumes: a classifier of x_t, not of clean data.
@@ -205,7 +205,7 @@ class Classifier(Guided):
         return pushed(self.model(x, t, **own), self.scale * gradient)
 
 
-class DynamicThreshold(Guided):
+class DynamicThreshold(WrappedScore):
     """D clipped for each sample to [-s, s] and divided by s / limit, s the larger of limit and a quantile of |D|.
 
     Assumes: data in [-limit, limit], under strong guidance. No call of its own. Bias: it targets no stated law; on data

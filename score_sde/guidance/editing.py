@@ -1,7 +1,4 @@
-r"""Editing without a likelihood: grids that jump back to noise, starts at intermediate times, and latent codes.
-
-A grid that goes up, t -> s with s noisier, is carried out by the sampler as a draw of the exact forward transition.
-"""
+"""Editing without a likelihood: starts at intermediate times, and latent codes."""
 
 from __future__ import annotations
 
@@ -12,55 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from score_sde.checks import whole
 from score_sde.data import generator
-from score_sde.grid import Grid
+from score_sde.grid import below
 from score_sde.guidance.base import check_alike
 from score_sde.likelihood import slerp
 from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ScoreModel, reparameterize
-from score_sde.sde import SDE
-
-
-def jump_back(sde: SDE, base: Grid, length: int = 10, repeats: int = 10, low: float = 0.0) -> Tensor:
-    """RePaint's resampling: after every `length` steps of the base grid, `repeats` - 1 times back up and down again.
-
-    A grid of N steps becomes one of `repeats` N steps down, with a jump up before each repeat; a jump costs no call.
-    Source: Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865, section 4.2 and appendix.
-
-    Args:
-        sde: the forward process.
-        base: the grid to repeat, e.g. `functools.partial(grid.uniform, steps=250)`.
-        length: steps of one jump, 1 or more.
-        repeats: how often each stretch is gone through, 1 (no jump) or more.
-        low: the noise level sigma / alpha below which no stretch is repeated. With `Impute` of noisy observations,
-            noise_std / operator.least_singular_value(): below it nothing knows of y, and each repeat forgets more of it.
-
-    Raises:
-        ValueError: length or repeats is below 1.
-    """
-    length, repeats = whole("length", length), whole("repeats", repeats)
-    times = base(sde)
-    level, parts = sde.sigma(times) / sde.alpha(times), [times[:1]]
-    for first in range(1, len(times), length):
-        stretch = times[first : first + length]
-        parts.append(stretch)
-        if level[first : first + length][-1] >= low:
-            parts += [times[first - 1 : first], stretch] * (repeats - 1)
-    return torch.cat(parts)
-
-
-def below(sde: SDE, base: Grid, time: float) -> Tensor:
-    """The base grid from `time` down: `time` itself and what follows the base's last descent through it.
-
-    Raises:
-        ValueError: the time does not lie above the grid's end, within (t_min, t_max].
-    """
-    times = base(sde)
-    if not times[-1].item() < time <= sde.t_max:
-        raise ValueError(f"a start at time={time:g} must lie in ({times[-1].item():g}, {sde.t_max:g}]")
-    first = int((times >= time).nonzero()[-1]) + 1 if (times >= time).any() else 0
-    return torch.cat([times.new_tensor([time]), times[first:]])
 
 
 def sdedit(

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import number, whole
-from score_sde.guidance.base import Guided, Pull, moved, pushed, scaled, with_pull
+from score_sde.guidance.base import Pull, moved, pushed, scaled, with_pull
 from score_sde.guidance.operators import LinearOperator, Operator
 from score_sde.prediction import Coefficient, Prediction
-from score_sde.score import ScoreModel
+from score_sde.score import ScoreModel, WrappedScore
 from score_sde.sde import Time, expand
 
 
-class Observed(Guided):
+class Observed(WrappedScore):
     """A model guided by an observation.
 
     Args:

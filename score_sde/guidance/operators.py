@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from score_sde.checks import tensor
+from score_sde.copies import Copies
 
 Spectral = Callable[[Tensor], Tensor]
 """A function of the eigenvalues s^2 of A A^T, elementwise up to broadcasting against (batch, 1, ..., 1)."""
@@ -155,21 +157,13 @@ class LinearOperator(Operator):
     def _transpose(self, y: Tensor) -> Tensor: ...
 
     def _gram(self, y: Tensor, function: Spectral) -> Tensor:
-        s2, basis = self._once("eigen", y, lambda: torch.linalg.eigh(self.matrix() @ self.matrix().T))
-        return ((y.flatten(1) @ basis) * _rows(function(s2.clamp_min(0))) @ basis.T).view_as(y)
+        s2, basis = self._eigen.like(y).values()
+        return ((y.flatten(1) @ basis) * _rows(function(s2)) @ basis.T).view_as(y)
 
-    def _once(self, name: str, like: Tensor, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Constants made once in float64 and copied once to each device and floating-point type."""
-        constants = self.__dict__.setdefault("_constants", {})
-        if (name,) not in constants:
-            constants[(name,)] = tuple(make())
-        key = (name, like.device, like.dtype)
-        if key not in constants:
-            constants[key] = tuple(
-                part.to(like) if part.is_floating_point() or part.is_complex() else part.to(like.device)
-                for part in constants[(name,)]
-            )
-        return constants[key]
+    @cached_property
+    def _eigen(self) -> Copies:
+        s2, basis = torch.linalg.eigh(self.matrix() @ self.matrix().T)
+        return Copies(s2=s2.clamp_min(0), basis=basis)
 
 
 def _rows(v: Tensor) -> Tensor:
@@ -190,7 +184,7 @@ class Matrix(LinearOperator):
         if values.ndim != 2 or values.numel() == 0 or not torch.isfinite(values).all():
             raise ValueError(f"a finite matrix of shape (m, D) is needed, got shape {tuple(values.shape)}")
         self.input_shape = tuple(input_shape) if input_shape is not None else (values.shape[1],)
-        self.output_shape, self._values = (values.shape[0],), values
+        self.output_shape, self._values, self._copies = (values.shape[0],), values, Copies(matrix=values)
         if math.prod(self.input_shape) != values.shape[1]:
             raise ValueError(f"a matrix with {values.shape[1]} columns does not act on x of shape {self.input_shape}")
 
@@ -198,12 +192,10 @@ class Matrix(LinearOperator):
         return self._values
 
     def _apply(self, x: Tensor) -> Tensor:
-        (a,) = self._once("matrix", x, lambda: [self._values])
-        return x.flatten(1) @ a.T
+        return x.flatten(1) @ self._copies.like(x)["matrix"].T
 
     def _transpose(self, y: Tensor) -> Tensor:
-        (a,) = self._once("matrix", y, lambda: [self._values])
-        return (y @ a).view(-1, *self.input_shape)
+        return (y @ self._copies.like(y)["matrix"]).view(-1, *self.input_shape)
 
 
 class _Isometric(LinearOperator):
@@ -236,9 +228,9 @@ class Mask(_Isometric):
         except RuntimeError as mismatch:
             raise ValueError(f"a mask of shape {tuple(observed.shape)} does not fit x of shape {self.input_shape}: "
                              "crop or resize it") from mismatch  # fmt: skip
-        self._index = self.observed.flatten().nonzero().squeeze(-1)
-        self.output_shape = (len(self._index),)
-        if len(self._index) == 0:
+        index = self.observed.flatten().nonzero().squeeze(-1)
+        self.output_shape, self._copies = (len(index),), Copies(index=index)
+        if len(index) == 0:
             raise ValueError("this mask shows nothing: let it be True where x is observed")
 
     @classmethod
@@ -286,11 +278,10 @@ class Mask(_Isometric):
         return cls(shape, torch.rand(places, generator=torch.Generator().manual_seed(seed)) < keep)
 
     def _apply(self, x: Tensor) -> Tensor:
-        (index,) = self._once("index", x, lambda: [self._index])
-        return x.flatten(1)[:, index]
+        return x.flatten(1)[:, self._copies.like(x)["index"]]
 
     def _transpose(self, y: Tensor) -> Tensor:
-        (index,) = self._once("index", y, lambda: [self._index])
+        index = self._copies.like(y)["index"]
         empty = torch.zeros(len(y), math.prod(self.input_shape), dtype=y.dtype, device=y.device)
         return empty.index_copy(1, index, y).view(-1, *self.input_shape)
 
@@ -309,7 +300,7 @@ class Grey(_Isometric):
             raise ValueError(f"{len(self.weights)} channel weights do not fit x of shape {self.input_shape}: "
                              "colour is (channels, height, width), with one weight a channel")  # fmt: skip
         self.output_shape = (1, *self.input_shape[1:])
-        self.scale = self.weights.square().sum().item()
+        self.scale, self._copies = self.weights.square().sum().item(), Copies(weights=self.weights)
 
     def _apply(self, x: Tensor) -> Tensor:
         return (x * self._column(x)).sum(1, keepdim=True)
@@ -318,7 +309,7 @@ class Grey(_Isometric):
         return y * self._column(y)
 
     def _column(self, like: Tensor) -> Tensor:
-        return self._once("weights", like, lambda: [self.weights])[0].view(-1, *[1] * (like.ndim - 2))
+        return self._copies.like(like)["weights"].view(-1, *[1] * (like.ndim - 2))
 
 
 class Downsample(_Isometric):
@@ -373,7 +364,8 @@ class Blur(LinearOperator):
         full[tuple(slice(k) for k in kernel.shape)] = kernel
         centred = full.roll([-(k // 2) for k in kernel.shape], tuple(range(kernel.ndim)))
         spectrum = torch.fft.rfftn(centred)
-        self._spectrum, self._axes = (spectrum.real, spectrum.imag), tuple(range(2, 2 + kernel.ndim))
+        self._spectrum = Copies(real=spectrum.real, imaginary=spectrum.imag)
+        self._axes = tuple(range(2, 2 + kernel.ndim))
 
     @classmethod
     def gaussian(cls, event_shape: Sequence[int], std: float) -> Blur:
@@ -403,15 +395,15 @@ class Blur(LinearOperator):
         return cls(event_shape, kernel / kernel.sum())
 
     def _apply(self, x: Tensor) -> Tensor:
-        real, imaginary = self._once("spectrum", x, lambda: self._spectrum)
+        real, imaginary = self._spectrum.like(x).values()
         return self._filtered(x, torch.complex(real, imaginary))
 
     def _transpose(self, y: Tensor) -> Tensor:
-        real, imaginary = self._once("spectrum", y, lambda: self._spectrum)
+        real, imaginary = self._spectrum.like(y).values()
         return self._filtered(y, torch.complex(real, -imaginary))
 
     def _gram(self, y: Tensor, function: Spectral) -> Tensor:
-        real, imaginary = self._once("spectrum", y, lambda: self._spectrum)
+        real, imaginary = self._spectrum.like(y).values()
         return self._filtered(y, function(real**2 + imaginary**2))
 
     def _filtered(self, x: Tensor, response: Tensor) -> Tensor:
@@ -439,9 +431,9 @@ class FourierSubsample(_Isometric):
                              f"{observed.dtype} of shape {tuple(observed.shape)}")  # fmt: skip
         axes = tuple(range(observed.ndim))
         self.observed = observed | observed.flip(axes).roll((1,) * observed.ndim, axes)
-        self._index = self.observed.flatten().nonzero().squeeze(-1)
-        self.output_shape = (self.input_shape[0], len(self._index))
-        if len(self._index) == 0:
+        index = self.observed.flatten().nonzero().squeeze(-1)
+        self.output_shape, self._copies = (self.input_shape[0], len(index)), Copies(index=index)
+        if len(index) == 0:
             raise ValueError("this mask shows no frequency")
 
     @classmethod
@@ -458,11 +450,10 @@ class FourierSubsample(_Isometric):
         return cls(event_shape, (low | some).expand(places))
 
     def _apply(self, x: Tensor) -> Tensor:
-        (index,) = self._once("index", x, lambda: [self._index])
-        return self._hartley(x).flatten(2)[..., index]
+        return self._hartley(x).flatten(2)[..., self._copies.like(x)["index"]]
 
     def _transpose(self, y: Tensor) -> Tensor:
-        (index,) = self._once("index", y, lambda: [self._index])
+        index = self._copies.like(y)["index"]
         empty = torch.zeros(*y.shape[:2], self.observed.numel(), dtype=y.dtype, device=y.device)
         return self._hartley(empty.index_copy(2, index, y).view(-1, *self.input_shape))
 

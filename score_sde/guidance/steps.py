@@ -118,7 +118,7 @@ class DDRM(_ObservedStep):
         self.eta, self.eta_b = float(eta), float(eta_b)
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[DDRMRow]:
-        columns = (t, sde.alpha(t), sde.alpha(s), (-sde.half_log_snr(t)).exp(), (-sde.half_log_snr(s)).exp())
+        columns = (t, sde.alpha(t), sde.alpha(s), sde.noise_level(t), sde.noise_level(s))
         return [DDRMRow(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
     def advance(

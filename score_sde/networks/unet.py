@@ -228,7 +228,7 @@ class UNet(nn.Module):
     def ncsnpp(cls, event_shape: Sequence[int], **changes: Any) -> UNet:
         """NCSN++ for CIFAR-10, 62.8 M parameters; blocks=8 is "deep" (Song et al. 2021, appendix H.2).
 
-        EDM's variant, 56.5 M, has multipliers=(2, 2, 2) (Karras et al. 2022, table 7).
+        EDM's variant, 56.4 M, has multipliers=(2, 2, 2) (Karras et al. 2022, table 7).
         """
         fourier = {"embedding": "fourier", "filter": (1, 3, 3, 1), "progressive_input": "residual"}
         return _preset(cls, event_shape, _DDPM | _PLUS | fourier, changes, features=1.0)

@@ -148,5 +148,5 @@ class SASolver(CorrectedStep):
     def strength(self, sde: SDE, t: Tensor) -> float | Tensor:
         if self.levels is None:
             return self.eta
-        level = (-sde.half_log_snr(t)).exp()
+        level = sde.noise_level(t)
         return torch.where((level >= self.levels[0]) & (level <= self.levels[1]), self.eta, 0.0).to(t)

@@ -153,6 +153,16 @@ class Carry(LinearStep):
         return sde.alpha(s) / sde.alpha(times[0]), [], torch.zeros_like(s)
 
 
+class Renoise(Carry):
+    """x_s = alpha_s / alpha_t x + G z for s noisier than t: the exact forward transition."""
+
+    point_mass = True
+
+    def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
+        scale, std = sde.transition_kernel(times[0], s)
+        return scale, [], std
+
+
 class EulerMaruyama(LinearStep):
     """x_s = x + h (f x - g^2 score) + g sqrt(-h) z: the reverse-time SDE by Euler-Maruyama.
 

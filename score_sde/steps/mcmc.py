@@ -86,7 +86,7 @@ class MetropolisLangevin(_Chain):
 
     def __init__(self, ratio: float = 0.1, steps: int = 1) -> None:
         super().__init__(ratio, steps)
-        self.calls = steps + 1  # one for each proposal, one for the start
+        self.calls = self.repeats + 1  # one for each proposal, one for the start
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
         return [ChainRow(*row) for row in zip(t.tolist(), (self.ratio * sde.sigma(t) ** 2).tolist(), strict=True)]
@@ -131,7 +131,7 @@ class KineticLangevin(_Chain):
         super().__init__(ratio, steps)
         if not 0 <= persistence < 1:
             raise ValueError(f"KineticLangevin's persistence lies in [0, 1), got {persistence}")
-        self.persistence, self.calls = float(persistence), steps
+        self.persistence, self.calls = float(persistence), self.repeats
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
         h = math.sqrt(2 * self.ratio) * sde.sigma(t)

@@ -122,7 +122,7 @@ class RungeKutta(StagedStep):
             raise ValueError("a stage lies inside the step: each row of the matrix has a sum in (0, 1]")
 
     def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Stage]:
-        start, end = (-sde.half_log_snr(t)).exp(), (-sde.half_log_snr(s)).exp()
+        start, end = sde.noise_level(t), sde.noise_level(s)
         unit = torch.eye(len(self.weights) + 1, dtype=t.dtype)[(...,) + (None,) * t.ndim].expand(-1, -1, *t.shape)
         slopes: list[Tensor] = []
         stages, at, level = [], unit[0], start
@@ -131,7 +131,7 @@ class RungeKutta(StagedStep):
             node = 1.0 if j == len(self.weights) else sum(weights)
             at = unit[0] + (end - start) * sum(w * slope for w, slope in zip(weights, slopes, strict=True))
             level = start + node * (end - start)
-            time = s if node == 1.0 else sde.time_at(-level.log())
+            time = s if node == 1.0 else sde.time_at_noise_level(level)
             alpha = sde.alpha(time)
             stages.append(Stage(time, alpha / sde.alpha(t) * at[0], list(alpha * at[1 : j + 1])))
         return stages

@@ -71,7 +71,7 @@ class Tabulated(LinearStep):
         rows, alpha = step.plan(sde, times[:-1], times[1:]), sde.alpha(times).tolist()
         scaled = list(zip(rows, alpha[:-1], alpha[1:], strict=True))
         return cls({
-            "levels": (-sde.half_log_snr(times)).exp().tolist(),
+            "levels": sde.noise_level(times).tolist(),
             "a": [row.a * t / s for row, t, s in scaled],
             "b": [[weight / s for weight in row.b] for row, _, s in scaled],
             "c": [row.c / s for row, _, s in scaled],
@@ -91,7 +91,7 @@ class Tabulated(LinearStep):
 
     def grid(self, sde: SDE) -> Tensor:
         """The times at which the SDE has the table's levels, t_min for 0: `Sampler(step, step.grid)`."""
-        times = sde.time_at(-self._levels(sde).log())
+        times = sde.time_at_noise_level(self._levels(sde))
         self._refuse_other(sde, times[:-1], times[1:])
         return times
 
@@ -108,10 +108,10 @@ class Tabulated(LinearStep):
 
     def _levels(self, sde: SDE) -> Tensor:
         """The levels at which the SDE stops: t_min's for 0."""
-        return torch.where(self.levels > 0, self.levels, (-sde.half_log_snr(sde.t_min)).exp())
+        return torch.where(self.levels > 0, self.levels, sde.noise_level(sde.t_min))
 
     def _refuse_other(self, sde: SDE, t: Tensor, s: Tensor) -> None:
-        levels, stops = [(-sde.half_log_snr(part)).exp() for part in (t, s)], self._levels(sde)
+        levels, stops = [sde.noise_level(part) for part in (t, s)], self._levels(sde)
         own = (stops[:-1], stops[1:])
         if len(t) != len(self.a) or not all(torch.allclose(x, y, rtol=1e-6) for x, y in zip(levels, own, strict=True)):
             first, last = self.levels[0].item(), self.levels[-1].item()

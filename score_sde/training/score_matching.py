@@ -54,7 +54,7 @@ class ScoreMatching(ABC):
         sde, t, x0 = model.sde, times.t, batch.x
         noise = draw(torch.randn, x0.shape, generator, device=x0.device, dtype=x0.dtype)
         x = sde.perturb(x0, t, noise)
-        weight = times.weight * self.weighting(sde, t) * (-2 * sde.half_log_snr(t)).exp()
+        weight = times.weight * self.weighting(sde, t) * sde.noise_level(t) ** 2
         bracket, said = self.bracket(lambda v: model(v, t, **batch.condition).noise, model, x, t, generator)
         loss = (weight * bracket / x0[0].numel()).float()
         return Losses(loss, excess(self.target, model, x, t, noise, said.detach()))

@@ -85,11 +85,11 @@ class OneLevelTimes(TimeSampler):
         self.level = level
 
     def quantile(self, sde: SDE, u: Tensor) -> Tensor:
-        t = float(sde.time_at(-math.log(self.level)))
+        t = float(sde.time_at_noise_level(self.level))
         return torch.full_like(u, min(max(t, sde.t_min), sde.t_max))
 
     def check(self, sde: SDE) -> None:
-        low, high = (math.exp(-float(sde.half_log_snr(t))) for t in (sde.t_min, sde.t_max))
+        high, low = sde.noise_level_range
         if not low <= self.level <= high:
             raise ValueError(
                 f"level={self.level} is none of the SDE's, which has sigma / alpha from {low:.3g} to {high:.3g}"
@@ -123,8 +123,7 @@ class LogNormalTimes(TimeSampler):
 
     def _range(self, sde: SDE) -> tuple[float, float]:
         """Shares of the normal law below the least and the greatest noise level."""
-        levels = (-float(sde.half_log_snr(t)) for t in (sde.t_min, sde.t_max))
-        low, high = (math.erfc((self.mean - level) / (self.std * math.sqrt(2))) / 2 for level in levels)
+        high, low = (math.erfc((self.mean + lmbda) / (self.std * math.sqrt(2))) / 2 for lmbda in sde.half_log_snr_range)
         return low, high
 
 
@@ -148,13 +147,9 @@ class ImportanceTimes(TimeSampler):
     """
 
     def quantile(self, sde: SDE, u: Tensor) -> Tensor:
-        top, bottom = self._range(sde)
-        return sde.time_at(top + (bottom - top) * u).clamp(sde.t_min, sde.t_max)
+        first, last = sde.half_log_snr_range
+        return sde.time_at(last + (first - last) * u).clamp(sde.t_min, sde.t_max)
 
     def weight(self, sde: SDE, t: Tensor) -> Tensor:
-        top, bottom = self._range(sde)
-        return 2 * (top - bottom) / (sde.t_max - sde.t_min) * (sde.sigma(t) / sde.diffusion(t)) ** 2
-
-    def _range(self, sde: SDE) -> tuple[float, float]:
-        """lambda at the least and the greatest noise level."""
-        return float(sde.half_log_snr(sde.t_min)), float(sde.half_log_snr(sde.t_max))
+        first, last = sde.half_log_snr_range
+        return 2 * (last - first) / (sde.t_max - sde.t_min) * (sde.sigma(t) / sde.diffusion(t)) ** 2

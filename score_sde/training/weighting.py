@@ -38,7 +38,7 @@ class SimpleWeighting(Weighting):
     """|noise error|^2, the same at every level: lambda = alpha^2 / sigma^2 (Ho et al. 2020, eq. 14, "L_simple")."""
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
-        return (2 * sde.half_log_snr(t)).exp()
+        return sde.snr(t)
 
 
 class SigmaWeighting(Weighting):
@@ -52,7 +52,7 @@ class SigmaWeighting(Weighting):
         self.power = power
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
-        return (2 * sde.half_log_snr(t)).exp() * sde.sigma(t) ** (self.power - 2)
+        return sde.snr(t) * sde.sigma(t) ** (self.power - 2)
 
 
 class LikelihoodWeighting(Weighting):
@@ -63,7 +63,7 @@ class LikelihoodWeighting(Weighting):
     """
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
-        return (2 * sde.half_log_snr(t)).exp() * (sde.diffusion(t) / sde.sigma(t)) ** 2
+        return sde.snr(t) * (sde.diffusion(t) / sde.sigma(t)) ** 2
 
 
 class KarrasWeighting(Weighting):
@@ -78,7 +78,7 @@ class KarrasWeighting(Weighting):
         self.sigma_data = sigma_data
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
-        return (2 * sde.half_log_snr(t)).exp() + self.sigma_data**-2
+        return sde.snr(t) + self.sigma_data**-2
 
 
 class MinSNRWeighting(Weighting):
@@ -95,4 +95,4 @@ class MinSNRWeighting(Weighting):
         self.gamma = gamma
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
-        return (2 * sde.half_log_snr(t)).exp().clamp(max=self.gamma)
+        return sde.snr(t).clamp(max=self.gamma)

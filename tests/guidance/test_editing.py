@@ -23,9 +23,7 @@ from score_sde.guidance import (
     Matrix,
     Replacement,
     TwistedParticles,
-    below,
     interpolate,
-    jump_back,
     sdedit,
     translate,
 )
@@ -106,18 +104,18 @@ def test_ddrm_is_its_formula_coordinate_by_coordinate(noise_std):
 
 def test_jump_back_goes_through_every_stretch_again():
     base = grid.uniform(SDE, 6)
-    times = jump_back(SDE, partial(grid.uniform, steps=6), length=3, repeats=2)
+    times = grid.jump_back(SDE, partial(grid.uniform, steps=6), length=3, repeats=2)
     first, second = base[:4], base[3:]
     assert torch.equal(times, torch.cat([first, first, second[1:], second]))
     grid.check(times, SDE)
-    assert torch.equal(jump_back(SDE, partial(grid.uniform, steps=6), 3, 1), base)
+    assert torch.equal(grid.jump_back(SDE, partial(grid.uniform, steps=6), 3, 1), base)
     low = (SDE.sigma(base[5]) / SDE.alpha(base[5])).item() * 0.999
-    part = jump_back(SDE, partial(grid.uniform, steps=6), length=1, repeats=2, low=low)
+    part = grid.jump_back(SDE, partial(grid.uniform, steps=6), length=1, repeats=2, low=low)
     again = [base[j] for i in range(1, 6) for j in (i, i - 1, i)]
     assert torch.equal(part, torch.stack([base[0], *again, base[6]]))
     for length in (1, 2, 3):  # below a time the rest is gone through as it was, without what led back above
-        jumps = partial(jump_back, base=partial(grid.uniform, steps=6), length=length, repeats=3)
-        rest = below(SDE, jumps, 0.6)
+        jumps = partial(grid.jump_back, base=partial(grid.uniform, steps=6), length=length, repeats=3)
+        rest = grid.below(SDE, jumps, 0.6)
         assert rest[0] == 0.6
         assert (rest[1:] < 0.6).all()
         assert torch.equal(rest[1:], jumps(SDE)[1 - len(rest) :])
@@ -128,7 +126,7 @@ def test_jump_back_goes_through_every_stretch_again():
 def test_jumps_are_exact_forward_transitions():
     # Down by a solver that is nearly exact, up by the forward process: the law stays what it is.
     target = GaussianMixture([1.0], [[0.5]], [[[0.49]]])
-    fine = partial(jump_back, base=partial(grid.log_snr, steps=60), length=10, repeats=3)
+    fine = partial(grid.jump_back, base=partial(grid.log_snr, steps=60), length=10, repeats=3)
     result = Sampler(ExponentialAdams(2), fine).sample(ExactScore(target, SDE), (20_000, 1), seed=0)
     assert result.nfe == 181
     assert result.x.mean().item() == pytest.approx(0.5, abs=0.02)
@@ -141,7 +139,7 @@ def test_repaint_comes_nearer_to_the_posterior_than_replacement():
     model = ExactScore(target, SDE)
     base = partial(grid.log_snr, steps=30)
     once = Sampler(Ancestral(), base).sample(Replacement(model, operator, y), (4000, 2), seed=0).x[:, 1].mean().item()
-    again = partial(jump_back, base=base, length=5, repeats=6)
+    again = partial(grid.jump_back, base=base, length=5, repeats=6)
     repaint = Sampler(Ancestral(), again, corrector=Impute(operator, y)).sample(model, (4000, 2), seed=0)
     assert abs(repaint.x[:, 1].mean().item() - mean) < 0.5 * abs(once - mean)
     assert abs(once - mean) > 0.1  # the known bias
@@ -155,7 +153,7 @@ def test_repaint_of_a_noisy_observation_falls_with_repeats_above_its_level_and_f
     low = 0.15 / operator.least_singular_value()
 
     def distance(repeats: int, low: float) -> float:
-        again = partial(jump_back, base=partial(grid.log_snr, steps=60), length=1, repeats=repeats, low=low)
+        again = partial(grid.jump_back, base=partial(grid.log_snr, steps=60), length=1, repeats=repeats, low=low)
         sampler = Sampler(Ancestral(), again, corrector=Impute(operator, problem.y, 0.15))
         return affine.bias(affine.sampled_law(sampler, problem.model), problem.posterior)["w2"]
 
@@ -185,7 +183,7 @@ def test_sdedit_keeps_more_of_x_the_later_it_starts():
     far = [(end - torch.tensor([1.0, -0.5])).norm().item() for end in ends]
     assert far[0] > far[1] > far[2]
     assert far[2] < 0.15
-    assert len(below(SDE, BASE, 0.3)) < 13
+    assert len(grid.below(SDE, BASE, 0.3)) < 13
     assert sdedit(sampler, model, x, 0.3, seed=0).times[0] == 0.3
     assert len(sampler.grid(SDE)) == 13  # the sampler itself is as it was
     # From x ~ p_0 the end is again p_0, wherever it starts.
@@ -278,8 +276,8 @@ def test_seeds_of_sdedit_share_no_noise():
         (lambda a: Impute(a, torch.zeros(2, 3)), "not x itself"),
         (lambda a: Impute(a, torch.zeros(1), -1.0), "noise_std is 0 or more, got -1.0"),
         (lambda a: DDRM(a, torch.zeros(1), eta=2.0), "lie in [0, 1], got eta=2.0"),
-        (lambda a: jump_back(SDE, BASE, 0), "length >= 1"),
-        (lambda a: below(SDE, BASE, 1e-3), "must lie in (0.001, 1]"),
+        (lambda a: grid.jump_back(SDE, BASE, 0), "length >= 1"),
+        (lambda a: grid.below(SDE, BASE, 1e-3), "must lie in (0.001, 1]"),
         (lambda a: TwistedParticles(BASE, a, torch.zeros(1), 0.0), "noise_std=0.0"),
         (lambda a: TwistedParticles(BASE, a, torch.zeros(4, 1), 0.1), "one observation y has shape (1,), got (4, 1)"),
         (

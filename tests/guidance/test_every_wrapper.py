@@ -16,13 +16,13 @@ import score_sde.guidance
 from score_sde import grid
 from score_sde.adaptive import AdaptiveODE
 from score_sde.adaptive_sde import AdaptiveSDE
-from score_sde.guidance import Downsample, Guided
+from score_sde.guidance import Downsample
 from score_sde.likelihood import log_likelihood
 from score_sde.noise import SampleNoise
 from score_sde.ode import ProbabilityFlowODE
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
-from score_sde.score import ScoreModel
+from score_sde.score import ScoreModel, WrappedScore
 from score_sde.sde import VPSDE, expand
 from score_sde.steps import Ancestral, Step
 
@@ -56,7 +56,7 @@ def log_prob(x, t, label):
     return -((x - label.to(x).view(-1, 1, 1, 1)) ** 2).flatten(1).sum(1) / 4
 
 
-WRAPPERS = {cls.__name__: cls for cls in conftest.concrete(Guided)}
+WRAPPERS = {cls.__name__: cls for cls in conftest.concrete(WrappedScore) if ".guidance." in cls.__module__}
 OBSERVED_STEPS = {
     cls.__name__: cls for cls in conftest.concrete(Step) if cls.__module__.startswith("score_sde.guidance.")
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -109,6 +110,17 @@ def test_samples_of_a_batch_do_not_meet(operator):
     for function, v in pairs:
         alone = torch.cat([function(part) for part in v.split([1, 4, 2])])
         torch.testing.assert_close(alone, function(v), rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradients_go_through_an_operator_first_used_for_inference(name):
+    operator = copy.deepcopy(OPERATORS[name])
+    with torch.inference_mode():
+        x = torch.randn(2, *operator.input_shape, generator=generator())
+        operator.pseudo_inverse(operator(x))
+    x = torch.randn(2, *operator.input_shape, generator=generator()).requires_grad_()
+    operator.pseudo_inverse(operator(x)).square().sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def test_mask_shows_only_what_it_says():

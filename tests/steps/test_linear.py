@@ -15,7 +15,7 @@ from scipy.integrate import quad, solve_ivp
 from score_sde import grid
 from score_sde.parameterization import Denoised, Karras, Noise, Velocity
 from score_sde.prediction import Prediction
-from score_sde.sampler import Renoise, Sampler
+from score_sde.sampler import Sampler
 from score_sde.score import ExactScore, LearnedScore
 from score_sde.sde import SDE, VESDE, VPSDE, DiscreteSDE, KarrasSDE
 from score_sde.steps import (
@@ -30,7 +30,7 @@ from score_sde.steps import (
     RectifiedAdams,
     ReverseDiffusion,
 )
-from score_sde.steps.linear import Carry, LinearRow
+from score_sde.steps.linear import Carry, LinearRow, Renoise
 from score_sde.targets import GaussianMixture
 
 

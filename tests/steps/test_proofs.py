@@ -30,7 +30,7 @@ from conftest import CORRECTORS, LINEAR, PREDICTORS, SDES
 import score_sde
 from score_sde.noise import BatchNoise, SampleNoise
 from score_sde.prediction import Prediction
-from score_sde.sampler import Renoise, Sampler
+from score_sde.sampler import Sampler
 from score_sde.score import ExactScore, ScoreModel
 from score_sde.sde import SDE, VESDE, VPSDE, RectifiedFlow
 from score_sde.steps import (
@@ -41,6 +41,7 @@ from score_sde.steps import (
     Tabulated,
 )
 from score_sde.steps.corrected import CorrectedStep
+from score_sde.steps.linear import Renoise
 
 SOLVERS = {name: step for name, step in PREDICTORS.items() if step.calls > 0}
 

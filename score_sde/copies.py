@@ -1,0 +1,30 @@
+"""Constants kept once in float64, with a copy for each device and dtype that asks for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Copies"]
+
+
+class Copies:
+    """Named constants; real ones are kept in float64 and copied in the dtype that is asked for, indices as they are."""
+
+    def __init__(self, **constants: Tensor) -> None:
+        self._constants = {
+            name: value.detach().to("cpu", torch.float64 if value.is_floating_point() else None)
+            for name, value in constants.items()
+        }
+        self._copies: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+
+    def like(self, x: Tensor) -> dict[str, Tensor]:
+        """The constants on x's device and in its dtype; they are shared, so not to be written into."""
+        key = (x.device, x.dtype)
+        if key not in self._copies:
+            with torch.inference_mode(False):  # else gradients could never go through them
+                self._copies[key] = {
+                    name: value.to(x.device, x.dtype if value.is_floating_point() else None, copy=True)
+                    for name, value in self._constants.items()
+                }
+        return self._copies[key]
