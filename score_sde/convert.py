@@ -302,8 +302,9 @@ def diffusers(path: str | Path) -> LearnedScore:
 
     folder = Path(path)
     root = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
-    config, scheduler = _json(root, "config.json"), _json(folder, "scheduler_config.json", "scheduler")
-    network = DiffusersUNet.load(root, config)
+    scheduler = _json(folder, "scheduler_config.json", "scheduler")
+    _json(root, "config.json")
+    network = DiffusersUNet.load(root)
     sde, parameterization = _diffusers_process(scheduler, network.score)
     return LearnedScore(network, sde, parameterization, network.event_shape).eval().requires_grad_(False)
 

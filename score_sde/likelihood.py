@@ -322,9 +322,8 @@ class _Flow:
     """
 
     def __init__(
-        self, model: ScoreModel, x: Tensor, condition: Mapping[str, Any] | None, sigma_data: float | None,
-        trace: Trace | None = None,
-    ) -> None:  # fmt: skip
+        self, model: ScoreModel, x: Tensor, condition: Mapping[str, Any] | None, sigma_data: float | None
+    ) -> None:
         condition = dict(condition or {})
         if not tensor("x", x).is_floating_point():
             raise TypeError(f"{x.dtype} data have no density: dequantise them (likelihood.dequantize, or "
@@ -340,7 +339,8 @@ class _Flow:
         scale = math.sqrt(2) * (model.data_std if sigma_data is None else sigma_data)
         if not 0 < scale < math.inf:
             raise ValueError(f"sigma_data is the positive standard deviation of the data, got {sigma_data}")
-        self.model, self.sde, self.trace = PerSample(model, condition, len(x)), model.sde, trace
+        self.model, self.sde = PerSample(model, condition, len(x)), model.sde
+        self.trace: Trace | None = None
         self.x, self.shape, self.size = x, x.shape[1:], math.prod(x.shape[1:])
         self.s_max, self.s_min = self.sde.noise_level_range
         # Near s = 0 a rounding error of n counts (k / s)^2 fold: k stays within reach of s_min in single precision.

@@ -60,8 +60,6 @@ class ParallelSampler:
         ValueError: the predictor is no `LinearStep`, or an option is outside its range.
     """
 
-    corrector = None  # what a Sampler without one has, for those who ask either
-
     def __init__(
         self, predictor: LinearStep, grid: Grid, window: int | None = None, tolerance: float = 1e-5,
         final: str = "denoise",

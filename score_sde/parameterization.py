@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from score_sde.checks import number
@@ -69,8 +70,8 @@ class Denoised(Parameterization):
     """F is the clean data: D = F."""
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
-        one = sde.alpha(t) * 0 + 1
-        return one * 0, one
+        alpha = sde.alpha(t)
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
 
 
 class Noise(Parameterization):
@@ -168,7 +169,7 @@ class PublishedNoise(Parameterization):
         t = as_time(t).double()
         level = t if self.level == "time" else sde.sigma(t).log()
         c_skip, c_out = self.output(sde, t)
-        return Row(c_skip * 0 + 1, c_skip, c_out, self.scale * level + self.shift)
+        return Row(torch.ones_like(c_skip), c_skip, c_out, self.scale * level + self.shift)
 
     def __repr__(self) -> str:
         told = f"level={self.level!r}, scale={self.scale:g}, shift={self.shift:g}, sign={self.sign:g}"

@@ -572,19 +572,23 @@ class DiscreteSDE(SDE):
         gamma. CIFAR-10 has 220 levels at the paper's 0.5; its published 232 are those of 0.567.
         Source: Song & Ermon 2020, https://arxiv.org/abs/2006.09011, section 3.2.
 
-        Raises ValueError where overlap is not in (0, 0.99), or 0 < sigma_min < sigma_max does not hold.
+        Raises ValueError where overlap is not in (0, 0.99), 0 < sigma_min < sigma_max does not hold, or D is below 5.
         """
         if not 0 < overlap < 0.99:
             raise ValueError(f"the share of samples in which neighbours overlap lies in (0, 0.99), got {overlap=}")
         _positive_and_ordered("a geometric ladder", sigma_min=sigma_min, sigma_max=sigma_max)
         root = math.sqrt(2 * math.prod(event_shape))
-        low, high = 0.0, 50.0  # of gamma - 1: the share falls from 0.997 to nothing
-        for _ in range(200):
-            middle = (low + high) / 2
-            ends = torch.tensor([1.0, -1.0], dtype=torch.float64) * 3 * (1 + middle) + root * middle
-            upper, lower = torch.special.ndtr(ends).tolist()
-            low, high = (middle, high) if upper - lower > overlap else (low, middle)
-        levels = 1 + math.log(sigma_max / sigma_min) / math.log1p(low)
+        if root <= 3:
+            raise ValueError(f"in {math.prod(event_shape)} dimensions neighbours overlap whatever their ratio: NCSNv2's rule "
+                             "is for 5 or more, give a number of levels to DiscreteSDE.geometric (sde=smld)")  # fmt: skip
+        from scipy.optimize import brentq  # half a second to import
+        from scipy.special import ndtr
+
+        def excess(gap: float) -> float:
+            return ndtr(root * gap + 3 * (1 + gap)) - ndtr(root * gap - 3 * (1 + gap)) - overlap
+
+        gap = brentq(excess, 0.0, 50.0, xtol=1e-15)  # gamma - 1: the share falls from 0.997 to nothing
+        levels = 1 + math.log(sigma_max / sigma_min) / math.log1p(gap)
         return cls.geometric(sigma_min, sigma_max, max(math.ceil(levels), 2))
 
     def half_log_snr(self, t: Time) -> Tensor:

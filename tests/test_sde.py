@@ -423,6 +423,8 @@ def test_neighbours_of_such_a_ladder_do_overlap() -> None:
     for overlap in (0.0, 1.0):
         with pytest.raises(ValueError, match="neighbours overlap"):
             DiscreteSDE.overlapping(overlap=overlap)
+    with pytest.raises(ValueError, match="in 2 dimensions neighbours overlap whatever their ratio"):
+        DiscreteSDE.overlapping(event_shape=(2,))
     with pytest.raises(ValueError, match="0 < sigma_min < sigma_max"):
         DiscreteSDE.overlapping(2.0, 1.0)
 

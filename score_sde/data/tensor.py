@@ -244,18 +244,19 @@ def _tensor(labels: Tensor | np.ndarray[Any, Any] | None) -> Tensor | None:
 
 def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:
     """The examples, float32 or integers, once their scale and labels are found to fit."""
-    as_given = _checked_scale(given.x, dequantize, levels) is not None
+    _check_scale(given.x, dequantize, levels)
     labels = None if given.labels is None else _checked_labels(given.labels, len(given.x))
     tokens = given.context
     if tokens is not None and (tokens.ndim != 3 or len(tokens) != len(given.x) or not tokens.is_floating_point()):
         raise ValueError(f"context must be floats ({len(given.x)}, tokens, width); got {tokens.dtype} of shape "
                          f"{tuple(tokens.shape)}")  # fmt: skip
-    x, tokens = (given.x if as_given else given.x.float()), None if tokens is None else tokens.float()
+    x = given.x.float() if given.x.is_floating_point() else given.x
+    tokens = None if tokens is None else tokens.float()
     return Examples(x, labels, given.fingerprint, tokens)
 
 
-def _checked_scale(x: Tensor, dequantize: bool | None, levels: int) -> bool | None:
-    """`dequantize`, None for floats, once it fits the examples."""
+def _check_scale(x: Tensor, dequantize: bool | None, levels: int) -> None:
+    """Refuses, with ValueError, examples that no density or no model can be of, and a `dequantize` that does not fit them."""
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(f"x of shape {tuple(x.shape)}: give (N, *event) with at least one example")
     if x.is_complex():
@@ -267,18 +268,17 @@ def _checked_scale(x: Tensor, dequantize: bool | None, levels: int) -> bool | No
             raise ValueError(f"dequantize={dequantize} is for integers, x is {x.dtype}: leave it out, or give integers")
         if not torch.isfinite(x.float()).all():
             raise ValueError("x holds values that are not finite in single precision: remove or replace them")
-        return None
+        return
     if dequantize is None:
         raise ValueError(
             f"x is {x.dtype}, which has no density: say dequantize=True (adds uniform noise, scales to [-1, 1]) or "
             "dequantize=False (only scales), or give floats in the scale of the model"
         )
     if x.dtype == torch.uint8 and levels >= 256:
-        return dequantize  # which need not be read: they may be a large file
+        return  # without a look at them: they may be a large file
     low, high = int(x.min()), int(x.max())
     if low < 0 or high >= levels:
         raise ValueError(f"x holds integers {low}..{high}, levels={levels} allows 0..{levels - 1}: set levels")
-    return dequantize
 
 
 def _checked_labels(labels: Tensor, count: int) -> Tensor:

@@ -11,6 +11,7 @@ are meant to end at either.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import inspect
 import math
@@ -206,10 +207,7 @@ def at_budget(sampler: Sampler, model: ScoreModel, calls: int) -> Sampler:
         low, high = high, 2 * high
         if high > 64 * (calls + 1):
             raise ValueError(f"spends no {calls} network calls, whatever its number of steps")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) <= calls else (low, middle)
-    return _with_steps(sampler, low)
+    return _with_steps(sampler, bisect.bisect_right(range(high), float(calls), lo=low, key=cost) - 1)
 
 
 def planned_calls(sampler: Sampler, model: ScoreModel) -> int:

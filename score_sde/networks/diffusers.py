@@ -34,7 +34,7 @@ class DiffusersUNet(nn.Module):
         self._take(_model_class().from_config(dict(config)))
 
     @classmethod
-    def load(cls, folder: str | Path, config: Mapping[str, Any]) -> DiffusersUNet:
+    def load(cls, folder: str | Path) -> DiffusersUNet:
         """The network of a folder with config.json and weights; ValueError where keys are left over or missing."""
         network = cls.__new__(cls)
         nn.Module.__init__(network)

@@ -84,15 +84,15 @@ class UniPC(CorrectedStep):
 
     def predict(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
         nodes = times[: self.p]
-        return self._two(sde, nodes, nodes[0], s) if len(nodes) == 2 else weigh(sde, nodes, nodes[0], s, eta=0.0)
+        return self._two(sde, nodes, s) if len(nodes) == 2 else weigh(sde, nodes, nodes[0], s, eta=0.0)
 
     def correct(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
         nodes = torch.stack([s, *times[: self.p]])
         if len(nodes) == 2:
-            return self._two(sde, nodes.flip(0), times[0], s)[::-1]
+            return self._two(sde, nodes.flip(0), s)[::-1]
         return weigh(sde, nodes, times[0], s, eta=0.0)
 
-    def _two(self, sde: SDE, nodes: Tensor, t: Tensor, s: Tensor) -> Sequence[Tensor]:
+    def _two(self, sde: SDE, nodes: Tensor, s: Tensor) -> Sequence[Tensor]:
         """Weights of D at t = nodes[0] and of the D at nodes[1], a fraction r of the step away."""
         start, other = sde.half_log_snr(nodes)
         h = sde.half_log_snr(s) - start

@@ -270,7 +270,7 @@ class RectifiedAdams(LinearStep):
         h, (scale_t, scale_s) = end - nodes[0], (sde.alpha(t) + sde.sigma(t) for t in (times[0], s))
         fractions, gauss = quadrature(s, points=4)
         b = [scale_s * h * (gauss * basis).sum(0) for basis in lagrange(nodes, nodes[0] + fractions * h)]
-        return scale_s / scale_t, b, 0 * s
+        return scale_s / scale_t, b, torch.zeros_like(s)
 
 
 class IPNDM(LinearStep):
@@ -299,4 +299,4 @@ class IPNDM(LinearStep):
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         total = -sde.sigma(s) * torch.expm1(sde.half_log_snr(s) - sde.half_log_snr(times[0]))
-        return sde.alpha(s) / sde.alpha(times[0]), [w * total for w in self.adams[len(times) - 1]], 0 * s
+        return sde.alpha(s) / sde.alpha(times[0]), [w * total for w in self.adams[len(times) - 1]], torch.zeros_like(s)

@@ -50,12 +50,12 @@ def power_exponent(std: float) -> float:
     """
     if not 0 < std < 12**-0.5:
         raise ValueError(f"the relative width of a power-function average lies in (0, 0.288), got {std}")
-    low, high = 0.0, 1 / std  # the width falls in gamma, and is below 1 / (gamma + 2)
-    for _ in range(100):
-        gamma = (low + high) / 2
-        wide = (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) > std**2
-        low, high = (gamma, high) if wide else (low, gamma)
-    return gamma
+    from scipy.optimize import brentq  # half a second to import
+
+    def excess(gamma: float) -> float:
+        return (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) - std**2
+
+    return brentq(excess, 0.0, 1 / std, xtol=1e-12)  # the width falls in gamma, and is below 1 / (gamma + 2)
 
 
 class PowerFunction:
