@@ -4,12 +4,11 @@
     model.safetensors    its weights
 
 `Run.export` writes one, `score_sde.load` reads it. As in a run, a `_target_` is called only where it is trusted (see
-`score_sde.run`), so that reading one executes no code of the file's.
+`score_sde.build`), so that reading one executes no code of the file's.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -21,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from score_sde.run import build_model, trusted
+from score_sde.build import build_model
 from score_sde.score import LearnedScore
 
-__all__ = ["PARTS", "build", "load", "save"]
+__all__ = ["PARTS", "load", "save"]
 
 PARTS = ("sde", "parameterization", "network", "event_shape", "seed")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -76,7 +75,7 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> LearnedScore:
             raise ValueError(f"it must hold {', '.join(PARTS)}")
     except ValueError as error:
         raise ValueError(f"{path / CONFIG} is no config of a model: {error}") from None
-    model = build_model(config, trust, make=build)
+    model = build_model(config, trust)
     try:
         weights = load_file(path / WEIGHTS)
     except SafetensorError as error:
@@ -89,19 +88,3 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> LearnedScore:
         )
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
-
-
-def build(node: Any, trust: Sequence[str] = ()) -> Any:
-    """What a config's `_target_`s make, `_partial_` ones functions still, from the innermost outwards: Hydra's rules.
-
-    Raises ValueError for a `_target_` that is not trusted.
-    """
-    if isinstance(node, list):
-        return [build(child, trust) for child in node]
-    if not isinstance(node, dict):
-        return node
-    built = {name: build(child, trust) for name, child in node.items() if name not in ("_target_", "_partial_")}
-    if "_target_" not in node:
-        return built
-    make = trusted(node["_target_"], trust)
-    return functools.partial(make, **built) if node.get("_partial_") else make(**built)

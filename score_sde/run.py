@@ -2,30 +2,21 @@
 
     config.yaml  checkpoints/step-XXXXXXXXX/  metrics.jsonl  samples/  figures/  result.json
 
-Nothing read from it executes code: weights are safetensors, and a `_target_` of config.yaml is called only where it is
-a class or function of the rooms in ROOMS, a module class of torch.nn, or lies in a module that the caller trusts by
-name. Only this module and the scripts know Hydra.
+Nothing read from it executes code: weights are safetensors, and a `_target_` of config.yaml is called only where
+`score_sde.build` trusts it. Only this module and the scripts know Hydra.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from score_sde import distributed
-from score_sde.classifier import NoisyClassifier
-from score_sde.data import Data, key
-from score_sde.energy import EnergyScore
-from score_sde.networks import Conservative, Encoder
+from score_sde.build import build, build_model
+from score_sde.data import Data
 from score_sde.score import LearnedScore
 from score_sde.training import Checkpoints, reconstruct, write_atomically
 
@@ -33,34 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from omegaconf import DictConfig
 
-__all__ = ["Run", "build_model", "instantiate"]
-
-# Where a `_target_` of a run directory may be defined: what only builds things, and touches no file but to read data.
-ROOMS = (
-    "score_sde.sde",
-    "score_sde.parameterization",
-    "score_sde.networks",
-    "score_sde.targets",
-    "score_sde.data",
-    "score_sde.grid",
-    "score_sde.steps",
-    "score_sde.sampler",
-    "score_sde.ode",
-    "score_sde.adaptive",
-    "score_sde.adaptive_sde",
-    "score_sde.parallel",
-    "score_sde.tuning",
-    "score_sde.guidance",
-    "score_sde.training.classification",
-    "score_sde.evaluation.extractors",
-    "score_sde.evaluation.convnet",
-    "score_sde.training.objective",
-    "score_sde.training.score_matching",
-    "score_sde.training.times",
-    "score_sde.training.trainer",
-    "score_sde.training.variational",
-    "score_sde.training.weighting",
-)
+__all__ = ["Run"]
 
 
 class Run:
@@ -161,7 +125,7 @@ class Run:
 
     def data(self) -> Data:
         """The data the run trains on."""
-        return instantiate(self.config.data, self.trust)
+        return build(self.config.data, self.trust)
 
     def metrics(self) -> pd.DataFrame:
         """metrics.jsonl as a table, one row a line; empty before the first line."""
@@ -190,97 +154,3 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, step={self.checkpoints.latest()})"
-
-
-def build_model(
-    config: DictConfig | Mapping[str, Any], trust: Sequence[str] = (), make: Callable[..., Any] | None = None
-) -> LearnedScore:
-    """The untrained model of a configuration with `sde`, `parameterization`, `network`, `event_shape` and `seed`.
-
-    `make` builds its parts, `instantiate` unless given. Its first weights follow from `seed` alone; torch's global
-    generator is left as it was.
-    """
-    make = make or instantiate
-    with torch.random.fork_rng([]):
-        torch.manual_seed(key(config["seed"], "network"))
-        network = make(config["network"], trust)
-    sde, parameterization = make(config["sde"], trust), make(config["parameterization"], trust)
-    kinds = {Conservative: EnergyScore, Encoder: NoisyClassifier}
-    kind = next((kind for of, kind in kinds.items() if isinstance(network, of)), LearnedScore)
-    return kind(network, sde, parameterization, config["event_shape"])
-
-
-def instantiate(node: Any, trust: Sequence[str] = ()) -> Any:
-    """`hydra.utils.instantiate`, once every `_target_` within the node is found to be trusted.
-
-    Raises ValueError for a `_target_` that is neither of ROOMS, nor of torch.nn, nor of the modules in `trust`.
-    """
-    import hydra
-    from omegaconf import OmegaConf
-
-    container = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
-    for target in _targets(container):
-        trusted(target, trust)
-    return hydra.utils.instantiate(container, _convert_="all")
-
-
-def _targets(node: Any) -> Iterator[str]:
-    """Every `_target_` within nested mappings and lists."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield node["_target_"]
-        node = list(node.values())
-    if isinstance(node, list):
-        for child in node:
-            yield from _targets(child)
-
-
-def trusted(target: Any, trust: Sequence[str] = ()) -> Callable[..., Any]:
-    """What a `_target_` names, where it lies in a trusted module; what such a module merely imports is refused.
-
-    Raises ValueError for anything else, ImportError where there is nothing of that name.
-    """
-    if isinstance(target, str) and _within(target, ("score_sde", "torch.nn", *trust)):
-        found = _located(target)
-        home = getattr(found, "__module__", None) or ""
-        # A class, a function or a class method; never a method, whose `self` the file would choose.
-        builds = inspect.isclass(found) or inspect.ismethod(found) or "." not in getattr(found, "__qualname__", ".")
-        if builds and _within(home, (*ROOMS, *trust)):
-            return found
-        if inspect.isclass(found) and issubclass(found, nn.Module) and _within(home, ("torch.nn",)):
-            return found
-    raise ValueError(
-        f"_target_ {target!r} is refused: a run may only name models and data of score_sde, and torch.nn; "
-        f"if the code is yours, trust its module: {str(target).split('.')[0]!r}"
-    )
-
-
-def _located(target: str) -> Any:
-    """The object of a dotted name: attributes of the longest prefix that is a module."""
-    names, known = target.split("."), None
-    for count in range(len(names), 0, -1):
-        module = ".".join(names[:count])
-        try:
-            found: Any = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            # The name goes on with attributes; a package that the module itself lacks is another matter.
-            if error.name is None or not _within(module, (error.name,)):
-                raise
-            continue
-        missing, known = object(), found
-        for name in names[count:]:
-            found = getattr(found, name, missing)
-        if found is not missing:
-            return found
-        break
-    if known is None:
-        raise ImportError(
-            f"_target_ {target!r}: there is no module {names[0]!r}: run from its folder, or set PYTHONPATH"
-        )
-    near = difflib.get_close_matches(names[-1], dir(known), n=1)
-    hint = f": did you mean {near[0]!r}?" if near else ""
-    raise ImportError(f"_target_ {target!r}: {known.__name__} has nothing of that name{hint}")
-
-
-def _within(name: str, modules: Sequence[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)

@@ -15,10 +15,10 @@ import train
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from score_sde.build import build, build_model
 from score_sde.checks import whole
 from score_sde.data import Data, TensorData
 from score_sde.evaluation.benchmark import machine
-from score_sde.run import build_model, instantiate
 from score_sde.training import write_atomically
 from score_sde.training.benchmark import training_overhead
 
@@ -27,10 +27,10 @@ from score_sde.training.benchmark import training_overhead
 def main(config: DictConfig) -> None:
     whole("rounds", config.rounds, 2)
     choices = HydraConfig.get().runtime.choices
-    data: Data = random_images(config.images) if config.images else instantiate(config.data, config.trust)
+    data: Data = random_images(config.images) if config.images else build(config.data, config.trust)
     train.fill_in(config, data, choices)
     config.trainer.device = config.device
-    parts = {name: instantiate(config[name], config.trust) for name in ("objective", "time_sampler", "trainer")}
+    parts = {name: build(config[name], config.trust) for name in ("objective", "time_sampler", "trainer")}
     found = training_overhead(
         parts["trainer"], build_model(config, config.trust), data, parts["objective"], parts["time_sampler"],
         rounds=config.rounds, steps=config.steps, progress=True,

@@ -15,10 +15,10 @@ from command_line import listed
 from omegaconf import DictConfig
 
 from score_sde import plotting
+from score_sde.build import build
 from score_sde.checks import one_of
 from score_sde.evaluation import certify_all
 from score_sde.evaluation.certify import discover
-from score_sde.run import instantiate
 from score_sde.training import write_atomically
 
 SHOWN = ["step", "noise", "order", "measured order", "calls", "point mass", "exact in", "exact degree",
@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
     if config.steps is not None:
         found = {one_of("a step", name, found): found[name] for name in listed(config.steps)}
     if config.step is not None:
-        found = {str(config.step.get("_target_")): instantiate(config.step, trust)}
+        found = {str(config.step.get("_target_")): build(config.step, trust)}
     result = certify_all(common.sde_of(config), found, list(config.budgets), progress=True)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)

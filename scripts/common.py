@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import logging
@@ -26,7 +25,7 @@ import hydra
 from command_line import listed, unknown, unknown_key
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -38,10 +37,11 @@ from omegaconf.errors import (
 )
 
 from score_sde import SDE, LearnedScore, distributed
+from score_sde.build import build
 from score_sde.checks import whole
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, measure_sigma_data, measure_sigma_max
-from score_sde.run import Run, instantiate
+from score_sde.run import Run
 from score_sde.training import DivergenceError, write_atomically
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -164,15 +164,6 @@ def refusal(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
     """The innermost reason of an error, on one line, with the nearest known key for a misspelt one."""
-    target = ""
-    while isinstance(error, InstantiationException) and error.__cause__ is not None:
-        target = next(iter(re.findall("target '(.*?)'", str(error))), "")
-        error = error.__cause__
-    if isinstance(error, TypeError) and target:
-        wrong = next(iter(re.findall("unexpected keyword argument '(.*?)'", str(error))), "")
-        if wrong and (known := [*inspect.signature(hydra.utils.get_object(target)).parameters]):
-            return f"{target}: {unknown('argument', wrong, known)}; '~<key>' leaves a key out"
-        return f"{error}: the keys beside _target_={target} are its arguments; '~<key>' leaves one out"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return unknown(group, name, error.options)
@@ -315,7 +306,7 @@ def sampler_nodes(config: DictConfig, folder: Path | None = None, step: int | No
 
 def samplers_of(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
     """name -> sampler, likewise."""
-    return {name: instantiate(node, trust) for name, node in sampler_nodes(config).items()}
+    return {name: build(node, trust) for name, node in sampler_nodes(config).items()}
 
 
 def fill_auto(config: DictConfig, data: Data) -> None:
@@ -337,7 +328,7 @@ def sde_of(config: DictConfig, data: Data | None = None) -> SDE:
     elif config.sde.get("sigma_max") == "auto":
         config.sde.sigma_max = 50.0
         print("sde.sigma_max: auto is 50, as nothing is trained here")
-    return instantiate(config.sde, config.trust)
+    return build(config.sde, config.trust)
 
 
 def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
@@ -346,8 +337,8 @@ def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
     settings = OmegaConf.merge(named("evaluation", "default"), own)  # runs of before have fewer keys
     labelled = settings.classifier_data
     return {
-        "classifier_data": instantiate(labelled, trust) if labelled else None,
-        "features": {name: instantiate(named("extractor", name), trust) for name in listed(settings.features)},
+        "classifier_data": build(labelled, trust) if labelled else None,
+        "features": {name: build(named("extractor", name), trust) for name in listed(settings.features)},
         "references": dict(settings.references),
         "memorization": settings.memorization,
         "batch_size": settings.batch_size,

@@ -26,10 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from score_sde import ExactScore, ScoreModel, plotting
+from score_sde.build import build
 from score_sde.data import TargetStream
 from score_sde.evaluation import compare, judge, known_metrics, load_samples, ranking, winners
 from score_sde.evaluation.comparison import metrics_of
-from score_sde.run import instantiate
 from score_sde.training import write_atomically
 
 DEFAULT_METRICS = ("energy", "sliced_w2", "mode_weights", "mode_spread")
@@ -103,7 +103,7 @@ def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
     if bool(config.run) == bool(target):
         raise ValueError("compare what? give either run=<directory> or target=<name>, e.g. target=ring")
     if target:
-        target = instantiate(target, config.trust)
+        target = build(target, config.trust)
         return ExactScore(target, common.sde_of(config, TargetStream(target))), target
     run = common.open_run(config)
     data, model = run.data(), common.model_of(run, config)
@@ -155,14 +155,14 @@ def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:
 def contestant(node: DictConfig, config: DictConfig) -> Any:
     """A config's sampler; {calls: sampler} where its `table` is a pattern, of `tables` or of the run's or target's folder."""
     if not common.is_pattern(node.get("table")):
-        return instantiate(common.sampler_config(node), config.trust)
+        return build(common.sampler_config(node), config.trust)
     files = config.tables
     if not isinstance(files, DictConfig):
         files = common.tables_of(Path(files or common.tuned_folder(config)), node.table)
     folder = Path(config.run) if config.run else None
     made = {int(calls): common.sampler_config(OmegaConf.merge(node, {"table": str(file)}), folder)
             for calls, file in files.items()}  # fmt: skip
-    return {calls: instantiate(made[calls], config.trust) for calls in sorted(made)}
+    return {calls: build(made[calls], config.trust) for calls in sorted(made)}
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from score_sde import LearnedScore, ProbabilityFlowODE, SampleNoise, ScoreModel
+from score_sde.build import build
 from score_sde.checks import one_of, whole
 from score_sde.data import load_images
 from score_sde.data.files import SUFFIXES
 from score_sde.evaluation.restoration import psnr
 from score_sde.guidance import TASKS, ClassifierFree, LinearOperator, Mask, Observed, interpolate, sdedit, task_operator
-from score_sde.run import Run, instantiate
+from score_sde.run import Run
 
 OPTIONS = {
     **dict.fromkeys(TASKS, ("sampler", "guidance", "degraded", "noise_std", "operator", "mask")),
@@ -54,7 +55,7 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
         whole(name, config[name])
     run = common.open_run(config)
     model = common.model_of(run, config)
-    sampler = instantiate(common.sampler_config(config.sampler, run.path, config.step), run.trust)
+    sampler = build(common.sampler_config(config.sampler, run.path, config.step), run.trust)
     sampler.check(model.sde)
     edit = {"class": relabelled, "interpolate": interpolated}.get(config.task, restored)
     before, after, columns = edit(config, run, model, sampler)
@@ -79,7 +80,7 @@ def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> E
     else:
         y = operator.observe(before, config.noise_std, generator=torch.Generator().manual_seed(config.seed))
     seen = operator.pseudo_inverse(y)
-    method = instantiate(config.guidance, (*run.trust, "score_sde.guidance"))
+    method = build(config.guidance, (*run.trust, "score_sde.guidance"))
     if not issubclass(method.func, Observed):
         raise ValueError(f"{method.func.__name__} restores nothing: task={config.task} takes guidance=mmps, pigdm, dps, "
                          "diffpir or replacement")  # fmt: skip

@@ -16,9 +16,9 @@ import guiding
 from omegaconf import DictConfig, OmegaConf
 
 from score_sde import Run, distributed
+from score_sde.build import build
 from score_sde.data import Data
 from score_sde.evaluation import Evaluation, diagnose, evaluate
-from score_sde.run import instantiate
 from score_sde.training import write_atomically
 
 OWN = ("samplers", "metrics", "features", "references", "memorization", "batch_size")
@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
         common.named("evaluation", "default"), run.config.evaluation, given
     )
     nodes = _sampler_nodes(config, run)
-    samplers = {name: instantiate(node, run.trust) for name, node in nodes.items()}
+    samplers = {name: build(node, run.trust) for name, node in nodes.items()}
     model = common.model_of(run, config)
     for sampler in samplers.values():
         sampler.check(model.sde)

@@ -10,11 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from score_sde import LearnedScore, ScoreModel
+from score_sde.build import build
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, TensorData
 from score_sde.evaluation.extractors import in_range
 from score_sde.guidance import Classifier, ClassifierFree, DynamicThreshold, Observed
-from score_sde.run import Run, instantiate
+from score_sde.run import Run
 
 
 def labels_of(label: Any) -> list[int]:
@@ -62,7 +63,7 @@ def check_labels(labels: list[int], model: LearnedScore) -> None:
 def labelled(run: Run) -> TensorData | None:
     """The run's own data where they have labels, or those that its evaluation names for a classifier; or nothing."""
     named = run.config.get("evaluation", {}).get("classifier_data")
-    for data in (run.data(), instantiate(named, run.trust) if named else None):
+    for data in (run.data(), build(named, run.trust) if named else None):
         if isinstance(data, TensorData) and data.num_classes is not None:
             return data
     return None
@@ -81,24 +82,24 @@ def guided(config: DictConfig, run: Run, model: LearnedScore) -> ScoreModel:
     others = [_other(node, run, model)] if "run" in node else []
     if isinstance(node.get("negative"), int):
         node["negative"] = {"label": node["negative"]}
-    build = instantiate(node, run.trust)
-    if issubclass(build.func, Observed):
-        raise ValueError(f"{build.func.__name__} restores observations: use scripts/edit.py for it; labels take "
+    method = build(node, run.trust)
+    if issubclass(method.func, Observed):
+        raise ValueError(f"{method.func.__name__} restores observations: use scripts/edit.py for it; labels take "
                          "guidance=classifier_free, classifier or autoguidance")  # fmt: skip
-    by_label = issubclass(build.func, Classifier | ClassifierFree)
+    by_label = issubclass(method.func, Classifier | ClassifierFree)
     if by_label and not labels:
         idle = {"scale": 1, "interval": None, "rescale": 0, "negative": None}
         if others or any(node.get(name, value) != value for name, value in idle.items()):
-            raise ValueError(f"{build.func.__name__} guides towards a label: give label=<number>")
+            raise ValueError(f"{method.func.__name__} guides towards a label: give label=<number>")
         result: ScoreModel = model
     else:
-        by_classifier = issubclass(build.func, Classifier)
+        by_classifier = issubclass(method.func, Classifier)
         if others and isinstance(others[0], NoisyClassifier) != by_classifier:
             wanted = "a classifier, a run of experiment=*_classifier" if by_classifier else "a score model"
-            raise ValueError(f"{build.func.__name__} takes {wanted}: {config.guidance.run} is none")
+            raise ValueError(f"{method.func.__name__} takes {wanted}: {config.guidance.run} is none")
         check_labels(labels, others[0] if by_classifier else model)
         check_labels(list((node.get("negative") or {}).values()), model)
-        result = build(model, *others)
+        result = method(model, *others)
     if config.threshold is None:
         return result
     if not in_range(run.data().reference(1000).x):

@@ -17,9 +17,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from score_sde import distributed, plotting
+from score_sde.build import build
 from score_sde.data import TensorData
 from score_sde.evaluation import DigitClassifier
-from score_sde.run import instantiate
 
 
 @common.main("sample")
@@ -27,7 +27,7 @@ def main(config: DictConfig) -> None:
     run = common.open_run(config)
     model = common.model_of(run, config)
     node = common.sampler_config(config.sampler, run.path, config.step)
-    sampler = instantiate(node, run.trust)
+    sampler = build(node, run.trust)
     sampler.check(model.sde)
     labels = guiding.labels_of(config.label)
     guided = guiding.guided(config, run, model)

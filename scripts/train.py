@@ -26,12 +26,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from score_sde import LearnedScore, Prediction, Sampler, ScoreModel, distributed
+from score_sde.build import build, build_model
 from score_sde.checks import number, whole
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, TensorData, generator
 from score_sde.evaluation import Evaluation, Reference, check_counts, evaluate, known_metrics, score_error
 from score_sde.evaluation.classification import accuracy_by_noise
-from score_sde.run import Run, build_model, instantiate
+from score_sde.run import Run
 from score_sde.score import WrappedScore
 from score_sde.training.interrupt import hand_on
 
@@ -46,17 +47,17 @@ def main(config: DictConfig) -> float:
         raise ValueError(f"sigma_max_quantile is a share in (0, 1], got {config.sigma_max_quantile}")
     run, resumes = opened(config)
     config, trust = run.config, run.trust
-    data: Data = instantiate(config.data, trust)
+    data: Data = build(config.data, trust)
     if not isinstance(data, Data):
         raise TypeError(f"data are a score_sde.data.Data, {config.data._target_} gives {type(data).__name__}: "
                         "wrap arrays, e.g. return TensorData(x)")  # fmt: skip
-    trainer = instantiate(config.trainer, trust)
+    trainer = build(config.trainer, trust)
     if not resumes:
         fill_in(config, data, HydraConfig.get().runtime.choices, typed())
     model = build_model(config, trust)
-    objective, time_sampler = (instantiate(config[name], trust) for name in ("objective", "time_sampler"))
+    objective, time_sampler = (build(config[name], trust) for name in ("objective", "time_sampler"))
     samplers = common.samplers_of(config, trust)
-    preview: Sampler = instantiate(common.sampler_config(config.sampler), trust)
+    preview: Sampler = build(common.sampler_config(config.sampler), trust)
     if not samplers and not isinstance(model, NoisyClassifier):  # which has no samples
         raise ValueError("evaluation.samplers=[] leaves nothing to evaluate: name one or more, or null for `sampler`")
     trainer.check(model, data, time_sampler)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from score_sde.build import build, build_model
 from score_sde.data import TensorData
 from score_sde.networks import MLP
-from score_sde.run import Run, build_model, instantiate
+from score_sde.run import Run
 from score_sde.sde import DiscreteSDE, SubVPSDE
 from score_sde.training import Checkpoints, DenoisingScoreMatching, Trainer, UniformTimes
 
@@ -123,7 +124,7 @@ def test_weights_of_another_network_are_refused(run, tmp_path):
         "torch.nn.modules.module.torch.hub.load",
         "score_sde.run.json.loads",
         "score_sde.run.Run",
-        "score_sde.run.instantiate",
+        "score_sde.build.build",
         "score_sde.training.write_atomically",
         "score_sde.training.Checkpoints",
         "score_sde.training.trainer.Trainer.fit",
@@ -136,7 +137,7 @@ def test_weights_of_another_network_are_refused(run, tmp_path):
 def test_targets_that_could_execute_code_are_refused_wherever_they_hide(target, tmp_path):
     for node in ({"_target_": target}, {"_target_": "score_sde.networks.MLP", "event_shape": [{"_target_": target}]}):
         with pytest.raises(ValueError, match="is refused: a run may only name"):
-            instantiate(node)
+            build(node)
 
 
 def test_a_refused_target_is_not_called(tmp_path):
@@ -149,13 +150,11 @@ def test_a_refused_target_is_not_called(tmp_path):
 
 
 def test_what_models_and_data_are_made_of_is_allowed():
-    assert isinstance(
-        instantiate({"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 2}), torch.nn.Linear
-    )
-    assert isinstance(instantiate({"_target_": "score_sde.sde.DiscreteSDE.ddpm", "num_steps": 50}), DiscreteSDE)
-    assert isinstance(instantiate({"_target_": "score_sde.data.digits"}), TensorData)
-    assert isinstance(instantiate({"_target_": "score_sde.training.UniformTimes"}), UniformTimes)
-    network = instantiate({"_target_": "score_sde.networks.MLP", "event_shape": [3]})
+    assert isinstance(build({"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 2}), torch.nn.Linear)
+    assert isinstance(build({"_target_": "score_sde.sde.DiscreteSDE.ddpm", "num_steps": 50}), DiscreteSDE)
+    assert isinstance(build({"_target_": "score_sde.data.digits"}), TensorData)
+    assert isinstance(build({"_target_": "score_sde.training.UniformTimes"}), UniformTimes)
+    network = build({"_target_": "score_sde.networks.MLP", "event_shape": [3]})
     assert isinstance(network, MLP)
     assert network.event_shape == (3,)
 
@@ -170,4 +169,4 @@ def test_the_users_own_module_is_trusted_by_name(tmp_path, monkeypatch):
         build_model(config)
     assert type(build_model(config, trust=("my_sde",)).sde).__name__ == "Mine"
     with pytest.raises(ValueError, match="refused"):
-        instantiate({"_target_": "my_sde.os.getcwd"}, trust=("my_sde",))
+        build({"_target_": "my_sde.os.getcwd"}, trust=("my_sde",))

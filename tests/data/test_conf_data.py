@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from test_sets import cifar_arrays, write_binary, write_idx
 
+from score_sde.build import build
 from score_sde.data import Draws, generator
-from score_sde.run import instantiate
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -79,7 +79,7 @@ def test_every_option_gives_batches(name: str, tmp_path: Path) -> None:
         overrides = []
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose("train", overrides=[f"data={name}", "data.seed=0", *overrides])
-    data = instantiate(config.data)
+    data = build(config.data)
     batch = data.prepare(data.batch(1, 4), Draws(generator(0, "prepare"), 4))
     assert batch.x.shape == (4, *data.event_shape)
     assert batch.x.is_floating_point()

@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from score_sde.build import build
 from score_sde.data import Examples, TensorData, cifar10
 from score_sde.evaluation import (
     PCA,
@@ -29,7 +30,6 @@ from score_sde.evaluation import (
     reference,
 )
 from score_sde.evaluation.extractors import extract, quantized, stored_images
-from score_sde.run import instantiate
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -226,7 +226,7 @@ NEEDS = {"efficientnet_lite0": "efficientnet_lite_pytorch", "inception": "torch_
 def test_every_option_of_conf_extractor_is_built(file: Path):
     if file.stem in NEEDS:
         pytest.importorskip(NEEDS[file.stem], reason="this extractor's package is not installed")
-    assert isinstance(instantiate(OmegaConf.load(file)), Extractor)
+    assert isinstance(build(OmegaConf.load(file)), Extractor)
 
 
 CIFAR = Path(os.environ.get("SCORE_SDE_DATA", "/work/data")) / "cifar10"

@@ -12,13 +12,13 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from score_sde.build import build
 from score_sde.networks import MLP, NCSN, DiT, NCSNv2, UNet
 from score_sde.networks.blocks import Attention, Style
 from score_sde.networks.embedding import Embedding
 from score_sde.networks.refinenet import InstanceNormPlus
 from score_sde.networks.transformer import SIZES
 from score_sde.networks.unet import EDM2_WIDTHS
-from score_sde.run import instantiate
 
 SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.0}
 REFINE = {"width": 4, "multipliers": (1, 2, 2), "dilations": (1, 1, 2), "conditional": True}
@@ -172,7 +172,7 @@ def test_a_size_gives_what_its_config_leaves_open(name):
     node.event_shape = [3, 64, 64]
     fewer = {"width": 96, **({"heads": 3} if "heads" in node else {})}
     with torch.device("meta"):
-        usual, changed = (instantiate({**node, **changes}).first.weight.shape[0] for changes in ({}, fewer))
+        usual, changed = (build({**node, **changes}).first.weight.shape[0] for changes in ({}, fewer))
     kind, size = name.split("_")
     assert usual == (SIZES[size]["width"] if kind == "dit" else EDM2_WIDTHS[size])
     assert changed == 96

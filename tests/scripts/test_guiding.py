@@ -13,10 +13,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from score_sde.build import build_model
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import TensorData
 from score_sde.guidance import Autoguidance, Classifier, ClassifierFree, DynamicThreshold
-from score_sde.run import Run, build_model
+from score_sde.run import Run
 from score_sde.training import DenoisingScoreMatching, NoisyCrossEntropy, Trainer, UniformTimes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from score_sde.run import Run, build_model, instantiate
+from score_sde.build import build, build_model
+from score_sde.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -35,9 +36,9 @@ def untrained(path: Path, data: dict, shape: list[int]) -> Run:
 
 @pytest.mark.parametrize("dequantize", [True, False])
 def test_integers_come_back_from_the_scale_of_the_model(dequantize: bool) -> None:
-    data = instantiate({**DIGITS, "dequantize": dequantize})
+    data = build({**DIGITS, "dequantize": dequantize})
     sets = likelihood.examples(data, 20, ["shuffled", "inverted", "uniform"], torch.Generator().manual_seed(0))
-    raw = ((instantiate({**DIGITS, "dequantize": True}).reference(20).x + 1) * 8.5).floor().long()
+    raw = ((build({**DIGITS, "dequantize": True}).reference(20).x + 1) * 8.5).floor().long()
     assert torch.equal(sets["held out"], raw)
     assert torch.equal(sets["shuffled"].flatten(1).sort().values, raw.flatten(1).sort().values)
     assert torch.equal(sets["inverted"], 16 - raw)

@@ -12,7 +12,8 @@ import pytest
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from score_sde.run import Run, build_model
+from score_sde.build import build_model
+from score_sde.run import Run
 from score_sde.training import DenoisingScoreMatching, Trainer, UniformTimes
 
 ROOT = Path(__file__).resolve().parents[2]

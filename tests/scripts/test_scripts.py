@@ -203,7 +203,7 @@ WRONG = {
     "a key that a class does not take": (
         "sample",
         ["run={run}", "sampler=heun", "+sampler.predictor.eta=1"],
-        "'~<key>' leaves one out",
+        "Heun: unknown argument 'eta': known: none; '~<key>' leaves a key out",
     ),
     "no such checkpoint": ("sample", ["run={run}", "step=77"], "none of step 77"),
     "nothing to compare": ("compare", [], "either run=<directory> or target=<name>"),

@@ -133,7 +133,7 @@ def test_the_model_of_a_run_at_a_width(tmp_path):
         "parameterization": {"_target_": "score_sde.parameterization.Noise"},
         "network": {"_target_": "score_sde.networks.MLP", "event_shape": [2], "width": 8, "depth": 1, "frequencies": 4},
     })  # fmt: skip
-    from score_sde.run import build_model
+    from score_sde.build import build_model
 
     model = build_model(run.config)
     tiny.train(tmp_path, tiny.trainer(12, power_emas=[0.05, 0.1], snapshot_every=2), model=model)

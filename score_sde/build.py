@@ -1,0 +1,153 @@
+"""From a plain configuration to objects: what the `_target_`s of nested mappings make, by Hydra's rules and without Hydra.
+
+Nothing built executes code of the file's: a `_target_` is called only where it is a class or function of the rooms in
+ROOMS, a module class of torch.nn, or lies in a module that the caller trusts by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from score_sde.classifier import NoisyClassifier
+from score_sde.data import key
+from score_sde.energy import EnergyScore
+from score_sde.networks import Conservative, Encoder
+from score_sde.score import LearnedScore
+
+__all__ = ["build", "build_model", "trusted"]
+
+# Where a `_target_` of a run directory may be defined: what only builds things, and touches no file but to read data.
+ROOMS = (
+    "score_sde.sde",
+    "score_sde.parameterization",
+    "score_sde.networks",
+    "score_sde.targets",
+    "score_sde.data",
+    "score_sde.grid",
+    "score_sde.steps",
+    "score_sde.sampler",
+    "score_sde.ode",
+    "score_sde.adaptive",
+    "score_sde.adaptive_sde",
+    "score_sde.parallel",
+    "score_sde.tuning",
+    "score_sde.guidance",
+    "score_sde.training.classification",
+    "score_sde.evaluation.extractors",
+    "score_sde.evaluation.convnet",
+    "score_sde.training.objective",
+    "score_sde.training.score_matching",
+    "score_sde.training.times",
+    "score_sde.training.trainer",
+    "score_sde.training.variational",
+    "score_sde.training.weighting",
+)
+
+
+def build_model(config: Mapping[str, Any], trust: Sequence[str] = ()) -> LearnedScore:
+    """The untrained model of a configuration with `sde`, `parameterization`, `network`, `event_shape` and `seed`.
+
+    Its first weights follow from `seed` alone; torch's global generator is left as it was.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(key(config["seed"], "network"))
+        network = build(config["network"], trust)
+    sde, parameterization = build(config["sde"], trust), build(config["parameterization"], trust)
+    kinds = {Conservative: EnergyScore, Encoder: NoisyClassifier}
+    kind = next((kind for of, kind in kinds.items() if isinstance(network, of)), LearnedScore)
+    return kind(network, sde, parameterization, config["event_shape"])
+
+
+def build(node: Any, trust: Sequence[str] = ()) -> Any:
+    """What a config's `_target_`s make, `_partial_` ones functions still, from the innermost outwards.
+
+    Raises:
+        ValueError: a `_target_` is neither of ROOMS, nor of torch.nn, nor of the modules in `trust`.
+        ImportError: there is nothing of its name.
+        TypeError: the keys beside it are not its arguments.
+    """
+    if isinstance(node, Mapping):
+        if "_target_" not in node:
+            return {name: build(child, trust) for name, child in node.items()}
+        make, partial = trusted(node["_target_"], trust), bool(node.get("_partial_"))
+        given = {name: build(child, trust) for name, child in node.items() if name not in ("_target_", "_partial_")}
+        _check_arguments(node["_target_"], make, given, partial)
+        return functools.partial(make, **given) if partial else make(**given)
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return [build(child, trust) for child in node]
+    return node
+
+
+def _check_arguments(target: str, make: Callable[..., Any], given: Mapping[str, Any], partial: bool) -> None:
+    """Refuses, with TypeError, keys that are no arguments, and too few of them for a call."""
+    signature = inspect.signature(make)
+    try:
+        (signature.bind_partial if partial else signature.bind)(**given)
+    except TypeError as error:
+        known = [*signature.parameters]
+        wrong = next((name for name in given if name not in known), None)
+        if wrong is None:
+            raise TypeError(f"{target}: {error}; the keys beside its _target_ are its arguments") from None
+        near = difflib.get_close_matches(wrong, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise TypeError(f"{target}: unknown argument {wrong!r}: {hint}known: {', '.join(known) or 'none'}; '~<key>' leaves "
+                        "a key out") from None  # fmt: skip
+
+
+def trusted(target: Any, trust: Sequence[str] = ()) -> Callable[..., Any]:
+    """What a `_target_` names, where it lies in a trusted module; what such a module merely imports is refused.
+
+    Raises ValueError for anything else, ImportError where there is nothing of that name.
+    """
+    if isinstance(target, str) and _within(target, ("score_sde", "torch.nn", *trust)):
+        found = _located(target)
+        home = getattr(found, "__module__", None) or ""
+        # A class, a function or a class method; never a method, whose `self` the file would choose.
+        builds = inspect.isclass(found) or inspect.ismethod(found) or "." not in getattr(found, "__qualname__", ".")
+        if builds and _within(home, (*ROOMS, *trust)):
+            return found
+        if inspect.isclass(found) and issubclass(found, nn.Module) and _within(home, ("torch.nn",)):
+            return found
+    raise ValueError(
+        f"_target_ {target!r} is refused: a run may only name models and data of score_sde, and torch.nn; "
+        f"if the code is yours, trust its module: {str(target).split('.')[0]!r}"
+    )
+
+
+def _located(target: str) -> Any:
+    """The object of a dotted name: attributes of the longest prefix that is a module."""
+    names, known = target.split("."), None
+    for count in range(len(names), 0, -1):
+        module = ".".join(names[:count])
+        try:
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            # The name goes on with attributes; a package that the module itself lacks is another matter.
+            if error.name is None or not _within(module, (error.name,)):
+                raise
+            continue
+        missing, known = object(), found
+        for name in names[count:]:
+            found = getattr(found, name, missing)
+        if found is not missing:
+            return found
+        break
+    if known is None:
+        raise ImportError(
+            f"_target_ {target!r}: there is no module {names[0]!r}: run from its folder, or set PYTHONPATH"
+        )
+    near = difflib.get_close_matches(names[-1], dir(known), n=1)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    raise ImportError(f"_target_ {target!r}: {known.__name__} has nothing of that name{hint}")
+
+
+def _within(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
