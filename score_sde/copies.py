@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 __all__ = ["Copies"]
 
@@ -22,7 +23,8 @@ class Copies:
         """The constants on x's device and in its dtype; they are shared, so not to be written into."""
         key = (x.device, x.dtype)
         if key not in self._copies:
-            with torch.inference_mode(False):  # else gradients could never go through them
+            # What is made in inference mode takes no gradients, and in a transform of torch.func it ends with that.
+            with torch.inference_mode(False), temporarily_clear_interpreter_stack():
                 self._copies[key] = {
                     name: value.to(x.device, x.dtype if value.is_floating_point() else None, copy=True)
                     for name, value in self._constants.items()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from score_sde.networks.energy import Conservative
 from score_sde.parameterization import Parameterization
-from score_sde.score import LearnedScore, level_dtype
+from score_sde.score import LearnedScore, at_least_single
 from score_sde.sde import SDE, Time, as_time, expand
 
 __all__ = ["EnergyScore"]
@@ -40,7 +40,7 @@ class EnergyScore(LearnedScore):
         self.check(x.shape, condition)
         t = as_time(t).double()
         row, alpha, sigma = self.parameterization.row(self.sde, t), self.sde.alpha(t), self.sde.sigma(t)
-        c_noise = row.c_noise.to(x.device, level_dtype(x)).expand(x.shape[0])
+        c_noise = row.c_noise.to(x.device, at_least_single(x.dtype)).expand(x.shape[0])
         assert isinstance(self.network, Conservative)
         potential = self.network.potential(expand(row.c_in, x) * x, c_noise, **condition)
         square = x.square().flatten(1).sum(1) / 2

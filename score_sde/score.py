@@ -148,9 +148,9 @@ def _remember(known: dict[float, Any], fresh: dict[float, Any]) -> None:
     known |= fresh
 
 
-def level_dtype(x: Tensor) -> torch.dtype:
-    """Of c_noise for x."""
-    return torch.promote_types(x.dtype, torch.float32)
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself, or float32 for half precision, in which neither a time nor a sum of a thousand steps has room."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class LearnedScore(nn.Module, ScoreModel):
@@ -158,9 +158,9 @@ class LearnedScore(nn.Module, ScoreModel):
 
     Args:
         network: module (x, c_noise, **condition) -> F, with x and F of shape (batch, *event_shape) and c_noise of
-            shape (batch,), in x's dtype but for half precision, where it is float32: bfloat16 would tell step 999 as
-            1000. The named parameters of its `forward` beyond these two are the conditions it accepts, but
-            for `label` where it has an attribute `num_classes` that is None.
+            shape (batch,). x comes in the dtype of the network's weights, whatever the state's is; c_noise in float32 at
+            least: bfloat16 would tell step 999 as 1000. The named parameters of its `forward` beyond these two are the
+            conditions it accepts, but for `label` where it has an attribute `num_classes` that is None.
             One whose attribute `learned_variance` is true gives twice as many channels: F, and v of the variance weight
             w = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
         sde: the forward process it is trained on.
@@ -175,6 +175,7 @@ class LearnedScore(nn.Module, ScoreModel):
     parameterization: Parameterization
     data_std: float
     _levels: dict[float, tuple[float, ...]]
+    _weight: nn.Parameter | None  # one of the network's, which says its dtype
 
     def __init__(
         self, network: nn.Module, sde: SDE, parameterization: Parameterization, event_shape: Sequence[int]
@@ -202,13 +203,15 @@ class LearnedScore(nn.Module, ScoreModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        return torch.get_default_dtype() if self._weight is None else at_least_single(self._weight.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("sde", "parameterization"):  # of which coefficients are kept
             vars(self)["_levels"] = {}
         if name == "parameterization":
             vars(self)["data_std"] = value.sigma_data
+        if name == "network":
+            vars(self)["_weight"] = next((p for p in value.parameters() if p.is_floating_point()), None)
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
@@ -250,15 +253,19 @@ class LearnedScore(nn.Module, ScoreModel):
 
     def _network(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """F, and the weight w of a learnt variance."""
+        dtype = x.dtype if self._weight is None else self._weight.dtype
         if isinstance(row.c_in, Tensor):
-            scaled, c_noise = expand(row.c_in, x) * x, row.c_noise.to(x.device, level_dtype(x)).expand(x.shape[0])
+            scaled = expand(row.c_in, x) * x
+            c_noise = row.c_noise.to(x.device, at_least_single(dtype)).expand(x.shape[0])
         else:
-            scaled, c_noise = row.c_in * x, x.new_full((x.shape[0],), row.c_noise, dtype=level_dtype(x))
-        output = self.network(scaled, c_noise, **condition)
+            scaled, c_noise = row.c_in * x, x.new_full((x.shape[0],), row.c_noise, dtype=at_least_single(dtype))
+        output = self.network(scaled.to(dtype), c_noise, **condition)
         if not isinstance(output, Tensor) or output.shape != self._output_shape(x):
             given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise ValueError(f"{type(self.network).__name__} gives {given} for x of shape "
                              f"{tuple(x.shape)}: it must be {self._output_shape(x)}")  # fmt: skip
+        if dtype != x.dtype:
+            output = output.to(x.dtype)
         if not self._learns_variance:
             return output, None
         output, v = output.chunk(2, dim=1)

@@ -250,7 +250,7 @@ def certify_guidance(
     rows = []
     for name, label, sampler, model in runs:
         assert isinstance(sampler, Sampler)
-        with suppress(ValueError):  # conjugate gradients that stop early are not affine
+        with suppress(ValueError):  # a solver that stops early is not affine
             found = affine.bias(affine.sampled_law(sampler, model), problem.posterior)
             rows.append({"method": name, "sampler": label} | found.to_dict())
     return pd.DataFrame(rows)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
+import scipy.sparse.linalg
 import torch
 from exact_models import Shrink
 
@@ -12,6 +14,7 @@ from score_sde import grid
 from score_sde.adaptive import AdaptiveODE
 from score_sde.adaptive_sde import AdaptiveSDE
 from score_sde.guidance import DPS, MMPS, Blur, DiffPIR, Downsample, Mask, Matrix, Nonlinear, PiGDM, Replacement
+from score_sde.guidance.observed import conjugate_residuals
 from score_sde.noise import SampleNoise
 from score_sde.ode import ProbabilityFlowODE
 from score_sde.parallel import ParallelSampler
@@ -232,3 +235,22 @@ def test_one_observation_for_all_stays_one_where_the_batch_is_regrouped(solver, 
     model, operator, y, _ = problem()
     given = solver.sample(MMPS(model, operator, None, N), (batch, D), seed=0, condition={"y": y}).x
     assert torch.equal(given, solver.sample(MMPS(model, operator, y, N), (batch, D), seed=0).x)
+
+
+def test_the_linear_solver_of_mmps_is_gmres() -> None:
+    # In exact arithmetic k iterations leave the residual of scipy's GMRES, and of no smaller Krylov space: here for
+    # matrices that are neither symmetric nor normal.
+    generator = torch.Generator().manual_seed(0)
+    S = torch.randn(4, 6, 6, dtype=torch.float64, generator=generator) + 3 * torch.eye(6, dtype=torch.float64)
+    b = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    b[3] = 0
+    for k in (1, 2, 4, 6):
+        u = conjugate_residuals(lambda v: torch.einsum("bij,bj->bi", S, v), b, k)
+        left = (b - torch.einsum("bij,bj->bi", S, u)).norm(dim=1)
+        for i in range(3):
+            exact, _ = scipy.sparse.linalg.gmres(S[i].numpy(), b[i].numpy(), restart=k, maxiter=1, rtol=0, atol=0)
+            expected = np.linalg.norm(b[i].numpy() - S[i].numpy() @ exact)
+            assert left[i].item() == pytest.approx(expected, rel=1e-6, abs=1e-10)
+        assert u[3].abs().max() == 0
+    again = conjugate_residuals(lambda v: 2 * v, b, 5)  # solved after one
+    torch.testing.assert_close(again, b / 2, rtol=1e-14, atol=0)
