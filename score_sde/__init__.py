@@ -9,7 +9,7 @@ from score_sde.likelihood import log_likelihood
 from score_sde.noise import BatchNoise, SampleNoise
 from score_sde.ode import ProbabilityFlowODE
 from score_sde.parallel import ParallelSampler
-from score_sde.parameterization import Denoised, Flow, Karras, Noise, PublishedNoise, Score, Velocity
+from score_sde.parameterization import Denoised, Flow, Karras, Noise, Published, PublishedNoise, Score, Velocity
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ExactScore, LearnedScore, ScoreModel, reparameterize
@@ -72,6 +72,7 @@ __all__ = [
     "Prediction",
     "ProbabilityFlowEuler",
     "ProbabilityFlowODE",
+    "Published",
     "PublishedNoise",
     "RectifiedAdams",
     "RectifiedFlow",

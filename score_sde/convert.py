@@ -4,8 +4,8 @@
 
     module.all_modules.N.<name>      N counts the layers in the order of its forward pass, `docs/checkpoints.md`
 
-and whose `ema` holds `shadow_params`, the list of the trained parameters in that order. `diffusers` reads folders that
-`UNet2DModel.save_pretrained` wrote. Nothing is left over and nothing missing, or ValueError. No code in a file is run.
+and whose `ema` holds `shadow_params`, the list of the trained parameters in that order. `diffusers` reads folders, pipelines
+and networks of that library. Nothing is left over and nothing missing, or ValueError. No code in a file is run.
 A VE network of data y in [0, 1] becomes one of x = 2 y - 1 with noise of 2 sigma; it is told the same sigma.
 """
 
@@ -14,8 +14,10 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ from torch import Tensor
 
 from score_sde.networks.blocks import Block, Resample
 from score_sde.networks.unet import UNet
-from score_sde.parameterization import Parameterization, PublishedNoise
+from score_sde.parameterization import Parameterization, Published
 from score_sde.score import LearnedScore
-from score_sde.sde import SDE, VESDE, VPSDE, DiscreteSDE, SubVPSDE
+from score_sde.sde import SDE, VESDE, VPSDE, DiscreteSDE, RectifiedFlow, SubVPSDE
 
 __all__ = ["CONFIGS", "SongConfig", "diffusers", "score_sde_pytorch"]
 
@@ -101,17 +103,17 @@ class SongConfig:
         if self.sde == "ve":
             low, high, last = 2 * self.sigma_min, 2 * self.sigma_max, self.num_scales - 1
             if self.embedding_type == "fourier":
-                return VESDE(low, high), PublishedNoise("log_sigma", scale=1, shift=-math.log(2), sign=-1)
+                return VESDE(low, high), Published("log_sigma", scale=1, shift=-math.log(2), sign=-1)
             ladder = DiscreteSDE.geometric(low, high, self.num_scales)
             # Its index counts from the greatest noise level down.
-            return ladder, PublishedNoise("time", scale=-1, shift=last, sign=-1)
+            return ladder, Published("time", scale=-1, shift=last, sign=-1)
         if self.sde == "vp" and not self.continuous:
             per_step = 1000 / self.num_scales
             betas = torch.linspace(self.beta_min / 1000 * per_step, self.beta_max / 1000 * per_step, self.num_scales,
                                    dtype=torch.float64)  # fmt: skip
-            return DiscreteSDE.from_betas(betas), PublishedNoise("time", scale=1)
+            return DiscreteSDE.from_betas(betas), Published("time", scale=1)
         kind = VPSDE if self.sde == "vp" else SubVPSDE
-        return kind(self.beta_min, self.beta_max), PublishedNoise("time", scale=999)
+        return kind(self.beta_min, self.beta_max), Published("time", scale=999)
 
 
 _DDPM = SongConfig("ddpm", num_res_blocks=2, continuous=False)
@@ -286,50 +288,120 @@ class _Layers:
         yield f"{ours}.project.bias", (f"{n}.NIN_3.b",), _as_is
 
 
-def diffusers(path: str | Path) -> LearnedScore:
-    """The model of a folder that diffusers saved, in evaluation mode, on images in [-1, 1]; extra `diffusers`.
+def diffusers(source: Any, scheduler: Any = None) -> LearnedScore:
+    """The model of what diffusers saved or holds in memory, on images in [-1, 1]; extra `diffusers`.
 
-    The folder is a pipeline's, with `unet/` and `scheduler/` in it or, as google/ddpm-* and google/ncsnpp-* have it, all
-    in one place. Noise prediction on a ladder of betas (DDPMScheduler and its kin) gives a `DiscreteSDE`, the score on VE
-    (ScoreSdeVeScheduler) a `VESDE`.
+    What a positional network F says at the timestep that it is told follows from the scheduler, `docs/checkpoints.md`:
+
+        ladder of betas     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t = 0..N-1; F(x, t) is eps ("epsilon"),
+                            sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 ("v_prediction") or x_0 ("sample")
+        flow matching       x_t = (1 - t) x_0 + t eps, t in (0, 1); F(x, N t) is eps - x_0 ("flow_prediction")
+
+    A Fourier network is the score on `ScoreSdeVeScheduler`'s VE. How a scheduler steps, spaces or shifts its steps and
+    clips x_0 is a sampler's matter here: the last is warned of.
+
+    Args:
+        source: a folder, a pipeline's with `unet/` and `scheduler/` in it or, as google/ddpm-* and google/ncsnpp-* have
+            it, all in one place, whose network is frozen and in evaluation mode; or a pipeline or a `UNet2DModel` in
+            memory, which is neither copied nor changed.
+        scheduler: one of diffusers or its config with `_class_name`, in the place of the source's own.
 
     Raises:
         FileNotFoundError: the folder has no config.json or no scheduler_config.json.
-        ValueError: the scheduler predicts something else or ends at zero signal, or the weights do not fit.
+        TypeError: the object is no `UNet2DModel` nor a pipeline with one.
+        ValueError: the network or the scheduler is of a class that is not read, the two do not go together, or the
+            weights do not fit.
         ImportError: diffusers is not installed.
     """
     from score_sde.networks.diffusers import DiffusersUNet
 
-    folder = Path(path)
-    root = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
-    scheduler = _json(folder, "scheduler_config.json", "scheduler")
-    _json(root, "config.json")
-    network = DiffusersUNet.load(root)
+    if isinstance(source, str | PathLike):
+        folder = Path(source)
+        root = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
+        _found(root, "config.json")
+        if scheduler is None:
+            scheduler = json.loads(_found(folder, "scheduler_config.json", "scheduler").read_text())
+        network = DiffusersUNet.load(root)
+    else:
+        network = DiffusersUNet.of(getattr(source, "unet", source))
+        scheduler = getattr(source, "scheduler", None) if scheduler is None else scheduler
+    scheduler = _scheduler(scheduler)
     sde, parameterization = _diffusers_process(scheduler, network.score)
-    return LearnedScore(network, sde, parameterization, network.event_shape).eval().requires_grad_(False)
+    _warn_of_clipping(scheduler)
+    return LearnedScore(network, sde, parameterization, network.event_shape).train(network.training)
 
 
-def _json(folder: Path, name: str, inner: str = ".") -> dict[str, Any]:
+def _found(folder: Path, name: str, inner: str = ".") -> Path:
     found = next((path for path in (folder / inner / name, folder / name) if path.is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"{folder} has no {name}: give a folder that diffusers' save_pretrained wrote")
-    return json.loads(found.read_text())
+        raise FileNotFoundError(f"{folder} has no {name}: give a folder that save_pretrained of a diffusers pipeline with a "
+                                "UNet2DModel wrote, or the model with scheduler=")  # fmt: skip
+    return found
 
 
-def _diffusers_process(scheduler: Mapping[str, Any], score: bool) -> tuple[SDE, Parameterization]:
-    """The SDE on data in [-1, 1] of a scheduler's config, and what a network is told and says."""
+_LADDERS = (
+    "DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE",
+    "UniPCMultistep", "DEISMultistep", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete",
+    "KDPM2Discrete", "KDPM2AncestralDiscrete",
+)  # fmt: skip
+_FLOWS = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")
+_VARIANCE_EXPLODING = "ScoreSdeVe"
+_OF_LADDERS = {"epsilon": "noise", "v_prediction": "velocity", "sample": "denoised"}
+_OF_FLOWS = {"flow_prediction": "flow"}
+
+
+def _scheduler(given: Any) -> Any:
+    """A scheduler itself, or that of a config; ValueError where it is of a class that is not read."""
+    name = given.get("_class_name") if isinstance(given, Mapping) else type(given).__name__
+    if given is None or name is None:
+        raise ValueError(f"{'a network alone' if given is None else 'a config without _class_name'} does not say which "
+                         "scheduler it goes with: give scheduler=, itself or what its save_pretrained wrote")  # fmt: skip
+    if name not in [f"{kind}Scheduler" for kind in (*_LADDERS, *_FLOWS, _VARIANCE_EXPLODING)]:
+        raise ValueError(f"scheduler {name} is not read: ladders of betas "
+                         f"({', '.join(_LADDERS)}), flow matching ({', '.join(_FLOWS)}) and "
+                         f"{_VARIANCE_EXPLODING} are")  # fmt: skip
+    import diffusers as library
+
+    return getattr(library, name).from_config(dict(given)) if isinstance(given, Mapping) else given
+
+
+def _diffusers_process(scheduler: Any, score: bool) -> tuple[SDE, Parameterization]:
+    """The SDE on data in [-1, 1] of a scheduler, and what a network, a Fourier one or not, is told and says."""
+    config, name = scheduler.config, type(scheduler).__name__
+    kind = name.removesuffix("Scheduler")
+    if score != (kind == _VARIANCE_EXPLODING):
+        raise ValueError(f"{name} does not go with a {'fourier' if score else 'positional'} embedding: a fourier one goes "
+                         f"with {_VARIANCE_EXPLODING}Scheduler, a positional one with every other")  # fmt: skip
     if score:
-        low, high = 2 * scheduler.get("sigma_min", 0.01), 2 * scheduler.get("sigma_max", 1348.0)
-        return VESDE(low, high), PublishedNoise("log_sigma", scale=1, shift=-math.log(2), sign=-1)
-    from diffusers import DDPMScheduler
+        told = Published("log_sigma", scale=1, shift=-math.log(2), sign=-1)
+        return VESDE(2 * config.sigma_min, 2 * config.sigma_max), told
+    flow = kind in _FLOWS or config.get("use_flow_sigmas", False)
+    known = _OF_FLOWS if flow else _OF_LADDERS
+    predicts = config.get("prediction_type", "flow_prediction")  # which flow matching's own do not name
+    if predicts not in known:
+        raise ValueError(f"{name} with prediction_type={predicts!r} is not read: {', '.join(known)} on "
+                         f"{'flow matching' if flow else 'a ladder of betas'} are")  # fmt: skip
+    timesteps, inverted = config.get("timestep_type", "discrete"), config.get("invert_sigmas", False)
+    if timesteps != "discrete" or inverted:
+        raise ValueError(f"{name} with timestep_type={timesteps!r} and invert_sigmas={inverted} is not read: 'discrete' and "
+                         "False are, a network that is told a ladder's step or the share of noise")  # fmt: skip
+    if flow:
+        return RectifiedFlow(), Published("time", scale=config.num_train_timesteps, prediction="flow")
+    betas = scheduler.betas.double()
+    if not (betas < 1).all():
+        raise ValueError(f"{name} with a beta of 1 (rescale_betas_zero_snr=True) is not read: such a level has no signal at "
+                         "all, and a ladder here has some at each")  # fmt: skip
+    return DiscreteSDE.from_betas(betas), Published("time", scale=1, prediction=known[predicts])
 
-    predicts = scheduler.get("prediction_type", "epsilon")
-    if predicts != "epsilon":
-        raise ValueError(f"prediction_type={predicts!r}: only networks that predict the noise, 'epsilon', are read")
-    if scheduler.get("rescale_betas_zero_snr"):
-        raise ValueError("rescale_betas_zero_snr=true: its last level has no signal at all, from which noise prediction says "
-                         "nothing of the data; such a ladder is not read")  # fmt: skip
-    known = {name: scheduler[name] for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
-                                                "trained_betas") if name in scheduler}  # fmt: skip
-    betas: Tensor = vars(DDPMScheduler(**known))["betas"]
-    return DiscreteSDE.from_betas(betas.double()), PublishedNoise("time", scale=1)
+
+def _warn_of_clipping(scheduler: Any) -> None:
+    """Warns where diffusers' sampling clips x_0, which a score model does not."""
+    config = scheduler.config
+    if config.get("thresholding", False):
+        option, wrapped = "thresholding", f"DynamicThreshold(model, {config.dynamic_thresholding_ratio:g})"
+    elif config.get("clip_sample", False):
+        option, wrapped = "clip_sample", f"StaticThreshold(model, {config.clip_sample_range:g})"
+    else:
+        return
+    warnings.warn(f"{type(scheduler).__name__} clips x_0 at every step ({option}=True) and the converted score model does "
+                  f"not: for the same wrap it, score_sde.guidance.{wrapped}", stacklevel=3)  # fmt: skip

@@ -47,7 +47,8 @@ def check(times: Tensor, sde: SDE) -> Tensor:
 def check_callable(grid: Grid) -> None:
     """Refuses, with ValueError, what cannot be called with an SDE alone."""
     if not callable(grid):
-        raise ValueError(f"grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100); got {grid!r}")
+        raise ValueError("grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100), or lambda sde: times; got "
+                         f"{grid!r}")  # fmt: skip
     try:
         if isinstance(grid, partial):  # what is bound, first of all
             inspect.signature(grid.func).bind_partial(*grid.args, **grid.keywords)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from score_sde.checks import number
+from score_sde.checks import number, one_of
 from score_sde.sde import SDE, Time, as_time, expand
 
 
@@ -134,10 +134,14 @@ class Karras(Parameterization):
 
 
 LEVELS = ("time", "log_sigma")
+PREDICTIONS: dict[str, Parameterization] = {
+    "noise": Noise(), "velocity": Velocity(), "denoised": Denoised(), "flow": Flow()
+}  # fmt: skip
 
 
-class PublishedNoise(Parameterization):
-    """F is sign times the noise of a network in the units of its authors: it sees x as it is, c_in = 1, and is told
+class Published(Parameterization):
+    """F is sign times the noise, or another prediction, of a network in the units of its authors: it sees x as it is,
+    c_in = 1, and is told
 
     c_noise = scale u + shift,    u = t ("time") or ln sigma ("log_sigma").
 
@@ -148,22 +152,25 @@ class PublishedNoise(Parameterization):
         level: which u.
         scale, shift: the affine map to what the network is told.
         sign: 1 or -1.
+        prediction: what F is but for its sign: "noise", "velocity", "denoised" or "flow", as the classes above define it.
 
     Raises:
         ValueError: an option is unknown.
     """
 
     def __init__(
-        self, level: str = "time", scale: float = 999.0, shift: float = 0.0, sign: float = 1.0, sigma_data: float = 1.0
-    ) -> None:
+        self, level: str = "time", scale: float = 999.0, shift: float = 0.0, sign: float = 1.0, sigma_data: float = 1.0,
+        prediction: str = "noise",
+    ) -> None:  # fmt: skip
         super().__init__(sigma_data)
         if level not in LEVELS or sign not in (1, -1):
             raise ValueError(f"level is 'time' or 'log_sigma' and sign 1 or -1, got {level=}, {sign=}")
         self.level, self.scale, self.shift, self.sign = level, float(scale), float(shift), float(sign)
+        self.prediction = one_of("prediction", prediction, PREDICTIONS)
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = sde.alpha(t)
-        return 1 / alpha, -self.sign * sde.sigma(t) / alpha
+        c_skip, c_out = PREDICTIONS[self.prediction].output(sde, t)
+        return c_skip, self.sign * c_out
 
     def row(self, sde: SDE, t: Time) -> Row:
         t = as_time(t).double()
@@ -173,4 +180,8 @@ class PublishedNoise(Parameterization):
 
     def __repr__(self) -> str:
         told = f"level={self.level!r}, scale={self.scale:g}, shift={self.shift:g}, sign={self.sign:g}"
-        return f"PublishedNoise({told}, sigma_data={self.sigma_data})"
+        return f"Published({told}, sigma_data={self.sigma_data}, prediction={self.prediction!r})"
+
+
+PublishedNoise = Published
+"""The name in configs and saved runs, whose prediction is the noise."""

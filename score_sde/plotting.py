@@ -31,7 +31,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.quiver import Quiver
 from matplotlib.text import Text
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import Formatter, Locator, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 from torch import Tensor
 
@@ -50,6 +50,7 @@ LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000
 """Okabe and Ito's line colours, told apart by the colour-blind."""
 
 MARKERS = "os^Dv<P"
+DASHES = ("-", "--", "-.", ":")
 INK, RULE = "#2b2f36", "#8a929c"
 DENSITY = colormaps["magma"]
 LOG_DENSITY = ListedColormap(DENSITY(np.linspace(0.0, 0.72, 256)))  # dark enough for white arrows everywhere
@@ -62,7 +63,7 @@ ARROWS: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "pivo
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8, "title_fontsize": 8, "alignment": "left"}
 NOISE_LEVEL = "noise level  $\\sigma / \\alpha$"
 QUARTILE = re.compile("_q[1-4]$")
-QUARTILES = "quartiles of noise levels,\nq1: least, q4: most noise"
+QUARTILES = "q1 to q4: quartiles of noise levels,\nfrom the least to the most noise"
 METRIC_NAMES = {
     "sliced_w2": "sliced $W_2$",
     "w2": "$W_2$",
@@ -74,7 +75,7 @@ METRIC_NAMES = {
 }
 AGAINST = {
     "nfe": "network calls (NFE)",
-    "seconds": "seconds",
+    "seconds": "seconds for all samples of a run",
     "seconds_per_sample": "seconds per sample",
 }
 RATIOS = ListedColormap(colormaps["cividis"](np.linspace(1.0, 0.12, 256))).with_extremes(bad="#eceef1")
@@ -110,7 +111,7 @@ def look(i: int) -> dict[str, Any]:
 
 
 def curves(ax: Axes, x: str, y: str, *, legend: Literal["inside", "beside"] | None = "inside", title: str = "") -> None:
-    """The manners of a panel of curves: labels, a light grid, plain numbers along logarithmic axes, and a legend.
+    """The manners of a panel of curves: labels, a light grid, `LogTicks` along logarithmic axes, and a legend.
 
     Args:
         ax: where curves were drawn.
@@ -124,24 +125,48 @@ def curves(ax: Axes, x: str, y: str, *, legend: Literal["inside", "beside"] | No
     ax.set_axisbelow(True)
     for axis in (ax.xaxis, ax.yaxis):
         if axis.get_scale() == "log":
-            _plain_numbers(axis)
-    if legend and ax.get_legend_handles_labels()[0]:
+            _log_ticks(axis)
+    entries = _entries(ax)
+    if legend and entries:
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if legend == "beside" else {}
-        ax.legend(title=title or None, **LEGEND, **place)
+        ax.legend(list(entries.values()), list(entries), title=title or None, **LEGEND, **place)
     _frame(ax)
 
 
 def legend_below(figure: Figure, title: str = "") -> None:
-    """One legend beneath all panels, of whatever any of them labels."""
-    pairs = (zip(*ax.get_legend_handles_labels(), strict=True) for ax in figure.axes)
-    entries = {label: handle for pair in pairs for handle, label in pair}
-    figure.legend(list(entries.values()), list(entries), title=title or None, loc="outside lower center",
-                  ncols=max(1, int(figure.get_figwidth() / 1.5)), **LEGEND)  # fmt: skip
+    """One legend beneath all panels, of whatever any of them labels, by which the figure grows."""
+    entries = _entries(*figure.axes)
+    inches = 0.6 + 0.065 * max(map(len, entries), default=0)
+    columns = max(1, int(figure.get_figwidth() / inches))
+    lines = math.ceil(len(entries) / columns) + (title.count("\n") + 1 if title else 0)
+    figure.set_figheight(figure.get_figheight() + 0.1 + 0.17 * lines)
+    figure.legend(list(entries.values()), list(entries), title=title or None, loc="outside lower center", ncols=columns,
+                  **LEGEND)  # fmt: skip
 
 
-def colour_scale(image: AxesImage, axes: Axes | np.ndarray, label: str, **options: Any) -> Colorbar:
-    """The scale of an image beside the axes that share it, open at both ends, where colours say "or beyond"."""
-    bar = image.figure.colorbar(image, ax=axes, label=label, extend="both", format="{x:g}", **options)
+def _entries(*axes: Axes) -> dict[str, Any]:
+    """label -> artist, of all that the axes label."""
+    pairs = (zip(*ax.get_legend_handles_labels(), strict=True) for ax in axes)
+    return {label: artist for pair in pairs for artist, label in pair}
+
+
+def note(figure: Figure, text: str) -> None:
+    """What a figure's signs mean, in small print beneath all panels."""
+    figure.supxlabel(text, fontsize=8, color=INK)
+
+
+def crosses(ax: Axes, x: Any, colour: Any, label: str = "") -> None:
+    """A cross on the upper edge at each x, for what was lost or lies beyond the axis."""
+    if len(x):
+        ax.plot(x, np.full(len(x), 0.97), "x", color=colour, markersize=6, zorder=4, label=label, clip_on=False,
+                in_layout=False, transform=ax.get_xaxis_transform())  # fmt: skip
+
+
+def colour_scale(
+    image: AxesImage | LineCollection, axes: Axes | np.ndarray, label: str, *, extend: str = "both", **options: Any
+) -> Colorbar:
+    """The scale of an image beside the axes that share it, by default open at both ends: colours say "or beyond"."""
+    bar = image.figure.colorbar(image, ax=axes, label=label, extend=extend, format="{x:g}", **options)
     bar.minorticks_off()
     bar.outline.set_visible(False)
     _frame(bar.ax)
@@ -171,7 +196,8 @@ def density(
 ) -> AxesImage:
     """The density of a two-dimensional target, or the histogram of samples as a density, as an image.
 
-    Colour follows the square root of the density, so that light modes, and samples between the modes, are seen.
+    Colour follows the square root of the density, so that light modes, and samples between the modes, are seen. The
+    share of samples outside the limits is written where it is a per cent or more.
 
     Args:
         ax: where to draw.
@@ -182,7 +208,9 @@ def density(
     """
     limits = limits or limits_of(x)
     if isinstance(x, Tensor):
-        values = _histogram(_points(x), limits, resolution // 2)
+        points = _points(x)
+        values = _histogram(points, limits, resolution // 2)
+        _write_outside(ax, points, limits)
     else:
         values = _log_density(x, limits, resolution).exp().numpy()
     peak = peak or float(values.max()) or 1.0
@@ -309,10 +337,12 @@ def loss_curves(
     *,
     columns: Sequence[str] | None = None,
     halflife: float = 0.01,
+    legend: Literal["inside", "beside"] | None = "beside",
 ) -> list[Line2D]:
     """Losses against training steps: each smoothed, over its raw values; on a logarithmic axis where all are positive.
 
-    Names that end in _q1 to _q4 are means over quartiles of the noise levels drawn, from the least to the most noise.
+    Names that end in _q1 to _q4 are means over quartiles of the noise levels drawn, from the least to the most noise, and
+    have colours; the others are dark, told apart by their dashes.
 
     Args:
         ax: where to draw.
@@ -320,22 +350,28 @@ def loss_curves(
             (`TrainingResult.metrics`); empty cells are left out.
         columns: which to draw; by default all whose name starts with "loss".
         halflife: of the exponential smoothing, as a fraction of the whole curve.
+        legend: see `curves`.
 
     Returns:
         The smoothed lines, one a column.
     """
     metrics = pd.DataFrame(metrics)
     names = list(columns) if columns else [name for name in metrics if str(name).startswith("loss")]
-    whole = next((name for name in names if not QUARTILE.search(str(name))), None)
-    parts = [name for name in names if name != whole]
-    colours = dict(zip(parts, TIME(np.linspace(0, 1, len(parts))), strict=True))
+    quartiles = [name for name in names if QUARTILE.search(str(name))]
+    whole = [name for name in names if name not in quartiles]
+    looks: dict[str, dict[str, Any]] = {
+        name: {"color": INK, "linestyle": DASHES[i % len(DASHES)]} for i, name in enumerate(whole)
+    }
+    colours = TIME(np.linspace(0, 1, len(quartiles)))
+    looks |= {name: {"color": colour} for name, colour in zip(quartiles, colours, strict=True)}
     lines = []
     for name in names:
-        colour = colours.get(name, INK)
         curve = metrics[["step", name]].dropna()
         smooth = curve[name].ewm(halflife=max(1.0, halflife * len(curve))).mean()
-        ax.plot(curve["step"], curve[name], color=colour, alpha=0.18, linewidth=0.6)
-        lines += ax.plot(curve["step"], smooth, color=colour, linewidth=1.6, label=str(name).replace("_", " "))
+        label = str(name)[-2:] if name in quartiles else str(name).replace("_", " ")
+        ax.plot(curve["step"], curve[name], color=looks[name]["color"], alpha=0.25, linewidth=0.6)
+        lines += ax.plot(curve["step"], smooth, linewidth=1.6, label=label, **looks[name])
+    ax.plot([], [], color=INK, alpha=0.4, linewidth=0.6, label="not smoothed")
     values = metrics[names].to_numpy(dtype=float)
     if (values > 0).any() and not (values <= 0).any():
         ax.set_yscale("log")
@@ -344,8 +380,8 @@ def loss_curves(
         ax,
         "training step",
         "loss" if all(str(name).startswith("loss") for name in names) else "",
-        legend="beside",
-        title=QUARTILES if any(QUARTILE.search(str(name)) for name in names) else "",
+        legend=legend,
+        title=QUARTILES if quartiles else "",
     )
     return lines
 
@@ -412,12 +448,13 @@ def solvers_against_calls(ax: Axes, table: pd.DataFrame, column: str, label: str
 # --- composed figures -------------------------------------------------------------------------------------------------
 
 
-def means_with_errors(table: pd.DataFrame, *, label: str = "") -> Figure:
+def means_with_errors(table: pd.DataFrame, *, label: str = "", reference: float | None = None) -> Figure:
     """A point with its standard error for each setting, from the top down; settings without a value stay empty.
 
     Args:
         table: the columns setting, mean and standard_error; long settings are broken into lines.
         label: what the means are of.
+        reference: a value to hold them against, as 1 for ratios: a dashed line, and a quarter of it on either side.
     """
     names = [textwrap.fill(str(setting), 50, break_on_hyphens=False) for setting in table["setting"]]
     lines = 1 + max(name.count("\n") for name in names)
@@ -426,6 +463,10 @@ def means_with_errors(table: pd.DataFrame, *, label: str = "") -> Figure:
     ax.errorbar(table["mean"], range(len(names)), xerr=table["standard_error"], fmt="o", capsize=3)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
+    if reference is not None:
+        ax.axvline(reference, color=INK, linestyle="--", linewidth=0.9)
+        ax.update_datalim([(0.75 * reference, 0), (1.25 * reference, 0)], updatey=False)
+        ax.autoscale_view(scaley=False)
     curves(ax, label, "")
     return figure
 
@@ -436,11 +477,11 @@ def comparison_multiples(
     """A metric against calls or seconds, a panel for each sampler with the others in grey behind it.
 
     Points are means over seeds with their standard deviations; the band is the noise floor and its standard deviation;
-    a cross on the upper edge marks runs that diverged or failed. Blue are samplers with a paired endpoint error, that
-    is deterministic ones, orange the others.
+    a cross on the upper edge marks runs that diverged or failed. Blue are deterministic samplers, orange the others.
 
     Args:
-        table: as `score_sde.evaluation.compare` returns it, of one model.
+        table: as `score_sde.evaluation.compare` returns it, of one model. Deterministic are samplers that its column
+            `deterministic` says so of; in a table without one, those with a paired endpoint error.
         metric: a column of the table; its first metric by default. Samplers without a value are left out.
         against: "nfe", "seconds" or "seconds_per_sample".
         columns: panels in a row.
@@ -448,28 +489,25 @@ def comparison_multiples(
     metric = _metric_of(table, metric)
     names = [name for name, runs in table.groupby("sampler", sort=False) if runs[metric].notna().any()]
     curves = {name: _over_seeds(table[table["sampler"] == name], metric, against) for name in names}
+    fixed = table.get("deterministic", table["endpoint_error"].notna()).eq(True).groupby(table["sampler"]).any()
     columns = max(1, min(columns, len(names)))
     figure, axes = panels(columns, max(1, math.ceil(len(names) / columns)), width=2.3, height=1.9)
     for ax, name in zip(axes.flat, names, strict=False):
         runs = table[table["sampler"] == name]
         for other, curve in curves.items():
             if other != name:
-                ax.plot(curve[against], curve["mean"], color="#d3d7dc", linewidth=0.8, zorder=1)
-        colour = LINES[0] if runs["endpoint_error"].notna().any() else LINES[1]
+                ax.plot(curve[against], curve["mean"], color="#d3d7dc", linewidth=0.8, zorder=1, label="other samplers")
+        colour, kind = (LINES[0], "deterministic") if fixed[name] else (LINES[1], "stochastic")
         own = curves[name]
         ax.errorbar(own[against], own["mean"], yerr=own["std"], color=colour, marker="o", markersize=3.5, linewidth=1.6,
-                    capsize=2, elinewidth=1, zorder=3)  # fmt: skip
+                    capsize=2, elinewidth=1, zorder=3, label=kind)  # fmt: skip
         _crosses(ax, runs, against, colour)
         _floor(ax, table, metric)
         ax.set_title(str(name).replace("_", " "))
     for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
     _share_curves(figure, axes, len(names), AGAINST[against], METRIC_NAMES.get(metric, metric))
-    budgets = sorted(set(table["budget"]) - {0})
-    if against == "nfe" and 1 < len(budgets) <= 7:
-        for ax in axes.flat[: len(names)]:
-            ax.set_xticks(budgets, [str(budget) for budget in budgets])
-            ax.set_xticks([], minor=True)
+    legend_below(figure, "points: means over seeds ± std")
     return figure
 
 
@@ -515,30 +553,40 @@ def _ratio_text(row: Mapping[Any, Any], metric: str) -> str:
     return text if row["budget"] else f"{text} ({row['nfe']:.0f})"
 
 
-def sample_panels(samples: Mapping[tuple[str, int], Tensor], reference: Target | Tensor | None = None) -> Figure:
+def sample_panels(
+    samples: Mapping[tuple[str, int], Tensor],
+    reference: Target | Tensor | None = None,
+    absent: Mapping[tuple[str, int], str] | None = None,
+) -> Figure:
     """What every sampler makes within every budget: densities of points in the plane, or sheets of images.
 
     Args:
         samples: (sampler, budget) -> samples (n, 2) or images (n, 1 or 3, height, width).
-        reference: the law of the data, or examples of it, shown in the first column.
+        reference: the law of the data, or examples of it, shown in the first row.
+        absent: (sampler, budget) -> why there are none, in a word.
     """
-    names = list(dict.fromkeys(name for name, _ in samples))
-    budgets = sorted({budget for _, budget in samples}, key=lambda budget: (budget == 0, budget))
+    said = dict(absent or {})
+    names = list(dict.fromkeys(name for name, _ in (*samples, *said)))
+    budgets = sorted({budget for _, budget in (*samples, *said)}, key=lambda budget: (budget == 0, budget))
     first = next(iter(samples.values()))
     law = reference if reference is not None else first
-    figure, axes = panels(1 + len(budgets), len(names), width=1.15, height=1.15)
+    figure, axes = panels(len(budgets), 1 + len(names), width=1.15, height=1.15)
     draw = _plane_drawer(law) if first.ndim == 2 else _sheet_drawer
-    for row, name in zip(axes, names, strict=True):
-        draw(row[0], law)
-        row[0].set_ylabel(name.replace("_", "\n"), fontsize=7, color=INK)
-        for ax, budget in zip(row[1:], budgets, strict=True):
+    draw(axes[0, 0], law)
+    axes[0, 0].set_ylabel("data", fontsize=7, color=INK)
+    for ax in axes[0, 1:]:
+        ax.set_axis_off()
+    for row, name in zip(axes[1:], names, strict=True):
+        for ax, budget in zip(row, budgets, strict=True):
             if (name, budget) in samples:
                 draw(ax, samples[name, budget])
             else:
-                ax.set_axis_off()
-    for ax, title in zip(axes[0], ["data", *(f"{b} calls" if b else "own steps" for b in budgets)], strict=True):
-        ax.set_title(title, fontsize=8, color=INK)
-        ax.title.set_visible(True)
+                ax.set(xticks=[], yticks=[], aspect="equal")
+                ax.spines[:].set_visible(False)
+                ax.text(0.5, 0.5, said.get((name, budget), ""), ha="center", va="center", fontsize=7, color=RULE)
+        row[0].set_ylabel(name.replace("_", "\n"), fontsize=7, color=INK)
+    for ax, budget in zip(axes[1], budgets, strict=True):
+        ax.set_title(f"{budget} calls" if budget else "own steps", fontsize=8)
     return figure
 
 
@@ -563,7 +611,7 @@ def _sheet_drawer(ax: Axes, x: Target | Tensor) -> None:
 def density_comparison(
     target: Target | Tensor, samplers: Mapping[str, Tensor], *, limits: Limits | None = None
 ) -> Figure:
-    """The density of the data beside the samples of several samplers, in one scale.
+    """The density of the data beside the samples of several samplers, with their numbers, in one scale.
 
     Args:
         target: the law of the data, or data (n, 2).
@@ -571,12 +619,12 @@ def density_comparison(
         limits: the part of the plane shown; by default the data's.
     """
     limits = limits or limits_of(target)
-    figure, axes = panels(1 + len(samplers))
+    figure, axes = panels(1 + len(samplers), height=3.6)
     peak = float(density(axes[0, 0], target, limits=limits).get_clim()[1])
-    axes[0, 0].set_title("data")
+    axes[0, 0].set_title(f"data\n{_number_of(target)}")
     for ax, (name, x) in zip(axes[0, 1:], samplers.items(), strict=True):
         density(ax, x, limits=limits, peak=peak)
-        ax.set_title(name)
+        ax.set_title(f"{name.replace('_', ' ')}\n{_number_of(x)}")
     _share_planes(axes)
     return figure
 
@@ -586,23 +634,27 @@ def score_field_comparison(
 ) -> Figure:
     """The learned score over the exact one, a column for each time, in one scale of arrows.
 
+    The log-density lies behind a score whose law is known, the exact one; over the learned one are its contours.
     Over each column stands the relative error sqrt(E|s - s*|^2 / E|s*|^2) over the exact marginal at that time.
     """
-    target: Any = exact.target
     figure, axes = panels(len(times), 2)
     for (above, below), t in zip(axes.T, times, strict=True):
         law = _marginal(exact, t, None)
         limits = limits_of(law)
         unit = _unit(_score(exact, _lattice(*_cell_centres(limits, arrows)), t))
         for ax, model in ((above, learned), (below, exact)):
-            score_field(ax, model, t, target=target, limits=limits, arrows=arrows, unit=unit)
+            score_field(ax, model, t, limits=limits, arrows=arrows, unit=unit)
+        contours(above, law, limits=limits)
         points = _points(law)
         s, s_exact = _score(learned, points, t), _score(exact, points, t)
         error = ((s - s_exact).square().sum() / s_exact.square().sum()).sqrt().item()
         above.tick_params(labelbottom=False)
         above.set_title(f"{_level(exact.sde, t)}\nrelative error {100 * error:.2g} %")
-    axes[0, 0].set_ylabel("learned")
-    axes[1, 0].set_ylabel("exact")
+        below.set_xlabel("$x_1$")
+    axes[0, 0].set_ylabel("learned score\n$x_2$")
+    axes[1, 0].set_ylabel("exact score\n$x_2$")
+    note(figure, "An arrow is $|s| / (|s| + u)$ of its cell long, $u$ the same for both rows of a column. Grey contours: the "
+         f"exact $\\log p_t$, 1 and 3 nats below its maximum; colours: the same, down to {NATS:g} nats below.")  # fmt: skip
     return figure
 
 
@@ -623,61 +675,71 @@ def score_error_field(model: ScoreModel, exact: ExactScore, times: Sequence[floa
         image = ax.imshow(error.reshape(resolution, resolution).numpy(), extent=limits, origin="lower", cmap=DENSITY,
                           norm=LogNorm(1e-3, 1, clip=True), interpolation="nearest")  # fmt: skip
         contours(ax, law, limits=limits)
-        ax.set_title(_level(model.sde, t))
+        ax.set(title=_level(model.sde, t), xlabel="$x_1$")
+    axes[0, 0].set_ylabel("$x_2$")
     colour_scale(image, axes, "error of the noise", shrink=0.8)
     return figure
 
 
 def diagnosis(found: Diagnosis) -> Figure:
     """Loss against its irreducible part, calibration and consistency of a score model, by noise level."""
-    figure, grid = panels(2, 2, width=4.6, height=3.4)
+    figure, grid = panels(2, 2, width=4.6, height=3.6)
     (loss, slope), (spread, law) = grid
     table = found.table
     _by_noise(loss, table, {"loss": "loss", "irreducible": "irreducible part", "fisher": "excess: Fisher divergence"})
     loss.set(title="Is the score right?", ylabel="squared error of the noise")
-    ends = (table["slope"] + 2 * sign * table["slope_error"] for sign in (-1, 1))
-    slope.fill_between(table["noise"], *ends, color=LINES[0], alpha=0.2, linewidth=0, label="two standard errors")
-    slope.plot(table["noise"], table["slope"], color=LINES[0], marker="o", markersize=3, label="slope of $x_0$ on $D$")
+    known = table[table["slope_error"] < 0.2]
+    low, high = (known["slope"] + 2 * sign * known["slope_error"] for sign in (-1, 1))
+    slope.fill_between(known["noise"], low, high, color=LINES[0], alpha=0.2, linewidth=0, label="two standard errors")
+    slope.plot(known["noise"], known["slope"], color=LINES[0], marker="o", markersize=3,
+               label="slope of $x_0$ on the denoiser $D$")  # fmt: skip
     slope.axhline(1, color=INK, linewidth=1, linestyle="--", label="posterior mean")
     slope.set_xscale("log")
+    slope.set_xlim(loss.get_xlim())
     curves(slope, NOISE_LEVEL, "slope")
-    known = table["slope"][table["slope_error"] < 0.2]
-    slope.set(ylim=(min(0.8, known.min() - 0.05), max(1.2, known.max() + 0.05)), title="Is the denoiser calibrated?")
-    _by_noise(spread, table, {"mse": "squared error of $D$", "predicted_mse": "what its Jacobian says"})
+    slope.set(ylim=(min(0.8, low.min() - 0.05), max(1.2, high.max() + 0.05)),
+              title="Is the denoiser calibrated?\n(left out: standard errors above 0.2)")  # fmt: skip
+    _by_noise(spread, table, {"mse": "squared error of the denoiser $D$", "predicted_mse": "what its Jacobian says"})
     spread.set(title="Does it know its own error?", ylabel="posterior variance")
-    _by_noise(law, table, {"residual": "Fokker-Planck residual", "asymmetry": "asymmetry of the Jacobian"})
-    law.set(title="Is it the score of any law?", ylabel="0 for every true score")
+    _by_noise(law, table, {"residual": "Fokker-Planck residual", "asymmetry": "asymmetry of the Jacobian of $D$"})
+    law.set(title="Is it the score of any law?\n(both are 0 for every true score)", ylabel="relative size")
     return figure
 
 
 def _by_noise(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> None:
     for (name, label), colour, style in zip(names.items(), LINES, ("-", "--", "-."), strict=False):
-        ax.plot(
-            table["noise"], table[name].clip(lower=1e-12), style, color=colour, label=label, marker="o", markersize=3
-        )
+        values = table[name].where(table[name] >= 0).clip(lower=1e-12)
+        ax.plot(table["noise"], values, style, color=colour, label=label, marker="o", markersize=3)
     ax.set(xscale="log", yscale="log")
     curves(ax, NOISE_LEVEL, "")
 
 
 def certificates(found: Certificates) -> Figure:
-    """Measured beside declared order, and the exact bias of the standard deviation at each number of steps."""
-    predictors = sorted((c for c in found.certificates if c.role == "predictor"),
-                        key=lambda c: (not c.stochastic, -c.declared, c.name))  # fmt: skip
-    rows = range(len(predictors))
-    figure, axes = panels(2, width=5.5, height=1.5 + 0.17 * len(rows), sharey=True)
+    """Measured beside declared order, and the exact bias of the standard deviation at each number of steps.
+
+    Rows stand in the order of `Certificates.table`.
+    """
+    table = found.table
+    by_name = {c.name: c for c in found.certificates}
+    predictors = [by_name[name] for name in table.loc[table["role"] == "predictor", "step"]]
+    rows = np.arange(len(predictors))
+    figure, axes = panels(2, width=6, height=1.5 + 0.24 * len(rows), sharey=True)
     order, bias = axes[0]
-    wrong = [any("order" in fault for fault in c.faults) for c in predictors]
-    order.plot([c.declared for c in predictors], rows, "|", markersize=9, color=INK, label="declared")
-    order.scatter([c.measured for c in predictors], rows, s=16, c=[LINES[w] for w in wrong], label="measured")
+    wrong = np.array([any("order" in fault for fault in c.faults) for c in predictors], dtype=bool)
+    measured = np.array([c.measured for c in predictors])
+    order.plot([c.declared for c in predictors], rows, "|", markersize=11, color=INK, label="declared")
+    order.scatter(measured[~wrong], rows[~wrong], s=22, color=LINES[0], label="measured")
+    order.scatter(measured[wrong], rows[wrong], s=22, color=LINES[1], label="measured, not as declared")
     steps = predictors[0].bias["steps"] if predictors else []
     for i, colour in enumerate(TIME(np.linspace(1, 0, len(steps)))):
         errors = [abs(c.bias["std"].iloc[i]) for c in predictors]
-        bias.plot(errors, rows, "o", markersize=4, color=colour, label=f"{steps[i]} steps")
+        bias.plot(errors, rows, "o", markersize=5, color=colour, label=f"{steps[i]} steps")
     order.set_yticks(rows, [c.name + (" (noise)" if c.stochastic else "") for c in predictors])
-    order.set_ylim(-1, len(rows))
+    order.set_ylim(len(rows), -1)
     bias.set_xscale("log")
     curves(order, "order of convergence: global (ODE), weak (noise)", "", legend=None)
-    curves(bias, "|relative error of the standard deviation| on N(1, 0.25), exact", "", legend=None)
+    curves(bias, "|relative error of the standard deviation|, exact,\non data of mean 1 and standard deviation 0.5", "",
+           legend=None)  # fmt: skip
     legend_below(figure)
     return figure
 
@@ -696,7 +758,7 @@ def bound_terms(ax: Axes, bounds: Mapping[str, Bound]) -> None:
 
 
 def likelihood_histogram(ax: Axes, values: Mapping[str, Tensor], label: str) -> None:
-    """Histograms of per-sample likelihoods by set, in common bins, each mean as a dashed line and in the legend.
+    """Outlines of histograms of per-sample likelihoods by set, in common bins, each mean as a dashed line and in the legend.
 
     Bins span all but the outermost half per cent; a value beyond falls into the last bin on its side.
     """
@@ -705,7 +767,8 @@ def likelihood_histogram(ax: Axes, values: Mapping[str, Tensor], label: str) -> 
     bins = np.linspace(low, high + 1e-9, 41).tolist()
     for (name, v), colour in zip(values.items(), LINES, strict=False):
         mean, inside = v.double().mean().item(), v.double().cpu().clamp(low, high).numpy()
-        ax.hist(inside, bins, density=True, color=colour, alpha=0.5, label=f"{name}: {mean:.4g}")
+        heights, _ = np.histogram(inside, bins, density=True)
+        ax.stairs(heights, bins, color=colour, linewidth=1.5, label=f"{name}: {mean:.4g}")
         ax.axvline(mean, color=colour, linestyle="--", linewidth=1.2)
     curves(ax, label, "density", legend="beside", title="means (dashed)")
 
@@ -724,10 +787,11 @@ def trajectory_comparison(
     for ax, (name, paths) in zip(axes[0], samplers.items(), strict=True):
         if target is not None:
             contours(ax, target, limits=limits)
-        _, starts, ends = trajectories(ax, paths, limits=limits, count=count)
+        lines, starts, ends = trajectories(ax, paths, limits=limits, count=count)
         ax.set_title(name)
     axes[0, 0].legend([starts, ends], ["noise", "sample"], loc="upper left", handletextpad=0.1, **LEGEND)
     _share_planes(axes)
+    colour_scale(lines, axes, "share of the steps taken", extend="neither", ticks=[0, 0.5, 1], shrink=0.8)
     return figure
 
 
@@ -822,48 +886,46 @@ def _over_seeds(runs: pd.DataFrame, metric: str, against: str) -> pd.DataFrame:
 
 
 def _crosses(ax: Axes, runs: pd.DataFrame, against: str, colour: str) -> None:
-    """A cross on the upper edge for each budget at which a run diverged or failed, where it was that far on the axis."""
+    """A cross for each budget at which a run diverged or failed, where it was that far on the axis."""
     lost = runs[runs["status"].str.startswith(("diverged", "failed"))]
     place = lost[against].fillna(lost["budget"]) if against == "nfe" else lost[against]
-    where = place.groupby(lost["budget"]).mean().dropna()
-    if len(where):
-        ax.plot(where, np.full(len(where), 0.97), "x", color=colour, markersize=6, zorder=4,
-                transform=ax.get_xaxis_transform())  # fmt: skip
+    crosses(ax, place.groupby(lost["budget"]).mean().dropna(), colour, "diverged or failed")
 
 
 def _floor(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     """The noise floor as a dashed line in the band of its standard deviation; nothing for what has none."""
     if f"{metric}_floor" in table:
         floor, spread = table[f"{metric}_floor"].mean(), table[f"{metric}_floor_std"].mean()
-        ax.axhspan(max(floor - spread, 0.2 * floor), floor + spread, color=RULE, alpha=0.18, linewidth=0, zorder=0)
         ax.axhline(floor, color=INK, linestyle="--", linewidth=0.9, label="noise floor", zorder=2)
+        ax.axhspan(max(floor - spread, 0.2 * floor), floor + spread, color=RULE, alpha=0.18, linewidth=0, zorder=0,
+                   label="noise floor ± std")  # fmt: skip
 
 
 def _share_curves(figure: Figure, axes: np.ndarray, count: int, x: str, y: str) -> None:
-    """One pair of logarithmic axes for the first `count` panels, with labels along the edges alone."""
+    """One pair of logarithmic axes of a factor 5 or more for the first `count` panels, with labels along the edges."""
     used = list(axes.flat[:count])
     for i, name in enumerate("xy"):
         spans = np.array([(ax.dataLim.minpos[i], getattr(ax.dataLim, f"interval{name}")[1]) for ax in used])
         spans = spans[(spans > 0).all(axis=1) & np.isfinite(spans).all(axis=1)]
         if not len(spans):  # zeros alone
             continue
-        margin = (spans.max() / spans.min()) ** 0.06 * 1.08
+        span = spans.max() / spans.min()
+        margin = max(span**0.06 * 1.08, (5 / span) ** 0.5)
         for ax in used:
             ax.set(**{f"{name}lim": (spans.min() / margin, spans.max() * margin)})
             ax.set(**{f"{name}scale": "log"})
-            axis = getattr(ax, f"{name}axis")
-            _plain_numbers(axis)
-            if spans.max() > 100 * spans.min():  # small panels have room for decades alone
-                axis.set_major_locator(LogLocator())
+            _log_ticks(getattr(ax, f"{name}axis"))
     columns = axes.shape[1]
     for i, ax in enumerate(used):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(True, which="major", color="#eceef1", linewidth=0.5)
         ax.set_axisbelow(True)
+        lowest = i + columns >= count
+        ax.set_xlabel(x if lowest else "")
         _frame(ax)
         ax.title.set_fontsize(9)
-        ax.tick_params(labelsize=7, labelleft=i % columns == 0, labelbottom=i + columns >= count)
-    figure.supxlabel(x, fontsize=9, color=INK)
+        ax.xaxis.label.set_fontsize(8)
+        ax.tick_params(labelsize=7, labelleft=i % columns == 0, labelbottom=lowest)
     figure.supylabel(y, fontsize=9, color=INK)
 
 
@@ -878,6 +940,18 @@ def _points(x: Target | Tensor) -> Tensor:
     if len(x) == 0:
         raise ValueError("none of the points is finite")
     return x
+
+
+def _write_outside(ax: Axes, points: Tensor, limits: Limits) -> None:
+    """The share of points outside the limits, where it is a per cent or more."""
+    low, high = torch.tensor(limits).unflatten(0, (2, 2)).T
+    share = round(100 * ((points < low) | (points > high)).any(dim=1).float().mean().item())
+    if share:
+        ax.text(0.03, 0.03, f"{share} % outside", color="white", fontsize=6.5, transform=ax.transAxes)
+
+
+def _number_of(x: Target | Tensor) -> str:
+    return f"{len(x):,} samples" if isinstance(x, Tensor) else "exact density"
 
 
 def _trajectory(trajectory: Tensor) -> Tensor:
@@ -961,15 +1035,44 @@ def _plane(ax: Axes, limits: Limits) -> None:
 
 def _share_planes(axes: np.ndarray) -> None:
     for ax in axes.flat:
+        ax.set(xlabel="$x_1$", ylabel="$x_2$")
         ax.label_outer()
 
 
-def _plain_numbers(axis: Axis) -> None:
-    """Plain numbers along a logarithmic axis: powers of ten, also 2 and 5, or any round ones, by its span."""
-    low, high = sorted(axis.get_view_interval())  # an inverted axis has the other order
-    subs = (1.0,) if high > 1e3 * low else (1.0, 2.0, 5.0)
-    axis.set_major_locator(LogLocator(subs=subs) if high > 10 * low else MaxNLocator(5))
-    axis.set_major_formatter("{x:g}")
+class LogTicks(Locator):
+    """Ticks of a logarithmic axis: powers of ten, also 2 and 5 below two decades, and evenly spaced ones below a factor 5."""
+
+    axis: Any
+
+    def __call__(self) -> Any:
+        return self.tick_values(*sorted(self.axis.get_view_interval()))  # an inverted axis has the other order
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        span = vmax / vmin
+        powers = LogLocator(subs=(1.0,) if span >= 100 else (1.0, 2.0, 5.0))
+        locator: Any = powers if span >= 5 else MaxNLocator(4, steps=[1, 2, 5, 10])
+        locator.set_axis(self.axis)
+        ticks = np.asarray(locator.tick_values(vmin, vmax))
+        return ticks[(vmin <= ticks) & (ticks <= vmax)]  # the others may be 0
+
+
+class LogNumbers(Formatter):
+    """Numbers of `LogTicks`, all in one manner: plain below two decades where they are short, else powers of ten."""
+
+    axis: Any
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        low, high = sorted(self.axis.get_view_interval())
+        if high < 100 * low and low >= 1e-3 and high < 1e5:
+            return f"{x:g}"
+        exponent = math.floor(math.log10(x) + 1e-9)
+        factor = f"{x / 10.0**exponent:g}"
+        return f"$10^{{{exponent}}}$" if factor == "1" else f"${factor}\\times10^{{{exponent}}}$"
+
+
+def _log_ticks(axis: Axis) -> None:
+    axis.set_major_locator(LogTicks())
+    axis.set_major_formatter(LogNumbers())
     axis.set_minor_locator(NullLocator())
 
 

@@ -143,11 +143,16 @@ def begin(
         TypeError: the model is none, a condition's name is unknown to it, or noise is no noise source.
     """
     keep_freed_memory()
-    condition = dict(condition or {})
     check_model(model)
     if not isinstance(shape, Sequence):
         raise ValueError(f"shape is (batch, {', '.join(map(str, model.event_shape))}) for this model, got {shape!r}")
     shape = tuple(whole("size in shape", size, 0) for size in shape)
+    condition = dict(condition or {})
+    label = condition.get("label")
+    if isinstance(label, int) or (isinstance(label, Tensor) and label.ndim == 0):  # one for all samples
+        condition["label"] = torch.as_tensor(label, device=model.device if x_init is None else x_init.device).repeat(
+            shape[0]
+        )
     model.check(shape, condition)
     label = condition.get("label")
     if model.num_classes and isinstance(label, Tensor) and label.numel() and not int(label.max()) < model.num_classes:

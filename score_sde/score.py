@@ -132,6 +132,14 @@ def _kernel(sde: SDE, t: float) -> tuple[float, float]:
     return sde.alpha(t).item(), sde.sigma(t).item()
 
 
+def _refuse_noiseless(sde: SDE, t: Tensor) -> None:
+    """Refuses, with ValueError, times at which there is no noise and so no score."""
+    if (bare := ~(sde.sigma(t) > 0)).any():
+        raise ValueError(
+            f"at t={t[bare][0]:g} {sde!r} has no noise, and a score needs some: its least time is t_min={sde.t_min:g}"
+        )
+
+
 def is_batched(t: Time) -> bool:
     """Whether t needs tensor arithmetic: a time per sample, one on a device, or one that gradients flow through."""
     return isinstance(t, Tensor) and (t.ndim > 0 or t.device.type != "cpu" or t.requires_grad)
@@ -232,6 +240,7 @@ class LearnedScore(nn.Module, ScoreModel):
 
     def prepare(self, times: Iterable[float]) -> None:
         t = torch.as_tensor(list(times), dtype=torch.float64)
+        _refuse_noiseless(self.sde, t)
         columns = (self.sde.alpha(t), self.sde.sigma(t), *self.parameterization.row(self.sde, t))
         rows = zip(*(column.tolist() for column in columns), strict=True)
         _remember(self._levels, dict(zip(t.tolist(), rows, strict=True)))
@@ -304,6 +313,8 @@ class ExactScore(ScoreModel):
             alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         else:
             alpha, sigma = _kernel(self.sde, float(t))
+            if sigma == 0:
+                _refuse_noiseless(self.sde, as_time(float(t)).reshape(1))
         return Prediction(x, self.target.denoise(x, alpha, sigma), alpha, sigma)
 
     def log_prob(self, x: Tensor, t: Time, **condition: Any) -> Tensor:

@@ -216,7 +216,12 @@ class SDE(ABC):
             raise ValueError(f"{name}: log(alpha / sigma) does not decrease at t={t[:-1][rising][0].item():.6g}: "
                              "noise must grow with t")  # fmt: skip
         for part in ("drift", "diffusion"):
-            inside, values = t[1:-1], torch.as_tensor(getattr(self, part)(t)).expand(t.shape)[1:-1]
+            try:
+                values = torch.as_tensor(getattr(self, part)(t)).expand(t.shape)[1:-1]
+            except RuntimeError as error:
+                raise ValueError(f"{name}.{part}(t), a derivative of alpha and sigma, fails ({error}): write these with "
+                                 "torch's functions, e.g. torch.cos(t) for numpy.cos(t)") from error  # fmt: skip
+            inside = t[1:-1]
             if (bad := ~torch.isfinite(values)).any():
                 raise ValueError(f"{name}.{part}({inside[bad][0].item():.6g}) is not finite: define it, or keep both branches "
                                  "of a torch.where in alpha and sigma finite, whose derivative it is")  # fmt: skip

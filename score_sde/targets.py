@@ -55,7 +55,7 @@ class Target(ABC):
 
     @abstractmethod
     def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
-        """Independent draws, shape (*sample_shape, *event_shape)."""
+        """Independent draws, shape (*sample_shape, *event_shape), in torch's default dtype."""
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
@@ -154,7 +154,9 @@ class GaussianMixture(Target):
         component = torch.searchsorted(edges, uniform, right=True).squeeze(-1)
         normal = torch.randn(**_like_generator((*sample_shape, *self.event_shape), generator), dtype=torch.float64)
         roots, means = self._roots.to(normal), self.means.to(normal)
-        return (means[component] + torch.einsum("...de,...e->...d", roots[component], normal)).float()
+        return (means[component] + torch.einsum("...de,...e->...d", roots[component], normal)).to(
+            torch.get_default_dtype()
+        )
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density in nats.
@@ -300,7 +302,7 @@ class Empirical(Target):
     def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
         index = torch.randint(len(self.data), **_like_generator(sample_shape, generator))
         noise = torch.randn(**_like_generator((*sample_shape, *self.event_shape), generator), dtype=torch.float64)
-        return (self.data.to(noise)[index] + self.bandwidth * noise).float()
+        return (self.data.to(noise)[index] + self.bandwidth * noise).to(torch.get_default_dtype())
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density in nats.
@@ -379,7 +381,8 @@ class UniformBoxes(Target):
         where = _like_generator((*sample_shape, *self.event_shape), generator)
         low, high = self.low.to(uniform)[box], self.high.to(uniform)[box]
         inside = low + (high - low) * torch.rand(**where, dtype=torch.float64)
-        return (inside + self.bandwidth * torch.randn(**where, dtype=torch.float64)).float()
+        drawn = inside + self.bandwidth * torch.randn(**where, dtype=torch.float64)
+        return drawn.to(torch.get_default_dtype())
 
     def log_prob(self, x: Tensor) -> Tensor:
         y = x.double()

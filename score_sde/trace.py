@@ -28,20 +28,23 @@ class Trace(ABC):
         """Float64 of shape (len(ids), count)."""
 
 
+AT_ONCE = 256
+"""How many vectors go through a network's backward pass together: more only need memory for their activations."""
+
+
 class ExactTrace(Trace):
-    """Basis vector by basis vector, in blocks of bounded memory; `like` (batch, d) gives size, dtype and device."""
+    """Basis vector by basis vector, AT_ONCE of all samples together; `like` (batch, d) gives size, dtype and device."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
 
     def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
-        size = self.like.shape[1]
-        total = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
-        for index in torch.arange(size, device=ids.device).split(max(1, 2**22 // (len(ids) * size))):
-            basis = self.like.new_zeros((len(index), len(ids), size))
+        diagonal = []
+        for index in torch.arange(self.like.shape[1], device=ids.device).split(max(1, AT_ONCE // max(1, len(ids)))):
+            basis = self.like.new_zeros((len(index), len(ids), self.like.shape[1]))
             basis[torch.arange(len(index), device=ids.device), :, index] = 1
-            total = total + (basis * torch.func.vmap(pull)(basis)).sum((0, 2), dtype=torch.float64)
-        return total[:, None]
+            diagonal.append((basis * torch.func.vmap(pull)(basis)).sum(2))
+        return torch.cat(diagonal).sum(0, dtype=torch.float64)[:, None]
 
 
 class Hutchinson(Trace):

@@ -67,6 +67,7 @@ def main(config: DictConfig) -> None:
     write(report, config, table, summary, reference, folder, absent)
     write_atomically(folder / "report.html", report.html())
     common.show(ranking(table))
+    print(RULE)
     for line in advice(table):
         print(line)
     for row in faults(table).to_dict("records"):
@@ -168,6 +169,12 @@ def contestant(node: DictConfig, config: DictConfig) -> Any:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
+RULE = (
+    "A sampler is there when each metric is within 1.25 times its noise floor, within two standard errors of it, or within "
+    "1.25 times the best of any sampler on this model; excess: its worst metric over that goal; at: with so many calls."
+)
+
+
 def heading(config: DictConfig, table: pd.DataFrame) -> tuple[str, str]:
     what = f"run {config.run}" if config.run else f"{config.target._target_.rpartition('.')[2]}, exact score"
     seeds = f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}"
@@ -185,8 +192,7 @@ def write(
     metrics = metrics_of(table)
     report.add("What to take", page.bullets([*advice(table), *absent]),
                page.table(winners(table), {"budget": "calls allowed"}),
-               page.text("A sampler is there (excess at most 1) when each metric is within 1.25 of its noise floor, within "
-                         "two standard errors of it, or within 1.25 of the best that any sampler reaches on this model."),
+               page.text(RULE),
                page.folded("Every sampler: its fewest calls", page.table(ranking(table))))  # fmt: skip
     drawn = [(name, *picture) for name, runs in table.groupby("model")
              for picture in draw(runs, summary[summary["model"] == name], metrics)]  # fmt: skip
@@ -305,7 +311,8 @@ def settings(config: DictConfig) -> list[str]:
     machine = f"Python {platform.python_version()}, {platform.platform(terse=True)}, {platform.processor() or 'CPU'}"
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())
     command = " ".join(["python", "scripts/compare.py", *map(shlex.quote, sys.argv[1:])])
-    return [page.code(command), page.text(f"{listed}; {machine}."), page.code(OmegaConf.to_yaml(config))]
+    own = dict(config) | ({"sde": common.open_run(config).config.sde} if config.run else {})
+    return [page.code(command), page.text(f"{listed}; {machine}."), page.code(OmegaConf.to_yaml(own))]
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main(config: DictConfig) -> None:
     )  # fmt: skip
     if distributed.is_main():
         asked = {name: common.plain(node) for name, node in nodes.items()}
-        write(run, config, data, model, samplers, asked, evaluation, Path(config.output or run.path))
+        write(run, config, data, model, samplers, asked, evaluation, Path(config.output or run.path / "evaluation"))
 
 
 def write(

@@ -104,15 +104,19 @@ def sheets(rows: Mapping[str, Mapping[str, Tensor]], columns: int) -> Figure:
 def losses(run: Run) -> Figure:
     """The loss, and beside it where the target is known the error of the predicted noise, by noise quartile.
 
-    The loss is weighted as the objective says, the error is not: at each level it is what is left to learn.
+    The loss is weighted as the objective says, the error is not: at each level it is what is left to learn, beside what
+    no network can.
     """
     metrics = run.metrics()
-    excess = [name for name in metrics if str(name).startswith("fisher")]
-    figure, axes = plotting.panels(2 if excess else 1, width=7, height=4)
-    plotting.loss_curves(axes[0, 0], metrics)
+    excess = [name for name in metrics if str(name).startswith("fisher") or name == "irreducible"]
+    figure, axes = plotting.panels(2 if excess else 1, width=6, height=4)
+    plotting.loss_curves(axes[0, 0], metrics, legend=None)
+    axes[0, 0].set_title("loss, weighted as in training")
     if excess:
-        plotting.loss_curves(axes[0, 1], metrics, columns=excess)
-        axes[0, 1].set_ylabel("error of the noise, $E|n - n^*|^2 / d$, unweighted")
+        plotting.loss_curves(axes[0, 1], metrics, columns=excess, legend=None)
+        axes[0, 1].set(title="unweighted: excess over the exact score (fisher), irreducible part",
+                       ylabel="$E|n - n^*|^2 / d$ and $E|\\epsilon - n^*|^2 / d$")  # fmt: skip
+    plotting.legend_below(figure, plotting.QUARTILES)
     return figure
 
 

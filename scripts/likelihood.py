@@ -9,6 +9,7 @@ import common
 import figures
 import pandas as pd
 import torch
+from command_line import listed
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +30,9 @@ def main(config: DictConfig) -> None:
     one_of("dequantization", config.dequantization, ("uniform", "variational"))
     data = run.data()
     model = common.model_of(run, config)
-    sets = examples(data, config.count, list(config.ood), torch.Generator().manual_seed(config.seed))
+    usual = ["shuffled", "inverted", "uniform"] if len(data.event_shape) == 3 else ["uniform"]
+    ood = usual if config.ood is None else listed(config.ood)
+    sets = examples(data, config.count, ood, torch.Generator().manual_seed(config.seed))
     bins = lattice(data)
     if not bins and (config.dequantization, config.draws) != ("uniform", 1):
         raise ValueError(f"dequantization and draws are for data that were integers, those of {run.path} are not: "

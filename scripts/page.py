@@ -116,14 +116,15 @@ def picture(file: Path, caption: str) -> str:
             f"<figcaption>{escape(caption)}</figcaption></figure>")  # fmt: skip
 
 
-def table(frame: pd.DataFrame, names: Mapping[str, str] | None = None) -> str:
-    """A table that a click on a column's head sorts; missing values are dashes."""
+def table(frame: pd.DataFrame, names: Mapping[str, str] | None = None, note: str = "") -> str:
+    """A table that a click on a column's head sorts, under a note on what stands in it; missing values are dashes."""
     names = names or {}
     numbers = {c: pd.api.types.is_numeric_dtype(frame[c]) for c in frame}
     head = "".join(f"<th{_class(numbers[c])}>{escape(names.get(str(c), str(c).replace('_', ' ')))}</th>" for c in frame)
     rows = ("".join(_cell(value, numbers[c]) for c, value in row.items()) for _, row in frame.astype(object).iterrows())
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    told = f'<p class="soft">{escape(note)}</p>\n' if note else ""
+    return f'{told}<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def _class(number: bool) -> str:
@@ -134,10 +135,12 @@ def _cell(value: Any, number: bool) -> str:
     if pd.isna(value):
         return f"<td{_class(number)}>–</td>"
     if number:
-        return f'<td class="number" data-value="{float(value)!r}">{_short(float(value))}</td>'
+        exact = repr(float(value)).replace("inf", "Infinity")  # as JavaScript reads it
+        return f'<td class="number" data-value="{exact}">{_short(float(value))}</td>'
     wide = ' class="wide"' if len(str(value)) > 40 else ""
     return f"<td{wide}>{escape(str(value))}</td>"
 
 
 def _short(value: float) -> str:
-    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.3g}"
+    whole = value.is_integer() or abs(value) >= 1000
+    return f"{value:,.0f}" if whole and abs(value) < 1e6 else f"{value:.3g}".replace("inf", "∞")

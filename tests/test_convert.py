@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from score_sde import DDIM, Ancestral, Sampler, convert, grid
+from score_sde import DDIM, Ancestral, RectifiedFlow, Sampler, convert, grid, guidance
 from score_sde.convert import CONFIGS, SongConfig
 from score_sde.networks import UNet
 
@@ -172,10 +173,14 @@ def library():
     return pytest.importorskip("diffusers", reason="the extra `diffusers` is not installed")
 
 
+def network(library, config: dict):
+    torch.manual_seed(0)
+    return library.UNet2DModel(**config).eval()
+
+
 def saved(library, folder: Path, config: dict, scheduler, flat: bool = True):
     """A folder as on the hub: google's have everything in one place, a pipeline's have unet/ and scheduler/."""
-    torch.manual_seed(0)
-    unet = library.UNet2DModel(**config).eval()
+    unet = network(library, config)
     unet.save_pretrained(folder if flat else folder / "unet")
     scheduler.save_pretrained(folder if flat else folder / "scheduler")
     return unet
@@ -188,7 +193,7 @@ def images(count: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize("flat", [True, False])
 @torch.no_grad()
 def test_a_ddpm_folder_says_its_noise_at_its_step(library, tmp_path, flat) -> None:
-    unet = saved(library, tmp_path, DDPM, library.DDPMScheduler(), flat)
+    unet = saved(library, tmp_path, DDPM, library.DDPMScheduler(clip_sample=False), flat)
     model, x = convert.diffusers(tmp_path), images()
     for step in (0, 400, 999):
         torch.testing.assert_close(model(x, float(step)).noise, unet(x, step).sample, rtol=1e-5, atol=1e-5)
@@ -252,8 +257,170 @@ def test_one_prediction_step_on_ve_is_that_of_diffusers(library, tmp_path) -> No
     assert float(model.sde.sigma(at)) > float(model.sde.sigma(to))
 
 
+def options(scheduler: str, **others) -> dict:
+    """A scheduler's config, its defaults left out."""
+    return {"_class_name": f"{scheduler}Scheduler", **others}
+
+
+def exact(scheduler):
+    """The scheduler with the ladder of its betas in double precision, which in single is off by 1e-5."""
+    scheduler.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)
+    return scheduler
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])
+@torch.no_grad()
+def test_ten_ddim_steps_are_those_of_diffusers_whatever_is_predicted(library, tmp_path, predicts) -> None:
+    scheduler = exact(library.DDIMScheduler(prediction_type=predicts, clip_sample=False))
+    unet = saved(library, tmp_path, DDPM, scheduler).double()
+    model, x = convert.diffusers(tmp_path).double(), images().double()
+    scheduler.set_timesteps(10)
+    theirs = x
+    for step in scheduler.timesteps:
+        theirs = scheduler.step(unet(theirs, step).sample, step, theirs).prev_sample
+    ours = Sampler(DDIM(), partial(grid.respaced, steps=9, spacing="leading")).sample(model, x.shape, x_init=x).x
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * theirs.abs().max().item())
+
+
+@torch.no_grad()
+def test_euler_steps_of_flow_matching_are_those_of_diffusers(library) -> None:
+    scheduler, unet = library.FlowMatchEulerDiscreteScheduler(shift=3.0), network(library, DDPM)
+    model, x = convert.diffusers(unet, scheduler=scheduler), images()
+    assert isinstance(model.sde, RectifiedFlow)
+    scheduler.set_timesteps(sigmas=[0.97, 0.7, 0.4, 0.2])
+    theirs = x
+    for step in scheduler.timesteps:  # 1000 sigma, sigma shifted
+        theirs = scheduler.step(unet(theirs, step).sample, step, theirs).prev_sample
+    # The last of their steps ends at sigma = 0, which Tweedie's formula does.
+    ours = Sampler(DDIM(), lambda sde: scheduler.sigmas[:-1].double()).sample(model, x.shape, x_init=x).x
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    # Other schedulers know flow matching too, by options.
+    scheduler = library.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    scheduler.set_timesteps(5)
+    scheduler._step_index = 2
+    t = float(scheduler.sigmas[2])
+    model = convert.diffusers(unet, scheduler=scheduler)
+    theirs = scheduler.convert_model_output(unet(x, torch.tensor(1000 * t)).sample, sample=x)
+    torch.testing.assert_close(model(x, t).denoised, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", convert._LADDERS)
+def test_each_scheduler_has_its_own_ladder_and_defaults(library, name) -> None:
+    if name == "DPMSolverSDE":
+        pytest.importorskip("torchsde", reason="diffusers needs it for DPMSolverSDEScheduler")
+    unet = network(library, DDPM)
+    model = convert.diffusers(unet, options(name, clip_sample=False, num_train_timesteps=100))
+    theirs = getattr(library, f"{name}Scheduler")(num_train_timesteps=100).alphas_cumprod
+    torch.testing.assert_close(model.sde.alpha(torch.arange(100)) ** 2, theirs.double(), rtol=1e-5, atol=0)
+    assert model.parameterization.prediction == "noise"
+    assert float(model.parameterization.row(model.sde, 70.0).c_noise) == 70
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        *[(options(name), f"scheduler {name}Scheduler is not read: .*DDIM.*FlowMatchEulerDiscrete.*ScoreSdeVe")
+          for name in ("EDMEuler", "EDMDPMSolverMultistep", "LCM", "TCD", "CMStochasticIterative", "FlowMatchLCM", "UnCLIP")],
+        ({"beta_start": 0.1}, "a config without _class_name does not say .* give scheduler="),
+        (options("ScoreSdeVe"), "ScoreSdeVeScheduler does not go with a positional"),
+        (options("EulerDiscrete", timestep_type="continuous"), "timestep_type='continuous'"),
+        (options("FlowMatchEulerDiscrete", invert_sigmas=True), "invert_sigmas=True"),
+        (options("DDIM", prediction_type="flow_prediction"), "'flow_prediction' is not read: epsilon, v_prediction, sample"),
+        (options("UniPCMultistep", use_flow_sigmas=True), "'epsilon' is not read: flow_prediction on flow matching"),
+        (options("DDIM", rescale_betas_zero_snr=True, prediction_type="v_prediction"), "has no signal at all"),
+        (None, "a network alone does not say .* give scheduler="),
+    ],
+)  # fmt: skip
+def test_schedulers_that_are_not_read_are_refused_by_name(library, scheduler, message) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        convert.diffusers(network(library, DDPM), scheduler)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_fourier_network_goes_with_variance_exploding_alone(library) -> None:
+    with pytest.raises(ValueError, match="DDPMScheduler does not go with a fourier embedding"):
+        convert.diffusers(network(library, NCSNPP), library.DDPMScheduler())
+
+
+@torch.no_grad()
+def test_clipping_is_warned_of_with_the_wrapper_that_does_it(library) -> None:
+    unet, x = network(library, DDPM).double(), images().double()
+    dynamic = library.DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9)
+    with pytest.warns(
+        UserWarning, match=r"DDIMScheduler.*thresholding=True.*guidance\.DynamicThreshold\(model, 0\.9\)$"
+    ):
+        convert.diffusers(unet, dynamic)
+    static = exact(library.DDIMScheduler(clip_sample_range=0.5))
+    with pytest.warns(UserWarning, match=r"DDIMScheduler.*clip_sample=True.*guidance\.StaticThreshold\(model, 0\.5\)$"):
+        model = convert.diffusers(unet, static)
+    static.set_timesteps(10)
+    theirs = x
+    for step in static.timesteps:
+        predicted = unet(theirs, step).sample
+        theirs = static.step(predicted, step, theirs, use_clipped_model_output=True).prev_sample
+    sampler = Sampler(DDIM(), partial(grid.respaced, steps=9, spacing="leading"))
+    ours = sampler.sample(guidance.StaticThreshold(model, 0.5), x.shape, x_init=x).x
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_what_does_not_clip_is_not_warned_of(library, recwarn) -> None:
+    for scheduler in (library.DDPMScheduler(clip_sample=False), library.PNDMScheduler()):
+        convert.diffusers(network(library, DDPM), scheduler)
+    assert not recwarn.list
+
+
+@torch.no_grad()
+def test_pipelines_and_networks_in_memory_are_taken_as_they_are(library, tmp_path) -> None:
+    scheduler, x = library.DDIMScheduler(clip_sample=False, prediction_type="v_prediction", beta_end=0.01), images()
+    unet = saved(library, tmp_path, DDPM, scheduler)
+    folder = convert.diffusers(tmp_path)
+    assert not folder.network.unet.training
+    assert not any(parameter.requires_grad for parameter in folder.parameters())
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    pipeline = library.DDIMPipeline(unet, scheduler)  # it rebuilds the scheduler
+    for model in (
+        convert.diffusers(pipeline),
+        convert.diffusers(unet, scheduler=scheduler),
+        convert.diffusers(unet, scheduler=config),
+        convert.diffusers(str(tmp_path), scheduler=config),
+    ):
+        torch.testing.assert_close(model(x, 300.0).denoised, folder(x, 300.0).denoised)
+    for training in (True, False):
+        model = convert.diffusers(unet.train(training), scheduler=scheduler)
+        assert model.network.unet is unet
+        assert model.training == unet.training == training
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    # The given scheduler is in the place of the folder's.
+    other = convert.diffusers(tmp_path, scheduler=library.DDIMScheduler(clip_sample=False))
+    assert other.parameterization.prediction == "noise"
+
+
+def test_other_classes_are_refused_by_name(library, tmp_path) -> None:
+    conditional = library.UNet2DConditionModel(
+        **BLOCKS | {"attention_head_dim": 4}, sample_size=8, cross_attention_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    dit = library.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=3, sample_size=8, num_layers=1, patch_size=2
+    )
+    scheduler = library.DDPMScheduler(clip_sample=False)
+    for other in (conditional, dit):
+        message = f"^{type(other).__name__} is not read: give a UNet2DModel"
+        with pytest.raises(TypeError, match=message):
+            convert.diffusers(other, scheduler)
+        other.save_pretrained(tmp_path / "unet")
+        scheduler.save_pretrained(tmp_path / "scheduler")
+        with pytest.raises(ValueError, match=message):
+            convert.diffusers(tmp_path)
+    with pytest.raises(TypeError, match="dict is not read"):
+        convert.diffusers(DDPM, scheduler)  # no network of random weights
+
+
 def test_folders_are_sampled_by_our_samplers(library, tmp_path) -> None:
-    for config, scheduler in ((DDPM, library.DDPMScheduler()), (NCSNPP, library.ScoreSdeVeScheduler(sigma_max=50.0))):
+    for config, scheduler in (
+        (DDPM, library.DDPMScheduler(clip_sample=False)),
+        (NCSNPP, library.ScoreSdeVeScheduler(sigma_max=50.0)),
+    ):
         saved(library, tmp_path, config, scheduler)
         model = convert.diffusers(tmp_path)
         result = Sampler(DDIM(), partial(grid.log_snr, steps=3)).sample(model, (2, 3, 8, 8), seed=0)
@@ -263,13 +430,10 @@ def test_folders_are_sampled_by_our_samplers(library, tmp_path) -> None:
 def test_folders_that_do_not_fit_are_refused(library, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         convert.diffusers(tmp_path)
-    unet = saved(library, tmp_path, DDPM, library.DDPMScheduler(prediction_type="v_prediction"))
-    with pytest.raises(ValueError, match="prediction_type='v_prediction'"):
+    network(library, DDPM).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no scheduler_config\.json"):
         convert.diffusers(tmp_path)
-    library.DDPMScheduler(rescale_betas_zero_snr=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no signal at all"):
-        convert.diffusers(tmp_path)
-    library.DDPMScheduler().save_pretrained(tmp_path)
+    unet = saved(library, tmp_path, DDPM, library.DDPMScheduler())
     weights = unet.state_dict()
     weights.pop("conv_in.bias")
     from safetensors.torch import save_file
@@ -285,5 +449,6 @@ def test_folders_that_do_not_fit_are_refused(library, tmp_path) -> None:
 def test_a_network_of_unknown_size_is_refused(library) -> None:
     from score_sde.networks.diffusers import DiffusersUNet
 
-    with pytest.raises(ValueError, match="its sample_size"):
-        DiffusersUNet(DDPM | {"sample_size": None})
+    for option in ({"sample_size": None}, {"out_channels": 6}, {"class_embed_type": "timestep"}):
+        with pytest.raises(ValueError, match="its sample_size"):
+            DiffusersUNet(DDPM | option)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from score_sde.parameterization import Denoised, Flow, Karras, Noise, PublishedNoise, Score, Velocity
+from score_sde.build import build
+from score_sde.parameterization import Denoised, Flow, Karras, Noise, Published, PublishedNoise, Score, Velocity
 from score_sde.sde import SDE, VESDE, VPSDE, DiscreteSDE, KarrasSDE, RectifiedFlow
 from score_sde.targets import GaussianMixture
 
@@ -109,7 +110,7 @@ def test_a_perfect_network_gives_the_exact_denoiser(sde, parameterization):
 
 
 def test_network_inputs_have_unit_variance(sde, parameterization):
-    if isinstance(parameterization, PublishedNoise):
+    if isinstance(parameterization, Published):
         pytest.skip("a published network sees x as it is, and is told what its authors told it")
     t = times(sde)
     row = parameterization.row(sde, t)
@@ -130,6 +131,39 @@ def test_published_networks_are_told_what_their_authors_told_them():
     assert (row.c_in == 1).all()
     with pytest.raises(ValueError, match="level is 'time' or 'log_sigma'"):
         PublishedNoise("sigma")
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_published_predictions_are_what_their_papers_call_them(sign):
+    x0, eps = data()
+    ladder, flow = DiscreteSDE.ddpm(), RectifiedFlow()
+    t = torch.tensor([3, 200, 500, 700, 950], dtype=F64)
+    alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64)).cumprod(0)[t.long(), None]
+    straight = t[:, None] / 1000
+    for sde, level, says, x in (
+        (ladder, t, {"noise": eps, "denoised": x0, "velocity": alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0},
+         alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps),
+        (flow, t / 1000, {"flow": eps - x0}, (1 - straight) * x0 + straight * eps),
+    ):  # fmt: skip
+        for prediction, output in says.items():
+            p = Published(scale=1000 / sde.t_max, sign=sign, prediction=prediction)
+            row = p.row(sde, level)
+            D = row.c_skip[:, None] * x + row.c_out[:, None] * sign * output
+            torch.testing.assert_close(D, x0, rtol=0, atol=1e-9, msg=prediction)
+            torch.testing.assert_close(p.target(sde, level, x0, eps), sign * output, rtol=0, atol=1e-9)
+            torch.testing.assert_close(row.c_noise, level * 1000 / sde.t_max)
+            assert (row.c_in == 1).all()
+            assert f"prediction={prediction!r}" in repr(p)
+    with pytest.raises(ValueError, match="prediction is one of noise, velocity, denoised, flow; got 'epsilon'"):
+        Published(prediction="epsilon")
+
+
+def test_saved_runs_name_the_published_noise():
+    config = {"_target_": "score_sde.parameterization.PublishedNoise", "level": "log_sigma", "scale": 1, "sign": -1}
+    sde, t = VESDE(), torch.tensor([0.1, 0.7], dtype=F64)
+    row = build(config).row(sde, t)
+    torch.testing.assert_close(row.c_out, sde.sigma(t))
+    torch.testing.assert_close(row.c_noise, sde.sigma(t).log())
 
 
 def test_karras_targets_have_unit_variance():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
@@ -333,6 +334,10 @@ def a_user_sde(alpha=lambda t: 1 - t / 2, sigma=lambda t: t, **attributes):
             r"drift\(0\.\d+\) is not finite",
         ),
         (a_user_sde(drift=lambda self, t: t * torch.nan), r"drift\(0\.\d+\) is not finite: define it, or keep"),
+        (
+            a_user_sde(alpha=lambda t: torch.as_tensor(np.cos(t.numpy()))),
+            r"Mine\.drift\(t\), a derivative of alpha and sigma, fails .* torch\.cos\(t\) for numpy\.cos\(t\)",
+        ),
         (a_user_sde(t_min=1.0), "t_min < t_max"),
         (a_user_sde(t_min=float("nan")), "t_min < t_max"),
         (VPSDE(t_min=0.0), r"VPSDE\.sigma\(0\) is 0"),

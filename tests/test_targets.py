@@ -341,3 +341,13 @@ def test_sampling_in_inference_mode_leaves_gradients_possible():
         x = torch.zeros(3, 2).requires_grad_()
         model(x, t).score.sum().backward()
         assert x.grad.isfinite().all()
+
+
+def test_draws_come_in_the_default_dtype() -> None:
+    laws = [targets.make("ring"), targets.make("checkerboard"), Empirical(torch.zeros(3, 2), bandwidth=0.1)]
+    assert all(law.sample((2,)).dtype == torch.float32 for law in laws)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(law.sample((2,)).dtype == torch.float64 for law in laws)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -588,17 +588,18 @@ def ranking(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
     """Which sampler gets there (see `judge`) with the fewest calls.
 
     Returns:
-        A row for each model and sampler, the fewest calls first: `calls`, `seconds_per_sample` and `endpoint_error` of the
-        cheapest budget that is there (NaN where none is), `excess`, the smallest of any budget, and the metric `worst`.
+        A row for each model and sampler, the fewest calls first: `calls`, the fewest with which it is there (NaN where it
+        never is), and at that budget, or where the excess is smallest, `at` so many calls: `seconds_per_sample`,
+        `endpoint_error`, `excess` and the metric `worst`.
     """
     summary = judge(table, within).dropna(subset="excess")
     rows = []
     for (model, sampler), own in summary.groupby(["model", "sampler"], sort=False):
         there = own[own["excess"] <= 1].nsmallest(1, "nfe")
-        best = own.loc[own["excess"].idxmin()]
-        reached = there.iloc[0][["nfe", "seconds_per_sample", "endpoint_error"]] if len(there) else [math.nan] * 3
-        rows.append([model, sampler, *reached, best["excess"], best["worst"]])
-    columns = ["model", "sampler", "calls", "seconds_per_sample", "endpoint_error", "excess", "worst"]
+        shown = there.iloc[0] if len(there) else own.loc[own["excess"].idxmin()]
+        calls = shown["nfe"] if len(there) else math.nan
+        rows.append([model, sampler, calls, *shown[["nfe", "seconds_per_sample", "endpoint_error", "excess", "worst"]]])
+    columns = ["model", "sampler", "calls", "at", "seconds_per_sample", "endpoint_error", "excess", "worst"]
     found = pd.DataFrame(rows, columns=columns)
     place = found["model"].map({name: i for i, name in enumerate(dict.fromkeys(found["model"]))})
     return (

@@ -205,6 +205,26 @@ class Classifier(WrappedScore):
         return pushed(self.model(x, t, **own), self.scale * gradient)
 
 
+class StaticThreshold(WrappedScore):
+    """D clipped to [-limit, limit], as DDPM's code and diffusers' `clip_sample` do at every step.
+
+    Assumes: data in [-limit, limit]. No call of its own. Bias: none for an exact D, which lies within the data's bounds.
+    Source: Saharia et al. 2022, https://arxiv.org/abs/2205.11487, section 2.3.
+
+    Args:
+        model: usually guided.
+        limit: the data's bound.
+    """
+
+    def __init__(self, model: ScoreModel, limit: float = 1.0) -> None:
+        super().__init__(model)
+        self.limit = number("limit", limit, above=0)
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        prediction = self.model(x, t, **condition)
+        return denoised(prediction, prediction.denoised.clamp(-self.limit, self.limit))
+
+
 class DynamicThreshold(WrappedScore):
     """D clipped for each sample to [-s, s] and divided by s / limit, s the larger of limit and a quantile of |D|.
 

@@ -52,11 +52,14 @@ class Observed(WrappedScore):
         name = type(self).__name__
         if not isinstance(operator, LinearOperator if self.linear else Operator):
             wanted = "a LinearOperator (DPS takes any Operator)" if self.linear else "an Operator"
-            raise TypeError(f"{name} observes through {wanted}, got {type(operator).__name__}")
+            raise TypeError(f"{name} observes through {wanted}, got {type(operator).__name__}: wrap a matrix as Matrix(A), a "
+                            "function as Nonlinear(f, input_shape)")  # fmt: skip
         if tuple(operator.input_shape) != self.event_shape:
             raise ValueError(f"the operator takes x of shape {operator.input_shape}, the model's is {self.event_shape}")
-        if isinstance(noise_std, str) or not 0 <= noise_std < math.inf or (self.needs_noise and noise_std == 0):
-            raise ValueError(f"{name}'s noise_std is {'> 0' if self.needs_noise else '0 or more'}, got {noise_std!r}")
+        single = not isinstance(noise_std, str | Sequence) and getattr(noise_std, "ndim", 0) == 0
+        if not single or not 0 <= noise_std < math.inf or (self.needs_noise and noise_std == 0):
+            raise ValueError(f"{name}'s noise_std is one number {'> 0' if self.needs_noise else '>= 0'} for all of y, got "
+                             f"{noise_std!r}: divide A and y by what differs from entry to entry")  # fmt: skip
         self.operator, self.noise_std = operator, float(noise_std)
         self.y = None if y is None else operator.observation(y)
         if y is None:

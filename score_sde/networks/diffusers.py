@@ -1,9 +1,9 @@
 """Diffusers' `UNet2DModel` as a network F(x, c_noise, label) on images in [-1, 1]; extra `diffusers`.
 
-    positional embedding (google/ddpm-*):   F = unet(x, c_noise), the noise, c_noise the step 0..999
+    positional embedding (google/ddpm-*):   F = unet(x, c_noise), what its scheduler says, c_noise the timestep
     fourier embedding (google/ncsnpp-*):    F = sigma unet((x + 1) / 2, sigma) = -noise, sigma = exp(c_noise)
 
-The latter is a score over data in [0, 1]. `parameterization.PublishedNoise` says both; `convert.diffusers` reads folders.
+The latter is a score over data in [0, 1]. `parameterization.Published` says both; `convert.diffusers` makes score models.
 """
 
 from __future__ import annotations
@@ -20,26 +20,41 @@ __all__ = ["DiffusersUNet"]
 
 
 class DiffusersUNet(nn.Module):
-    """A `UNet2DModel` built from its config, a mapping as in its config.json.
+    """A new `UNet2DModel` from its config, a mapping as in its config.json; `of` has one in memory, `load` a folder's.
 
     A network with classes needs a label for every sample: it has no null class.
 
     Raises:
         ImportError: diffusers is not installed.
-        ValueError: the config has no sample_size, another number of channels out than in, or an embedding by table.
+        ValueError: the config is another class's or has no sample_size, another number of channels out than in, an
+            embedding by table, or labels that are no classes.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
+        _check_class(config)
         self._take(_model_class().from_config(dict(config)))
 
     @classmethod
-    def load(cls, folder: str | Path) -> DiffusersUNet:
-        """The network of a folder with config.json and weights; ValueError where keys are left over or missing."""
+    def of(cls, unet: Any) -> DiffusersUNet:
+        """Around a `UNet2DModel`, which is neither copied nor changed; TypeError where it is of another class."""
+        if not isinstance(unet, _model_class()):
+            raise TypeError(_refusal(type(unet).__name__))
         network = cls.__new__(cls)
         nn.Module.__init__(network)
+        network._take(unet)
+        return network
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DiffusersUNet:
+        """The network of a folder with config.json and weights, frozen and in evaluation mode.
+
+        Raises ValueError where the config is another class's, or keys are left over or missing.
+        """
+        known = _model_class()
+        _check_class(known.load_config(str(folder), local_files_only=True))
         try:
-            unet, info = _model_class().from_pretrained(
+            unet, info = known.from_pretrained(
                 str(folder), local_files_only=True, output_loading_info=True, low_cpu_mem_usage=False
             )
         except (OSError, RuntimeError) as error:
@@ -47,20 +62,20 @@ class DiffusersUNet(nn.Module):
         wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
         if wrong:
             raise ValueError(f"{folder}: {len(wrong)} weights are missing or left over, {wrong[0]} among them")
-        network._take(unet)
-        return network
+        return cls.of(unet.eval().requires_grad_(False))
 
     def _take(self, unet: Any) -> None:
         config = unet.config
-        size, channels = config.sample_size, config.in_channels
-        if size is None or config.out_channels != channels or config.time_embedding_type == "learned":
-            raise ValueError(f"a UNet2DModel with sample_size={size}, {channels} channels in, {config.out_channels} out "
-                             f"and {config.time_embedding_type} embedding does not say the noise of an image of known "
-                             "size: its sample_size and equal channels are needed, and a continuous embedding")  # fmt: skip
+        size, channels, labels = config.sample_size, config.in_channels, config.class_embed_type
+        if size is None or config.out_channels != channels or config.time_embedding_type == "learned" or labels:
+            raise ValueError(f"a UNet2DModel with sample_size={size}, {channels} channels in, {config.out_channels} out, "
+                             f"{config.time_embedding_type} embedding and class_embed_type={labels} is not read: its "
+                             "sample_size, equal channels, a continuous embedding and no such type are needed")  # fmt: skip
         self.unet = unet
         self.score = config.time_embedding_type == "fourier"
         self.num_classes: int | None = config.num_class_embeds
         self.event_shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
+        self.training = unet.training
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         check_shape(x, self.event_shape)
@@ -77,3 +92,14 @@ def _model_class() -> Any:
     except ImportError as error:
         raise ImportError("diffusers is not installed: pip install 'score_sde[diffusers]'") from error
     return UNet2DModel
+
+
+def _check_class(config: Mapping[str, Any]) -> None:
+    name = config.get("_class_name", "UNet2DModel")
+    if name != "UNet2DModel":
+        raise ValueError(_refusal(name))
+
+
+def _refusal(name: str) -> str:
+    return (f"{name} is not read: give a UNet2DModel with its scheduler, a pipeline whose unet is one, or a folder of "
+            "either; around another network write a module (x, c_noise, **condition) for LearnedScore")  # fmt: skip

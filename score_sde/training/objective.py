@@ -75,40 +75,47 @@ def excess(
 class LabelDropout:
     """Leaves conditions out of examples, so that one network learns the conditional and the unconditional score.
 
-    With probability `share` an example's `label` becomes -1, the null class, and its `context` NaN, none (Ho & Salimans
-    2022, https://arxiv.org/abs/2207.12598). Raises ValueError where `share` is outside [0, 1].
+    With probability `share` all conditions of an example become their nulls: -1 for `label`, NaN for `context`, and what
+    `nulls` says for others, by name (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
+
+    Raises:
+        ValueError: `share` is outside [0, 1]; when called, examples have no condition, or one without a null.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, nulls: Mapping[str, float] | None = None) -> None:
         if not 0 <= share <= 1:
             raise ValueError(f"label_dropout={share} is a probability: 0 <= label_dropout <= 1")
-        self.share = share
+        self.share, self.nulls = share, {"label": -1, "context": torch.nan, **(nulls or {})}
 
     def __call__(self, given: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        condition, nulls = dict(given), {"label": -1, "context": torch.nan}
-        names = [name for name in nulls if name in condition] if self.share else []
-        if names:
-            first = condition[names[0]]
-            dropped = draw(torch.rand, first.shape[:1], generator, device=first.device) < self.share
-            for name in names:
-                whole = expand(dropped, condition[name]).bool()
-                condition[name] = torch.where(whole, nulls[name], condition[name])
-        return condition
+        if not self.share:
+            return dict(given)
+        if not given:
+            raise ValueError(f"label_dropout={self.share}, and the data have no conditions: leave it out")
+        if without := sorted(given.keys() - self.nulls.keys()):
+            raise ValueError(f"label_dropout={self.share} knows no null of the condition {without[0]!r}: give one, "
+                             f"nulls={{{without[0]!r}: <the value that tells the network there is none>}}")  # fmt: skip
+        first = next(iter(given.values()))
+        dropped = draw(torch.rand, first.shape[:1], generator, device=first.device) < self.share
+        return {
+            name: torch.where(expand(dropped, value).bool(), self.nulls[name], value) for name, value in given.items()
+        }
 
 
 class DenoisingScoreMatching:
     """The loss of each example of a batch.
 
-    `label_dropout` is the probability with which an example's label or context is left out (see `LabelDropout`).
-    With `target`, the closed-form law of the (unlabelled) data, the diagnostics are those of `excess`.
+    `label_dropout` is the probability with which an example's conditions are left out, `nulls` are what they become (see
+    `LabelDropout`). With `target`, the closed-form law of the (unlabelled) data, the diagnostics are those of `excess`.
     Raises ValueError where `label_dropout` is outside [0, 1].
     """
 
     def __init__(
-        self, weighting: Weighting | None = None, label_dropout: float = 0.0, target: ClosedForm | None = None
-    ) -> None:
+        self, weighting: Weighting | None = None, label_dropout: float = 0.0, target: ClosedForm | None = None,
+        nulls: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         self.weighting, self.target = weighting or SimpleWeighting(), target
-        self.label_dropout = LabelDropout(label_dropout)
+        self.label_dropout = LabelDropout(label_dropout, nulls)
 
     def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
         """Losses in float32; noise and label dropout come from the generator, on the device of the batch."""

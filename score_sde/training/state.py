@@ -182,7 +182,7 @@ class TrainingState:
         rows = self.micro_batches()
         if self.view is None:
             self.view = self._connected(batches[0], rows[0], times, source)
-        torch.manual_seed(key(self.seed, "dropout", self.step, *([distributed.rank()] if distributed.rank() else [])))
+        self._seed_dropout(key(self.seed, "dropout", self.step, *([distributed.rank()] if distributed.rank() else [])))
         keys = self._dropout_keys()
         found = []
         for batch, part in zip(batches, rows, strict=True):
@@ -194,6 +194,12 @@ class TrainingState:
         for average in self.averages.values():
             average.update(self.place.held, size, self.step * size)
         self.step += 1
+
+    def _seed_dropout(self, seed: int) -> None:
+        """Seeds torch's global generators of the host and of this device; torch.manual_seed looks for every other one too."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _dropout_keys(self) -> Tensor:
         """int32 of shape (layers, batch): what this step's masks of each layer are made of, for every example."""

@@ -174,7 +174,12 @@ class Trainer:
         asked = (("model", model, LearnedScore), ("data", data, Data), ("time_sampler", time_sampler, TimeSampler))
         for name, part, kind in asked:
             if not isinstance(part, kind):
-                raise TypeError(f"{name} is a {kind.__name__}, got {part if isinstance(part, type) else type(part)!r}")
+                fix = (
+                    ": wrap a tensor of examples as TensorData(x), or derive a class from Data" if kind is Data else ""
+                )
+                raise TypeError(
+                    f"{name} is a {kind.__name__}, got {part if isinstance(part, type) else type(part)!r}{fix}"
+                )
         parts = distributed.count() * self.accumulate
         if self.batch_size % parts:
             raise ValueError(
@@ -231,6 +236,7 @@ class Trainer:
         distributed.start()
         self.check(model, data, time_sampler)
         _warn_of_cancellation(model)
+        _warn_of_start(model)
         if isinstance(objective, type) or not callable(objective):
             raise TypeError(f"objective is an Objective, such as DenoisingScoreMatching(), got {objective!r}")
         for name, hook, every in (
@@ -319,6 +325,16 @@ def _warn_of_cancellation(model: LearnedScore) -> None:
         warnings.warn(f"where samples start (alpha={alpha:.2g} at t_max) an error of the {kind} prediction is {size:,.0f} "
                       "times as large in x_0, and some samples will end far away: take parameterization=velocity or karras",
                       stacklevel=3)  # fmt: skip
+
+
+def _warn_of_start(model: LearnedScore) -> None:
+    """Warns where the prior lacks more than a twentieth of the spread that data of this size have at t_max."""
+    sde = model.sde
+    spread = math.hypot(float(sde.alpha(sde.t_max)) * model.data_std, float(sde.sigma(sde.t_max)))
+    if spread > 1.05 * sde.prior_std:
+        warnings.warn(f"sampling starts with a spread of {sde.prior_std:.3g} at t_max, where data of standard deviation "
+                      f"{model.data_std:.3g} have {spread:.3g}: samples will be too narrow; standardise the data, or raise "
+                      "the greatest noise level", stacklevel=3)  # fmt: skip
 
 
 @contextmanager

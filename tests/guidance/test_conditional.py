@@ -10,7 +10,7 @@ from exact_models import Labelled, Shrink
 
 from score_sde import grid
 from score_sde.adaptive import AdaptiveODE
-from score_sde.guidance import Autoguidance, Classifier, ClassifierFree, DynamicThreshold
+from score_sde.guidance import Autoguidance, Classifier, ClassifierFree, DynamicThreshold, StaticThreshold
 from score_sde.networks import MLP
 from score_sde.ode import ProbabilityFlowODE
 from score_sde.parameterization import Noise
@@ -69,10 +69,22 @@ def test_a_label_beyond_the_classes_is_refused_and_no_null_class():
         for label in (torch.tensor([0, 3]), torch.tensor([4, -1])):
             with pytest.raises(ValueError, match="but this model knows the classes 0 to 2"):
                 sampler.sample(asked, (2, 2), seed=0, condition={"label": label})
-        with pytest.raises(TypeError, match="label is a tensor"):
-            sampler.sample(asked, (2, 2), seed=0, condition={"label": 1})
+        one, each = (sampler.sample(asked, (2, 2), seed=0, condition={"label": label}).x
+                     for label in (1, torch.tensor([1, 1])))  # fmt: skip
+        assert torch.equal(one, each)
     with pytest.raises(IndexError):
         model(torch.zeros(2, 2), 0.5, label=torch.tensor([0, 3]))
+
+
+def test_a_static_threshold_clips_the_denoiser_and_is_seen_in_every_view():
+    model = StaticThreshold(ExactScore(RING, SDE), 0.5)
+    x, t = 3 * torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 0.3
+    said, plain = model(x, t), ExactScore(RING, SDE)(x, t)
+    assert (plain.denoised.abs() > 0.5).any()
+    torch.testing.assert_close(said.denoised, plain.denoised.clamp(-0.5, 0.5))
+    torch.testing.assert_close(float(SDE.alpha(t)) * said.denoised + float(SDE.sigma(t)) * said.noise, x)
+    with pytest.raises(ValueError, match="give a number limit > 0"):
+        StaticThreshold(ExactScore(RING, SDE), 0)
 
 
 def test_calls_are_counted_as_they_are_made():

@@ -58,7 +58,7 @@ def test_the_other_scripts_read_it(run: Path) -> None:
     }
     assert set(os.listdir(run / "of_heun/figures")) == figures
     script("evaluate", f"run={run}", "samplers=[heun]", "num_samples=20", "figures=false", cwd=run)
-    assert set(pd.read_csv(run / "evaluation.csv")["sampler"]) == {"heun"}
+    assert set(pd.read_csv(run / "evaluation/evaluation.csv")["sampler"]) == {"heun"}
     options = ["samplers=[ddim,heun,ode]", "budgets=[6,12]", "seeds=[0,1]", "num_samples=30"]
     script("compare", f"run={run}", *options, f"output={run / 'compared'}", cwd=run)
     table = pd.read_csv(run / "compared/comparison.csv")

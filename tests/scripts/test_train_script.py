@@ -219,7 +219,7 @@ def test_data_that_are_no_pictures_are_trained_on_and_evaluated(tmp_path: Path, 
            *TINY, "trainer.sample_every=2", "figures=true", cwd=tmp_path)  # fmt: skip
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
     script("evaluate", f"run={tmp_path}/run", "sampler=ddim", "num_samples=20", cwd=tmp_path)
-    assert (tmp_path / "run" / "evaluation.json").exists()
+    assert (tmp_path / "run" / "evaluation/evaluation.json").exists()
 
 
 def test_a_classifier_is_trained_by_its_recipe_which_names_no_samplers(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path, capsys: pytes
     assert len(TunedTable.load(run / "tuned-2.json").noise) == 2
     assert "2 network calls each" in script("sample", f"run={run}", "sampler=tuned", "num_samples=5", cwd=tmp_path)
     said = script("evaluate", f"run={run}", "samplers=[tuned,spectrum]", "num_samples=20", cwd=tmp_path)
-    assert set(pd.read_csv(run / "evaluation.csv")["sampler"]) == {"tuned", "spectrum"}
+    assert set(pd.read_csv(run / "evaluation/evaluation.csv")["sampler"]) == {"tuned", "spectrum"}
     assert "fitted to" not in said
     script("train", f"resume={run}", "trainer.steps=4", cwd=tmp_path)
     said = script("sample", f"run={run}", "sampler=tuned", "num_samples=5", cwd=tmp_path)

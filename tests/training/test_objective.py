@@ -33,6 +33,7 @@ from score_sde.training import (
     UniformTimes,
     VariationalObjective,
 )
+from score_sde.training.objective import LabelDropout
 
 S0 = 0.7
 SDES = {
@@ -248,6 +249,20 @@ def test_training_logs_the_excess_by_noise_level_and_resumes_loss_aware_times_ex
     for name in names:  # the batch's mean is that of its quartiles
         mean = sum(rows[0][f"{name}_q{i}"] for i in range(1, 5)) / 4
         assert mean == pytest.approx(rows[0][name], rel=0.2)
+
+
+def test_conditions_of_other_names_are_dropped_to_their_own_null_or_refused() -> None:
+    theta, label = torch.rand(4000, 5), torch.arange(4000) % 3
+    said = LabelDropout(0.25, {"theta": -7.0})({"theta": theta, "label": label}, generator(0, "drop"))
+    dropped = (said["theta"] == -7).all(1)
+    assert torch.equal(dropped, said["label"] == -1)  # all conditions of an example together
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)  # four standard errors
+    assert torch.equal(said["theta"][~dropped], theta[~dropped])
+    with pytest.raises(ValueError, match="knows no null of the condition 'theta': give one, nulls="):
+        LabelDropout(0.25)({"theta": theta}, generator(0, "drop"))
+    with pytest.raises(ValueError, match="the data have no conditions: leave it out"):
+        LabelDropout(0.25)({}, generator(0, "drop"))
+    assert LabelDropout(0.0)({"theta": theta}, generator(0, "drop"))["theta"] is theta
 
 
 @pytest.mark.parametrize(

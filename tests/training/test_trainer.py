@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from torch import nn
 from score_sde import sde as sdes
 from score_sde.data import Batch, Data, TensorData
 from score_sde.networks import MLP
-from score_sde.parameterization import Denoised, Noise
+from score_sde.parameterization import Denoised, Karras, Noise
 from score_sde.score import LearnedScore
 from score_sde.training import (
     Checkpoints,
@@ -429,3 +430,14 @@ def test_missing_checkpoints_are_named(tmp_path):
     tiny.train(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"\[35, 40\], none of step 3"):
         Checkpoints(tmp_path / "checkpoints").weights(3)
+
+
+def test_a_start_that_is_narrower_than_the_data_is_said_before_training():
+    """Data of standard deviation 50 have a spread of 70.7 at VE's greatest noise level of 50."""
+    data, wide = tiny.data(), LearnedScore(MLP((2,)), sdes.VESDE(), Karras(50.0), (2,))
+    with pytest.warns(UserWarning, match=r"spread of 50 at t_max, where data of standard deviation 50 have 70.7"):
+        tiny.trainer(1).fit(wide, data, DenoisingScoreMatching(), UniformTimes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        usual = LearnedScore(MLP((2,)), sdes.VESDE(), Karras(10.0), (2,))
+        tiny.trainer(1).fit(usual, data, DenoisingScoreMatching(), UniformTimes())
