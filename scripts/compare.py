@@ -171,7 +171,8 @@ def contestant(node: DictConfig, config: DictConfig) -> Any:
 
 RULE = (
     "A sampler is there when each metric is within 1.25 times its noise floor, within two standard errors of it, or within "
-    "1.25 times the best of any sampler on this model; excess: its worst metric over that goal; at: with so many calls."
+    "1.25 times the best of any sampler on this model; excess: its worst metric over that goal; at: with so many calls; "
+    "equals: others that are there too, or within a tenth of the best."
 )
 
 
@@ -191,14 +192,13 @@ def write(
     """All sections; every figure is also saved in the folder."""
     metrics = metrics_of(table)
     report.add("What to take", page.bullets([*advice(table), *absent]),
-               page.table(winners(table), {"budget": "calls allowed"}),
-               page.text(RULE),
+               page.table(winners(table), {"budget": "calls allowed"}, RULE),
                page.folded("Every sampler: its fewest calls", page.table(ranking(table))))  # fmt: skip
     drawn = [(name, *picture) for name, runs in table.groupby("model")
              for picture in draw(runs, summary[summary["model"] == name], metrics)]  # fmt: skip
     drawn += [(name, "samples", "Samples", "The first seed's samples: a row for each sampler, from the same starting noise, "
-               "beside the data. Empty: refused, diverged or failed.", sheet)
-              for name, sheet in sheets(load_samples(folder, table), reference)]  # fmt: skip
+               "below the data.", sheet)
+              for name, sheet in sheets(load_samples(folder, table), reference, table)]  # fmt: skip
     several = table["model"].nunique() > 1
     for name, stem, title, caption, figure in tqdm(drawn, desc="figures", delay=2):
         file = figures.save(figure, folder / (f"{name}_{stem}.png" if several else f"{stem}.png"))
@@ -236,7 +236,7 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Itera
                plotting.comparison_multiples(runs, metric=metric))  # fmt: skip
         yield (f"{metric}_seconds", f"{name[0].upper()}{name[1:]} against seconds",
                f"{blue} One thread; other work on the machine shows.",
-               plotting.comparison_multiples(runs, metric=metric, against="seconds"))  # fmt: skip
+               plotting.comparison_multiples(runs, metric=metric, against="seconds_per_sample"))  # fmt: skip
     if runs["endpoint_error"].notna().any():
         yield ("endpoint_error", "Paired endpoint error", "Deterministic samplers: from the same starting noise, the root "
                "mean square distance to where the converged probability-flow ODE ends, in standard deviations of the data. "
@@ -244,13 +244,17 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Itera
                plotting.comparison_multiples(runs, metric="endpoint_error"))  # fmt: skip
 
 
-def sheets(samples: Mapping[tuple[str, str, int], torch.Tensor], reference: Any) -> Iterator[tuple[str, Figure]]:
+def sheets(
+    samples: Mapping[tuple[str, str, int], torch.Tensor], reference: Any, table: pd.DataFrame
+) -> Iterator[tuple[str, Figure]]:
     """A sheet of panels for each model whose samples can be looked at: points in the plane, or images."""
     for name in dict.fromkeys(model for model, _, _ in samples):
         own = {(sampler, budget): x for (model, sampler, budget), x in samples.items() if model == name}
         shape = tuple(next(iter(own.values())).shape[1:])
         if shape == (2,) or (len(shape) == 3 and shape[0] in (1, 3)):
-            yield name, plotting.sample_panels(own, reference)
+            lost = table[(table["model"] == name) & (table["status"] != "ok")]
+            absent = {(r.sampler, r.budget): r.status.partition(":")[0] for r in lost.itertuples()}
+            yield name, plotting.sample_panels(own, reference, absent)
 
 
 def advice(table: pd.DataFrame) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from score_sde import SDE, Run, plotting
 from score_sde.data import generator
 from score_sde.evaluation import DigitClassifier
 from score_sde.evaluation.posterior import (
-    KNOWING,
     METHODS,
     SAMPLERS,
     SOLVERS,
@@ -82,7 +82,10 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
     table = compare_posteriors(problem, list(config.budgets), num_samples=config.num_samples, **options)
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / "posteriors.csv", index=False)
-    title = f"{config.task}, {config.restoration.prior}: {problem.prior!r}, {problem.operator!r}"
+    title = (
+        f"task {config.task}, prior {config.restoration.prior}: {problem.y.numel()} numbers seen of "
+        f"{problem.prior.event_shape.numel()}, with noise {problem.noise_std:g}"
+    )
     label = "sliced $W_2$ to the exact posterior,\nover its noise floor"
     figures.save(curves(table, "ratio", label, title, "noise floor", 1.0), folder / "posteriors.png")
     one_gaussian = len(problem.prior.weights) == 1
@@ -154,8 +157,8 @@ def curves(table: pd.DataFrame, value: str, label: str, title: str, line: str, h
     """
     shared = [name for name in table["sampler"].unique() if name != "own"] or ["own"]
     figure, axes = plotting.panels(len(shared), width=4.6, height=4.2, sharey=True)
-    names = [name for name in table["method"].unique() if name not in KNOWING]
-    looks = {name: plotting.look(i) for i, name in enumerate(names)}
+    looks = {name: plotting.look(i) for i, name in enumerate([*METHODS, *SOLVERS])}  # whichever are drawn
+    top = 30.0 if value == "ratio" else math.inf  # what is beyond leaves a cross, not the scale
     looks |= {"exact": {"color": plotting.INK, "marker": "*"}, "prior": {"color": plotting.RULE, "marker": "*"}}
     for ax, sampler in zip(axes[0], shared, strict=True):
         for name, runs in table[table["sampler"].isin([sampler, "own"])].groupby("method", sort=False):
@@ -163,11 +166,11 @@ def curves(table: pd.DataFrame, value: str, label: str, title: str, line: str, h
             at = runs.groupby("budget")[value].agg(["mean", "min", "max"])
             ax.fill_between(at.index, at["min"], at["max"], color=looks[name]["color"], alpha=0.15, linewidth=0)
             ax.plot(at.index, at["mean"], linestyle=style, markersize=4, label=name, **looks[name])
+            plotting.crosses(ax, at.index[~(at["mean"] <= top)], looks[name]["color"], "diverged, or beyond the axis")
         ax.axhline(height, color=plotting.INK, linestyle="--", linewidth=1, label=line)
         ax.set(xscale="log", title=sampler)
     if value == "ratio":
-        top = min(30.0, axes[0, 0].get_ylim()[1])  # what diverges leaves the picture, not the scale
-        axes[0, 0].set(yscale="log", ylim=(None, top))
+        axes[0, 0].set(yscale="log", ylim=(None, min(top, axes[0, 0].get_ylim()[1])))
     for ax in axes[0]:
         plotting.curves(ax, "steps", label if ax is axes[0, 0] else "", legend=None)
         ax.set_xticks(sorted(table["budget"].unique()), sorted(table["budget"].unique()))

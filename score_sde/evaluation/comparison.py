@@ -45,7 +45,8 @@ from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ScoreModel
 from score_sde.targets import Target
 
-COLUMNS = ["model", "sampler", "budget", "seed", "status", "nfe", "seconds", "seconds_per_sample", "endpoint_error"]
+COLUMNS = ["model", "sampler", "budget", "seed", "status", "nfe", "seconds", "seconds_per_sample", "endpoint_error",
+           "deterministic"]  # fmt: skip
 KEYS = ["model", "sampler", "budget"]
 
 UNBUDGETED = 0
@@ -108,8 +109,9 @@ def compare(
     Returns:
         A row for each model, sampler, budget and seed: `COLUMNS`, then for each metric m the columns m, m_floor (its mean
         between pairs of exact draws) and m_floor_std (its standard deviation over these), and `cell`, the cell's key.
-        `nfe` is counted, `seconds` measured. `status` is "ok", "diverged: ...", "refused: ..." (the sampler's own
-        reason, in one line) or "failed: ..." (any other exception); all but the first leave the figures NaN.
+        `nfe` is counted, `seconds` measured; `deterministic` is 1 where no noise was drawn after the start. `status` is
+        "ok", "diverged: ...", "refused: ..." (the sampler's own reason, in one line) or "failed: ..." (any other
+        exception); all but the first leave the figures NaN.
 
     Raises:
         ValueError: a number is out of range, a reference is missing or of another shape, a metric is unknown.
@@ -435,7 +437,7 @@ def _measure(bench: Bench, cell: Cell) -> dict[str, Any]:
     model, stick = bench.models[cell.model], bench.yardsticks[cell.model]
     try:
         witness, x, cost = _sample(bench, model, cell)
-        row |= cost
+        row |= cost | {"deterministic": witness is not None and not witness.drawn}
         broken = _broken(x, stick)
         if broken:
             return row | {"status": f"diverged: {broken}"}
@@ -543,8 +545,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds, a row for each model, sampler and budget.
 
     Columns: model, sampler, budget, seeds (how many runs were ok), status (the first that is not ok, else "ok"), nfe,
-    seconds, seconds_per_sample, endpoint_error, and for each metric m: m, m_error (standard error over the seeds), m_floor,
-    m_floor_std and m_ratio = m / m_floor.
+    seconds, seconds_per_sample, endpoint_error, deterministic, and for each metric m: m, m_error (standard error over the
+    seeds), m_floor, m_floor_std and m_ratio = m / m_floor.
     """
     names = metrics_of(table)
     groups = table.groupby(KEYS, sort=False)
