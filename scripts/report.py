@@ -27,10 +27,8 @@ def main(config: DictConfig) -> None:
     summary.to_csv(folder / "report.csv", index=False)
     label = table["meaning"].dropna().iloc[0] if config.metric == "metric" and table["meaning"].any() else config.metric
     shown = summary.assign(setting=[with_lost(row) for row in summary.to_dict("records")])
-    figures.save(
-        plotting.means_with_errors(shown, label=label, reference=1.0 if "noise floor" in label else None),
-        folder / "report.png",
-    )
+    floor = 1.0 if "noise floor" in label else None
+    figures.save(plotting.means_with_errors(shown, label=label, reference=floor), folder / "report.png")
     common.show(summary)
     for row in table[table["status"] != "finished"].to_dict("records"):
         print(f"{row['status']}: {row['run']} ({row['setting']}, seed {row['seed']}): {row['error']}")
