@@ -51,7 +51,7 @@ def load_file(
 
     A .npy file is mapped, an .npz file unpacked into the cache by the first call, and mapped. `test`, `test_labels` and
     `test_context` name arrays of held-out examples, e.g. x_test. `channels_last` takes images (N, height, width,
-    channels), `context` tokens (N, tokens, width) to attend to.
+    channels), `context` what each example depends on, (N, width) or tokens (N, tokens, width).
     Raises ValueError for other or damaged files, missing arrays, and what `TensorData` refuses; FileNotFoundError for
     no file.
     """

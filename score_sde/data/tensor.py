@@ -66,7 +66,8 @@ class TensorData(Data):
 
     Args:
         x, labels: the examples, perhaps mapped from a file: batches read no more than their rows.
-        context: tokens (N, tokens, width) that a network of that context_width attends to, NaN for an example without.
+        context: what a network of that context_width is told of each example, a vector (N, width) or tokens (N, tokens,
+            width) to attend to; NaN for an example without.
         test: held-out examples of the same kind.
         seed: of the order and of what `reference` draws.
         dequantize: whether integers get uniform noise.
@@ -247,9 +248,11 @@ def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:
     _check_scale(given.x, dequantize, levels)
     labels = None if given.labels is None else _checked_labels(given.labels, len(given.x))
     tokens = given.context
+    if tokens is not None and tokens.ndim == 2:
+        tokens = tokens.unsqueeze(1)
     if tokens is not None and (tokens.ndim != 3 or len(tokens) != len(given.x) or not tokens.is_floating_point()):
-        raise ValueError(f"context must be floats ({len(given.x)}, tokens, width); got {tokens.dtype} of shape "
-                         f"{tuple(tokens.shape)}")  # fmt: skip
+        raise ValueError(f"context must be floats ({len(given.x)}, width) or ({len(given.x)}, tokens, width); got "
+                         f"{tokens.dtype} of shape {tuple(tokens.shape)}")  # fmt: skip
     x = given.x.float() if given.x.is_floating_point() else given.x
     tokens = None if tokens is None else tokens.float()
     return Examples(x, labels, given.fingerprint, tokens)

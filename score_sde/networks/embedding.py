@@ -111,8 +111,8 @@ def check_augment(layer: M | None, augment: Tensor) -> M:
 def context_of(context: Tensor | None, null: Tensor | None, batch: int) -> Tensor | None:
     """The tokens (batch, tokens, width) to attend to; `null` (1, width) for a sample without, None where unknown.
 
-    A sample has no context where none is given at all or its entries are NaN, as a label of -1 is no label.
-    Raises ValueError for a context that the network does not know, or one of another shape.
+    A context (batch, width) is one token. A sample has none where none is given at all or its entries are NaN, as a label
+    of -1 is no label. Raises ValueError for a context that the network does not know, or one of another shape.
     """
     if null is None:
         if context is not None:
@@ -120,9 +120,10 @@ def context_of(context: Tensor | None, null: Tensor | None, batch: int) -> Tenso
         return None
     if context is None:
         return null.expand(batch, *null.shape)
-    if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != null.shape[1]:
-        expected = f"({batch}, tokens, {null.shape[1]})"
-        raise ValueError(f"context must be tokens of shape {expected}; got {tuple(context.shape)}")
+    if context.ndim not in (2, 3) or context.shape[0] != batch or context.shape[-1] != null.shape[1]:
+        expected = f"({batch}, {null.shape[1]}) or tokens ({batch}, tokens, {null.shape[1]})"
+        raise ValueError(f"context must be of shape {expected}; got {tuple(context.shape)}")
+    context = context.unsqueeze(1) if context.ndim == 2 else context
     return torch.where(context.isnan().any(2, keepdim=True).any(1, keepdim=True), null.to(context), context)
 
 

@@ -1,8 +1,8 @@
-"""A residual multilayer perceptron F(x, c_noise, label) for vectors; it flattens events of any other shape.
+"""A residual multilayer perceptron F(x, c_noise, label, context) for vectors; it flattens events of any other shape.
 
     h_0 = A x,    h_{i+1} = h_i + V_i SiLU(U_i ((1 + s_i(e)) LayerNorm(h_i) + b_i(e))),    F = B LayerNorm(h_depth)
 
-e = e(c_noise, label) is the embedding, s_i and b_i are linear in it; B and every V_i start at zero.
+e = e(c_noise, label, context) is the embedding, s_i and b_i are linear in it; B and every V_i start at zero.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from score_sde.networks.embedding import Embedding, check_shape, positive, zeroed
+from score_sde.networks.embedding import Embedding, check_shape, context_of, positive, zeroed
 
 __all__ = ["MLP"]
 
@@ -21,9 +21,12 @@ __all__ = ["MLP"]
 class MLP(nn.Module):
     """Residual MLP: x (batch, *event_shape), c_noise (batch,), label (batch,) or None -> (batch, *event_shape).
 
+    With `context_width` it takes a context (batch, context_width), e.g. the parameters or observations on which the law of
+    x depends, NaN for a sample without; of several tokens (batch, tokens, context_width) the mean counts.
     With `learned_variance` the output has twice the channels (the first event dimension); the second half is the variance
     of a reverse step (see `LearnedScore`).
-    Raises ValueError where a size is not positive, or x has another event shape than the constructor's.
+    Raises ValueError where a size is not positive, a context is not of that width, or x has another event shape than the
+    constructor's.
     """
 
     def __init__(
@@ -34,20 +37,26 @@ class MLP(nn.Module):
         frequencies: int = 32,
         num_classes: int | None = None,
         learned_variance: bool = False,
+        context_width: int | None = None,
     ) -> None:
         super().__init__()
         self.event_shape, self.num_classes, self.learned_variance = tuple(event_shape), num_classes, learned_variance
         features = math.prod(self.event_shape)
         positive(width=width, depth=depth, features=features)
         self.embedding = Embedding(width, frequencies, num_classes)
+        self.null_context = None if context_width is None else nn.Parameter(torch.zeros(1, context_width))
+        self.context = None if context_width is None else nn.Sequential(
+            nn.Linear(context_width, width), nn.SiLU(), nn.Linear(width, width))  # fmt: skip
         self.first = nn.Linear(features, width)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         out = 2 * features if learned_variance else features
         self.last = nn.Sequential(nn.LayerNorm(width), zeroed(nn.Linear(width, out)))
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         check_shape(x, self.event_shape)
-        embedded = self.embedding(c_noise, label)
+        embedded, tokens = self.embedding(c_noise, label), context_of(context, self.null_context, len(x))
+        if self.context is not None and tokens is not None:
+            embedded = embedded + self.context(tokens).mean(1)
         h = self.first(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedded)

@@ -215,10 +215,11 @@ def test_each_example_keeps_its_context(tmp_path):
     assert without.fingerprint != load_file(tmp_path / "a.npz", context="tokens").fingerprint
     with pytest.raises(ValueError, match="and so with context"):
         load_file(tmp_path / "a.npz", context="tokens", test="held")
+    assert load_file(tmp_path / "a.npz", context="x").batch(0, 4).condition["context"].shape == (4, 1, 3)  # one token
     with pytest.raises(
-        ValueError, match=r"context must be floats \(6, tokens, width\); got torch.float64 of shape \(6, 3\)"
+        ValueError, match=r"context must be floats \(6, width\) or .*; got torch.float64 of shape \(2, 3\)"
     ):
-        load_file(tmp_path / "a.npz", context="x")
+        load_file(tmp_path / "a.npz", context="held")
 
 
 def test_files_give_their_arrays(tmp_path):

@@ -232,7 +232,7 @@ def test_conditions_that_a_network_does_not_have_are_refused(condition, message)
 
 def test_a_context_of_another_width_is_refused() -> None:
     network = UNet((1, 8, 8), **SMALL, context_width=5)
-    with pytest.raises(ValueError, match=r"tokens of shape \(3, tokens, 5\); got \(3, 2, 4\)"):
+    with pytest.raises(ValueError, match=r"tokens \(3, tokens, 5\); got \(3, 2, 4\)"):
         network(*batch((1, 8, 8)), context=torch.zeros(3, 2, 4))
 
 
