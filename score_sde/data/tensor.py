@@ -248,7 +248,9 @@ def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:
     _check_scale(given.x, dequantize, levels)
     labels = None if given.labels is None else _checked_labels(given.labels, len(given.x))
     tokens = given.context
-    if tokens is not None and (tokens.ndim not in (2, 3) or len(tokens) != len(given.x) or not tokens.is_floating_point()):
+    if tokens is not None and (
+        tokens.ndim not in (2, 3) or len(tokens) != len(given.x) or not tokens.is_floating_point()
+    ):
         raise ValueError(f"context must be floats ({len(given.x)}, width) or ({len(given.x)}, tokens, width); got "
                          f"{tokens.dtype} of shape {tuple(tokens.shape)}")  # fmt: skip
     x = given.x.float() if given.x.is_floating_point() else given.x

@@ -123,12 +123,12 @@ class DenoisingScoreMatching:
         noise = draw(torch.randn, x0.shape, generator, device=x0.device, dtype=x0.dtype)
         target = model.parameterization.target(sde, t, x0, noise)
         x_t = sde.perturb(x0, t, noise)
-        output, c_out = (
-            model.raw(x_t, t, **self.label_dropout(batch.condition, generator)).float(),
-            model.parameterization.row(sde, t).c_out,
-        )
-        weight = times.weight * self.weighting(sde, t) * c_out**2
-        loss = weight.float() * (output - target).square().flatten(1).mean(1)
+        said = model(x_t, t, **self.label_dropout(batch.condition, generator))
+        miss = said.raw.float() - target
+        weight = times.weight * self.weighting(sde, t) * said.c_out**2
+        loss = weight.float() * miss.square().flatten(1).mean(1)
+        if self.target is None:
+            return Losses(loss)
         # The predicted noise errs by -alpha c_out / sigma times the output's error.
-        error = expand(sde.half_log_snr(t).exp() * c_out, output) * (output.detach() - target)
+        error = expand(said.alpha * said.c_out / said.sigma, miss) * miss.detach()
         return Losses(loss, excess(self.target, model, x_t, t, noise, noise - error))
