@@ -79,7 +79,9 @@ def problem_of(task: str, node: DictConfig, sde: SDE) -> Problem:
 
 
 def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any], folder: Path) -> Path:
-    table = compare_posteriors(problem, list(config.budgets), num_samples=config.num_samples, **options)
+    table = compare_posteriors(
+        problem, list(config.budgets), num_samples=config.num_samples, seed=config.seed, **options
+    )
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / "posteriors.csv", index=False)
     title = (

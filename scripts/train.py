@@ -149,7 +149,7 @@ def finish(
         return score
     common.save_samples(run.samples, evaluation.samples)
     last = run.metrics().iloc[-1]
-    meaning = f"{config.evaluation.objective} over its noise floor"
+    meaning = f"{config.evaluation.objective} over its noise floor, mean over samplers"
     result = {
         "status": "finished",
         "metric": score,
@@ -213,9 +213,13 @@ def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str], override
 
 
 def check_metrics(config: DictConfig, data: Data) -> None:
-    """Refuses, with ValueError, metrics that these data do not have and counts that show nothing."""
+    """Refuses, with ValueError, metrics that these data do not have and counts that show nothing; chooses the objective."""
     known = known_metrics(data.target)
     chosen = known if config.evaluation.metrics is None else listed(config.evaluation.metrics)
+    if not chosen:
+        raise ValueError(f"evaluation.metrics is empty: give one or more of {', '.join(known)}, or null for all")
+    if config.evaluation.objective is None:
+        config.evaluation.objective = "energy" if "energy" in chosen else chosen[0]
     for name in (*chosen, config.evaluation.objective):
         if name not in known:
             raise ValueError(f"unknown metric {name!r}; for these data: {', '.join(known)}")

@@ -248,7 +248,7 @@ WRONG = {
     "an unknown key of a run": ("train", ["resume={run}", "+foo=6"], "unknown key 'foo'"),
     "a folder with a run": ("train", ["hydra.run.dir={run}"], "holds a run already: give resume="),
     "a target of data without": ("train", ["experiment=digits", "target=ring"], "target=ring does nothing with these"),
-    "no metric": ("train", ["evaluation.metrics=[]"], "objective=sliced_w2 is not among evaluation.metrics"),
+    "no metric": ("train", ["evaluation.metrics=[]"], "evaluation.metrics is empty: give one or more of sliced_w2"),
     "an SDE beside a run": ("compare", ["run={run}", "sde=ve"], "sde=ve does nothing with run="),
     "a task's option": ("compare", ["run={run}", "restoration.count=2"], "does nothing without a task"),
     "no number of calls": ("tune", ["run={run}", "steps=[]"], "steps is empty"),
