@@ -28,7 +28,7 @@ from score_sde.score import ScoreModel
 from score_sde.sde import expand
 
 MAX_ROUNDS = 100_000
-MOST = 2.0  # growth of an accepted step: an error that is small by chance, as of few elements, is no licence for a leap
+MAX_GROWTH = 2.0  # of an accepted step: with few elements an error may be small by chance
 
 
 class AdaptiveSDE(ErrorControlled):
@@ -146,7 +146,7 @@ class _Paths:
         self.before = torch.where(keep, proposal, self.before)
         self.t = torch.where(good, s, here)
         growth = power(size.clamp_min(1e-3), -self.method.exponent).mul_(self.method.safety)
-        growth = growth.nan_to_num_(0.1).clamp_(0.1, MOST)
+        growth = growth.nan_to_num_(0.1).clamp_(0.1, MAX_GROWTH)
         # Neither a stop nor the end of a retained piece is a reason to go on in shorter steps.
         wished = torch.where(good & (h < self.h), self.h, 0.0)
         self.h = torch.maximum(h * torch.where(good, growth, growth.clamp(max=self.method.safety)), wished)

@@ -41,18 +41,19 @@ def start() -> None:
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
         _read_slurm()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        import torch.distributed.nn.functional  # read later, as DDP does, its default arguments hold the group for ever
+        # Imported before the group exists: its functions' default arguments would keep the group for ever.
+        import torch.distributed.nn.functional
 
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(_end)
 
 
 def _end() -> None:
-    """Parts from the group while the interpreter lives.
+    """Leaves the group while the interpreter is alive.
 
-    A thread of gloo that lets go of the last hold on a tensor of Python's when the interpreter is ending aborts the
-    process ("terminate called without an active exception"). A group that nothing holds joins its threads; the
-    caches of DTensor, that is FSDP, hold it: for them the pause.
+    Else a thread of gloo that releases the last reference to a tensor during the interpreter's shutdown aborts the process
+    ("terminate called without an active exception"). Destroying a group joins its threads unless something still refers to
+    it, as the caches of DTensor (FSDP) do: hence the pause.
     """
     gc.collect()
     if dist.is_initialized():

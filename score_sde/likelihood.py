@@ -5,7 +5,8 @@ With y = x / alpha, s = sigma / alpha, n = E[eps | x] and u = log s the flow is 
     z = y / r,  r^2 = s^2 + c^2,   dz/du = s n / r - z s^2 / r^2,   d log p(z) / du = -(sigma tr(dn/dx) - d s^2 / r^2),
     w = -sqrt(log((s^2 + c^2) / (s^2 + k^2))),    c = sqrt(2) sigma_data,  k << c,
 
-in which state and divergence rest at both ends: w is linear in s^2 for s << k and, as z is, in 1 / s for s >> c.
+in which state and divergence have bounded derivatives at both ends: w is linear in s^2 for s << k and, as z is, in 1 / s for
+s >> c.
 log p_0(x) = log p_T(x_T) + int div + d log(alpha_T r_T / r_0) + truncation (see `log_likelihood`).
 Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, appendix D.2; Chen et al. 2018.
 """
@@ -343,7 +344,7 @@ class _Flow:
         self.trace: Trace | None = None
         self.x, self.shape, self.size = x, x.shape[1:], math.prod(x.shape[1:])
         self.s_max, self.s_min = self.sde.noise_level_range
-        # Near s = 0 a rounding error of n counts (k / s)^2 fold: k stays within reach of s_min in single precision.
+        # Near s = 0 a rounding error of n is amplified by (k / s)^2: in single precision k is at most 32 s_min.
         finest = scale / 64 if x.dtype == torch.float64 else min(scale / 64, 32 * self.s_min)
         self.c2, self.k2 = scale**2, finest**2
         self.ends = (self._variable(self.s_min), self._variable(self.s_max))

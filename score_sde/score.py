@@ -100,8 +100,10 @@ class ScoreModel(ABC):
         return (alpha * mean + (alpha**2 * variance + sigma**2) ** 0.5 * z.double()).to(z)
 
     def clean_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """E[x_0] and Var x_0, element by element in float64, for which `start` stands: those it has with alpha and sigma
-        of t_max in the formula of `start_at`."""
+        """E[x_0] and Var x_0 that `start` implies, element by element in float64.
+
+        They solve start = N(alpha E[x_0], alpha^2 Var x_0 + sigma^2) with alpha and sigma of t_max.
+        """
         alpha, sigma = _kernel(self.sde, self.sde.t_max)
         mean, std = self._start_law(like)
         return mean / alpha, ((std**2 - sigma**2) / alpha**2).clamp_min(0)

@@ -59,11 +59,12 @@ class Hutchinson(Trace):
 
 
 class HutchPlusPlus(Trace):
-    """d - tr(Q^T B Q) - g^T P B P g, B = 1 - J, P = 1 - Q Q^T: for J near the identity but for a few directions.
+    """d - tr(Q^T B Q) - g^T P B P g, B = 1 - J, P = 1 - Q Q^T: for a J that is the identity but for a few directions.
 
-    So is the Jacobian of sigma n under strong noise, B being the denoiser's. Q spans B^T times the first half of the
-    standard normal probes (2 count, batch, d), g are the signs of the others. Two signs may coincide in few dimensions,
-    and what they span then would be left to round-off. Source: Meyer et al. 2021, arXiv:2010.09649, algorithm 1.
+    Under strong noise the Jacobian of sigma n is such a J, with B the denoiser's own. Q spans B^T times the first half of
+    the standard normal probes (2 count, batch, d); g are the signs of the others. The sketch Q is not made of signs: in few
+    dimensions two of them may coincide, and Q would then hold a direction of round-off.
+    Source: Meyer et al. 2021, arXiv:2010.09649, algorithm 1.
     """
 
     def __init__(self, probes: Tensor) -> None:

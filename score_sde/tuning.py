@@ -58,8 +58,8 @@ class TunedTable:
         weights: w, lower triangular with rows that sum to 1, shape (N, N); row i weighs D_0 ... D_i.
         noise: kappa, the noise in the state of each call over the sigma of its level, positive, shape (N,); 1 where
             left out.
-        start: lambda of the noise that sampling starts from, at most that of the first call, which it is where left
-            out; kappa of a call at the start itself is 1.
+        start: lambda of the noise that sampling starts from; that of the first call by default, and never greater. A first
+            call at the start itself has kappa = 1.
         record: how it came about: the method, and the validation loss of every candidate.
 
     Raises:
@@ -338,9 +338,10 @@ def _time_at(sde: SDE, half_log_snr: Tensor) -> Tensor:
 class Pairs:
     """Starting points, where the converged ODE takes them, and the robust distance of a table's endpoints from there.
 
-    loss = mean (|x - y|^2 / d + c^2)^(1/4) - c^(1/2) in `unit`s, the data's standard deviation: the root of the miss
-    above c = `robust`. Some starts lie so close to a boundary between modes that few calls cannot tell their side, and a loss
-    that grows faster blurs the boundary for their sake: endpoints between the modes, which no draw of the data has.
+    loss = mean (|x - y|^2 / d + c^2)^(1/4) - c^(1/2) in `unit`s, the data's standard deviation: quadratic in misses below
+    c = `robust`, and their square root above. Starts close to a boundary between modes end in the wrong mode with few calls,
+    whatever the table. A squared loss would draw all endpoints near the boundary towards the middle to make these few misses
+    smaller, where the data have nothing; the root does not.
     """
 
     model: ScoreModel

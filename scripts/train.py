@@ -36,7 +36,7 @@ from score_sde.run import Run
 from score_sde.score import WrappedScore
 from score_sde.training.interrupt import hand_on
 
-# What the weights, and the order of examples, are nothing without: a run goes on with its own.
+# On which the weights and the order of examples depend: a resumed run keeps its own.
 FIXED = ("network", "sde", "parameterization", "data", "target", "event_shape", "seed", "trainer.batch_size")
 
 

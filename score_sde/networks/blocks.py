@@ -239,5 +239,5 @@ def glorot(network: nn.Module) -> None:
 
 
 def _nonzero(weight: Tensor) -> bool:
-    """Whether a weight has been drawn; on the meta device, where nothing is, no matter."""
+    """Whether a weight has been drawn; False on the meta device, whose weights have no values."""
     return not weight.is_meta and bool(torch.count_nonzero(weight))

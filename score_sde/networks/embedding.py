@@ -97,7 +97,8 @@ def rows(label: Tensor | None, c_noise: Tensor, num_classes: int | None) -> Tens
     if tensor("label", label).shape != c_noise.shape or label.is_floating_point():
         given = f"{label.dtype} of shape {tuple(label.shape)}"
         raise ValueError(f"label must be integers of shape {tuple(c_noise.shape)}, one a sample; got {given}")
-    return torch.where(label < 0, null, label + (label >= num_classes))  # past the null class's, where there is no row
+    # Labels from num_classes on are moved past the null class's row, so that looking them up fails.
+    return torch.where(label < 0, null, label + (label >= num_classes))
 
 
 def check_augment(layer: M | None, augment: Tensor) -> M:

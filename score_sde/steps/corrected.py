@@ -59,9 +59,9 @@ class CorrectedStep(LinearStep):
 class UniPC(CorrectedStep):
     """UniPC on the denoised prediction: UniP of order p with UniC of order p, one order more by the correction.
 
-    The published systems R(h) a B(h) = phi(h) have as solution the weights of the interpolating polynomial,
-    `ExponentialAdams`'s, where they are solved; the two that are not, a = 1/2 in the two-node predictor of p = 2 and
-    the corrector of p = 1, add B / 2 (D_1 - D_0) / r with B_1 = alpha_s h or B_2 = alpha_s (1 - e^{-h}).
+    The published linear systems R(h) a B(h) = phi(h) are solved by the weights of the interpolating polynomial, those of
+    `ExponentialAdams`. In two cases the authors do not solve them but set a = 1/2, in the two-node predictor of p = 2 and in
+    the corrector of p = 1: these add B / 2 (D_1 - D_0) / r, with B = alpha_s h (B1) or alpha_s (1 - e^{-h}) (B2).
     Source: Zhao et al. 2023, https://arxiv.org/abs/2302.04867, eq. 3 to 9 and appendix E. The published code also lowers p
     in the last moves of a short run (lower_order_final), which this does not.
 

@@ -47,9 +47,9 @@ class LangevinCorrector(_Langevin):
         steps: Langevin steps at each visited time.
         norm: "expected" takes E|z|^2 = d and E|score|^2 = d / sigma^2, the score of the noise itself: eps = 2 snr^2
             sigma^2, the same for every sample; "sample" measures |z| and |score| for each sample; "batch" divides their
-            means over the batch, as the published code does, which couples the samples of a batch. Measured by sample the
-            step depends on x, and what is left as it is, p_t |score|^2, is far from p_t in few dimensions (variance
-            2.8 for 1 in 4, 1.09 in 64): take "expected" there.
+            means over the batch, as the published code does, which couples the samples of a batch. A step size measured
+            by sample depends on x, so that the chain's stationary law is p_t |score|^2 and not p_t, far from it in few
+            dimensions (variance 2.8 for 1 in 4, 1.09 in 64): take "expected" there.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {

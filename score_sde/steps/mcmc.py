@@ -27,8 +27,8 @@ class UnadjustedLangevin(_Langevin):
 
     Both agree where the score has the size of the noise's own, |score|^2 = d / sigma_t^2; the adapted step, a sample's
     own, is at most twice as long where the score is small, and short where it is large, so that none is thrown away.
-    It depends on x, and so what the adapted chain leaves as it is is p_t / eps, not p_t: on N(0, sigma^2 I) a variance of
-    (1 + 1 / d) sigma^2. That is nothing for images, and half too much in the plane: take the fixed step there.
+    Because the adapted step depends on x, the stationary law of its chain is p_t / eps and not p_t: on N(0, sigma^2 I) the
+    variance is (1 + 1 / d) sigma^2. For images that is negligible; in the plane it is half too much: take the fixed step.
     Source: Roberts & Tweedie 1996, https://doi.org/10.2307/3318418, section 1.4.1.
 
     Args:

@@ -173,9 +173,9 @@ class ExponentialAdams(LinearStep):
     form of the papers, integrated by Gauss-Legendre quadrature to machine precision), or at order 2 by that
     polynomial's value at the middle ("midpoint" weights, the published default of 2M). At eta = 0: DDIM (order 1),
     DPM-Solver(++) 2M, and at order 3 what 3M set out to be: its printed curvature term lacks a factor 2. At eta = 1:
-    SDE-DPM-Solver(++). With eta > 0 and order >= 2 the weak order is 2: the covariance of noise and output that a move
-    misses, h^2 / 2, comes in with the extrapolations after it. k-diffusion's and diffusers' eta is eta^2 here. The
-    noise form is exact for a point mass at eta = 0 only.
+    SDE-DPM-Solver(++). With eta > 0 and order >= 2 the weak order is 2: one move neglects the covariance of its noise with
+    the change of D, a term of order h^2, which the extrapolation in the next moves puts in. k-diffusion's and diffusers'
+    eta is eta^2 here. The noise form is exact for a point mass at eta = 0 only.
     Source: Lu et al. 2022, https://arxiv.org/abs/2211.01095, eq. 9 and 12, appendix B; Xue et al. 2023 (SA-Solver),
     https://arxiv.org/abs/2305.14267, eq. 11, whose tau is eta.
 

@@ -4,10 +4,10 @@ In the scaled variable y = x / alpha a linear step depends on noise levels l = s
 
     y_s = a y_t + sum_k b_k N_k + c z,      N = u D + w eps,
 
-and D and eps are the same in y as in x. So a table of (l, a, b, c, (u, w)) serves every SDE whose levels reach its own.
-Where its last level is 0 the last move ends at clean data, y = x. A row without weights makes no network call (but in a
-`ParallelSampler`). A file of scripts/tune.py is such a table: with s = kappa l, the noise in its states, a = s_{i+1} / s_i
-and b = (1 - a) w, or (1 - a r) w after a first call at a start that was scaled by r.
+and D and eps are the same in y as in x. So one table of (l, a, b, c, (u, w)) serves every SDE whose noise levels include the
+table's. If the last level is 0, the last move ends at clean data, y = x. A row without weights b makes no network call
+(but in a `ParallelSampler`). The files of scripts/tune.py are such tables: with s = kappa l the noise in a state, a =
+s_{i+1} / s_i and b = (1 - a) w; after a start that was scaled by r, b = (1 - a r) w.
 """
 
 from __future__ import annotations
