@@ -420,6 +420,12 @@ def save_samples(folder: Path, samples: Mapping[str, Any]) -> None:
         partial.replace(folder / f"{name}.npy")
 
 
-def show(table: Any) -> None:
-    """Prints a table of figures."""
+RATIOS = ("nfe: network calls a sample; ratio: value over floor, the same distance between two sets of exact samples of this "
+          "number: about 1 is as good as exact samples")  # fmt: skip
+
+
+def show(table: Any, note: str = "") -> None:
+    """Prints a table of figures, and under it what its columns are."""
     print("\n" + table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    if note:
+        print(note)

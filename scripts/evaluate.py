@@ -63,7 +63,7 @@ def write(
               "settings": settings, **evaluation.report()}  # fmt: skip
     write_atomically(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     write_atomically(folder / "evaluation.csv", evaluation.table.to_csv(index=False))
-    common.show(evaluation.table)
+    common.show(evaluation.table, common.RATIOS)
     found = diagnose(model, data.target, seed=config.seed) if data.target is not None else None
     if found:
         write_atomically(folder / "diagnostics.csv", found.table.to_csv(index=False))

@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
     shown = summary.assign(setting=[with_lost(row) for row in summary.to_dict("records")])
     floor = 1.0 if "noise floor" in label else None
     figures.save(plotting.means_with_errors(shown, label=label, reference=floor), folder / "report.png")
-    common.show(summary)
+    common.show(summary, f"mean over seeds, with its standard error, of: {label}")
     for row in table[table["status"] != "finished"].to_dict("records"):
         print(f"{row['status']}: {row['run']} ({row['setting']}, seed {row['seed']}): {row['error']}")
     print(f"\n{folder}: report.csv (means), runs.csv (every run), report.png")

@@ -160,7 +160,7 @@ def finish(
     if data.target is not None:
         result["fisher"] = score_error(model, data.target, seed=config.seed).mean
     run.save_result(result | {"overrides": list(config.overrides or []), "seed": config.seed} | evaluation.flat())
-    common.show(evaluation.table)
+    common.show(evaluation.table, common.RATIOS)
     drawn = drawing(config)
     if drawn:  # last: no fault of a figure costs the numbers
         figures.draw(run, model, data, evaluation, samplers, config.seed, run.figures, config.trainer.progress)

@@ -121,6 +121,9 @@ def spectrum_of(reference: Any, config: DictConfig) -> torch.Tensor:
 def validation(table: TunedTable) -> None:
     """The chosen table beside the best untuned solvers, by their loss on starting points that the fit did not see."""
     losses = table.record["validation"]
+    spectrum = table.record["method"].startswith("spectrum")
+    what = "W2 on Gaussian data of this covariance" if spectrum else "loss on starting points that no fit has seen"
+    print(f"{what}, in data standard deviations:")
     for name in sorted(losses, key=losses.__getitem__)[:4]:
         print(f"{losses[name]:10.4g}  {name}{'  <- chosen' if name == table.record['chosen'] else ''}")
 
