@@ -75,8 +75,8 @@ def excess(
 class LabelDropout:
     """Leaves conditions out of examples, so that one network learns the conditional and the unconditional score.
 
-    With probability `share` all conditions of an example become their nulls: -1 for `label`, NaN for `context`, and what
-    `nulls` says for others, by name (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
+    With probability `share` all conditions of an example, its `augment` labels aside, become their nulls: -1 for `label`,
+    NaN for `context`, and what `nulls` says for others, by name (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
 
     Raises:
         ValueError: `share` is outside [0, 1]; when called, examples have no condition, or one without a null.
@@ -90,16 +90,19 @@ class LabelDropout:
     def __call__(self, given: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         if not self.share:
             return dict(given)
-        if not given:
+        left_out = {name: value for name, value in given.items() if name != "augment"}  # which is of x, not of its law
+        if not left_out:
             raise ValueError(f"label_dropout={self.share}, and the data have no conditions: leave it out")
-        if without := sorted(given.keys() - self.nulls.keys()):
+        if without := sorted(left_out.keys() - self.nulls.keys()):
             raise ValueError(f"label_dropout={self.share} knows no null of the condition {without[0]!r}: give one, "
                              f"nulls={{{without[0]!r}: <the value that tells the network there is none>}}")  # fmt: skip
-        first = next(iter(given.values()))
+        first = next(iter(left_out.values()))
         dropped = draw(torch.rand, first.shape[:1], generator, device=first.device) < self.share
-        return {
-            name: torch.where(expand(dropped, value).bool(), self.nulls[name], value) for name, value in given.items()
+        nulls = {
+            name: torch.where(expand(dropped, value).bool(), self.nulls[name], value)
+            for name, value in left_out.items()
         }
+        return {**given, **nulls}
 
 
 class DenoisingScoreMatching:

@@ -253,7 +253,10 @@ def test_training_logs_the_excess_by_noise_level_and_resumes_loss_aware_times_ex
 
 def test_conditions_of_other_names_are_dropped_to_their_own_null_or_refused() -> None:
     theta, label = torch.rand(4000, 5), torch.arange(4000) % 3
-    said = LabelDropout(0.25, {"theta": -7.0})({"theta": theta, "label": label}, generator(0, "drop"))
+    augment = torch.ones(4000, 9)  # labels of what was done to x stay
+    given = {"augment": augment, "theta": theta, "label": label}
+    said = LabelDropout(0.25, {"theta": -7.0})(given, generator(0, "drop"))
+    assert said["augment"] is augment
     dropped = (said["theta"] == -7).all(1)
     assert torch.equal(dropped, said["label"] == -1)  # all conditions of an example together
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)  # four standard errors
@@ -261,7 +264,7 @@ def test_conditions_of_other_names_are_dropped_to_their_own_null_or_refused() ->
     with pytest.raises(ValueError, match="knows no null of the condition 'theta': give one, nulls="):
         LabelDropout(0.25)({"theta": theta}, generator(0, "drop"))
     with pytest.raises(ValueError, match="the data have no conditions: leave it out"):
-        LabelDropout(0.25)({}, generator(0, "drop"))
+        LabelDropout(0.25)({"augment": augment}, generator(0, "drop"))
     assert LabelDropout(0.0)({"theta": theta}, generator(0, "drop"))["theta"] is theta
 
 
