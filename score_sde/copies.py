@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-__all__ = ["Copies"]
+__all__ = ["Copies", "outside_transforms"]
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """For constants that outlive a call: made in inference mode they would take no gradients, in a transform of torch.func
+    they would end with it."""
+    with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+        yield
 
 
 class Copies:
@@ -23,8 +34,7 @@ class Copies:
         """The constants on x's device and in its dtype; they are shared, so not to be written into."""
         key = (x.device, x.dtype)
         if key not in self._copies:
-            # What is made in inference mode takes no gradients, and in a transform of torch.func it ends with that.
-            with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+            with outside_transforms():
                 self._copies[key] = {
                     name: value.to(x.device, x.dtype if value.is_floating_point() else None, copy=True)
                     for name, value in self._constants.items()

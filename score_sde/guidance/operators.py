@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import tensor
-from score_sde.copies import Copies
+from score_sde.copies import Copies, outside_transforms
 
 Spectral = Callable[[Tensor], Tensor]
 """A function of the eigenvalues s^2 of A A^T, elementwise up to broadcasting against (batch, 1, ..., 1)."""
@@ -162,8 +162,9 @@ class LinearOperator(Operator):
 
     @cached_property
     def _eigen(self) -> Copies:
-        s2, basis = torch.linalg.eigh(self.matrix() @ self.matrix().T)
-        return Copies(s2=s2.clamp_min(0), basis=basis)
+        with outside_transforms():
+            s2, basis = torch.linalg.eigh(self.matrix() @ self.matrix().T)
+            return Copies(s2=s2.clamp_min(0), basis=basis)
 
 
 def _rows(v: Tensor) -> Tensor:

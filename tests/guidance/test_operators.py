@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from score_sde.copies import Copies
 from score_sde.guidance.operators import (
     Blur,
     Downsample,
@@ -110,6 +111,22 @@ def test_samples_of_a_batch_do_not_meet(operator):
     for function, v in pairs:
         alone = torch.cat([function(part) for part in v.split([1, 4, 2])])
         torch.testing.assert_close(alone, function(v), rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_what_an_operator_keeps_outlives_the_transform_that_it_was_first_used_in(name):
+    operator, fresh = (copy.deepcopy(OPERATORS[name]) for _ in range(2))
+    x = torch.randn(2, *operator.input_shape, generator=generator())
+    torch.func.grad(lambda v: operator.pseudo_inverse(operator(v)).square().sum())(x)
+    found, expected = (
+        torch.func.grad(lambda v, a=a: a.pseudo_inverse(a(v)).square().sum())(x) for a in (operator, fresh)
+    )
+    torch.testing.assert_close(found, expected)
+    kept = [constants for constants in vars(operator).values() if isinstance(constants, Copies)]
+    for tensor in [
+        tensor for copies in kept for part in (copies._constants, copies.like(x)) for tensor in part.values()
+    ]:
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
