@@ -7,7 +7,7 @@ on the host is a wait, which is counted. So a machine without a GPU shows that c
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -149,9 +149,5 @@ def _made_on_the_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def host(value: Any) -> Any:
-    """The values of device tensors, in nested lists, tuples and mappings too."""
-    if isinstance(value, Mapping):
-        return {name: host(part) for name, part in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [host(part) for part in value]
-    return _inner(value)
+    """The values of device tensors, in lists and tuples too."""
+    return tree_map(_inner, value)

@@ -49,11 +49,9 @@ from score_sde.training import DenoisingScoreMatching, ImportanceTimes, UniformT
 STEPS = partial(grid.log_snr, steps=6)
 
 
-def learned(
-    sde: SDE | None = None, parameterization: Parameterization | None = None, classes: int | None = None
-) -> LearnedScore:
+def learned(sde: SDE | None = None, parameterization: Parameterization | None = None) -> LearnedScore:
     torch.manual_seed(0)
-    network = MLP((2,), width=8, num_classes=classes)
+    network = MLP((2,), width=8)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return LearnedScore(network, sde or VPSDE(), parameterization or Karras(1.0), (2,)).eval()
