@@ -3,7 +3,7 @@
     config.yaml  checkpoints/step-XXXXXXXXX/  metrics.jsonl  samples/  figures/  result.json
 
 Nothing read from it executes code: weights are safetensors, and a `_target_` of config.yaml is called only where
-`score_sde.build` trusts it. Only this module and the scripts know Hydra.
+`score_sde.build` trusts it. Of the package only this module knows the configs of Hydra.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def _closed(weights: Tensor) -> Tensor:
 
 def _rectified(sde: SDE, steps: int) -> Tensor:
     """Half log SNRs of `steps` calls at equal distances in sigma / (alpha + sigma), on the way to 0."""
-    first, last = (torch.sigmoid(-sde.half_log_snr(as_time(t))).item() for t in (sde.t_max, sde.t_min))
+    first, last = (s / (1 + s) for s in sde.noise_level_range)
     return -torch.logit(torch.linspace(first, max(first / steps, last), steps, dtype=torch.float64))
 
 
