@@ -42,9 +42,8 @@ def lagrange(nodes: Tensor, at: Tensor) -> Tensor:
     """The Lagrange basis polynomials of `nodes` (k, ...), at points that broadcast with nodes[0]; shape (k, *at)."""
     count = len(nodes)
     wide = nodes.reshape(count, *[1] * (at.ndim - nodes.ndim + 1), *nodes.shape[1:])
-    own = torch.eye(count, dtype=torch.bool).reshape(count, count, *[1] * at.ndim)
-    factors = (at - wide) / (wide.unsqueeze(1) - wide).masked_fill(own, 1.0)
-    return factors.masked_fill(own, 1.0).prod(1)
+    others = torch.tensor([[j for j in range(count) if j != i] for i in range(count)], dtype=torch.long)
+    return (at - wide)[others].prod(1) / (wide.unsqueeze(1) - wide[others]).prod(1)
 
 
 def integrals(kernel: Tensor, basis: Tensor) -> list[Tensor]:
@@ -238,7 +237,8 @@ def weigh(
     scale, rate = (sde.alpha(s), -k) if prediction == "denoised" else (-sde.sigma(s), 1.0)
     if weights == "midpoint":
         return list(scale * (k / rate) * torch.expm1(rate * h) * lagrange(levels, end - h / 2))
-    fractions, gauss = quadrature(s, points=10 if (k * h).max() <= 2 else 32)  # both to machine precision
+    longest = (k * h).max()
+    fractions, gauss = quadrature(s, points=6 if longest <= 0.3 else 10 if longest <= 2 else 32)  # to machine precision
     kernel = (scale * k * h) * gauss * (rate * h * fractions).exp()
     return integrals(kernel, lagrange(levels, end - h * fractions))
 
