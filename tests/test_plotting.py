@@ -21,6 +21,7 @@ from torch import Tensor
 from score_sde import plotting
 from score_sde.evaluation import certify_all, diagnose, variational_bound
 from score_sde.grid import log_snr
+from score_sde.plotting.images import _point_frames
 from score_sde.score import ExactScore
 from score_sde.sde import VESDE, VPSDE
 from score_sde.steps import DDIM, EulerMaruyama, LangevinCorrector
@@ -561,7 +562,7 @@ def test_animation_plays_evenly_chosen_states_and_holds_the_last(tmp_path: Path)
 def test_animation_of_points_zooms_in_and_never_out() -> None:
     ax = plotting.panels(1)[1][0, 0]
     unit = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
-    draw = plotting._point_frames(ax, torch.stack([10 * unit, 2 * unit, 4 * unit, 0.1 * unit, unit]))
+    draw = _point_frames(ax, torch.stack([10 * unit, 2 * unit, 4 * unit, 0.1 * unit, unit]))
     widths = []
     for i in range(5):
         dots = draw(i)

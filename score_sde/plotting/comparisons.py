@@ -1,0 +1,326 @@
+"""Samplers side by side: quality against calls and seconds, tables of ratios, sheets of samples."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from score_sde.checks import one_of
+from score_sde.evaluation.comparison import metrics_of
+from score_sde.plotting.canvas import INK, LINES, RULE, crosses, curves, frame, legend_below, log_ticks, look, panels
+from score_sde.plotting.images import image_grid
+from score_sde.plotting.planes import density, limits_of
+from score_sde.targets import Target
+
+METRIC_NAMES = {
+    "sliced_w2": "sliced $W_2$",
+    "w2": "$W_2$",
+    "energy": "energy distance",
+    "mmd": "MMD",
+    "mode_weights": "mode weights, total variation",
+    "mode_spread": "mode spread, relative error",
+    "endpoint_error": "endpoint error (data std)",
+}
+
+
+AGAINST = {
+    "nfe": "network calls (NFE)",
+    "seconds": "seconds for all samples of a run",
+    "seconds_per_sample": "seconds per sample",
+}
+
+
+RATIOS = ListedColormap(colormaps["cividis"](np.linspace(1.0, 0.12, 256))).with_extremes(bad="#eceef1")
+"""From the noise floor (light) to ten times it (dark); grey where there is no value."""
+
+
+def quality_against_nfe(
+    ax: Axes, table: pd.DataFrame, *, metric: str | None = None, against: str = "nfe"
+) -> list[Line2D]:  # fmt: skip
+    """A metric against network calls, a line for each sampler, and the noise floor as a band.
+
+    Lines are means over seeds and their bands ranges; a cross on the upper edge marks a run that failed.
+
+    Args:
+        ax: where to draw.
+        table: as `score_sde.evaluation.compare` returns it, of one model.
+        metric: a column of the table; its first metric by default. Samplers that it does not apply to are left
+            out.
+        against: "nfe", "seconds" or "seconds_per_sample".
+
+    Raises:
+        ValueError: the table is of several models, or has no such metric.
+
+    Returns:
+        One line a sampler, in the table's order.
+    """
+    metric = _metric_of(table, metric)
+    lines = []
+    measured = table.groupby("sampler", sort=False).filter(
+        lambda runs: runs[metric].notna().any() or not runs["status"].eq("ok").any()
+    )
+    for i, (name, runs) in enumerate(measured.groupby("sampler", sort=False)):
+        style = look(i)
+        seeds = _over_seeds(runs, metric, against)
+        ax.fill_between(seeds[against], seeds["min"], seeds["max"], color=style["color"], alpha=0.15, linewidth=0)
+        lines += ax.plot(seeds[against], seeds["mean"], markersize=4, linewidth=1.5, label=str(name), **style)
+        _crosses(ax, runs, against, style["color"])
+    _floor(ax, table, metric)
+    ax.set(xscale="log", yscale="log")
+    curves(ax, AGAINST[against], METRIC_NAMES.get(metric, metric), legend="inside" if len(lines) <= 6 else "beside")
+    return lines
+
+
+def solvers_against_calls(ax: Axes, table: pd.DataFrame, column: str, label: str) -> list[Line2D]:
+    """A figure of tuned and untuned solvers against their number of calls; the converged solution's as a dashed line.
+
+    Args:
+        ax: where to draw.
+        table: as `score_sde.evaluation.coupled.best_of_each` returns it.
+        column: which figure.
+        label: what it is called.
+    """
+    lines, names = [], {"untuned": "best untuned", "late": "best untuned, begun late"}
+    for i, (kind, part) in enumerate(table[table["calls"] > 0].groupby("kind", sort=False)):
+        lines += ax.plot(part["calls"], part[column], markersize=4.5, linewidth=1.5,
+                         label=names.get(str(kind), str(kind)), **look(i))  # fmt: skip
+    floor = table.loc[table["calls"] == 0, column].mean()
+    if floor > 1e-6 * table[column].max():  # a distance to the converged solution is 0 for itself, but for rounding
+        ax.axhline(floor, color=INK, linestyle="--", linewidth=1, label="converged solution")
+    ax.set_xticks(sorted({*table["calls"]} - {0}))
+    ax.set_yscale("log")
+    curves(ax, "network calls (NFE)", label)
+    return lines
+
+
+def means_with_errors(table: pd.DataFrame, *, label: str = "", reference: float | None = None) -> Figure:
+    """A point with its standard error for each setting, from the top down; settings without a value stay empty.
+
+    Args:
+        table: the columns setting, mean and standard_error; long settings are broken into lines.
+        label: what the means are of.
+        reference: a value to hold them against, as 1 for ratios: a dashed line, and a quarter of it on either side.
+    """
+    names = [textwrap.fill(str(setting), 50, break_on_hyphens=False) for setting in table["setting"]]
+    lines = 1 + max(name.count("\n") for name in names)
+    figure, axes = panels(1, width=8, height=0.8 + len(names) * (0.2 + 0.15 * lines))
+    ax = axes[0, 0]
+    ax.errorbar(table["mean"], range(len(names)), xerr=table["standard_error"], fmt="o", capsize=3)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    if reference is not None:
+        ax.axvline(reference, color=INK, linestyle="--", linewidth=0.9)
+        ax.update_datalim([(0.75 * reference, 0), (1.25 * reference, 0)], updatey=False)
+        ax.autoscale_view(scaley=False)
+    curves(ax, label, "")
+    return figure
+
+
+def comparison_multiples(
+    table: pd.DataFrame, *, metric: str | None = None, against: str = "nfe", columns: int = 4
+) -> Figure:  # fmt: skip
+    """A metric against calls or seconds, a panel for each sampler with the others in grey behind it.
+
+    Points are means over seeds with their standard deviations; the band is the noise floor and its standard deviation;
+    a cross on the upper edge marks runs that diverged or failed. Blue are deterministic samplers, orange the others.
+
+    Args:
+        table: as `score_sde.evaluation.compare` returns it, of one model. Deterministic are samplers that its column
+            `deterministic` says so of; in a table without one, those with a paired endpoint error.
+        metric: a column of the table; its first metric by default. Samplers without a value are left out.
+        against: "nfe", "seconds" or "seconds_per_sample".
+        columns: panels in a row.
+    """
+    metric = _metric_of(table, metric)
+    names = [name for name, runs in table.groupby("sampler", sort=False) if runs[metric].notna().any()]
+    curves = {name: _over_seeds(table[table["sampler"] == name], metric, against) for name in names}
+    fixed = table.get("deterministic", table["endpoint_error"].notna()).eq(True).groupby(table["sampler"]).any()
+    columns = max(1, min(columns, len(names)))
+    figure, axes = panels(columns, max(1, math.ceil(len(names) / columns)), width=2.3, height=1.9)
+    for ax, name in zip(axes.flat, names, strict=False):
+        runs = table[table["sampler"] == name]
+        for other, curve in curves.items():
+            if other != name:
+                ax.plot(curve[against], curve["mean"], color="#d3d7dc", linewidth=0.8, zorder=1, label="other samplers")
+        colour, kind = (LINES[0], "deterministic") if fixed[name] else (LINES[1], "stochastic")
+        own = curves[name]
+        ax.errorbar(own[against], own["mean"], yerr=own["std"], color=colour, marker="o", markersize=3.5, linewidth=1.6,
+                    capsize=2, elinewidth=1, zorder=3, label=kind)  # fmt: skip
+        _crosses(ax, runs, against, colour)
+        _floor(ax, table, metric)
+        ax.set_title(str(name).replace("_", " "))
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    _share_curves(figure, axes, len(names), AGAINST[against], METRIC_NAMES.get(metric, metric))
+    legend_below(figure, "points: means over seeds ± std")
+    return figure
+
+
+def ratio_table(ax: Axes, summary: pd.DataFrame, *, metric: str) -> AxesImage:
+    """A metric over its noise floor, a row for each sampler and a column for each budget, in colour and in numbers.
+
+    Colour runs from 1 (light) to 10 floors on a logarithmic scale. Grey cells have no value: "x" diverged or failed, a
+    dash was refused. Samplers without budgets stand in a column of their own, with their calls.
+
+    Args:
+        ax: where to draw.
+        summary: as `score_sde.evaluation.summarise` returns it, of one model; rows keep its order.
+        metric: one of its metrics.
+    """
+    samplers, budgets = list(dict.fromkeys(summary["sampler"])), sorted(set(summary["budget"]) - {0})
+    columns = [*budgets, 0] if (summary["budget"] == 0).any() else budgets
+    ratio = summary.pivot_table(index="sampler", columns="budget", values=f"{metric}_ratio", dropna=False)
+    values = ratio.reindex(index=samplers, columns=columns).to_numpy(dtype=float)
+    image = ax.imshow(np.ma.masked_invalid(values), cmap=RATIOS, norm=LogNorm(1, 10, clip=True), aspect="auto")
+    for row in summary.to_dict("records"):
+        i, j = samplers.index(row["sampler"]), columns.index(row["budget"])
+        ax.text(j, i, _ratio_text(row, metric), ha="center", va="center", fontsize=8 if row["budget"] else 6.5,
+                color="white" if values[i, j] > 3 else INK)  # fmt: skip
+    ax.set_xticks(range(len(columns)), [f"{b} calls" if b else "own steps" for b in columns])
+    ax.set_yticks(range(len(samplers)), [str(name).replace("_", " ") for name in samplers])
+    frame(ax)
+    ax.tick_params(length=0)
+    ax.xaxis.tick_top()
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
+    ax.set_yticks(np.arange(len(samplers) - 1) + 0.5, minor=True)
+    ax.grid(True, which="minor", color="white", linewidth=1.5)
+    ax.tick_params(which="minor", length=0)
+    return image
+
+
+def _ratio_text(row: Mapping[Any, Any], metric: str) -> str:
+    ratio = row[f"{metric}_ratio"]
+    if math.isnan(ratio):
+        return "–" if str(row["status"]).startswith("refused") else "×"
+    number = ".2f" if ratio < 9.995 else ",.0f"
+    text = f"{ratio:{number}}" if ratio < 99_999.5 else f"$10^{{{math.log10(ratio):.0f}}}$"
+    return text if row["budget"] else f"{text} ({row['nfe']:.0f})"
+
+
+def sample_panels(
+    samples: Mapping[tuple[str, int], Tensor],
+    reference: Target | Tensor | None = None,
+    absent: Mapping[tuple[str, int], str] | None = None,
+) -> Figure:
+    """What every sampler makes within every budget: densities of points in the plane, or sheets of images.
+
+    Args:
+        samples: (sampler, budget) -> samples (n, 2) or images (n, 1 or 3, height, width).
+        reference: the law of the data, or examples of it, shown in the first row.
+        absent: (sampler, budget) -> why there are none, in a word.
+    """
+    said = dict(absent or {})
+    names = list(dict.fromkeys(name for name, _ in (*samples, *said)))
+    budgets = sorted({budget for _, budget in (*samples, *said)}, key=lambda budget: (budget == 0, budget))
+    first = next(iter(samples.values()))
+    law = reference if reference is not None else first
+    figure, axes = panels(len(budgets), 1 + len(names), width=1.15, height=1.15)
+    draw = _plane_drawer(law) if first.ndim == 2 else _sheet_drawer
+    draw(axes[0, 0], law)
+    axes[0, 0].set_ylabel("data", fontsize=7, color=INK)
+    for ax in axes[0, 1:]:
+        ax.set_axis_off()
+    for row, name in zip(axes[1:], names, strict=True):
+        for ax, budget in zip(row, budgets, strict=True):
+            if (name, budget) in samples:
+                draw(ax, samples[name, budget])
+            else:
+                ax.set(xticks=[], yticks=[], aspect="equal")
+                ax.spines[:].set_visible(False)
+                ax.text(0.5, 0.5, said.get((name, budget), ""), ha="center", va="center", fontsize=7, color=RULE)
+        row[0].set_ylabel(name.replace("_", "\n"), fontsize=7, color=INK)
+    for ax, budget in zip(axes[1], budgets, strict=True):
+        ax.set_title(f"{budget} calls" if budget else "own steps", fontsize=8)
+    return figure
+
+
+def _plane_drawer(law: Target | Tensor) -> Callable[[Axes, Target | Tensor], None]:
+    """Draws densities with the limits and the colours of the data's."""
+    limits = limits_of(law)
+    scratch = density(panels(1)[1][0, 0], law, limits=limits)
+    peak = float(scratch.get_clim()[1])
+
+    def draw(ax: Axes, x: Target | Tensor) -> None:
+        density(ax, x, limits=limits, resolution=120, peak=peak)
+        ax.set(xticks=[], yticks=[])
+
+    return draw
+
+
+def _sheet_drawer(ax: Axes, x: Target | Tensor) -> None:
+    images = x if isinstance(x, Tensor) else x.sample((9,), generator=torch.Generator().manual_seed(0))
+    image_grid(ax, images[:9], columns=3)
+
+
+def _metric_of(table: pd.DataFrame, metric: str | None) -> str:
+    """The metric, or the first one, of a table that is of one model."""
+    if "model" in table and table["model"].nunique() > 1:
+        models = ", ".join(map(repr, table["model"].unique()))
+        raise ValueError(f"one figure is of one model, the table of {models}: give table[table['model'] == ...]")
+    return metrics_of(table)[0] if metric is None else one_of("metric", metric, map(str, table))
+
+
+def _over_seeds(runs: pd.DataFrame, metric: str, against: str) -> pd.DataFrame:
+    """Columns `against` (mean) and the metric's mean, min, max and std over the seeds that have a value, by budget."""
+    good = runs[runs["status"].eq("ok") & runs[metric].notna()]
+    groups = good.groupby("budget")
+    statistics = groups[metric].agg(["mean", "min", "max", "std"]).fillna({"std": 0.0})
+    return statistics.assign(**{against: groups[against].mean()}).sort_values(against)
+
+
+def _crosses(ax: Axes, runs: pd.DataFrame, against: str, colour: str) -> None:
+    """A cross for each budget at which a run diverged or failed, where it was that far on the axis."""
+    lost = runs[runs["status"].str.startswith(("diverged", "failed"))]
+    place = lost[against].fillna(lost["budget"]) if against == "nfe" else lost[against]
+    crosses(ax, place.groupby(lost["budget"]).mean().dropna(), colour, "diverged or failed")
+
+
+def _floor(ax: Axes, table: pd.DataFrame, metric: str) -> None:
+    """The noise floor as a dashed line in the band of its standard deviation; nothing for what has none."""
+    if f"{metric}_floor" in table:
+        floor, spread = table[f"{metric}_floor"].mean(), table[f"{metric}_floor_std"].mean()
+        ax.axhline(floor, color=INK, linestyle="--", linewidth=0.9, label="noise floor", zorder=2)
+        ax.axhspan(max(floor - spread, 0.2 * floor), floor + spread, color=RULE, alpha=0.18, linewidth=0, zorder=0,
+                   label="noise floor ± std")  # fmt: skip
+
+
+def _share_curves(figure: Figure, axes: np.ndarray, count: int, x: str, y: str) -> None:
+    """One pair of logarithmic axes of a factor 5 or more for the first `count` panels, with labels along the edges."""
+    used = list(axes.flat[:count])
+    for i, name in enumerate("xy"):
+        spans = np.array([(ax.dataLim.minpos[i], getattr(ax.dataLim, f"interval{name}")[1]) for ax in used])
+        spans = spans[(spans > 0).all(axis=1) & np.isfinite(spans).all(axis=1)]
+        if not len(spans):  # zeros alone
+            continue
+        span = spans.max() / spans.min()
+        margin = max(span**0.06 * 1.08, (5 / span) ** 0.5)
+        for ax in used:
+            ax.set(**{f"{name}lim": (spans.min() / margin, spans.max() * margin)})
+            ax.set(**{f"{name}scale": "log"})
+            log_ticks(getattr(ax, f"{name}axis"))
+    columns = axes.shape[1]
+    for i, ax in enumerate(used):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, which="major", color="#eceef1", linewidth=0.5)
+        ax.set_axisbelow(True)
+        lowest = i + columns >= count
+        ax.set_xlabel(x if lowest else "")
+        frame(ax)
+        ax.title.set_fontsize(9)
+        ax.xaxis.label.set_fontsize(8)
+        ax.tick_params(labelsize=7, labelleft=i % columns == 0, labelbottom=lowest)
+    figure.supylabel(y, fontsize=9, color=INK)
