@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from score_sde.adaptive import PAIRS, Norm, PerSample, first_step, integrate, mixed_tolerance, whole_lanes
+from score_sde.adaptive import PerSample, whole_lanes
 from score_sde.brief import Brief
 from score_sde.checks import one_of, tensor, whole
+from score_sde.embedded import PAIRS, Norm, first_step, integrate, mixed_tolerance
 from score_sde.memory import keep_freed_memory
 from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS as SCIPY

@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from score_sde import grid as grids
-from score_sde.adaptive import PerSample, rms
+from score_sde.adaptive import PerSample
 from score_sde.checks import one_of, whole
+from score_sde.embedded import rms
 from score_sde.grid import Grid
 from score_sde.noise import NoiseSource
 from score_sde.sampler import FINALS, SampleResult, Start, begin, warn_of_lost

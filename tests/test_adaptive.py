@@ -28,8 +28,9 @@ from score_sde import (
     targets,
 )
 from score_sde import adaptive_sde as sde_module
-from score_sde.adaptive import PAIRS, AdaptiveODE, Exponential, Level, PerSample
+from score_sde.adaptive import AdaptiveODE, PerSample
 from score_sde.adaptive_sde import AdaptiveSDE
+from score_sde.embedded import PAIRS, Exponential, Level
 from score_sde.sde import Time, as_time, expand
 
 DOUBLE = torch.float64

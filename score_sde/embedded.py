@@ -1,0 +1,433 @@
+"""Embedded pairs, and ODEs integrated with an error control, a time and a step size for each sample.
+
+Samples that arrive make room for waiting ones, so that companions change nothing and calls stay full.
+Source: Hairer, Norsett & Wanner 1993, sections II.4 and II.5, for the pairs and the step-size rule.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from score_sde.copies import Copies
+from score_sde.sde import expand
+
+Level = tuple[Tensor, ...]
+"""What a field needs to know about its time, each of shape (samples, ...)."""
+
+
+class Field(Protocol):
+    """The right-hand side of dy/du = field(y, u), evaluated sample by sample, each at its own u."""
+
+    def levels(self, u: Tensor) -> Level:
+        """What depends on time alone, for float64 times of shape (samples,); called once for all stages of a step."""
+
+    def __call__(self, y: Tensor, level: Level, ids: Tensor) -> Tensor:
+        """dy/du for y of shape (samples, *event); ids (samples,) are their places in the batch."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A step from y to `end`, before it is accepted.
+
+    Attributes:
+        end: the state at the step's end.
+        slope: the field there, the next step's first stage.
+        error: the estimate of the local error.
+        stages: the field's values, the first at the step's start.
+    """
+
+    end: Tensor
+    slope: Tensor
+    error: Tensor
+    stages: Sequence[Tensor]
+
+
+class Pair(ABC):
+    """An embedded pair of one-step methods whose last stage is the next step's first.
+
+    Attributes:
+        order: of the solution that is kept; the error estimate, of the lower solution, falls with the same power of h.
+        calls: field evaluations a step.
+        longest: steps are never longer, whatever their error estimate says.
+    """
+
+    order: int
+    calls: int
+    longest: float = math.inf
+
+    @abstractmethod
+    def attempt(self, field: Field, y: Tensor, slope: Tensor, u: Tensor, v: Tensor, ids: Tensor) -> Attempt:
+        """A step from u to v, both float64 of shape (samples,)."""
+
+    @abstractmethod
+    def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
+        """The solution at u + theta h from the stages of an accepted step, all of shape (samples, ...)."""
+
+
+class RungeKutta(Pair):
+    """An explicit pair: k_i = f(y + h sum_j a_ij k_j, u + c_i h), y_1 = y + h sum_j b_j k_j with b the last row of a.
+
+    Args:
+        a: the rows below the diagonal, from the second stage to the last (which is at the step's end).
+        error: b minus the weights of the lower-order solution.
+        dense: (stages, degree), b_i(theta) = sum_j dense[i][j] theta^(j + 1), for y(theta) = y + h sum b_i(theta) k_i.
+        order: of y_1.
+    """
+
+    def __init__(
+        self, a: Sequence[Sequence[float]], error: Sequence[float], dense: Sequence[Sequence[float]], order: int
+    ) -> None:
+        self.dense, self.order, self.calls = dense, order, len(a)
+        c = [round(sum(row), 15) for row in a]
+        self.inner = [node for node in c if node != 1]  # the stages before the step's end, each at a time of its own
+        self.level = [min(i, len(self.inner)) for i in range(len(c))]
+        rows = [*a, error]
+        weights = {f"k{j}": [row[j] for row in rows[j:]] for j in range(len(rows))}  # of k_j in what comes after it
+        self.columns = Copies(**{name: torch.tensor(column, dtype=torch.float64) for name, column in weights.items()})
+
+    def attempt(self, field: Field, y: Tensor, slope: Tensor, u: Tensor, v: Tensor, ids: Tensor) -> Attempt:
+        h = v - u
+        nodes = torch.cat([*(torch.add(u, h, alpha=c) for c in self.inner), v])
+        levels = list(zip(*(part.split(len(u)) for part in field.levels(nodes)), strict=True))
+        step, stages, at = expand(h, y), [slope], y
+        weights = self._weights(y)
+        sums = weights[0] * slope  # of every stage to come and of the error, each term added to all of them at once
+        for i, level in enumerate(self.level):
+            at = torch.addcmul(y, sums[i], step)
+            stages.append(field(at, levels[level], ids))
+            sums[i + 1 :].addcmul_(weights[i + 1], stages[-1])
+        return Attempt(at, stages[-1], sums[-1].mul_(step), stages)
+
+    def _weights(self, y: Tensor) -> list[Tensor]:
+        """The columns in y's dtype, on its device, to go before its dimensions."""
+        return [column.view(-1, *[1] * y.ndim) for column in self.columns.like(y).values()]
+
+    def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
+        for row, stage in zip(self.dense, stages, strict=True):
+            weight = torch.zeros_like(theta)
+            for coefficient in reversed(row):
+                weight = (weight + coefficient) * theta
+            y = y + expand(weight * h, y) * stage
+        return y
+
+
+class Exponential(Pair):
+    """The exponential pair of orders 4 and 3 for dz/dlambda = D - z, exact where D is a quadratic in lambda.
+
+    z = x / alpha, h = lambda_s - lambda_t, phi_k = phi_k(-h). Five stages at 0, 1/2, 1/2, 1, 1/2; the error estimate is
+    the change when the value of D at the step's end replaces its fourth stage, which makes it the next step's first.
+    All but the last stage of a long step lie in noise, where D is flat and the estimate small whatever comes after it: no
+    step goes over more than e in the signal-to-noise ratio.
+    Source: Hochbruck & Ostermann 2005, https://doi.org/10.1137/040611434, eq. 5.19 (stiff order 4).
+    """
+
+    order, calls, longest = 4, 5, 1.0
+
+    def attempt(self, field: Field, y: Tensor, slope: Tensor, u: Tensor, v: Tensor, ids: Tensor) -> Attempt:
+        h, half = v - u, (v - u) / 2
+        p0, p1, p2, p3 = (expand(p, y) for p in _phi(h))
+        q0, q1, q2, q3 = (expand(q, y) for q in _phi(half))
+        step = expand(h, y)
+        middle, end = zip(*(part.split(len(u)) for part in field.levels(torch.cat([u + half, v]))), strict=True)
+        d0, zh, z1 = slope, q0 * y, p0 * y
+        d1 = field(zh + step * (q1 / 2 * d0), middle, ids)
+        d2 = field(zh + step * ((q1 / 2 - q2) * d0 + q2 * d1), middle, ids)
+        d3 = field(z1 + step * ((p1 - 2 * p2) * d0 + p2 * (d1 + d2)), end, ids)
+        inner = q2 / 2 - p3 + p2 / 4 - q3 / 2
+        last = q2 / 4 - inner
+        d4 = field(zh + step * ((q1 / 2 - 2 * inner - last) * d0 + inner * (d1 + d2) + last * d3), middle, ids)
+        weight = 4 * p3 - p2
+        z = z1 + step * ((p1 - 3 * p2 + 4 * p3) * d0 + (4 * p2 - 8 * p3) * d4 + weight * d3)
+        d5 = field(z, end, ids)
+        return Attempt(z, d5, step * weight * (d5 - d3), (d0, d4, d3))
+
+    def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
+        d0, d1, d2 = stages
+        p0, p1, p2, p3 = (expand(p, y) for p in _phi(theta * h))
+        theta, step = expand(theta, y), expand(theta * h, y)
+        bend = theta * p2 * (4 * d1 - 3 * d0 - d2) + 2 * theta**2 * p3 * (2 * d0 - 4 * d1 + 2 * d2)
+        return p0 * y + step * (p1 * d0 + bend)
+
+
+def _phi(h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """phi_0 to phi_3 at -h: phi_0(z) = e^z, phi_{k+1}(z) = (phi_k(z) - 1 / k!) / z.
+
+    By that recursion upwards for |h| > 1, else downwards from the Taylor series of phi_3: no cancellation in either.
+    """
+    small = (-h).clamp(-1, 1)
+    series = torch.zeros_like(h)
+    for k in range(17, -1, -1):
+        series = series * small + 1 / math.factorial(k + 3)
+    low2 = small * series + 0.5
+    low1 = small * low2 + 1
+    large = torch.where(h.abs() > 1, -h, 1.0)
+    high1 = torch.expm1(large) / large
+    high2 = (high1 - 1) / large
+    high3 = (high2 - 0.5) / large
+    far = h.abs() > 1
+    parts = ((high1, low1), (high2, low2), (high3, series))
+    return (-h).exp(), *(torch.where(far, high, low) for high, low in parts)  # type: ignore[return-value]
+
+
+def _tsit5() -> RungeKutta:
+    a = [
+        [0.161],
+        [-0.008480655492356989, 0.335480655492357],
+        [2.8971530571054935, -6.359448489975075, 4.3622954328695815],
+        [5.325864828439257, -11.748883564062828, 7.4955393428898365, -0.09249506636175525],
+        [5.86145544294642, -12.92096931784711, 8.159367898576159, -0.071584973281401, -0.028269050394068383],
+        [0.09646076681806523, 0.01, 0.4798896504144996, 1.379008574103742, -3.290069515436081, 2.324710524099774],
+    ]
+    error = [-0.00178001105222577714, -0.0008164344596567469, 0.007880878010261995, -0.1447110071732629,
+             0.5823571654525552, -0.45808210592918697, 1 / 66]  # fmt: skip
+    # b_i(theta) = scale (theta - r)(theta - s) theta^2, or for the first stage with two more factors in place of theta.
+    scaled = [(0.1017, 2.1966568338249754, 1.2949852507374631),
+              (2.490627285651252793, 2.38535645472061657, 1.57803468208092486),
+              *((m, v + w, v * w) for m, v, w in (
+                  (-16.54810288924490272, 1.21712927295533244, 0.61620406037800089),
+                  (47.37952196281928122, 1.203071208372362603, 0.658047292653547382),
+                  (-34.87065786149660974, 1.2, 2 / 3), (2.5, 1.0, 0.6)))]  # fmt: skip
+    r, p, q, scale = 1.3299890189751412, 1.4364028541716351, 0.7139816917074209, -1.0530884977290216
+    first = [-scale * r * q, scale * (q + r * p), -scale * (p + r), scale]
+    return RungeKutta(a, error, [first, *([0.0, m * prod, -m * total, m] for m, total, prod in scaled)], order=5)
+
+
+PAIRS: dict[str, Callable[[], Pair]] = {
+    # Bogacki & Shampine 1989, https://doi.org/10.1016/0893-9659(89)90079-7; dense output: the cubic Hermite polynomial.
+    "bosh3": lambda: RungeKutta(
+        [[1 / 2], [0.0, 3 / 4], [2 / 9, 1 / 3, 4 / 9]], [2 / 9 - 7 / 24, 1 / 12, 1 / 9, -1 / 8],
+        [[1, -4 / 3, 5 / 9], [0, 1, -2 / 3], [0, 4 / 3, -8 / 9], [0, -1, 1]], order=3,
+    ),
+    # Dormand & Prince 1980, https://doi.org/10.1016/0771-050X(80)90013-3; dense output: Shampine 1986, fourth order.
+    "dopri5": lambda: RungeKutta(
+        [[1 / 5], [3 / 40, 9 / 40], [44 / 45, -56 / 15, 32 / 9],
+         [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
+         [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656],
+         [35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]],
+        [71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40],
+        [[1, -8048581381 / 2820520608, 8663915743 / 2820520608, -12715105075 / 11282082432], [0, 0, 0, 0],
+         [0, 131558114200 / 32700410799, -68118460800 / 10900136933, 87487479700 / 32700410799],
+         [0, -1754552775 / 470086768, 14199869525 / 1410260304, -10690763975 / 1880347072],
+         [0, 127303824393 / 49829197408, -318862633887 / 49829197408, 701980252875 / 199316789632],
+         [0, -282668133 / 205662961, 2019193451 / 616988883, -1453857185 / 822651844],
+         [0, 40617522 / 29380423, -110615467 / 29380423, 69997945 / 29380423]], order=5,
+    ),
+    # Tsitouras 2011, https://doi.org/10.1016/j.camwa.2011.06.002, with its fourth-order dense output.
+    "tsit5": _tsit5,
+    "exponential": Exponential,
+}  # fmt: skip
+
+Norm = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(error, y, end, v) -> the size of a step's error in tolerances, of shape (samples,); at most 1 is accepted."""
+
+
+def power(size: Tensor, exponent: float) -> Tensor:
+    """size^exponent by logarithm and exponential, in place: unlike `pow`, the same bits wherever an element stands."""
+    return size.log_().mul_(exponent).exp_()
+
+
+def rms(y: Tensor) -> Tensor:
+    """Root mean square over the event dimensions, shape (samples,)."""
+    flat = y.flatten(1)
+    return torch.linalg.vector_norm(flat, dim=1) / math.sqrt(flat.shape[1])
+
+
+def mixed_tolerance(rtol: float, atol: float) -> Norm:
+    """rms(error) / (atol + rtol max(rms(y), rms(end)))."""
+
+    def norm(error: Tensor, y: Tensor, end: Tensor, v: Tensor) -> Tensor:
+        error, y, end = (part.flatten(1) for part in (error, y, end))
+        longest = torch.maximum(*(torch.linalg.vector_norm(part, dim=1) for part in (y, end)))
+        return torch.linalg.vector_norm(error, dim=1).div_(longest.mul_(rtol).add_(atol * math.sqrt(y.shape[1])))
+
+    return norm
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What `integrate` returns.
+
+    Attributes:
+        y: the states at u_end, shape (batch, *event).
+        calls: field evaluations of each sample, or what `spent` counts, int64 of shape (batch,).
+        rejected: rejected steps of each sample, likewise.
+        dense: states at the chosen times, shape (len(times), batch, *event), if asked for.
+    """
+
+    y: Tensor
+    calls: Tensor
+    rejected: Tensor
+    dense: Tensor | None
+
+
+# Steps are about as long as the structure of p_t, so many are rejected: slightly shorter ones, 0.6 in place of the usual 0.9,
+# cost less than rejected ones.
+SAFETY, SHRINK, GROW = 0.6, 0.2, 5.0
+MAX_STEPS = 100_000
+
+
+def default_block(y: Tensor) -> int:
+    """How many samples are worked on at once: all on a GPU; on a CPU as many as keep the stages in its cache."""
+    elements = max(1, math.prod(y.shape[1:]))
+    return len(y) if y.device.type != "cpu" else max(64, 2**17 // elements)
+
+
+def first_step(pair: Pair, u_start: float, u_end: float, tolerance: float) -> float:
+    """The length of a first step: the share tolerance^(1 / order) of the way, a fifth of it at most."""
+    return abs(u_end - u_start) * min(0.2, tolerance ** (1 / pair.order))
+
+
+def integrate(
+    field: Field, pair: Pair, y: Tensor, u_start: float, u_end: float, norm: Norm, first: float, *,
+    times: Tensor | None = None, block: int | None = None, progress: bool = False,
+    spent: Callable[[], int] | None = None,
+) -> Solution:  # fmt: skip
+    """Integrates dy/du = field from u_start to u_end, every sample with its own step sizes.
+
+    The next step is 0.6 h size^(-1 / order), between 0.2 and 5 times the last, not longer after a rejection, and never
+    longer than the pair allows.
+
+    Args:
+        field, pair: the right-hand side and the method.
+        y: states at u_start, shape (batch, *event).
+        norm: the size of a step's error in tolerances, per sample.
+        first: length of the first step, positive.
+        times: float64 times between u_start and u_end, in the direction of travel, at which the solution is wanted.
+        block: how many samples are worked on at once; see `default_block`.
+        progress: show a bar.
+        spent: what all evaluations so far have cost, if that is not one each.
+
+    Raises:
+        RuntimeError: a step size vanished (the field is not finite or has a jump), with place and reason.
+    """
+    run = _Run(field, pair, y, u_start, u_end, norm, first, times, block or default_block(y), spent)
+    with tqdm(total=len(y), desc="samples", disable=not progress, delay=1.0, leave=False) as bar:
+        for _ in range(MAX_STEPS):
+            if not run.waiting and not len(run.ids):
+                return Solution(run.result, run.total_calls, run.total_rejected, run.dense)
+            bar.update(run.round())
+    raise RuntimeError(f"a sample has not arrived after {MAX_STEPS} steps: loosen rtol and atol")
+
+
+class _Run:
+    """The state of `integrate`: the samples under way, those that wait and those that have arrived."""
+
+    def __init__(
+        self, field: Field, pair: Pair, y: Tensor, u_start: float, u_end: float, norm: Norm, first: float,
+        times: Tensor | None, block: int, spent: Callable[[], int] | None,
+    ) -> None:  # fmt: skip
+        self.field, self.pair, self.norm, self.rounds = field, pair, norm, 0
+        self.spent = spent or (lambda: pair.calls * self.rounds)
+        self.start, self.end, self.sign = u_start, u_end, math.copysign(1.0, u_end - u_start)
+        self.first = self.sign * min(first, abs(u_end - u_start), pair.longest)
+        self.result = y.clone()
+        self.every = torch.arange(len(y), device=y.device)
+        parts, before = self.every.split(block), self.spent()
+        self.slopes = torch.cat([self._slope(y[part], part) for part in parts]) if len(y) else y
+        self.at_start = (self.spent() - before) // len(parts) if spent else 1
+        self.total_calls = torch.zeros(len(y), dtype=torch.int64, device=y.device)
+        self.total_rejected = torch.zeros_like(self.total_calls)
+        span = (min(u_start, u_end), max(u_start, u_end))
+        self.times = None if times is None else self.sign * times.to(y.device, torch.float64).clamp(*span)
+        self.dense = None if times is None else y.new_empty((len(times), *y.shape))
+        if self.dense is not None and self.times is not None:
+            self.dense[self.times <= self.sign * u_start] = y
+        self.next = min(block, len(y))
+        self.ids = self.every[: self.next]
+        self.y, self.slope = y[: self.next], self.slopes[: self.next]
+        self.u = torch.full((self.next,), u_start, dtype=torch.float64, device=y.device)
+        self.h = torch.full_like(self.u, self.first)
+        self.shortest = 1e-13 * max(abs(u_start), abs(u_end))
+        self.entered = torch.full_like(self.ids, self.spent())
+        self.rejected = torch.zeros_like(self.ids)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.every) - self.next
+
+    def _slope(self, y: Tensor, ids: Tensor) -> Tensor:
+        u = torch.full((len(ids),), self.start, dtype=torch.float64, device=y.device)
+        return self.field(y, self.field.levels(u), ids)
+
+    def round(self) -> int:
+        """One step of every sample under way; returns how many arrived."""
+        v = self.u + self.h
+        last = (self.end - v).mul_(self.sign) <= 1e-9 * abs(self.end - self.start)
+        v = torch.where(last, self.end, v)
+        attempt = self.pair.attempt(self.field, self.y, self.slope, self.u, v, self.ids)
+        size = self.norm(attempt.error, self.y, attempt.end, v)
+        good = size <= 1  # False for NaN
+        if self.dense is not None:
+            self._read(attempt, v, good)
+        growth = power(size.clamp_min_(1e-12), -1 / self.pair.order).mul_(SAFETY)  # below SAFETY where rejected
+        self.h = (v - self.u).mul_(growth.nan_to_num_(SHRINK).clamp_(SHRINK, GROW))
+        if self.pair.longest < math.inf:
+            self.h.clamp_(-self.pair.longest, self.pair.longest)
+        keep = good.view(-1, *[1] * (self.y.ndim - 1))
+        self.y = torch.where(keep, attempt.end, self.y)
+        self.slope = torch.where(keep, attempt.slope, self.slope)
+        self.u = torch.where(good, v, self.u)
+        self.rejected = self.rejected.add(~good)
+        self.rounds += 1
+        done = last.logical_and_(good)
+        arrived = int(done.sum())  # the round's one wait for the device
+        if arrived:
+            self._turn_over(done, arrived)
+        if self.rounds % 16 == 0:
+            self._refuse_stuck()
+        return arrived
+
+    def _turn_over(self, done: Tensor, arrived: int) -> None:
+        """Puts the arrived samples away, lets waiting ones take their places and closes the gaps that are left."""
+        places = done.nonzero().squeeze(-1)
+        ids = self.ids[places]
+        self.result[ids] = self.y[places]
+        self.total_calls[ids] = self.at_start + self.spent() - self.entered[places]
+        self.total_rejected[ids] = self.rejected[places]
+        fresh = min(arrived, self.waiting)
+        if fresh:
+            begin, self.next = self.next, self.next + fresh
+            spot = places[:fresh]
+            # Out of place: self.y may be a view of what the caller gave.
+            self.y = self.y.index_copy(0, spot, self.result[begin : self.next])
+            self.slope = self.slope.index_copy(0, spot, self.slopes[begin : self.next])
+            self.ids = self.ids.index_copy(0, spot, self.every[begin : self.next])
+            for column, value in ((self.u, self.start), (self.h, self.first), (self.rejected, 0)):
+                column[spot] = value
+            self.entered = self.entered.index_fill(0, spot, self.spent())
+        if fresh < arrived:
+            done = done.index_fill(0, places[:fresh], False)
+            stay = (~done).nonzero().squeeze(-1)
+            for name in ("ids", "y", "slope", "u", "h", "entered", "rejected"):
+                setattr(self, name, getattr(self, name)[stay])
+
+    def _read(self, attempt: Attempt, v: Tensor, good: Tensor) -> None:
+        """Interpolates the accepted steps at the chosen times that lie in (u, v]."""
+        assert self.times is not None
+        assert self.dense is not None
+        low = torch.searchsorted(self.times, self.sign * self.u, right=True)
+        high = torch.searchsorted(self.times, self.sign * v, right=True)
+        count = torch.where(good, high - low, 0)
+        row = torch.repeat_interleave(torch.arange(len(v), device=v.device), count)
+        rank = torch.arange(len(row), device=v.device) - (count.cumsum(0) - count)[row]
+        column, h = low[row] + rank, (v - self.u)[row]
+        theta = (self.sign * self.times[column] - self.u[row]) / h
+        y = self.pair.interpolate(self.y[row], [stage[row] for stage in attempt.stages], h, theta)
+        self.dense[column, self.ids[row]] = y
+
+    def _refuse_stuck(self) -> None:
+        stuck = self.h.abs() < self.shortest
+        if stuck.any():
+            place = int(stuck.nonzero()[0])
+            way = f"vanished at {self.u[place]:g} on the way from {self.start:g} to {self.end:g}"
+            raise RuntimeError(
+                f"the step size of sample {int(self.ids[place])} {way}: the model's output there is not finite or has a jump"
+            )
