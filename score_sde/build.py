@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from score_sde.classifier import NoisyClassifier
-from score_sde.data import key
 from score_sde.energy import EnergyScore
+from score_sde.keyed import key
 from score_sde.networks import Conservative, Encoder
 from score_sde.score import LearnedScore
 

@@ -34,6 +34,7 @@ class NoisyClassifier(LearnedScore):
     """
 
     num_classes: int
+    predicts = False
 
     def __init__(
         self, network: nn.Module, sde: SDE, parameterization: Parameterization, event_shape: Sequence[int]

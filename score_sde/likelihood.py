@@ -29,10 +29,11 @@ from score_sde.adaptive import PerSample, whole_lanes
 from score_sde.brief import Brief
 from score_sde.checks import one_of, tensor, whole
 from score_sde.embedded import PAIRS, Norm, first_step, integrate, mixed_tolerance
+from score_sde.keyed import generator, key
 from score_sde.memory import keep_freed_memory
 from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS as SCIPY
-from score_sde.score import ScoreModel
+from score_sde.score import ScoreModel, checked_condition
 from score_sde.sde import expand
 from score_sde.trace import ExactTrace, Hutchinson, HutchPlusPlus, Trace
 
@@ -259,11 +260,11 @@ class GaussianDequantizer(nn.Module):
     ) -> GaussianDequantizer:  # fmt: skip
         """Maximises E[log p(low + bin_width (codes + u)) - log q(u)], with grad log p the model's score at t_min."""
         _check_codes(codes)
-        generator = torch.Generator(codes.device).manual_seed(seed)
+        source = generator(seed, "dequantizer", device=codes.device)
         optimizer = torch.optim.Adam(self.parameters(), learning_rate)
         alpha = float(model.sde.alpha(model.sde.t_min))
         for _ in tqdm(range(steps), desc="dequantizer", delay=2, leave=False):
-            eps = torch.randn(codes.shape, generator=generator, device=codes.device, dtype=torch.float64)
+            eps = torch.randn(codes.shape, generator=source, device=codes.device, dtype=torch.float64)
             with torch.enable_grad():
                 u, log_q = self(eps)
                 x = low + bin_width * (codes + u)
@@ -299,13 +300,13 @@ def discrete_log_likelihood(
     _check_codes(codes)
     if draws < 1:
         raise ValueError(f"draws is a positive number of dequantisations, got {draws}")
-    generator = torch.Generator(codes.device).manual_seed(seed)
+    source = generator(seed, "dequantisation", device=codes.device)
     terms = []
     for _ in range(draws):
         if dequantizer is None:
-            x, log_q = dequantize(codes, generator, bin_width=bin_width, low=low, dtype=model.dtype), 0.0
+            x, log_q = dequantize(codes, source, bin_width=bin_width, low=low, dtype=model.dtype), 0.0
         else:
-            eps = torch.randn(codes.shape, generator=generator, device=codes.device, dtype=torch.float64)
+            eps = torch.randn(codes.shape, generator=source, device=codes.device, dtype=torch.float64)
             with torch.no_grad():
                 u, log_q = dequantizer(eps)
             x = (low + bin_width * (codes + u)).to(model.dtype)
@@ -326,11 +327,10 @@ class _Flow:
     def __init__(
         self, model: ScoreModel, x: Tensor, condition: Mapping[str, Any] | None, sigma_data: float | None
     ) -> None:
-        condition = dict(condition or {})
         if not tensor("x", x).is_floating_point():
             raise TypeError(f"{x.dtype} data have no density: dequantise them (likelihood.dequantize, or "
                             "discrete_log_likelihood), or pass real numbers")  # fmt: skip
-        model.check(x.shape, condition)
+        condition = checked_condition(model, x.shape, condition, x.device)
         if len(x) == 0 or not torch.isfinite(x).all():
             raise ValueError(f"x has shape {tuple(x.shape)}: give at least one sample, all of finite values")
         weight = next(model.parameters(), x) if isinstance(model, nn.Module) else x
@@ -426,7 +426,11 @@ def _log_prob_of(law: HasLogProb, latent: Tensor) -> Tensor:
 def _trace(divergence: str, probes: int, x: Tensor, seed: int | Sequence[int]) -> Trace:
     if divergence == "exact":
         return ExactTrace(x.flatten(1))
-    noise = SampleNoise.of_run(seed, range(len(x))) if isinstance(seed, int) else SampleNoise(seed)
+    # Keyed apart from samplers' noise: probes that are the noise x was made of would not be independent of x.
+    if isinstance(seed, int):
+        noise = SampleNoise.of_run(key(seed, "probes"), range(len(x)))
+    else:
+        noise = SampleNoise([key(one, "probes") for one in seed])
     stream = noise.open((len(x), math.prod(x.shape[1:])), x.dtype, x.device)
     kind, needed = (Hutchinson, probes) if divergence == "hutchinson" else (HutchPlusPlus, 2 * probes)
     return kind(torch.stack([stream(0, draw) for draw in range(needed)]))

@@ -106,7 +106,12 @@ class ParallelSampler:
         times = grids.check(self.grid(sde), sde)
         if (times.diff() > 0).any():
             raise ValueError("parallel sampling needs a grid that only decreases: use Sampler for churned ones")
-        return times, list(self.predictor.plan(sde, times[:-1], times[1:]))
+        rows = list(self.predictor.plan(sde, times[:-1], times[1:]))
+        if not all(row.b for row in rows[1:]):
+            raise ValueError(
+                "parallel sampling needs a network call in every row after the first: use Sampler for this table"
+            )
+        return times, rows
 
     def __repr__(self) -> str:
         return f"ParallelSampler({self.predictor!r}, window={self.window}, tolerance={self.tolerance})"

@@ -29,7 +29,7 @@ from score_sde.grid import Grid
 from score_sde.memory import keep_freed_memory
 from score_sde.noise import BatchNoise, NoiseSource, Stream
 from score_sde.prediction import Prediction
-from score_sde.score import ScoreModel
+from score_sde.score import ScoreModel, checked_condition
 from score_sde.sde import SDE, as_time
 from score_sde.steps.linear import Carry, LinearRow, Renoise
 from score_sde.steps.step import Draw, History, Step
@@ -147,17 +147,8 @@ def begin(
     if not isinstance(shape, Sequence):
         raise ValueError(f"shape is (batch, {', '.join(map(str, model.event_shape))}) for this model, got {shape!r}")
     shape = tuple(whole("size in shape", size, 0) for size in shape)
-    condition = dict(condition or {})
-    label = condition.get("label")
-    if isinstance(label, int) or (isinstance(label, Tensor) and label.ndim == 0):  # one for all samples
-        condition["label"] = torch.as_tensor(label, device=model.device if x_init is None else x_init.device).repeat(
-            shape[0]
-        )
-    model.check(shape, condition)
-    label = condition.get("label")
-    if model.num_classes and isinstance(label, Tensor) and label.numel() and not int(label.max()) < model.num_classes:
-        raise ValueError(f"label={int(label.max())}, but this model knows the classes 0 to {model.num_classes - 1} "
-                         "(and -1 for none)")  # fmt: skip
+    device = model.device if x_init is None else x_init.device
+    condition = checked_condition(model, shape, condition, device)
     if seed is not None and noise is not None:
         raise ValueError("give either seed= (one generator for the batch) or noise= (a noise source), not both")
     if noise is not None and not isinstance(noise, NoiseSource):
@@ -170,7 +161,6 @@ def begin(
         raise TypeError(f"x_init is a floating-point tensor, got {x_init.dtype}")
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is one of torch's, such as torch.float64, got {dtype!r}")
-    device = model.device if x_init is None else x_init.device
     dtype = dtype or (model.dtype if x_init is None else x_init.dtype)
     stream = (noise or BatchNoise(seed)).open(shape, dtype, device)
     t = model.sde.t_max if t is None else t

@@ -46,6 +46,7 @@ class ScoreModel(ABC):
         condition_names: the keywords that a call accepts beside x and t.
         data_std: standard deviation of the clean data as far as the model knows it, a scale for solvers.
         num_classes: how many classes the condition `label` may name, where that is known.
+        predicts: false for what only shares the interface, a classifier of noisy data.
     """
 
     sde: SDE
@@ -53,6 +54,7 @@ class ScoreModel(ABC):
     data_std: float = 1.0
     num_classes: int | None = None
     condition_names: frozenset[str] = frozenset()
+    predicts: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -87,39 +89,66 @@ class ScoreModel(ABC):
         """Whether a condition has a row for each sample of a batch: a tensor whose first dimension is the batch."""
         return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
 
+    def calls_at(self, t: float) -> int:
+        """Network calls that a prediction at time t takes: its `calls`, known beforehand. One that asks twice says 2."""
+        return 1
+
     def start(self, z: Tensor) -> Tensor:
         """Standard normal noise turned into a draw of the prior at t_max: prior_std z."""
         return z * self.sde.prior_std
 
     def start_at(self, z: Tensor, t: float) -> Tensor:
         """Where a grid that begins at t starts: alpha E[x_0] + sqrt(alpha^2 Var x_0 + sigma^2) z; at t_max, `start`."""
-        if t >= self.sde.t_max - 1e-9 * (self.sde.t_max - self.sde.t_min):
+        if self._begins(t):
             return self.start(z)
         alpha, sigma = _kernel(self.sde, t)
-        mean, variance = self.clean_moments(z)
-        return (alpha * mean + (alpha**2 * variance + sigma**2) ** 0.5 * z.double()).to(z)
+        mean, std = self.clean_moments()
+        return (alpha * torch.as_tensor(mean, device=z.device) + math.hypot(alpha * std, sigma) * z.double()).to(z)
 
-    def clean_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """E[x_0] and Var x_0 that `start` implies, element by element in float64.
+    def _begins(self, t: float) -> bool:
+        return t >= self.sde.t_max - 1e-9 * (self.sde.t_max - self.sde.t_min)
 
-        They solve start = N(alpha E[x_0], alpha^2 Var x_0 + sigma^2) with alpha and sigma of t_max.
+    def clean_moments(self) -> tuple[Tensor | float, float]:
+        """E[x_0], and the standard deviation of x_0 about it, pooled over its elements: 0 and data_std."""
+        return 0.0, self.data_std
+
+    def log_terminal(self, x: Tensor, t: float | None = None) -> Tensor:
+        """log-density in nats of x(t) at x, shape (batch,) in float64: the Gaussian that `start_at` draws from.
+
+        t is t_max if left out.
         """
-        alpha, sigma = _kernel(self.sde, self.sde.t_max)
-        mean, std = self._start_law(like)
-        return mean / alpha, ((std**2 - sigma**2) / alpha**2).clamp_min(0)
+        mean, std = self._start_law(x, self.sde.t_max if t is None else t)
+        return torch.distributions.Normal(mean, std).log_prob(x.double()).flatten(1).sum(1)
 
-    def log_terminal(self, x: Tensor) -> Tensor:
-        """log-density in nats of x(t_max) at x, shape (batch,) in float64: the Gaussian that sampling starts from."""
-        return torch.distributions.Normal(*self._start_law(x)).log_prob(x.double()).flatten(1).sum(1)
-
-    def _start_law(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the start, affine in its noise, from two points."""
+    def _start_law(self, like: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a start that is affine in its noise, element by element, from two points."""
         zero = torch.zeros((1, *like.shape[1:]), dtype=torch.float64, device=like.device)
-        mean = self.start(zero)
-        return mean, self.start(zero + 1) - mean
+        mean = self.start_at(zero, t)
+        return mean, self.start_at(zero + 1, t) - mean
 
     def prepare(self, times: Iterable[float]) -> None:  # noqa: B027
         """Tabulates what depends on time alone; called by a sampler with its whole grid before the first step."""
+
+
+def checked_condition(
+    model: ScoreModel, shape: Sequence[int], condition: Mapping[str, Any] | None, device: torch.device
+) -> dict[str, Any]:
+    """A condition that fits a batch of this shape: one label, or one context vector, is for all samples.
+
+    Raises:
+        ValueError, TypeError: see `ScoreModel.check`; or a label is no class of the model.
+    """
+    given = dict(condition or {})
+    for name, single in (("label", 0), ("context", 1)):
+        if given.get(name) is not None:
+            value = torch.as_tensor(given[name], device=device)
+            given[name] = value.expand(shape[0], *value.shape).contiguous() if value.ndim == single else value
+    model.check(shape, given)
+    label = given.get("label")
+    if model.num_classes and isinstance(label, Tensor) and label.numel() and not int(label.max()) < model.num_classes:
+        raise ValueError(f"label={int(label.max())}, but this model knows the classes 0 to {model.num_classes - 1} "
+                         "(and -1 for none)")  # fmt: skip
+    return given
 
 
 def _check_sde(sde: SDE) -> None:
@@ -235,11 +264,6 @@ class LearnedScore(nn.Module, ScoreModel):
         self.check(tensor("x", x).shape, condition)
         return self._network(x, self._level(t)[2], condition)[0]
 
-    def clean_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """0 and data_std^2: what the network was scaled for, where the prior at t_max knows of noise alone."""
-        zero = like.new_zeros((), dtype=torch.float64)
-        return zero, zero + self.data_std**2
-
     def prepare(self, times: Iterable[float]) -> None:
         t = torch.as_tensor(list(times), dtype=torch.float64)
         _refuse_noiseless(self.sde, t)
@@ -328,9 +352,12 @@ class ExactScore(ScoreModel):
         alpha, sigma = _kernel(self.sde, self.sde.t_max)
         return alpha * self.target.mean.to(z) + math.hypot(alpha * self.target.std, sigma) * z
 
-    def log_terminal(self, x: Tensor) -> Tensor:
-        """log p_{t_max}(x) of the target itself, where the sampling start is a Gaussian with its first two moments."""
-        return self.log_prob(x.double(), self.sde.t_max)
+    def clean_moments(self) -> tuple[Tensor | float, float]:
+        return self.target.mean.double(), float(self.target.std)
+
+    def log_terminal(self, x: Tensor, t: float | None = None) -> Tensor:
+        """log p_t(x) of the target itself, where the sampling start is a Gaussian with its first two moments."""
+        return self.log_prob(x.double(), self.sde.t_max if t is None else t)
 
     def __repr__(self) -> str:
         return f"ExactScore({self.target!r}, {self.sde!r})"
@@ -356,11 +383,17 @@ class WrappedScore(ScoreModel):
     def per_sample(self, name: str, value: Any, batch: int) -> bool:
         return self.model.per_sample(name, value, batch)
 
+    def calls_at(self, t: float) -> int:
+        return self.model.calls_at(t)
+
     def start(self, z: Tensor) -> Tensor:
         return self.model.start(z)
 
-    def clean_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.clean_moments(like)
+    def start_at(self, z: Tensor, t: float) -> Tensor:
+        return self.start(z) if self._begins(t) else self.model.start_at(z, t)
+
+    def clean_moments(self) -> tuple[Tensor | float, float]:
+        return self.model.clean_moments()
 
     def prepare(self, times: Iterable[float]) -> None:
         self.model.prepare(times)
@@ -405,10 +438,21 @@ class ReparameterizedScore(WrappedScore):
         _remember(self._levels, dict(zip(times, rows, strict=True)))
         self.model.prepare(columns[2].tolist())
 
+    def calls_at(self, t: float) -> int:
+        return self.model.calls_at(float(self._level(float(t))[2]))
+
     def start(self, z: Tensor) -> Tensor:
         """The model's own start at the noise level of this t_max, on this path."""
-        _, _, inner, ratio = self._level(self.sde.t_max)
+        return self.start_at(z, self.sde.t_max)
+
+    def start_at(self, z: Tensor, t: float) -> Tensor:
+        _, _, inner, ratio = self._level(float(t))
         return (self.model.start_at(z.double(), float(inner)) / ratio).to(z)
+
+    def log_terminal(self, x: Tensor, t: float | None = None) -> Tensor:
+        """What the model itself says at the same noise level: log p(r x) + d log r, r = alpha / alpha'."""
+        _, _, inner, ratio = self._level(self.sde.t_max if t is None else float(t))
+        return self.model.log_terminal(ratio * x.double(), float(inner)) + x[0].numel() * math.log(ratio)
 
     def _level(self, t: Time) -> tuple[Coefficient, Coefficient, Time, Coefficient]:
         """alpha and sigma here, the model's time of the same noise level, and its alpha over this one."""
@@ -441,10 +485,6 @@ class ReparameterizedDensity(ReparameterizedScore):
         size = math.prod(self.event_shape)
         return self.model.log_prob(ratio * x, inner, **condition) + size * math.log(ratio)  # type: ignore[attr-defined]
 
-    def log_terminal(self, x: Tensor) -> Tensor:
-        """log p_{t_max}(x) of the model itself, as `ExactScore` has it."""
-        return self.log_prob(x.double(), self.sde.t_max)
-
 
 def reparameterize(model: ScoreModel, sde: SDE, outside: str = "restrict") -> ScoreModel:
     """A model of one SDE seen in another's coordinates, a score model again, for every sampler and solver.
@@ -469,7 +509,7 @@ def reparameterize(model: ScoreModel, sde: SDE, outside: str = "restrict") -> Sc
     Raises:
         ValueError: the two ranges of noise levels have nothing in common, or one is refused.
     """
-    if not isinstance(model, ScoreModel):
+    if not isinstance(model, ScoreModel) or not model.predicts:
         raise TypeError(f"reparameterize(model, sde) takes a score model, got {model!r}")
     kind = ReparameterizedDensity if hasattr(type(model), "log_prob") else ReparameterizedScore
     return kind(model, sde, outside)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from score_sde import grid as grids
 from score_sde.adaptive import AdaptiveODE
 from score_sde.checks import number, one_of, whole
+from score_sde.keyed import generator
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ScoreModel
@@ -475,8 +476,8 @@ def converged_pairs(
     batch_size = min(max(2**12 // dimension, 64), 512) if batch_size is None else batch_size
     samples, batch_size = whole("samples", samples), whole("batch_size", batch_size)
     robust = number("robust", robust, above=0)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(samples + (samples + 1) // 2, *model.event_shape, generator=generator)
+    source = generator(seed, "tune")
+    noise = torch.randn(samples + (samples + 1) // 2, *model.event_shape, generator=source)
     x = model.start(noise.to(model.device))
     teacher, parts = teacher or CONVERGED, x.split(1024)
     bar = tqdm(parts, desc="converged solution", disable=not progress, delay=2)

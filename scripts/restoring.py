@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from score_sde import SDE, Run, plotting
-from score_sde.data import generator
 from score_sde.evaluation import DigitClassifier
 from score_sde.evaluation.posterior import (
     METHODS,
@@ -32,6 +31,7 @@ from score_sde.evaluation.posterior import (
 )
 from score_sde.evaluation.restoration import LEARNED, OWN, Restoration, compare_restorations
 from score_sde.guidance import TASKS, task_operator
+from score_sde.keyed import generator
 
 PRIORS = ("fields", "ring", "gaussian", "gaussian64")
 

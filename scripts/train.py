@@ -29,9 +29,10 @@ from score_sde import LearnedScore, Prediction, Sampler, ScoreModel, distributed
 from score_sde.build import build, build_model
 from score_sde.checks import number, whole
 from score_sde.classifier import NoisyClassifier
-from score_sde.data import Data, TensorData, generator
+from score_sde.data import Data, TensorData
 from score_sde.evaluation import Evaluation, Reference, check_counts, evaluate, known_metrics, score_error
 from score_sde.evaluation.classification import accuracy_by_noise
+from score_sde.keyed import generator
 from score_sde.run import Run
 from score_sde.score import WrappedScore
 from score_sde.training.interrupt import hand_on

@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 
 from score_sde import SDE, ScoreModel, plotting
 from score_sde.checks import whole, wholes
-from score_sde.data import generator
 from score_sde.evaluation.coupled import Course, best_of_each, course_table
+from score_sde.keyed import generator
 from score_sde.targets import Target
 from score_sde.training import write_atomically
 from score_sde.tuning import EARLIER, Pairs, TunedSampler, TunedTable, check, converged_pairs, tune, tune_spectrum

@@ -29,6 +29,7 @@ from score_sde import (
 )
 from score_sde.parallel import ParallelSampler
 from score_sde.sde import SDE, Time
+from score_sde.steps import Tabulated
 from score_sde.steps.linear import Coefficients
 
 DOUBLE = torch.float64
@@ -172,3 +173,12 @@ def test_what_has_no_linear_rows_is_refused() -> None:
 
     with pytest.raises(ValueError, match="only decreases"):
         ParallelSampler(DDIM(), churned).check(VPSDE())
+
+
+def test_tables_with_a_row_without_a_call_are_refused() -> None:
+    """The sequential history skips such a row, the windows would count it."""
+    model = ExactScore(targets.make("ring"), VPSDE())
+    levels = [float(model.sde.noise_level(1.0)), 3.0, 2.0, 0.0]
+    step = Tabulated({"levels": levels, "a": [0.5, 0.5, 0.0], "b": [[0.4], [], [1.2, -0.2]]})
+    with pytest.raises(ValueError, match="a network call in every row after the first"):
+        ParallelSampler(step, step.grid, final="none").sample(model, (4, 2), seed=0)

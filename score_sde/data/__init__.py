@@ -4,11 +4,11 @@ from score_sde.data.augment import Augment
 from score_sde.data.base import Batch, Data, TargetStream
 from score_sde.data.decode import Decoder
 from score_sde.data.files import digits, image_folder, load_file, load_images
-from score_sde.data.keyed import Draws, generator, key
 from score_sde.data.measure import measure_sigma_data, measure_sigma_max
 from score_sde.data.sets import cifar10, fashion_mnist, mnist
 from score_sde.data.tables import huggingface, parquet
 from score_sde.data.tensor import Examples, TensorData
+from score_sde.keyed import Draws
 
 __all__ = [
     "Augment",
@@ -22,10 +22,8 @@ __all__ = [
     "cifar10",
     "digits",
     "fashion_mnist",
-    "generator",
     "huggingface",
     "image_folder",
-    "key",
     "load_file",
     "load_images",
     "measure_sigma_data",

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from score_sde.data.keyed import Draws
+from score_sde.keyed import Draws
 
 __all__ = ["Augment"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_sde.data.keyed import ALL, Draws, generator
+from score_sde.keyed import ALL, Draws, generator
 
 __all__ = ["Batch", "Data", "TargetStream"]
 

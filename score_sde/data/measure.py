@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from score_sde.data.base import Data
-from score_sde.data.keyed import Draws, generator
+from score_sde.keyed import Draws, generator
 
 __all__ = ["measure_sigma_data", "measure_sigma_max"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from score_sde.data.augment import Augment, mirrored
 from score_sde.data.base import Batch, Data
 from score_sde.data.cache import digest, hash_of
-from score_sde.data.keyed import ALL, Draws, generator
+from score_sde.keyed import ALL, Draws, generator
 
 __all__ = ["Examples", "TensorData"]
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_sde.score import ScoreModel
+from score_sde.keyed import generator
+from score_sde.score import ScoreModel, checked_condition
 from score_sde.sde import expand
 from score_sde.training.variational import ContinuousDecoder, Decoder, Ladder, Variance, check_variance
 
@@ -86,12 +87,12 @@ def variational_bound(
     condition = _checked(model, x, draws, condition)
     check_variance(variance)
     ladder, decoder = Ladder(model.sde, times), decoder or ContinuousDecoder()
-    generator = torch.Generator(x.device).manual_seed(seed)
+    source = generator(seed, "bound", device=x.device)
     terms = torch.zeros((len(ladder), len(x)), dtype=torch.float64, device=x.device)
     for i, t in enumerate(ladder.times.tolist()):
         index = torch.full((len(x),), i, device=x.device)
         for _ in range(draws):
-            said = model(model.sde.perturb(x, t, _noise(x, generator)), t, **condition)
+            said = model(model.sde.perturb(x, t, _noise(x, source)), t, **condition)
             terms[i] += ladder.term(x.double(), said, index, variance, decoder) / draws
     return Bound(ladder.prior(x), terms[0], terms[1:], ladder.times, len(ladder) * draws)
 
@@ -109,15 +110,15 @@ def continuous_bound(
     sde, decoder = model.sde, decoder or ContinuousDecoder()
     ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
     first, last = sde.half_log_snr_range
-    generator = torch.Generator(x.device).manual_seed(seed)
+    source = generator(seed, "bound", device=x.device)
     steps = torch.zeros((draws, len(x)), dtype=torch.float64, device=x.device)
     for i in range(draws):
-        u = (i + torch.rand(len(x), generator=generator, dtype=torch.float64, device=x.device)) / draws
+        u = (i + torch.rand(len(x), generator=source, dtype=torch.float64, device=x.device)) / draws
         t = sde.time_at(first + (last - first) * u).clamp(sde.t_min, sde.t_max)
-        noise = _noise(x, generator)
+        noise = _noise(x, source)
         error = noise - model(sde.perturb(x, t, noise), t, **condition).noise
         steps[i] = (last - first) * error.double().square().flatten(1).sum(1)
-    denoised = model(sde.perturb(x, sde.t_min, _noise(x, generator)), sde.t_min, **condition).denoised
+    denoised = model(sde.perturb(x, sde.t_min, _noise(x, source)), sde.t_min, **condition).denoised
     level = expand(torch.tensor(-2 * last), x.double())
     ends_at = decoder(x.double(), denoised.double(), level).flatten(1).sum(1)
     return Bound(Ladder(sde, ends).prior(x), ends_at, steps, ends[:0], draws + 1)
@@ -128,10 +129,8 @@ def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _checked(model: ScoreModel, x: Tensor, draws: int, condition: Mapping[str, Any] | None) -> dict[str, Any]:
-    condition = dict(condition or {})
     if not x.is_floating_point():
         raise TypeError(f"{x.dtype} data: scale them to the units of the model (and give DiscretisedDecoder)")
-    model.check(x.shape, condition)
     if draws < 1:
         raise ValueError(f"draws is a positive number, got {draws}")
-    return condition
+    return checked_condition(model, x.shape, condition, x.device)

@@ -33,16 +33,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from score_sde import grid as grids
 from score_sde.adaptive import AdaptiveODE
 from score_sde.checks import whole, wholes
-from score_sde.data import generator, key
 from score_sde.evaluation.cells import Journal, fingerprint
 from score_sde.evaluation.metrics import Metric, Yardstick
 from score_sde.grid import Grid
+from score_sde.keyed import generator, key
 from score_sde.noise import BatchNoise, NoiseSource, Stream
+from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler, SampleResult
-from score_sde.score import ScoreModel
+from score_sde.score import ScoreModel, WrappedScore
+from score_sde.sde import Time, as_time
 from score_sde.targets import Target
 
 COLUMNS = ["model", "sampler", "budget", "seed", "status", "nfe", "seconds", "seconds_per_sample", "endpoint_error",
@@ -192,11 +193,10 @@ def at_budget(sampler: Sampler, model: ScoreModel, calls: int) -> Sampler:
     if not has_steps(sampler):
         raise ValueError(f"{type(sampler).__name__}'s grid has no steps to set: bind them by name, as in "
                          "partial(grid.karras, steps=18)")  # fmt: skip
-    each = model(model.start(torch.zeros(1, *model.event_shape, device=model.device)), model.sde.t_max).calls
 
     def cost(steps: int) -> float:
         try:
-            return each * planned_calls(_with_steps(sampler, steps), model)
+            return planned_calls(_with_steps(sampler, steps), model)
         except ValueError:
             if steps == 1:
                 raise
@@ -213,9 +213,22 @@ def at_budget(sampler: Sampler, model: ScoreModel, calls: int) -> Sampler:
 
 
 def planned_calls(sampler: Sampler, model: ScoreModel) -> int:
-    """Network calls a sample of one run, from its plan."""
-    times = grids.check(sampler.grid(model.sde), model.sde)
-    return sum(move.step.calls for move in sampler.plan(model.sde, times)) + (sampler.final == "denoise")
+    """Network calls a sample of one run, counted in a run without the network."""
+    return sampler.sample(_Silent(model), (1, *model.event_shape), seed=0).nfe
+
+
+class _Silent(WrappedScore):
+    """Answers D = 0 at once, and says how many calls the model's answer would take."""
+
+    def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None: ...
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        alpha, sigma = (float(part(as_time(t))) for part in (self.sde.alpha, self.sde.sigma))
+        nothing = torch.zeros_like(x)
+        return Prediction(x, nothing, alpha, sigma, calls=self.model.calls_at(float(t)), variance_weight=nothing)
+
+    def log_prob(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
+        return x.new_zeros(len(x))
 
 
 def has_steps(sampler: Any) -> bool:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from score_sde import distributed
-from score_sde.data import Batch, TensorData, generator, key
+from score_sde.data import Batch, TensorData
 from score_sde.evaluation.extractors import Extractor, extract, quantized
+from score_sde.keyed import generator, key
 
 __all__ = ["ConvClassifier"]
 

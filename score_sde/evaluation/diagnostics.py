@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from score_sde.keyed import generator
 from score_sde.score import ExactScore, ScoreModel
 from score_sde.sde import SDE, expand
 from score_sde.targets import Target
@@ -82,10 +83,10 @@ def score_error(
 ) -> ScoreError:  # fmt: skip
     """The model against the exact score of closed-form data at `levels` noise levels, on `count` fresh points each."""
     exact, times = ExactScore(target, model.sde), _levels(model.sde, levels)
-    generator = torch.Generator().manual_seed(seed)
+    source = generator(seed, "score error")
     rows = []
     for t in times.tolist():
-        x0, noise = _draw(model, target, count, generator)
+        x0, noise = _draw(model, target, count, source)
         x = model.sde.perturb(x0, t, noise)
         # In double precision also at x in single: under little noise n* is a small difference of large numbers.
         found, truth = model(x, t, **(condition or {})).noise.double(), exact(x.double(), t).noise
@@ -174,10 +175,10 @@ def calibration(
 ) -> Calibration:
     """Regresses clean data x0 (n, *event) on the denoiser's output at each level; no exact score is needed."""
     times = _levels(model.sde, levels)
-    generator = torch.Generator(x0.device).manual_seed(seed)
+    source = generator(seed, "calibration", device=x0.device)
     trace, ids, rows = ExactTrace(x0.flatten(1)), torch.arange(len(x0), device=x0.device), []
     for t in times.tolist():
-        noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
+        noise = torch.randn(x0.shape, generator=source, dtype=x0.dtype, device=x0.device)
         x = model.sde.perturb(x0, t, noise)
         denoised, pull = torch.func.vjp(lambda v, t=t: model(v, t, **(condition or {})).denoised, x)  # type: ignore[misc]
 
@@ -216,9 +217,9 @@ def consistency(
 ) -> Consistency:
     """`fokker_planck_residual` and `asymmetry` on clean data x0 (n, *event) noised to each level; needs no exact score."""
     times = _levels(model.sde, levels)
-    generator, rows = torch.Generator(x0.device).manual_seed(seed), []
+    source, rows = generator(seed, "consistency", device=x0.device), []
     for t in times.tolist():
-        x = model.sde.perturb(x0, t, torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device))
+        x = model.sde.perturb(x0, t, torch.randn(x0.shape, generator=source, dtype=x0.dtype, device=x0.device))
         residual = _mean_square(fokker_planck_residual(model, x, t, condition)).mean().sqrt()
         rows.append([residual, asymmetry(model, x, t, condition).double().mean()])
     return Consistency(times, model.sde.half_log_snr(times), *torch.tensor(rows, dtype=torch.float64).T)
@@ -254,7 +255,7 @@ def diagnose(
 
     Their derivatives cost a product a dimension: for data of few dimensions.
     """
-    x0 = target.sample((max(2, count // 4),), generator=torch.Generator().manual_seed(seed + 1)).to(model.device)
+    x0 = target.sample((max(2, count // 4),), generator=generator(seed, "diagnosis")).to(model.device)
     shared: dict[str, Any] = {"levels": levels, "seed": seed, "condition": condition}
     parts: list[Callable[[], Any]] = [
         partial(score_error, model, target, count=count, **shared),

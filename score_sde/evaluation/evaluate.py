@@ -14,13 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from score_sde import distributed
-from score_sde.data import Data, TensorData, generator
+from score_sde.data import Data, TensorData
 from score_sde.evaluation.convnet import ConvClassifier
 from score_sde.evaluation.extractors import Extractor, in_range
 from score_sde.evaluation.features import DigitClassifier, digit_report
 from score_sde.evaluation.metrics import Yardstick
 from score_sde.evaluation.neighbours import Nearest, nearest
 from score_sde.evaluation.reference import FeatureView, Reference, check_count
+from score_sde.keyed import generator
 from score_sde.score import ScoreModel
 
 View = Callable[[Tensor], pd.DataFrame]

@@ -63,6 +63,13 @@ class _Extrapolated(WrappedScore):
         guided = extrapolated(near, far, excess)
         return replace(self._rescaled(guided, near) if self.rescale else guided, calls=near.calls + far.calls)
 
+    def _calls(self, toward: ScoreModel, away: ScoreModel, t: float) -> int:
+        """Those of the models that `_between` asks at t."""
+        if self.scale == 1 or not self._inside(t):
+            return toward.calls_at(t)
+        alone = self.scale == 0 and self.rescale == 0
+        return away.calls_at(t) + (0 if alone else toward.calls_at(t))
+
     def _inside(self, t: Time) -> bool | Tensor:
         """Whether guidance acts at t; a tensor for a time per sample."""
         if self.interval is None:
@@ -122,6 +129,9 @@ class ClassifierFree(_Extrapolated):
         self.check(x.shape, condition)
         return self._between(lambda: self.model(x, t, **condition), lambda: self.model(x, t, **self._away(x)), t)
 
+    def calls_at(self, t: float) -> int:
+        return self._calls(self.model, self.model, t)
+
     def _away(self, x: Tensor) -> dict[str, Any]:
         return {name: _for_each(name, value, x) for name, value in self.negative.items()}
 
@@ -164,6 +174,9 @@ class Autoguidance(_Extrapolated):
         self.check(x.shape, condition)
         own = {name: value for name, value in condition.items() if name in self.bad_model.condition_names}
         return self._between(lambda: self.model(x, t, **condition), lambda: self.bad_model(x, t, **own), t)
+
+    def calls_at(self, t: float) -> int:
+        return self._calls(self.model, self.bad_model, t)
 
 
 class Classifier(WrappedScore):

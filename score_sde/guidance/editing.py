@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from score_sde.data import generator
 from score_sde.grid import below
 from score_sde.guidance.base import check_alike
+from score_sde.keyed import generator
 from score_sde.likelihood import slerp
 from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ScoreModel, reparameterize

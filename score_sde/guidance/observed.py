@@ -70,7 +70,7 @@ class Observed(WrappedScore):
         given = self.y if self.y is not None else condition.get("y")
         if given is None:
             raise ValueError(f"{type(self).__name__} was built without an observation: give condition={{'y': ...}}")
-        batch = len(given) if given.ndim > len(self.operator.output_shape) else 1
+        batch = len(self.operator.shaped(given))
         if batch not in (1, shape[0]):
             raise ValueError(f"{batch} observations for {shape[0]} samples: give one for all or one a sample; "
                              "with a solver that regroups the batch, as the condition y")  # fmt: skip
@@ -85,9 +85,7 @@ class Observed(WrappedScore):
         """The observation in x's dtype and device, and out of the condition."""
         self.check(x.shape, condition)
         y = condition.pop("y") if self.y is None else self.y
-        if self.y is None:
-            y = y if y.ndim > len(self.operator.output_shape) else y.unsqueeze(0)
-        return y.to(x)
+        return self.operator.shaped(y).to(x)
 
 
 class Replacement(Observed):
@@ -123,7 +121,16 @@ class Replacement(Observed):
         operator = _operator(self)
         return x + operator.pseudo_inverse(alpha * self.y.to(z) - operator(x - sigma * z))
 
-    clean_moments = ScoreModel.clean_moments  # of its own start
+    def log_terminal(self, x: Tensor, t: float | None = None) -> Tensor:
+        """The Gaussian of that start: what A sees of x has the variance sigma^2, the rest that of the model's start."""
+        if self.y is None:
+            return super().log_terminal(x, t)
+        t, size = self.sde.t_max if t is None else t, x[0].numel()
+        unit = torch.eye(size, dtype=torch.float64, device=x.device).view(size, *self.event_shape)
+        one = Replacement(self.model, self.operator, self.y[:1])
+        rows = (one.start_at(unit, t) - one.start_at(0 * unit, t)).flatten(1)  # a start is mean + z rows
+        mean = self.start_at(torch.zeros_like(x, dtype=torch.float64), t).flatten(1)
+        return torch.distributions.MultivariateNormal(mean, rows.T @ rows).log_prob(x.double().flatten(1))
 
 
 class DiffPIR(Observed):

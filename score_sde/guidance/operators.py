@@ -61,10 +61,17 @@ class Operator(ABC):
         return y + noise_std * noise.to(y.device)
 
     def observation(self, y: Tensor) -> Tensor:
+        """`shaped` y, refused with ValueError where values are not finite too."""
+        y = self.shaped(y)
+        if not torch.isfinite(y).all():
+            raise ValueError(f"an observation y has {int((~torch.isfinite(y)).sum())} values that are not finite")
+        return y
+
+    def shaped(self, y: Tensor) -> Tensor:
         """y as (batch, *output_shape), where batch is 1 for a single observation without a batch dimension.
 
         Raises:
-            ValueError: another shape, for example that of the clean x, or values that are not finite.
+            ValueError: another shape, for example that of the clean x, or integers.
         """
         if tuple(tensor("y", y).shape) == self.output_shape:
             y = y.unsqueeze(0)
@@ -73,9 +80,8 @@ class Operator(ABC):
                 self.input_shape) else ""  # fmt: skip
             raise ValueError(f"{type(self).__name__} gives observations y of shape ([batch,] "
                              f"{', '.join(map(str, self.output_shape))}), got {tuple(y.shape)}{hint}")  # fmt: skip
-        if not y.is_floating_point() or not torch.isfinite(y).all():
-            raise ValueError(f"an observation y is real and finite, got {y.dtype} with "
-                             f"{int((~torch.isfinite(y)).sum())} values that are not finite")  # fmt: skip
+        if not y.is_floating_point():
+            raise ValueError(f"an observation y is real, got {y.dtype}: give y.float()")
         return y
 
     @abstractmethod

@@ -89,6 +89,8 @@ class TwistedParticles:
         times = grids.check(self.grid(model.sde), model.sde)
         shape = (self.particles or count, *shape[1:])
         start = begin(model, shape, seed, noise, x_init, condition, dtype, times[0].item())
+        given = start.model.condition
+        _check_shared(model, given, len(start.x))
         rows = [_of_denoised(row, model.sde) for row in self.step.plan(model.sde, times[:-1], times[1:])]
         if (times.diff() > 0).any() or any(row.c <= 0 for row in rows):
             raise ValueError(f"TwistedParticles needs a falling grid and a step with noise, got {self.step!r}")
@@ -96,7 +98,7 @@ class TwistedParticles:
         clock, calls = time.perf_counter(), 0
         x, log_weights, twist = start.x, torch.zeros(len(start.x), dtype=torch.float64, device=start.x.device), None
         for i in trange(len(times), desc="particles", disable=not progress, delay=1.0, leave=False):
-            prediction, clean, push, log_twist = self._twisted(model, x, times[i].item(), dict(condition or {}))
+            prediction, clean, push, log_twist = self._twisted(model, x, times[i].item(), given)
             calls += prediction.calls
             log_weights = log_weights + log_twist - (0.0 if twist is None else twist)
             log_weights = log_weights.nan_to_num(nan=-math.inf, neginf=-math.inf)  # a lost particle has no descendants
@@ -134,6 +136,13 @@ class TwistedParticles:
         few = 1 / weights.square().sum() < self.threshold * count
         own = torch.arange(count, device=weights.device)
         return torch.where(few, _systematic(weights, noise, count), own), torch.where(few, 0, log_weights)
+
+
+def _check_shared(model: ScoreModel, condition: Mapping[str, Any], particles: int) -> None:
+    """Refuses, with ValueError, a condition that differs from particle to particle: resampling would change theirs."""
+    for name, value in condition.items():
+        if model.per_sample(name, value, particles) and not (value == value[:1]).all():
+            raise ValueError(f"TwistedParticles draws one cloud under one {name}, got several: sample each by itself")
 
 
 def _systematic(weights: Tensor, noise: Tensor, count: int) -> Tensor:

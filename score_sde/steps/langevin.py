@@ -48,8 +48,8 @@ class LangevinCorrector(_Langevin):
         norm: "expected" takes E|z|^2 = d and E|score|^2 = d / sigma^2, the score of the noise itself: eps = 2 snr^2
             sigma^2, the same for every sample; "sample" measures |z| and |score| for each sample; "batch" divides their
             means over the batch, as the published code does, which couples the samples of a batch. A step size measured
-            by sample depends on x, so that the chain's stationary law is p_t |score|^2 and not p_t, far from it in few
-            dimensions (variance 2.8 for 1 in 4, 1.09 in 64): take "expected" there.
+            by sample depends on x and z, so that the chain's stationary law is p_t^(d / (d + 2)) |score|^2 for small snr
+            and not p_t, far from it in few dimensions d (variance 2.3 for 1 in 4, 1.06 in 64): take "expected" there.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from score_sde import distributed
-from score_sde.data import Batch, Data, Draws, generator, key
+from score_sde.data import Batch, Data
+from score_sde.keyed import Draws, generator, key
 from score_sde.memory import keep_freed_memory
 from score_sde.networks.dropout import Dropout, keyed
 from score_sde.score import LearnedScore

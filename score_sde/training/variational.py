@@ -19,6 +19,7 @@ from torch import Tensor
 
 from score_sde.checks import one_of
 from score_sde.data import Batch
+from score_sde.keyed import generator
 from score_sde.prediction import Prediction
 from score_sde.score import ClosedForm, LearnedScore, ScoreModel
 from score_sde.sde import SDE, expand
@@ -172,9 +173,9 @@ class StepVariance:
         """Sets w to its optimum on data x, with one call of the model a step."""
         if len(ladder) != len(self.w):
             raise ValueError(f"this variance has {len(self.w)} steps, the ladder {len(ladder)}: make them equal")
-        generator = torch.Generator(x.device).manual_seed(seed)
+        source = generator(seed, "step variance", device=x.device)
         for i, t in enumerate(ladder.times.tolist()):
-            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            noise = torch.randn(x.shape, generator=source, dtype=x.dtype, device=x.device)
             error = (x - model(ladder.sde.perturb(x, t, noise), t).denoised).double().square().mean().item()
             small, large, b = (float(part[i]) for part in (ladder.log_small, ladder.log_large, ladder.of_data))
             best = math.log((math.exp(small) if i else 0.0) + b**2 * error)

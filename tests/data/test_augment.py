@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from score_sde.data import Augment, Draws, TensorData, generator
+from score_sde.data import Augment, TensorData
+from score_sde.keyed import Draws, generator
 
 
 def draws(count: int, rows: slice = slice(None), seed: int = 0) -> Draws:

@@ -13,7 +13,7 @@ from PIL import Image
 from test_sets import cifar_arrays, write_binary, write_idx
 
 from score_sde.build import build
-from score_sde.data import Draws, generator
+from score_sde.keyed import Draws, generator
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from score_sde import targets
+from score_sde.adaptive import AdaptiveODE
 from score_sde.data import Batch, TargetStream
 from score_sde.evaluation.bounds import continuous_bound, variational_bound
 from score_sde.networks import MLP
@@ -289,3 +290,11 @@ def test_wrong_requests_are_refused_in_one_line():
         loss(bare, VariationalObjective(), LadderTimes()(bare.sde, 4, torch.Generator()))
     with pytest.raises(ValueError, match="20 steps, the ladder 3"):
         StepVariance(20).fit(model, data(2), Ladder(VPSDE(), spaced(VPSDE(), 3)))
+
+
+def test_noise_of_the_bound_is_independent_of_the_noise_that_samples_were_made_of():
+    """By default both have seed 0: with shared noise this bound is 0.3 nats too low."""
+    model, times = ExactScore(targets.make("ring"), VESDE()), spaced(VESDE(), 12)
+    x = AdaptiveODE().sample(model, (2000, 2), seed=0, dtype=torch.float64).x
+    found = [variational_bound(model, x, times=times, seed=seed).total.mean().item() for seed in (0, 1, 2)]
+    assert abs(found[0] - (found[1] + found[2]) / 2) < 0.1

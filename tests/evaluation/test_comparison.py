@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from score_sde import DDIM, AdaptiveODE, Ancestral, ExponentialAdams, Heun, LangevinCorrector, Sampler, grid
-from score_sde.data import generator
 from score_sde.evaluation import (
     at_budget,
     by_metric,
@@ -33,7 +32,8 @@ from score_sde.evaluation import (
 )
 from score_sde.evaluation.cells import Journal, fingerprint
 from score_sde.evaluation.comparison import COLUMNS, planned_calls
-from score_sde.guidance import MMPS, Matrix
+from score_sde.guidance import MMPS, Autoguidance, Matrix
+from score_sde.keyed import generator
 from score_sde.noise import NoiseSource
 from score_sde.sampler import SampleResult
 from score_sde.score import ExactScore, ScoreModel
@@ -100,11 +100,10 @@ def assert_fits(sampler: Sampler, model: ScoreModel, budget: int) -> None:
     """Counted calls are what was planned, within the budget, and one grid step more would be beyond it."""
     fitted = at_budget(sampler, model, budget)
     nfe = fitted.sample(model, (2, *model.event_shape), seed=0).nfe
-    each = model(model.start(torch.zeros(1, *model.event_shape)), model.sde.t_max).calls
-    assert nfe == each * planned_calls(fitted, model) <= budget
+    assert nfe == planned_calls(fitted, model) <= budget
     more = Sampler(fitted.predictor, partial(fitted.grid.func, steps=fitted.grid.keywords["steps"] + 1), fitted.corrector,
                    fitted.final, fitted.corrector_first)  # fmt: skip
-    assert each * planned_calls(more, model) > budget
+    assert planned_calls(more, model) > budget
 
 
 @pytest.mark.parametrize("final", ["denoise", "none"])
@@ -123,15 +122,18 @@ def test_every_corrector_spends_its_budget(corrector: Step, first: bool) -> None
 
 
 def test_guidance_that_asks_twice_gets_half_the_steps() -> None:
-    class Twice(ExactScore):
-        def __call__(self, x: Any, t: Any, **condition: Any) -> Any:
-            prediction = super().__call__(x, t)
-            object.__setattr__(prediction, "calls", 2)
-            return prediction
-
-    twice = Twice(LINE.target, LINE.sde)
+    twice = Autoguidance(LINE, LINE, 2.0)
     assert_fits(on(DDIM()), twice, 21)
     assert at_budget(on(DDIM()), twice, 21).grid.keywords["steps"] == 9
+
+
+@pytest.mark.parametrize("interval", [(0.1, 5.0), (5.0, 1e9), (1e-9, 1e-8)])
+@pytest.mark.parametrize("step", [DDIM(), Heun()], ids=repr)
+def test_guidance_within_an_interval_counts_as_what_it_costs_there(step: Step, interval: tuple[float, float]) -> None:
+    for budget in (20, 41):
+        fitted = at_budget(on(step), Autoguidance(LINE, LINE, 2.0, interval), budget)
+        spent = fitted.sample(Autoguidance(LINE, LINE, 2.0, interval), (2, 1), seed=0).nfe
+        assert budget - 2 * step.calls < spent <= budget
 
 
 def test_steps_within_a_base_grid_are_set_too() -> None:

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from exact_models import Shrink
+from exact_models import Labelled, Shrink
 
 from score_sde import grid
 from score_sde.adaptive import AdaptiveODE
@@ -317,3 +317,14 @@ def test_solvers_with_steps_of_their_own_edit_from_the_given_time_on(solver):
 def test_translation_is_between_models_of_one_process():
     with pytest.raises(ValueError, match="translate takes two models of one process"):
         translate(AdaptiveODE(), ExactScore(gaussian(), SDE), ExactScore(gaussian(), VESDE()), torch.zeros(3, 2))
+
+
+def test_one_cloud_of_particles_has_one_condition():
+    """Resampling would hand particles on to other labels than those they have moved under."""
+    law = GaussianMixture([1.0, 1.0], [[-2.0, 0.0], [2.0, 0.0]], torch.stack([0.1 * torch.eye(2)] * 2))
+    model = Labelled(law, SDE)
+    filters = TwistedParticles(BASE, Matrix([[0.0, 1.0]]), torch.zeros(1), 1.0)
+    x = filters.sample(model, (200, 2), seed=0, condition={"label": 1}).x
+    assert (x[:, 0] > 0).all()
+    with pytest.raises(ValueError, match="one cloud under one label"):
+        filters.sample(model, (4, 2), seed=0, condition={"label": torch.tensor([0, 1, 0, 1])})

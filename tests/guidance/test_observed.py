@@ -13,7 +13,19 @@ from exact_models import Shrink
 from score_sde import grid
 from score_sde.adaptive import AdaptiveODE
 from score_sde.adaptive_sde import AdaptiveSDE
-from score_sde.guidance import DPS, MMPS, Blur, DiffPIR, Downsample, Mask, Matrix, Nonlinear, PiGDM, Replacement
+from score_sde.guidance import (
+    DPS,
+    MMPS,
+    Blur,
+    DiffPIR,
+    Downsample,
+    Mask,
+    Matrix,
+    Nonlinear,
+    PiGDM,
+    Replacement,
+    StaticThreshold,
+)
 from score_sde.guidance.observed import conjugate_residuals
 from score_sde.noise import SampleNoise
 from score_sde.ode import ProbabilityFlowODE
@@ -254,3 +266,24 @@ def test_the_linear_solver_of_mmps_is_gmres() -> None:
         assert u[3].abs().max() == 0
     again = conjugate_residuals(lambda v: 2 * v, b, 5)  # solved after one
     torch.testing.assert_close(again, b / 2, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("method", [PiGDM, MMPS, DPS, DiffPIR, Replacement], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("y", [torch.zeros(1), torch.zeros(3, 1), torch.zeros(2, dtype=torch.int64)], ids=str)
+def test_an_observation_given_as_a_condition_has_the_operators_shape(method, y):
+    model, operator, _, _ = problem()
+    guided = method(model, operator, noise_std=0.0 if method is Replacement else N)
+    with pytest.raises(ValueError, match="observation"):
+        guided(points(3), 0.3, y=y)
+
+
+def test_what_wraps_a_replacement_starts_as_it_does():
+    """The start of a replacement is not independent from element to element, and a wrapper must not think so."""
+    operator, sde = Matrix([[1.0, -1.0, 0.0, 0.5]]), VESDE(sigma_max=1.0)
+    model = Replacement(ExactScore(gaussian(), sde), operator, torch.tensor([0.7]))
+    z = points(4000)
+    for t in (0.2, 1.0):
+        torch.testing.assert_close(StaticThreshold(model, 9.0).start_at(z, t), model.start_at(z, t), rtol=0, atol=0)
+        x = model.start_at(z, t)
+        fitted = torch.distributions.MultivariateNormal(x.mean(0), x.T.cov()).log_prob(x[:5])
+        torch.testing.assert_close(model.log_terminal(x[:5], t), fitted, rtol=0, atol=0.15)

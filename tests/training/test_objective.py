@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from score_sde import sde as sdes
-from score_sde.data import Batch, TargetStream, generator
+from score_sde.data import Batch, TargetStream
+from score_sde.keyed import generator
 from score_sde.networks import MLP
 from score_sde.parameterization import Denoised, Flow, Karras, Noise, Score, Velocity
 from score_sde.score import LearnedScore
