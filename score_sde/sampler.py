@@ -121,6 +121,9 @@ class Start:
 
 def check_model(model: ScoreModel) -> None:
     """Refuses, with TypeError, what is no score model, and warns of dropout that is at work."""
+    if isinstance(getattr(model, "_orig_mod", None), ScoreModel):
+        raise TypeError("samples are drawn from a ScoreModel, got one inside torch.compile: compile its network alone, "
+                        "model.compile() or model.network.compile()")  # fmt: skip
     if not isinstance(model, ScoreModel):
         raise TypeError(f"samples are drawn from a ScoreModel, got {type(model).__name__}: wrap a network, "
                         "LearnedScore(network, sde, parameterization, event_shape)")  # fmt: skip

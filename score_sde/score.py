@@ -253,6 +253,10 @@ class LearnedScore(nn.Module, ScoreModel):
             vars(self)["_weight"] = next((p for p in value.parameters() if p.is_floating_point()), None)
         super().__setattr__(name, value)
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compiles the network, in place; what is around it looks coefficients up by time and is no work."""
+        self.network.compile(*args, **options)
+
     def forward(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(tensor("x", x).shape, condition)
         alpha, sigma, row = self._level(t)

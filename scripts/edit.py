@@ -72,6 +72,7 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
 
 def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> Edited:
     """Draws of the posterior for degraded images; the sheet shows the input, what is seen of it, and the draws."""
+    guiding.check_free(run)
     operator = operator_of(config, model.event_shape)
     given = operator.output_shape if config.degraded and not isinstance(operator, Mask) else model.event_shape
     before = inputs(config, run, given)
@@ -110,6 +111,7 @@ def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) 
     if len(labels) > 1:
         raise ValueError(f"task=class brings inputs to one label, got label={labels}")
     guiding.check_labels(labels, model)
+    guiding.check_unconditional(run, config.scale)
     before = inputs(config, run, model.event_shape)
     start = before.repeat_interleave(config.draws, 0).to(model.device)
     condition = {"label": torch.full((len(start),), labels[0], device=model.device)}
@@ -121,6 +123,7 @@ def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) 
 
 def interpolated(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> Edited:
     """From each input to the next through their latent codes, in `draws` + 1 equal parts."""
+    guiding.check_free(run)
     before = inputs(config, run, model.event_shape)
     if len(before) < 2:
         raise ValueError("task=interpolate needs two inputs or more")

@@ -40,10 +40,12 @@ def main(config: DictConfig) -> None:
     labels, data = guiding.labels_of(config.label), run.data()
     if labels and data.num_classes is None:
         print(f"{run.path} has data without labels: samples of label={config.label} are held against all of them")
+    condition = {"label": guiding.natural(labels, data, count)} if labels else {}
+    condition |= guiding.contexts(None, run, count)
     evaluation = evaluate(
         guiding.guided(config, run, model), data, samplers, num_samples=count, seed=config.seed,
         metrics=settings.metrics,
-        condition={"label": guiding.natural(labels, data, count)} if labels else None, **common.views_of(settings, run.trust),
+        condition=condition, **common.views_of(settings, run.trust),
     )  # fmt: skip
     if distributed.is_main():
         asked = {name: common.plain(node) for name, node in nodes.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from command_line import listed
 from omegaconf import DictConfig, OmegaConf
@@ -36,17 +38,52 @@ def turns(labels: list[int], count: int) -> Tensor:
     return torch.tensor(labels)[torch.arange(count) % len(labels)]
 
 
-def first_labels(data: Data, count: int) -> Tensor:
-    """Labels (count,) of the first training examples, whose order the seed of the data decides: in the data's own shares."""
-    batches = [data.batch(step, 100).condition["label"] for step in range(-(-count // 100))]
-    return torch.cat(batches)[:count]
+def needed(config: DictConfig, data: Data) -> list[str]:
+    """The conditions of the data that a run's network has not learnt to do without (`objective.label_dropout`)."""
+    if OmegaConf.select(config, "objective.label_dropout"):
+        return []
+    return [name for name in data.batch(0, 1).condition if name != "augment"]
+
+
+def check_free(run: Run) -> None:
+    """Refuses, with ValueError, a run whose network has to be told of conditions, for uses that tell it of none."""
+    if names := needed(run.config, run.data()):
+        raise ValueError(f"{run.path} has not learnt to do without its {' and '.join(names)}, and is used without here: see "
+                         "scripts/sample.py and evaluate.py, or train with objective.label_dropout=0.1")  # fmt: skip
+
+
+def first_conditions(data: Data, names: Sequence[str], count: int) -> dict[str, Tensor]:
+    """Those of the first training examples, whose order the seed of the data decides: in the data's own shares."""
+    if not names:
+        return {}
+    batches = [data.batch(step, 100).condition for step in range(-(-count // 100))]
+    return {name: torch.cat([batch[name] for batch in batches])[:count] for name in names}
+
+
+def contexts(given: Any, run: Run, count: int) -> dict[str, Tensor]:
+    """`context` (count, ...) for samples: one vector, or the rows of a .npy file in turn; else as the data have it.
+
+    Nothing where the network learnt to do without one, or the data have none.
+    """
+    if given is None:
+        data = run.data()
+        names = [name for name in needed(run.config, data) if name == "context"]
+        if names:
+            print("samples have the contexts of the first training examples: give context=<vector or .npy> for others")
+        return first_conditions(data, names, count)
+    rows = np.load(given) if isinstance(given, str) else np.asarray(listed(given))
+    if rows.dtype.kind not in "fi" or rows.ndim not in (1, 2, 3):
+        raise ValueError(f"context={given} is no vector of numbers, nor a .npy file of such rows")
+    rows = torch.as_tensor(rows, dtype=torch.float32)
+    rows = rows[None] if rows.ndim == 1 else rows
+    return {"context": rows[torch.arange(count) % len(rows)]}
 
 
 def natural(labels: list[int], data: Data, count: int) -> Tensor:
     """`count` of the labels in the shares that they have in the data, to be held against those; in turn without any."""
     if not isinstance(data, TensorData) or data.num_classes is None:
         return turns(labels, count)
-    return first_labels(data.of_classes(labels), count)
+    return first_conditions(data.of_classes(labels), ["label"], count)["label"]
 
 
 def check_labels(labels: list[int], model: LearnedScore) -> None:
@@ -58,6 +95,14 @@ def check_labels(labels: list[int], model: LearnedScore) -> None:
                              "e.g. experiment=digits_conditional, or give guidance=classifier")  # fmt: skip
         if not 0 <= label < known:
             raise ValueError(f"label={label}, but the run's network knows the classes 0 to {known - 1}")
+
+
+def check_unconditional(run: Run, scale: float, negative: Any = None) -> None:
+    """Refuses guidance away from what the network says without a label where it has not learnt to say anything."""
+    if scale != 1 and negative is None and not OmegaConf.select(run.config, "objective.label_dropout"):
+        raise ValueError(f"guidance of scale {scale:g} moves away from what the network says without a label, and it has not "
+                         "learnt to do without (objective.label_dropout=0 in its run): take scale=1, or train with "
+                         "objective.label_dropout=0.1")  # fmt: skip
 
 
 def labelled(run: Run) -> TensorData | None:
@@ -83,17 +128,20 @@ def guided(config: DictConfig, run: Run, model: LearnedScore) -> ScoreModel:
     if isinstance(node.get("negative"), int):
         node["negative"] = {"label": node["negative"]}
     method = build(node, run.trust)
-    if issubclass(method.func, Observed):
+    kind = method.func if isinstance(method.func, type) else object  # a function guides too
+    if issubclass(kind, Observed):
         raise ValueError(f"{method.func.__name__} restores observations: use scripts/edit.py for it; labels take "
                          "guidance=classifier_free, classifier or autoguidance")  # fmt: skip
-    by_label = issubclass(method.func, Classifier | ClassifierFree)
+    if issubclass(kind, ClassifierFree) and labels:
+        check_unconditional(run, float(node.get("scale", 1)), node.get("negative"))
+    by_label = issubclass(kind, Classifier | ClassifierFree)
     if by_label and not labels:
         idle = {"scale": 1, "interval": None, "rescale": 0, "negative": None}
         if others or any(node.get(name, value) != value for name, value in idle.items()):
             raise ValueError(f"{method.func.__name__} guides towards a label: give label=<number>")
         result: ScoreModel = model
     else:
-        by_classifier = issubclass(method.func, Classifier)
+        by_classifier = issubclass(kind, Classifier)
         if others and isinstance(others[0], NoisyClassifier) != by_classifier:
             wanted = "a classifier, a run of experiment=*_classifier" if by_classifier else "a score model"
             raise ValueError(f"{method.func.__name__} takes {wanted}: {config.guidance.run} is none")

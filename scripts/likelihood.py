@@ -7,6 +7,7 @@ from typing import Any
 
 import common
 import figures
+import guiding
 import pandas as pd
 import torch
 from command_line import listed
@@ -14,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from score_sde import plotting
+from score_sde import Run, plotting
 from score_sde.checks import one_of, whole
 from score_sde.data import Data
 from score_sde.evaluation import continuous_bound
@@ -33,6 +34,7 @@ def main(config: DictConfig) -> None:
     usual = ["shuffled", "inverted", "uniform"] if len(data.event_shape) == 3 else ["uniform"]
     ood = usual if config.ood is None else listed(config.ood)
     sets = examples(data, config.count, ood, torch.Generator().manual_seed(config.seed))
+    condition = conditions_of(run, data, config.count)
     bins = lattice(data)
     if not bins and (config.dequantization, config.draws) != ("uniform", 1):
         raise ValueError(f"dequantization and draws are for data that were integers, those of {run.path} are not: "
@@ -50,13 +52,15 @@ def main(config: DictConfig) -> None:
     for name, x in sets.items():
         for i, part in enumerate(tqdm(x.split(config.batch_size), desc=name, delay=2)):
             here, options["seed"] = part.to(model.device), config.seed * 1_000_003 + i
+            rows_of = slice(i * config.batch_size, i * config.batch_size + len(part))
+            options["condition"] = {key: value[rows_of].to(model.device) for key, value in condition.items()}
             row = (
                 discrete(model, here, bins, config.draws, dequantizer, options)
                 if bins
                 else real(model, here, data, options)
             )
             if config.bound:
-                row |= bound(model, here, data, config.bound, options["seed"])
+                row |= bound(model, here, data, config.bound, options["seed"], options["condition"])
             rows.append(pd.DataFrame({"set": name, **{key: value.cpu().numpy() for key, value in row.items()}}))
     table = pd.concat(rows, ignore_index=True)
     table.insert(1, "index", table.groupby("set").cumcount())
@@ -102,6 +106,15 @@ def examples(data: Data, count: int, ood: list[str], generator: torch.Generator)
     return sets
 
 
+def conditions_of(run: Run, data: Data, count: int) -> dict[str, Tensor]:
+    """The conditions of those examples, which stand for the sets made of them too, of a network that needs some."""
+    names = guiding.needed(run.config, data)
+    if names:
+        print(f"densities given each example's {' and '.join(names)}, without which this network has not learnt to do")
+    given = data.plain("test", slice(count)) if lattice(data) else data.reference(count)  # type: ignore[attr-defined]
+    return {name: given.condition[name] for name in names}
+
+
 def codes_of(data: Any, part: str, count: int) -> Tensor:
     """The first `count` examples of "train" or "test" as the integers that they were."""
     return ((data.plain(part, slice(count)).x + 1) * ((data.levels - 1) / 2)).round().long()
@@ -123,23 +136,25 @@ def discrete(
     return {"log_prob": nats, "bits_per_dim": bits_per_dim(nats, codes.shape[1:], 1.0)}
 
 
-def bound(model: Any, x: Tensor, data: Data, draws: int, seed: int) -> dict[str, Tensor]:
+def bound(
+    model: Any, x: Tensor, data: Data, draws: int, seed: int, condition: dict[str, Tensor]
+) -> dict[str, Tensor]:  # fmt: skip
     """The variational bound in continuous time, of densities, or of integers in the way that the model was trained.
 
     A model of dequantised data is asked for the density of such data, one of the bare lattice for the mass of a bin: below
     the bins' width the one has more to code, the other has nothing left to learn.
     """
-    bins = lattice(data)
+    bins, options = lattice(data), {"draws": draws, "seed": seed, "condition": condition}
     if bins is None:
-        return {"bound_log_prob": -continuous_bound(model, x, draws=draws, seed=seed).total}
+        return {"bound_log_prob": -continuous_bound(model, x, **options).total}
     width, size = bins["bin_width"], x[0].numel()
     if data.dequantize:  # type: ignore[attr-defined]
         points = dequantize(x, torch.Generator(x.device).manual_seed(seed), **bins)
-        nats = size * math.log(width) - continuous_bound(model, points, draws=draws, seed=seed).total
+        nats = size * math.log(width) - continuous_bound(model, points, **options).total
     else:
         first = bins["low"] + width / 2
         decoder = DiscretisedDecoder(width, first, -first)
-        nats = -continuous_bound(model, (first + width * x).float(), decoder=decoder, draws=draws, seed=seed).total
+        nats = -continuous_bound(model, (first + width * x).float(), decoder=decoder, **options).total
     return {"bound_log_prob": nats, "bound_bits_per_dim": bits_per_dim(nats, x.shape[1:], 1.0)}
 
 

@@ -108,6 +108,7 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     if config.task == "linear":
         raise ValueError(f"task=linear has no run; on images: {', '.join(TASKS)}")
     run, node = common.open_run(config), config.restoration
+    guiding.check_free(run)
     options["methods"] = {name: LEARNED[name] for name in options["methods"] if name in LEARNED}
     options["solvers"] = {name: OWN[name] for name in options["solvers"] if name in OWN}
     model = common.model_of(run, config)

@@ -31,7 +31,8 @@ def main(config: DictConfig) -> None:
     sampler.check(model.sde)
     labels = guiding.labels_of(config.label)
     guided = guiding.guided(config, run, model)
-    condition = {"label": guiding.turns(labels, config.num_samples)} if labels else {}
+    condition = guiding.contexts(config.context, run, config.num_samples)
+    condition |= {"label": guiding.turns(labels, config.num_samples)} if labels else {}
     guided.check((config.num_samples, *model.event_shape), condition)
     data = guiding.labelled(run) if config.agreement else None
     if config.agreement and (data is None or not labels):
@@ -45,9 +46,11 @@ def main(config: DictConfig) -> None:
     if not distributed.is_main():
         return
     suffix = "" if not labels else f"-label-{labels[0]}" if len(labels) == 1 else "-labels"
-    settings = {name: config[name] for name in ("num_samples", "threshold", "seed", "ema")}
-    settings |= {"step": config.step, "label": labels, "sampler": common.plain(node),
-                 "guidance": common.plain(config.guidance), "table": common.content_of(node.get("table"))}  # fmt: skip
+    whole = common.plain(config)
+    settings = {
+        name: whole[name] for name in ("num_samples", "context", "guidance", "threshold", "seed", "ema", "step")
+    }
+    settings |= {"label": labels, "sampler": common.plain(node), "table": common.content_of(node.get("table"))}
     folder = common.folder_of(settings, Path(config.output or run.samples / f"{name}{suffix}"))
     common.save_samples(folder, {"samples": samples})
     if samples[0].shape == (2,):

@@ -73,13 +73,13 @@ def main(config: DictConfig) -> float:
         check_counts(data, min(periodic, config.num_samples), views["features"], views["classifier_data"])
 
     @cache
-    def labels(count: int) -> dict[str, Tensor]:
-        return labels_of(config, data, count)
+    def conditions(count: int) -> dict[str, Tensor]:
+        return guiding.first_conditions(data, guiding.needed(config, data), count)
 
     def measure(model: LearnedScore, samplers: Mapping[str, Any], count: int, progress: bool) -> Evaluation:
         return evaluate(
             model, data, samplers, num_samples=count, seed=config.seed, metrics=config.evaluation.metrics,
-            condition=labels(count), progress=progress, **views,
+            condition=conditions(count), progress=progress, **views,
         )  # fmt: skip
 
     def on_evaluate(step: int, raw: LearnedScore, averaged: LearnedScore) -> dict[str, float]:
@@ -92,7 +92,8 @@ def main(config: DictConfig) -> float:
     warnings.filterwarnings("ignore", "training was interrupted")  # it is said here
     trained = trainer.fit(
         model, data, objective, time_sampler, run.path, seed=config.seed, resume=resumes, on_start=on_start,
-        on_sample=previews(run, data, preview, labels, config) if trainer.sample_every and figures.drawable(data) else None,
+        on_sample=previews(run, data, preview, conditions, config)
+        if trainer.sample_every and figures.drawable(data) else None,
         on_evaluate=on_evaluate if trainer.evaluate_every else None,
     )  # fmt: skip
     if trained.interrupted:
@@ -103,11 +104,13 @@ def main(config: DictConfig) -> float:
     if isinstance(averaged, NoisyClassifier):
         return finish_classifier(run, averaged, data, config)
     evaluation = measure(averaged, samplers, config.num_samples, config.trainer.progress)
-    return finish(run, Labelled(averaged, labels) if labels(1) else averaged, data, evaluation, samplers, config)
+    return finish(
+        run, Conditioned(averaged, conditions) if conditions(1) else averaged, data, evaluation, samplers, config
+    )
 
 
 def previews(
-    run: Run, data: Data, sampler: Sampler, labels: Callable[[int], dict[str, Tensor]], config: DictConfig
+    run: Run, data: Data, sampler: Sampler, conditions: Callable[[int], dict[str, Tensor]], config: DictConfig
 ) -> Callable[[int, LearnedScore, LearnedScore], None]:
     """What draws samples of the raw and of the averaged weights of a step into run.samples, of data that are pictures."""
 
@@ -115,7 +118,7 @@ def previews(
         count = config.num_previews
         for name, model in (("raw", raw), ("ema", averaged)):
             samples, *_ = distributed.sample(
-                sampler, model, count, seed=config.seed, batch_size=250, condition=labels(count)
+                sampler, model, count, seed=config.seed, batch_size=250, condition=conditions(count)
             )
             if not distributed.is_main():
                 continue
@@ -129,15 +132,15 @@ def previews(
     return draw
 
 
-class Labelled(WrappedScore):
-    """A model that knows nothing without labels, for figures: row i of a batch has label i of `labels(batch)`."""
+class Conditioned(WrappedScore):
+    """A model that knows nothing without conditions, for figures: row i of a batch has row i of `conditions(batch)`."""
 
-    def __init__(self, model: LearnedScore, labels: Callable[[int], dict[str, Tensor]]) -> None:
+    def __init__(self, model: LearnedScore, conditions: Callable[[int], dict[str, Tensor]]) -> None:
         super().__init__(model)
-        self.labels = labels
+        self.conditions = conditions
 
     def __call__(self, x: Tensor, t: Any, **condition: Any) -> Prediction:
-        own = {name: value.to(x.device) for name, value in self.labels(len(x)).items()}
+        own = {name: value.to(x.device) for name, value in self.conditions(len(x)).items()}
         return self.model(x, t, **{**own, **condition})
 
 
@@ -253,16 +256,6 @@ def check_references(config: DictConfig, data: Data, views: Mapping[str, Any]) -
         raise ValueError("evaluation.references hold num_samples images: leave them or evaluation.num_periodic out")
     for name, path in references.items():
         Reference.of(data, features[name], config.num_samples, path=path)
-
-
-def labels_of(config: DictConfig, data: Data, count: int) -> dict[str, Tensor]:
-    """`label` (count,) for samples: those of the first training examples, whose order the seed of the data decides.
-
-    Empty where the data have none, or the network learns to do without one (`objective.label_dropout`).
-    """
-    if data.num_classes is None or config.objective.get("label_dropout"):
-        return {}
-    return {"label": guiding.first_labels(data, count)}
 
 
 def opened(config: DictConfig) -> tuple[Run, bool]:

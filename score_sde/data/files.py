@@ -102,7 +102,9 @@ def _unpacked(path: Path, wanted: Sequence[str], moved: Sequence[str | None]) ->
 
 def _check_names(path: Path, wanted: Sequence[str], known: Sequence[str]) -> None:
     if missing := [name for name in wanted if name not in known]:
-        raise ValueError(f"{path} has no array {', '.join(missing)}, only {', '.join(known)}: set x= and labels=")
+        raise ValueError(
+            f"{path} has no array {', '.join(missing)}, only {', '.join(known)}: name its arrays x=, labels="
+        )
 
 
 def image_folder(

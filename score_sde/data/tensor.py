@@ -255,7 +255,7 @@ def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:
                          f"{tokens.dtype} of shape {tuple(tokens.shape)}")  # fmt: skip
     x = given.x.float() if given.x.is_floating_point() else given.x
     if tokens is not None:
-        tokens = (tokens.unsqueeze(1) if tokens.ndim == 2 else tokens).float()
+        tokens = tokens.float()
     return Examples(x, labels, given.fingerprint, tokens)
 
 

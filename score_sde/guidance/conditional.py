@@ -194,7 +194,8 @@ class Classifier(WrappedScore):
         scale: the power of p(label | x_t).
 
     Raises:
-        ValueError: the scale is not finite, or model and classifier differ in event shape or process.
+        ValueError: the scale is not finite, model and classifier differ in event shape or process, or a call's log_prob
+            is not one number a sample.
     """
 
     def __init__(
@@ -214,8 +215,14 @@ class Classifier(WrappedScore):
         self.check(x.shape, condition)
         asked = {name: value for name, value in condition.items() if name in self._named}
         own = {name: value for name, value in condition.items() if name in self.model.condition_names}
-        gradient = torch.func.grad(lambda v: self.log_prob(v, t, **asked).sum())(x)
+        gradient = torch.func.grad(lambda v: self._checked(self.log_prob(v, t, **asked), len(x)).sum())(x)
         return pushed(self.model(x, t, **own), self.scale * gradient)
+
+    def _checked(self, log_prob: Tensor, batch: int) -> Tensor:
+        if log_prob.shape != (batch,):
+            raise ValueError(f"Classifier's log_prob gives log p(label | x), one number a sample, shape ({batch},); got "
+                             f"{tuple(log_prob.shape)}: of log-probabilities of all classes take the label's")  # fmt: skip
+        return log_prob
 
 
 class StaticThreshold(WrappedScore):

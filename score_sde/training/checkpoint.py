@@ -11,15 +11,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 __all__ = ["Checkpoints", "write_atomically"]
+
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -54,10 +59,21 @@ class Checkpoints:
         if not (folder / f"{name}.safetensors").exists():
             held = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors")))
             raise FileNotFoundError(f"{folder} has no {name}.safetensors: choose one of {held}")
-        return load_file(folder / f"{name}.safetensors")
+        return self._read(folder / f"{name}.safetensors", load_file)
 
     def state(self, step: int | None = None) -> dict[str, Any]:
-        return torch.load(self.path(step) / "state.pt", map_location="cpu", weights_only=True)
+        return self._read(self.path(step) / "state.pt", partial(torch.load, map_location="cpu", weights_only=True))
+
+    def _read(self, file: Path, read: Callable[[Path], T]) -> T:
+        """What a file holds; ValueError where it is damaged, with the step before it that may serve instead."""
+        try:
+            return read(file)
+        except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+            before = [step for step in self.steps() if self.path(step) < file.parent]
+            instead = f", and step {before[-1]} is used" if before else ", and training starts anew"
+            raise ValueError(
+                f"{file} is damaged: remove {file.parent}{instead} ({str(error).splitlines()[0]})"
+            ) from error
 
     def save(
         self, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any] | None = None
@@ -67,16 +83,16 @@ class Checkpoints:
         Old ones are removed, and what a kill left half-written.
         """
         if step not in self.steps():
-            partial = self.folder / f".partial-{step}"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            unfinished = self.folder / f".partial-{step}"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
             for name, tensors in weights.items():
-                save_file(_plain(tensors), partial / f"{name}.safetensors")
+                save_file(_plain(tensors), unfinished / f"{name}.safetensors")
             if state is not None:
-                torch.save(dict(state), partial / "state.pt")
-            for path in (*partial.iterdir(), partial):
+                torch.save(dict(state), unfinished / "state.pt")
+            for path in (*unfinished.iterdir(), unfinished):
                 _flush(path)
-            partial.rename(self.folder / f"step-{step:09d}")
+            unfinished.rename(self.folder / f"step-{step:09d}")
             _flush(self.folder)
         self._remove(self.steps()[: -self.keep] if self.keep else [])
 

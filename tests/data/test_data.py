@@ -15,13 +15,12 @@ from score_sde.data import (
     TargetStream,
     TensorData,
     digits,
-    generator,
     image_folder,
-    key,
     load_file,
     measure_sigma_data,
     measure_sigma_max,
 )
+from score_sde.keyed import generator, key
 
 
 def numbered(count: int, **options) -> TensorData:
@@ -215,7 +214,7 @@ def test_each_example_keeps_its_context(tmp_path):
     assert without.fingerprint != load_file(tmp_path / "a.npz", context="tokens").fingerprint
     with pytest.raises(ValueError, match="and so with context"):
         load_file(tmp_path / "a.npz", context="tokens", test="held")
-    assert load_file(tmp_path / "a.npz", context="x").batch(0, 4).condition["context"].shape == (4, 1, 3)  # one token
+    assert load_file(tmp_path / "a.npz", context="x").batch(0, 4).condition["context"].shape == (4, 3)
     with pytest.raises(
         ValueError, match=r"context must be floats \(6, width\) or .*; got torch.float64 of shape \(2, 3\)"
     ):

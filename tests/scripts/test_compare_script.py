@@ -176,9 +176,11 @@ def test_samples_are_as_many_as_the_held_out_examples_allow(capsys: pytest.Captu
 
 def test_labels_of_a_run_are_said_to_be_left_out(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = LearnedScore(networks.MLP(event_shape=(2,), width=8, depth=1, num_classes=3), VPSDE(), Noise(), (2,))
-    data = SimpleNamespace(target="law")
+    data, config = SimpleNamespace(target="law"), OmegaConf.create({"objective": {"label_dropout": 0.1}})
     last = SimpleNamespace(latest=lambda: 7)
-    run = SimpleNamespace(path="runs/labelled", data=lambda: data, model=lambda **_: model, checkpoints=last)
+    run = SimpleNamespace(
+        path="runs/labelled", config=config, data=lambda: data, model=lambda **_: model, checkpoints=last
+    )
     monkeypatch.setattr(compare.common, "open_run", lambda config: run)
     compare.model_and_reference(composed("run=runs/labelled", "device=cpu"))
     assert "runs/labelled knows 3 labels: sampled without" in capsys.readouterr().out

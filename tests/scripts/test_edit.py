@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "num_classes": 10},
         "sde": {"_target_": "score_sde.sde.VPSDE"},
         "parameterization": {"_target_": "score_sde.parameterization.Karras"},
-        "event_shape": [1, 8, 8], "seed": 0,
+        "objective": {"label_dropout": 0.1}, "event_shape": [1, 8, 8], "seed": 0,
     })  # fmt: skip
     opened = Run.create(folder, config)
     trainer = Trainer(steps=2, batch_size=8, device="cpu", progress=False, checkpoint_every=1, log_every=1)

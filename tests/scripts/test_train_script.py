@@ -22,6 +22,7 @@ from score_sde.targets import make
 from score_sde.training import Checkpoints
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import guiding
 import train
 
 TINY = ["trainer.batch_size=16", "trainer.checkpoint_every=20", "trainer.log_every=10", "num_samples=40",
@@ -168,11 +169,12 @@ def test_a_model_that_is_trained_with_labels_alone_is_never_asked_without_one(tm
 def test_labels_of_samples_have_the_frequencies_of_the_data() -> None:
     data = TensorData(torch.zeros(1000, 2), (torch.arange(1000) % 4 == 0).long(), seed=1)
     plain, dropping = (OmegaConf.create({"objective": {"label_dropout": p}}) for p in (0.0, 0.1))
-    labels = train.labels_of(plain, data, 1000)["label"]
+    assert guiding.needed(plain, data) == ["label"]
+    labels = guiding.first_conditions(data, ["label"], 1000)["label"]
     assert labels.sum() == 250
-    assert torch.equal(train.labels_of(plain, data, 130)["label"], labels[:130])
-    assert train.labels_of(dropping, data, 10) == {}
-    assert train.labels_of(plain, TargetStream(make("ring")), 10) == {}
+    assert torch.equal(guiding.first_conditions(data, ["label"], 130)["label"], labels[:130])
+    assert guiding.needed(dropping, data) == []
+    assert guiding.needed(plain, TargetStream(make("ring"))) == []
 
 
 REFUSED = {

@@ -1,0 +1,107 @@
+"""Scripts on runs whose networks have not learnt to do without their conditions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typed import script
+
+from score_sde import Run
+from score_sde.likelihood import log_likelihood
+
+SHORT = ["trainer.steps=300", "trainer.batch_size=256", "trainer.log_every=100", "trainer.progress=false", "figures=false",
+         "evaluation.samplers=[ddim]", "evaluation.metrics=[sliced_w2]", "num_samples=400", "network.width=32",
+         "network.depth=1", "data=file", "data.held_out=0.5", "trainer.learning_rate=5e-3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four narrow Gaussians at distance 4 from the origin, the place of each its label and its context."""
+    g = np.random.default_rng(0)
+    labels = g.integers(0, 4, 2000)
+    places = 4 * np.stack([np.cos(np.pi * labels / 2), np.sin(np.pi * labels / 2)], 1)
+    file = tmp_path_factory.mktemp("data") / "four.npz"
+    np.savez(file, x=(places + 0.3 * g.normal(size=places.shape)).astype(np.float32), y=labels,
+             c=(places / 4).astype(np.float32))  # fmt: skip
+    return file
+
+
+def trained(data: Path, *own: str) -> Path:
+    run = data.parent / own[0].replace("=", "-")
+    script("train", f"hydra.run.dir={run}", f"data.path={data}", *own, *SHORT, cwd=data.parent)
+    return run
+
+
+@pytest.fixture(scope="module")
+def by_context(data: Path) -> Path:
+    return trained(data, "data.context=c", "network.context_width=2")
+
+
+@pytest.fixture(scope="module")
+def by_label(data: Path) -> Path:
+    return trained(data, "data.labels=y", "network.num_classes=4")
+
+
+def test_a_model_of_contexts_is_measured_and_sampled_under_those_of_its_data(by_context: Path) -> None:
+    """Without one, samples lie between the modes: ten times the noise floor and more."""
+    own = json.loads((by_context / "result.json").read_text())["metric"]
+    script("evaluate", f"run={by_context}", "sampler=ddim", "figures=false", cwd=by_context)
+    again = json.loads((by_context / "evaluation/evaluation.json").read_text())
+    ratio = pd.read_csv(by_context / "evaluation/evaluation.csv")["ratio"].item()
+    assert own < 5 > ratio, again
+    said = script("sample", f"run={by_context}", "sampler=ddim", "num_samples=100", cwd=by_context)
+    assert "contexts of the first training examples" in said
+    script(
+        "sample",
+        f"run={by_context}",
+        "sampler=ddim",
+        "num_samples=100",
+        "context=[0,-1]",
+        "output=down",
+        cwd=by_context,
+    )
+    x = np.load(by_context / "down/samples.npy")
+    assert np.abs(x.mean(0) - [0, -4]).max() < 0.5
+    np.save(by_context / "two.npy", np.array([[1.0, 0.0], [-1.0, 0.0]]))
+    asked = ["sampler=ddim", "num_samples=100", f"context={by_context / 'two.npy'}", "output=both"]
+    script("sample", f"run={by_context}", *asked, cwd=by_context)
+    x = np.load(by_context / "both/samples.npy")
+    assert np.abs(x[::2].mean(0) - [4, 0]).max() < 0.5 > np.abs(x[1::2].mean(0) - [-4, 0]).max()
+
+
+@pytest.mark.parametrize("name", ["by_context", "by_label"])
+def test_densities_are_given_each_example_s_conditions(name: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    said = script("likelihood", f"run={folder}", "count=20", cwd=folder)
+    assert "densities given each example's" in said
+    run = Run.open(folder)
+    held = run.data().reference(20)
+    wanted = log_likelihood(run.model(), held.x, condition=held.condition, rtol=1e-4, atol=1e-4).log_prob
+    table = pd.read_csv(folder / "likelihood.csv")
+    found = torch.tensor(table.loc[table["set"] == "held out", "log_prob"].to_numpy())
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_what_only_an_unconditional_score_can_do_is_refused(by_label: Path) -> None:
+    asked = ["sampler=ddim", "num_samples=10", "label=2"]
+    script("sample", f"run={by_label}", *asked, cwd=by_label)
+    refused = script("sample", f"run={by_label}", *asked, "guidance.scale=3", cwd=by_label, code=1)
+    assert "has not learnt to do without" in refused
+    refused = script("compare", f"run={by_label}", cwd=by_label, code=1)
+    assert "has not learnt to do without its label" in refused
+
+
+def test_a_damaged_checkpoint_is_named_with_what_is_left(by_label: Path) -> None:
+    checkpoints = Run.open(by_label).checkpoints
+    file = checkpoints.path() / "ema.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    refused = script("sample", f"run={by_label}", "label=2", cwd=by_label, code=1)
+    file.write_bytes(whole)
+    assert "ema.safetensors is damaged: remove" in refused
+    assert "Traceback" not in refused
