@@ -1,5 +1,7 @@
 """Score-based generative modelling through stochastic differential equations."""
 
+import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from score_sde.adaptive import AdaptiveODE
@@ -97,14 +99,20 @@ __all__ = [
 ]
 
 
+_LATER = {"Run": "score_sde.run", "load": "score_sde.export"}
+_ROOMS = ("convert", "data", "evaluation", "guidance", "networks", "plotting", "training", "tuning")
+
+
 def __getattr__(name: str) -> Any:
-    """`Run` and `load` are imported when they are first asked for: they bring the training rooms with them."""
-    if name == "Run":
-        from score_sde.run import Run
-
-        return Run
-    if name == "load":
-        from score_sde.export import load
-
-        return load
+    """What brings much with it is imported when it is first asked for: `Run`, `load`, and the rooms as `score_sde.<room>`."""
+    if name == "__version__":
+        return importlib.metadata.version("score_sde")
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"score_sde.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_ROOMS, "__version__"])

@@ -8,6 +8,7 @@ device. Where a grid goes up (towards noise) the move is a draw of the exact for
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ from score_sde.sde import SDE, as_time
 from score_sde.steps.linear import Carry, LinearRow, Renoise
 from score_sde.steps.step import Draw, History, Step
 from score_sde.steps.tabulated import Table, Tabulated
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, repr=False)
@@ -200,6 +203,17 @@ def _shown(part: Any) -> str:
     return getattr(part, "__name__", None) or repr(part)
 
 
+def _grad_if_asked(sample: F) -> F:
+    """Turns autograd on where the argument `gradient` is true, and off elsewhere."""
+
+    @functools.wraps(sample)
+    def switched(*arguments: Any, **options: Any) -> Any:
+        with torch.set_grad_enabled(bool(options.get("gradient"))):
+            return sample(*arguments, **options)
+
+    return switched  # type: ignore[return-value]
+
+
 class Sampler:
     """A predictor, a corrector or both on a time grid.
 
@@ -258,11 +272,11 @@ class Sampler:
         step = Tabulated(table)
         return cls(step, step.grid, final="denoise" if step.levels[-1] > 0 else "none")
 
-    @torch.no_grad()
+    @_grad_if_asked
     def sample(
         self, model: ScoreModel, shape: Sequence[int], *, seed: int | None = None, noise: NoiseSource | None = None,
         x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
-        progress: bool = False, dtype: torch.dtype | None = None,
+        progress: bool = False, dtype: torch.dtype | None = None, gradient: bool = False,
     ) -> SampleResult:  # fmt: skip
         """Draws samples.
 
@@ -277,10 +291,13 @@ class Sampler:
             trajectory: keep the state at every grid time.
             progress: show a bar.
             dtype: of the state; x_init's, or the model's own.
+            gradient: let derivatives flow through the run, to x_init, conditions and weights; it then keeps every state.
 
         Raises:
             ValueError, TypeError: see `begin` and `grid.check`; nothing has been computed then.
         """
+        if gradient and self.cuda_graph:
+            raise ValueError("gradient=True needs the moves one by one: build the sampler with cuda_graph=False")
         check_model(model)
         times = grids.check(self.grid(model.sde), model.sde)
         start = begin(model, shape, seed, noise, x_init, condition, dtype, times[0].item())

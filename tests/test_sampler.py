@@ -8,11 +8,13 @@ import subprocess
 import sys
 import warnings
 
+import conftest
 import pytest
 import torch
 from closed_forms import F64, affine_run, gaussian, mixture, moments, propagate
 
 from score_sde import grid
+from score_sde.networks import MLP
 from score_sde.noise import BatchNoise, SampleNoise
 from score_sde.parallel import ParallelSampler
 from score_sde.parameterization import Karras
@@ -487,3 +489,39 @@ def test_samples_that_are_lost_are_warned_of():
         ParallelSampler(DDIM(), FIVE).sample(model, x.shape, x_init=x)
     with warnings.catch_warnings(action="error"):
         Sampler(DDIM(), FIVE).sample(model, x.shape, seed=0)
+
+
+def through(step: Step) -> Sampler:
+    if step.role == "predictor":
+        return Sampler(step, functools.partial(grid.log_snr, steps=4))
+    return Sampler(Ancestral(), functools.partial(grid.log_snr, steps=3), corrector=step)
+
+
+@pytest.mark.parametrize("name", conftest.STEPS)
+def test_derivatives_flow_through_every_step(name):
+    """Against central differences in one number of one start; the noise is the same."""
+    exact, options = model(), {"noise": SampleNoise(range(3)), "shape": (3, 2)}
+    try:
+        through(conftest.STEPS[name]).check(exact.sde)
+    except ValueError:
+        pytest.skip("a step of ladders")
+    start = torch.randn(3, 2, generator=torch.Generator().manual_seed(2), dtype=F64)
+    x, h = start.clone().requires_grad_(), torch.tensor([[0.0, 0.0], [1e-5, 0.0], [0.0, 0.0]], dtype=F64)
+    made = through(conftest.STEPS[name]).sample(exact, x_init=x, gradient=True, **options).x
+    (found,) = torch.autograd.grad(made.sum(), x)
+    ends = [through(conftest.STEPS[name]).sample(exact, x_init=start + sign * h, **options).x for sign in (1, -1)]
+    wanted = (ends[0] - ends[1]).sum() / 2e-5
+    torch.testing.assert_close(found[1, 0], wanted, rtol=1e-5, atol=1e-6)
+    assert not through(conftest.STEPS[name]).sample(exact, x_init=x, **options).x.requires_grad
+
+
+def test_weights_get_their_gradient_and_cuda_graphs_have_none():
+    learned = LearnedScore(MLP((2,), width=8, depth=1), VPSDE(), Karras(), (2,))
+    learned.network.requires_grad_()
+    x = Sampler(Heun(), FIVE).sample(learned, (4, 2), seed=0, gradient=True).x
+    x.square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in learned.parameters())
+    graphed = Sampler(Heun(), FIVE)
+    graphed.cuda_graph = True  # which cannot be asked for without a GPU
+    with pytest.raises(ValueError, match="cuda_graph=False"):
+        graphed.sample(learned, (4, 2), gradient=True)

@@ -6,7 +6,14 @@ posterior over the posterior's spread, on isotropic / correlated Gaussian data i
 noise, after 500 ancestral steps. The posterior's own score has 0.01 / 0.01 there, the solver's; the prior 0.98 / 0.69.
 """
 
-from score_sde.guidance.conditional import Autoguidance, Classifier, ClassifierFree, DynamicThreshold, StaticThreshold
+from score_sde.guidance.conditional import (
+    Autoguidance,
+    Classifier,
+    ClassifierFree,
+    Conditioned,
+    DynamicThreshold,
+    StaticThreshold,
+)
 from score_sde.guidance.editing import interpolate, sdedit, translate
 from score_sde.guidance.observed import DPS, MMPS, DiffPIR, Observed, PiGDM, Replacement
 from score_sde.guidance.operators import (
@@ -34,6 +41,7 @@ __all__ = [
     "Blur",
     "Classifier",
     "ClassifierFree",
+    "Conditioned",
     "DiffPIR",
     "Downsample",
     "DynamicThreshold",

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from score_sde.checks import number
 from score_sde.classifier import NoisyClassifier
+from score_sde.copies import Copies
 from score_sde.guidance.base import check_alike, denoised, extrapolated, pushed
 from score_sde.prediction import Prediction
-from score_sde.score import ScoreModel, WrappedScore
+from score_sde.score import ScoreModel, WrappedScore, checked_condition
 from score_sde.sde import Time, expand
 
 
@@ -223,6 +224,34 @@ class Classifier(WrappedScore):
             raise ValueError(f"Classifier's log_prob gives log p(label | x), one number a sample, shape ({batch},); got "
                              f"{tuple(log_prob.shape)}: of log-probabilities of all classes take the label's")  # fmt: skip
         return log_prob
+
+
+class Conditioned(WrappedScore):
+    """A model under one condition for all samples, which then needs none: for what takes no condition of its own.
+
+    Args:
+        model: takes the conditions by name.
+        condition: by name, one for all samples: a label, or a tensor without a batch dimension.
+
+    Raises:
+        TypeError: a condition's name is unknown to the model.
+    """
+
+    def __init__(self, model: ScoreModel, **condition: Any) -> None:
+        super().__init__(model)
+        given = {name: torch.as_tensor(value) for name, value in condition.items()}
+        checked_condition(
+            model, (1, *self.event_shape), {name: value[None] for name, value in given.items()}, model.device
+        )
+        self.condition_names, self._copies = model.condition_names - given.keys(), Copies(**given)
+
+    def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None:
+        ScoreModel.check(self, shape, condition)
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        self.check(x.shape, condition)
+        own = {name: value.expand(len(x), *value.shape) for name, value in self._copies.like(x).items()}
+        return self.model(x, t, **own, **condition)
 
 
 class StaticThreshold(WrappedScore):

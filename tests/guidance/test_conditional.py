@@ -10,7 +10,14 @@ from exact_models import Labelled, Shrink
 
 from score_sde import grid
 from score_sde.adaptive import AdaptiveODE
-from score_sde.guidance import Autoguidance, Classifier, ClassifierFree, DynamicThreshold, StaticThreshold
+from score_sde.guidance import (
+    Autoguidance,
+    Classifier,
+    ClassifierFree,
+    Conditioned,
+    DynamicThreshold,
+    StaticThreshold,
+)
 from score_sde.networks import MLP
 from score_sde.ode import ProbabilityFlowODE
 from score_sde.parameterization import Noise
@@ -235,3 +242,33 @@ def test_the_last_denoising_counts_the_calls_that_it_makes():
         for final in ("none", "denoise")
     )
     assert denoised.nfe == plain.nfe + 2
+
+
+def test_a_model_under_one_condition_needs_none():
+    model, x = Labelled(RING, SDE), points()
+    for t in (0.3, torch.full((4,), 0.3)):
+        bound, asked = Conditioned(model, label=2)(x, t).denoised, model(x, t, label=torch.full((4,), 2)).denoised
+        torch.testing.assert_close(bound, asked, rtol=0, atol=0)
+    network = MLP((2,), width=8, depth=1, num_classes=3, context_width=2)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+    learned = LearnedScore(network, SDE, Noise(), (2,))
+    both = Conditioned(Conditioned(learned, label=1), context=torch.tensor([1.0, -1.0]))
+    asked = {"label": 1, "context": [1.0, -1.0]}
+    samples = [AdaptiveODE().sample(model, (5, 2), seed=0, condition=condition).x
+               for model, condition in ((both, None), (learned, asked))]  # fmt: skip
+    torch.testing.assert_close(*samples, rtol=0, atol=0)
+    assert not torch.allclose(
+        AdaptiveODE().sample(learned, (5, 2), seed=0, condition=asked | {"label": 2}).x, samples[0]
+    )
+    with pytest.raises(ValueError, match="label=7, but this model knows the classes 0 to 2"):
+        Conditioned(learned, label=7)
+    with pytest.raises(TypeError, match="unknown condition 'label'"):
+        both(x, 0.3, label=LABEL)
+
+
+def test_a_classifier_gives_one_number_a_sample():
+    """Summed over all classes, log-probabilities would guide to none of them, without a word."""
+    wrong = Classifier(Labelled(RING, SDE), lambda x, t: torch.stack([x[:, 0], x[:, 1]], 1).log_softmax(1))
+    with pytest.raises(ValueError, match=r"one number a sample, shape \(4,\); got \(4, 2\)"):
+        wrong(points(), 0.3)

@@ -66,7 +66,7 @@ def build(cls: type, rows: slice) -> Any:
     """An instance for the samples in `rows`, its arguments chosen by their names."""
     known = {"model": Elementwise(), "bad_model": Elementwise(0.5), "operator": OPERATOR, "y": Y[rows], "scale": 2.0,
              "log_prob": log_prob, "noise_std": 0.3}  # fmt: skip
-    wanted = inspect.signature(cls).parameters.values()
+    wanted = [p for p in inspect.signature(cls).parameters.values() if p.kind is not p.VAR_KEYWORD]
     missing = [p.name for p in wanted if p.default is p.empty and p.name not in known]
     assert not missing, f"{cls.__name__} needs {missing}: say in `known` what to build it with"
     arguments = {p.name: known[p.name] for p in wanted if p.name in known}
