@@ -182,19 +182,27 @@ def one_line(error: BaseException) -> str:
 
 
 def named(group: str, name: str) -> DictConfig:
-    """The config of file `name` in a config group, e.g. named("sampler", "heun").
+    """The config of file `name` in a config group, e.g. named("sampler", "heun"); the job's own --config-dir is searched too.
 
     Raises ValueError with the known names where there is none.
     """
-    known = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    own = own_folders()
+    known = sorted({file.stem for folder in (str(CONF), *own) for file in Path(folder, group).glob("*.yaml")})
     if name not in known:
         raise ValueError(unknown(group, name, known))
     with _separate_hydra():
-        config = hydra.compose(f"{group}/{name}")
+        path = ",".join(f"file://{folder}" for folder in own)
+        config = hydra.compose(overrides=[f"hydra.searchpath=[{path}]", f"+{group}={name}"])
     for part in group.split("/"):
         config = config[part]
     OmegaConf.set_struct(config, False)  # open to the names that a user adds
     return config
+
+
+def own_folders() -> list[str]:
+    """The folders of configs beside conf/ that the job was given, by --config-dir or hydra.searchpath."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    return [source.path for source in sources if source.schema == "file" and Path(source.path) != CONF]
 
 
 @contextmanager

@@ -228,3 +228,16 @@ def test_a_classifier_is_trained_by_its_recipe_which_names_no_samplers(tmp_path:
     short = ["trainer.steps=4", "trainer.progress=false", "num_samples=20", f"hydra.run.dir={tmp_path / 'run'}"]
     script("train", "experiment=digits_classifier", *short, cwd=tmp_path)
     assert json.loads((tmp_path / "run/result.json").read_text())["metric_meaning"].startswith("cross-entropy")
+
+
+def test_configs_in_a_folder_of_ones_own_go_by_name_too(tmp_path: Path) -> None:
+    (tmp_path / "own/sampler").mkdir(parents=True)
+    (tmp_path / "own/sampler/mine.yaml").write_text(
+        "defaults: [base/fixed_grid@_here_, predictor: unipc, grid: karras, _self_]\ngrid: {steps: 4}\n"
+    )
+    asked = [*TINY, "trainer.steps=20", "hydra.run.dir=run"]
+    script("train", "--config-dir", "own", *asked, "evaluation.samplers=[mine,ddim]", cwd=tmp_path)
+    assert set(os.listdir(tmp_path / "run/samples")) >= {"mine.npy", "ddim.npy"}
+    script("evaluate", "--config-dir", "own", "run=run", "samplers=[mine]", "figures=false", cwd=tmp_path)
+    error = script("evaluate", "run=run", "samplers=[mine]", cwd=tmp_path, code=1)
+    assert "unknown sampler 'mine'" in error
