@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde.adaptive import AdaptiveResult, PerSample, chosen_times
 from score_sde.embedded import power, rms
 from score_sde.noise import NoiseSource
+from score_sde.progress import tqdm
 from score_sde.sampler import ErrorControlled, begin
 from score_sde.score import ScoreModel
 from score_sde.sde import expand

@@ -8,7 +8,7 @@ from typing import Any, SupportsFloat
 
 from torch import Tensor
 
-__all__ = ["number", "one_of", "tensor", "whole", "wholes"]
+__all__ = ["number", "one_of", "real", "tensor", "whole", "wholes"]
 
 
 def one_of(name: str, value: str, known: Iterable[str]) -> str:
@@ -48,6 +48,14 @@ def tensor(name: str, value: Any) -> Tensor:
     """The value, where it is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a tensor, got {type(value).__name__}: torch.as_tensor makes one")
+    return value
+
+
+def real(name: str, value: Any) -> Tensor:
+    """The value, where it is a tensor of floats."""
+    if not tensor(name, value).is_floating_point():
+        raise TypeError(f"{name} is {value.dtype}: give floats in the units of the model, as a data set's reference, examples "
+                        "and plain do")  # fmt: skip
     return value
 
 

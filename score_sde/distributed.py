@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde.checks import one_of
 from score_sde.noise import SampleNoise
+from score_sde.progress import tqdm
 from score_sde.score import ScoreModel
 
 __all__ = ["agree", "count", "device", "gather", "greatest", "is_main", "mean", "rank", "sample", "share", "start"]

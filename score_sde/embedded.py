@@ -14,9 +14,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde.copies import Copies
+from score_sde.progress import tqdm
 from score_sde.sde import expand
 
 Level = tuple[Tensor, ...]

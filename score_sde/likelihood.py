@@ -23,7 +23,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from score_sde.adaptive import PerSample, whole_lanes
 from score_sde.brief import Brief
@@ -33,6 +32,7 @@ from score_sde.keyed import generator, key
 from score_sde.memory import keep_freed_memory
 from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS as SCIPY
+from score_sde.progress import tqdm
 from score_sde.score import ScoreModel, checked_condition
 from score_sde.sde import expand
 from score_sde.trace import ExactTrace, Hutchinson, HutchPlusPlus, Trace

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde.checks import one_of
 from score_sde.noise import NoiseSource
+from score_sde.progress import tqdm
 from score_sde.sampler import CountedModel, ErrorControlled, SampleResult, begin
 from score_sde.score import ScoreModel
 

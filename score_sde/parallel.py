@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde import grid as grids
 from score_sde.adaptive import PerSample
@@ -25,6 +24,7 @@ from score_sde.checks import one_of, whole
 from score_sde.embedded import rms
 from score_sde.grid import Grid
 from score_sde.noise import NoiseSource
+from score_sde.progress import tqdm
 from score_sde.sampler import FINALS, SampleResult, Start, begin, warn_of_lost
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, expand

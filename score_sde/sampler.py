@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from score_sde import grid as grids
 from score_sde.brief import Brief
@@ -30,6 +29,7 @@ from score_sde.grid import Grid
 from score_sde.memory import keep_freed_memory
 from score_sde.noise import BatchNoise, NoiseSource, Stream
 from score_sde.prediction import Prediction
+from score_sde.progress import tqdm
 from score_sde.score import ScoreModel, checked_condition
 from score_sde.sde import SDE, as_time
 from score_sde.steps.linear import Carry, LinearRow, Renoise

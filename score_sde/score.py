@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from score_sde.checks import one_of, tensor
+from score_sde.checks import one_of, real
 from score_sde.parameterization import Parameterization, Row
 from score_sde.prediction import Coefficient, Prediction
 from score_sde.sde import SDE, Time, as_time, expand
@@ -258,14 +258,14 @@ class LearnedScore(nn.Module, ScoreModel):
         self.network.compile(*args, **options)
 
     def forward(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
-        self.check(tensor("x", x).shape, condition)
+        self.check(real("x", x).shape, condition)
         alpha, sigma, row = self._level(t)
         raw, weight = self._network(x, row, condition)
         return Prediction(x, raw, alpha, sigma, row.c_skip, row.c_out, variance_weight=weight)
 
     def raw(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
         """The network's output F(c_in x, c_noise), what the training objective compares with its target."""
-        self.check(tensor("x", x).shape, condition)
+        self.check(real("x", x).shape, condition)
         return self._network(x, self._level(t)[2], condition)[0]
 
     def prepare(self, times: Iterable[float]) -> None:
@@ -335,7 +335,7 @@ class ExactScore(ScoreModel):
         self.data_std = float(target.std) or 1.0
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
-        self.check(tensor("x", x).shape, condition)
+        self.check(real("x", x).shape, condition)
         alpha: Coefficient
         sigma: Coefficient
         if is_batched(t):

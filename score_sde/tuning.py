@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde import grid as grids
 from score_sde.adaptive import AdaptiveODE
 from score_sde.checks import number, one_of, whole
 from score_sde.keyed import generator
 from score_sde.prediction import Prediction
+from score_sde.progress import tqdm
 from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, VPSDE, RectifiedFlow, Time, as_time, derivative

@@ -24,13 +24,13 @@ import torch
 from command_line import idle, listed, typed
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from score_sde import ExactScore, ScoreModel, plotting
 from score_sde.build import build
 from score_sde.data import TargetStream
 from score_sde.evaluation import compare, judge, known_metrics, load_samples, ranking, winners
 from score_sde.evaluation.comparison import metrics_of
+from score_sde.progress import tqdm
 from score_sde.training import write_atomically
 
 DEFAULT_METRICS = ("energy", "sliced_w2", "mode_weights", "mode_spread")

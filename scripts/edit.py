@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,27 @@ import figures
 import guiding
 import numpy as np
 import torch
-from command_line import idle, typed
+from command_line import idle, listed, typed
 from omegaconf import DictConfig
 from torch import Tensor
 
 from score_sde import LearnedScore, ProbabilityFlowODE, SampleNoise, ScoreModel
 from score_sde.build import build
 from score_sde.checks import one_of, whole
-from score_sde.data import load_images
+from score_sde.data import load_images, measure_data_std
 from score_sde.data.files import SUFFIXES
 from score_sde.evaluation.restoration import psnr
-from score_sde.guidance import TASKS, ClassifierFree, LinearOperator, Mask, Observed, interpolate, sdedit, task_operator
+from score_sde.guidance import (
+    TASKS,
+    ClassifierFree,
+    LinearOperator,
+    Mask,
+    Observed,
+    PiGDM,
+    interpolate,
+    sdedit,
+    task_operator,
+)
 from score_sde.run import Run
 
 OPTIONS = {
@@ -85,6 +96,8 @@ def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> E
     if not issubclass(method.func, Observed):
         raise ValueError(f"{method.func.__name__} restores nothing: task={config.task} takes guidance=mmps, pigdm, dps, "
                          "diffpir or replacement")  # fmt: skip
+    if method.func is PiGDM and config.guidance.data_std is None:
+        method = partial(method, data_std=measure_data_std(run.data()))
     guided = method(model, operator, y.repeat_interleave(config.draws, 0).to(model.device), config.noise_std)
     count = len(y) * config.draws
     noise = SampleNoise.of_run(config.seed, range(count))
@@ -163,9 +176,11 @@ def inputs(config: DictConfig, run: Run, shape: tuple[int, ...]) -> Tensor:
         if config.degraded:
             raise ValueError("degraded=true says that the input is an observation: give input=<image, folder or .npy>")
         return run.data().reference(config.count).x
+    paths = listed(config.input)
     if config.degraded and config.task != "inpaint":
-        check_observed(Path(config.input), config.task, shape)
-    return torch.from_numpy(load_images(config.input, shape))[: config.count]
+        for path in paths:
+            check_observed(Path(path), config.task, shape)
+    return torch.cat([torch.from_numpy(load_images(path, shape)) for path in paths])[: config.count]
 
 
 def check_observed(path: Path, task: str, shape: tuple[int, ...]) -> None:

@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde import ExactScore, ProbabilityFlowODE, Sampler, ScoreModel, grid, plotting
 from score_sde.data import Data
 from score_sde.evaluation import Diagnosis, Evaluation, starts
+from score_sde.progress import tqdm
 from score_sde.run import Run
 from score_sde.steps import EulerMaruyama
 from score_sde.targets import Target

@@ -13,13 +13,13 @@ import torch
 from command_line import listed
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde import Run, plotting
 from score_sde.checks import one_of, whole
 from score_sde.data import Data
 from score_sde.evaluation import continuous_bound
 from score_sde.likelihood import GaussianDequantizer, bits_per_dim, dequantize, discrete_log_likelihood, log_likelihood
+from score_sde.progress import tqdm
 from score_sde.training import DiscretisedDecoder, write_atomically
 
 

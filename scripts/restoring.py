@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from score_sde import SDE, Run, plotting
+from score_sde.data import measure_data_std
 from score_sde.evaluation import DigitClassifier
 from score_sde.evaluation.posterior import (
     METHODS,
@@ -115,7 +116,7 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     operator = task_operator(config.task, model.event_shape, **node.operator)
     truth = run.data().reference(node.count).x
     observed = operator.observe(truth, node.noise_std, generator=generator(config.seed, "observed"))
-    case = Restoration(model, truth, operator, node.noise_std, observed, node.draws)
+    case = Restoration(model, truth, operator, node.noise_std, observed, node.draws, measure_data_std(run.data()))
     alike = operator.output_shape == operator.input_shape
     known = {"truth": truth[:8], "seen": (observed if alike else operator.pseudo_inverse(observed))[:8]}
     shown: dict[str, dict[str, Tensor]] = {}

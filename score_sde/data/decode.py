@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from score_sde.data.cache import stored
 from score_sde.data.tensor import Examples
+from score_sde.progress import tqdm
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from score_sde.data.augment import Augment
 from score_sde.data.cache import content, stored
 from score_sde.data.tensor import Examples, TensorData
+from score_sde.progress import tqdm
 
 __all__ = ["cifar10", "fashion_mnist", "mnist"]
 

@@ -26,7 +26,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde import grid as grids
 from score_sde import targets
@@ -38,6 +37,7 @@ from score_sde.noise import BatchNoise, NoiseSource, SampleNoise
 from score_sde.ode import ProbabilityFlowODE
 from score_sde.parameterization import Noise
 from score_sde.prediction import Prediction
+from score_sde.progress import tqdm
 from score_sde.sampler import Sampler
 from score_sde.score import ExactScore, LearnedScore, ScoreModel, WrappedScore
 from score_sde.sde import SDE, VPSDE, Time

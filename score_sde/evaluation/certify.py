@@ -25,12 +25,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde import grid as grids
 from score_sde.checks import wholes
 from score_sde.noise import SampleNoise
 from score_sde.prediction import Prediction
+from score_sde.progress import tqdm
 from score_sde.sampler import Sampler
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, VPSDE, Time, as_time

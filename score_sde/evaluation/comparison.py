@@ -31,7 +31,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde.adaptive import AdaptiveODE
 from score_sde.checks import whole, wholes
@@ -41,6 +40,7 @@ from score_sde.grid import Grid
 from score_sde.keyed import generator, key
 from score_sde.noise import BatchNoise, NoiseSource, Stream
 from score_sde.prediction import Prediction
+from score_sde.progress import tqdm
 from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ScoreModel, WrappedScore
 from score_sde.sde import Time, as_time

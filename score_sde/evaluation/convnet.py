@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from score_sde import distributed
 from score_sde.data import Batch, TensorData
 from score_sde.evaluation.extractors import Extractor, extract, quantized
 from score_sde.keyed import generator, key
+from score_sde.progress import tqdm
 
 __all__ = ["ConvClassifier"]
 

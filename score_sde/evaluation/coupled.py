@@ -18,11 +18,11 @@ from functools import partial
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde.checks import whole, wholes
 from score_sde.evaluation.metrics import Yardstick, frechet_distance, mode_spread, sliced_w2
 from score_sde.keyed import generator
+from score_sde.progress import tqdm
 from score_sde.score import ScoreModel
 from score_sde.targets import GaussianMixture, Target
 from score_sde.tuning import CONVERGED, Samples, TunedSampler, TunedTable, begun_late, untuned

@@ -19,9 +19,9 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde.keyed import generator
+from score_sde.progress import tqdm
 from score_sde.score import ExactScore, ScoreModel
 from score_sde.sde import SDE, expand
 from score_sde.targets import Target

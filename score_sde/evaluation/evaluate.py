@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde import distributed
 from score_sde.data import Data, TensorData
@@ -22,6 +21,7 @@ from score_sde.evaluation.metrics import Yardstick
 from score_sde.evaluation.neighbours import Nearest, nearest
 from score_sde.evaluation.reference import FeatureView, Reference, check_count
 from score_sde.keyed import generator
+from score_sde.progress import tqdm
 from score_sde.score import ScoreModel
 
 View = Callable[[Tensor], pd.DataFrame]

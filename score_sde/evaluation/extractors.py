@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from score_sde import distributed
 from score_sde.data import TensorData
+from score_sde.progress import tqdm
 
 __all__ = ["PCA", "EfficientNetLite0", "Extractor", "Inception", "Pixels", "extract", "quantized", "stored_images"]
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde.checks import whole
 from score_sde.data import TensorData
 from score_sde.evaluation.metrics import pair
+from score_sde.progress import tqdm
 
 CANDIDATES = 8
 """How many nearest examples are looked at for two different pictures."""

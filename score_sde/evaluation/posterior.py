@@ -68,6 +68,11 @@ class Problem:
         return ExactScore(self.prior, self.sde)
 
     @property
+    def data_std(self) -> float:
+        """The prior's pooled standard deviation."""
+        return self.model.data_std
+
+    @property
     def posterior(self) -> GaussianMixture:
         """p(x | y)."""
         return self.prior.condition(self.operator, self.y, self.noise_std)
@@ -88,6 +93,9 @@ class Case(Protocol):
     @property
     def noise_std(self) -> float: ...
 
+    @property
+    def data_std(self) -> float | None: ...
+
 
 Method = Callable[[Any], ScoreModel]
 """From a `Case` to a guided model; those named in `KNOWING` need a `Problem`."""
@@ -103,7 +111,7 @@ METHODS: dict[str, Method] = {
     "diffpir": lambda p: DiffPIR(p.model, p.operator, p.y, p.noise_std),
     "dps": lambda p: DPS(p.model, p.operator, p.y, p.noise_std),
     "dps zeta=0.1": lambda p: DPS(p.model, p.operator, p.y, p.noise_std, zeta=0.1),
-    "pigdm": lambda p: PiGDM(p.model, p.operator, p.y, p.noise_std, p.model.data_std),
+    "pigdm": lambda p: PiGDM(p.model, p.operator, p.y, p.noise_std, p.data_std),
     "mmps": lambda p: MMPS(p.model, p.operator, p.y, p.noise_std, min(8, p.operator.output_shape[0])),
 }
 """Methods that are score models, for any sampler."""
@@ -125,7 +133,7 @@ def _repaint(problem: Case, steps: int) -> Sampler:
 
 def _particles(problem: Case, steps: int) -> TwistedParticles:
     p = problem
-    return TwistedParticles(_log_snr(steps), p.operator, p.y, p.noise_std, data_std=p.model.data_std, particles=2000)
+    return TwistedParticles(_log_snr(steps), p.operator, p.y, p.noise_std, data_std=p.data_std, particles=2000)
 
 
 SOLVERS: dict[str, Solver] = {

@@ -20,7 +20,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from score_sde.checks import wholes
 from score_sde.evaluation.comparison import Samples
@@ -28,6 +27,7 @@ from score_sde.evaluation.metrics import frechet_distance
 from score_sde.evaluation.posterior import KNOWING, METHODS, SAMPLERS, SOLVERS, Method, Solver
 from score_sde.guidance import MMPS, LinearOperator
 from score_sde.noise import SampleNoise
+from score_sde.progress import tqdm
 from score_sde.sampler import SampleResult
 from score_sde.score import ScoreModel
 
@@ -110,6 +110,7 @@ class Restoration:
         noise_std: of the observation.
         observed: (n, *output_shape), what is seen.
         draws: of the posterior for each observation.
+        data_std: spread of such images about their mean, as `data.measure_data_std` measures it; the model's if left out.
     """
 
     model: ScoreModel
@@ -118,6 +119,7 @@ class Restoration:
     noise_std: float
     observed: Tensor
     draws: int = 2
+    data_std: float | None = None
 
     @property
     def y(self) -> Tensor:

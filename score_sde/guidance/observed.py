@@ -217,7 +217,8 @@ class PiGDM(Observed):
     Source: Song et al. 2023, https://openreview.net/forum?id=9_gsMA8MRKQ, eq. 7 and appendix A.3, whose data_std is 1.
 
     Args:
-        data_std: standard deviation of the clean data; the model's own when left out.
+        data_std: standard deviation of the clean data about their mean; the model's own when left out, which of a learned
+            model is its sigma_data, the root mean square: give `data.measure_data_std(data)` where the mean is not 0.
     """
 
     def __init__(

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from score_sde import grid as grids
 from score_sde.checks import whole
@@ -27,6 +26,7 @@ from score_sde.guidance.observed import PiGDM, solve, spread
 from score_sde.guidance.operators import LinearOperator
 from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
+from score_sde.progress import tqdm
 from score_sde.sampler import SampleResult, begin, warn_of_lost
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
@@ -97,7 +97,7 @@ class TwistedParticles:
         model.prepare(times.tolist())
         clock, calls = time.perf_counter(), 0
         x, log_weights, twist = start.x, torch.zeros(len(start.x), dtype=torch.float64, device=start.x.device), None
-        for i in trange(len(times), desc="particles", disable=not progress, delay=1.0, leave=False):
+        for i in tqdm(range(len(times)), desc="particles", disable=not progress, delay=1.0, leave=False):
             prediction, clean, push, log_twist = self._twisted(model, x, times[i].item(), given)
             calls += prediction.calls
             log_weights = log_weights + log_twist - (0.0 if twist is None else twist)

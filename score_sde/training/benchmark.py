@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch.nn.functional import mse_loss
-from tqdm import trange
 
 from score_sde.checks import whole
 from score_sde.data import Batch, Data
+from score_sde.progress import tqdm
 from score_sde.score import LearnedScore
 from score_sde.training.objective import Objective
 from score_sde.training.state import PRECISIONS, TrainingState
@@ -58,7 +58,7 @@ def training_overhead(
             contender()
         seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "step": []}
         contenders = {"bare": bare, "step": step}
-        for _ in trange(rounds, desc="training", disable=not progress, delay=2, leave=False):
+        for _ in tqdm(range(rounds), desc="training", disable=not progress, delay=2, leave=False):
             # There and back, so that coming after the other (its memory, its caches) favours neither.
             turn = [(name, _timed(contenders[name], steps, state.device)) for name in ("bare", "step", "step", "bare")]
             for name in contenders:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from score_sde import distributed
 from score_sde.brief import Brief
 from score_sde.checks import number, whole
 from score_sde.data import Data
+from score_sde.progress import tqdm
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
 from score_sde.training.interrupt import interrupts
@@ -306,7 +306,7 @@ class Trainer:
             with state.window.paused():
                 row |= state.show(on_evaluate)
         metrics.write(row)
-        bar.set_postfix_str(f"loss {row['loss']:.4g}, {row['examples_per_second']:.0f} examples/s")
+        bar.set_postfix_str(f"loss {row['loss']:.4g}, {row['examples_per_second']:.0f} examples/s", refresh=False)
         if row["nonfinite"] > self.max_nonfinite:
             last = None if checkpoints is None else checkpoints.latest()
             raise DivergenceError(

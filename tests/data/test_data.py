@@ -17,6 +17,7 @@ from score_sde.data import (
     digits,
     image_folder,
     load_file,
+    measure_data_std,
     measure_sigma_data,
     measure_sigma_max,
 )
@@ -268,6 +269,7 @@ def test_measured_scales_against_direct_computation():
     assert measure_sigma_max(data) == pytest.approx(distances.max(), rel=1e-5)
     assert measure_sigma_max(data, quantile=0.5) == pytest.approx(np.median(distances), rel=1e-2)
     assert measure_sigma_data(data) == pytest.approx(np.sqrt((flat**2).mean()), rel=1e-6)
+    assert measure_data_std(data) == pytest.approx(np.sqrt(((flat - flat.mean(0)) ** 2).mean()), rel=1e-6)
     with pytest.raises(ValueError, match=r"quantile=0\.0"):
         measure_sigma_max(data, quantile=0.0)
     with pytest.raises(ValueError, match="do not vary"):
