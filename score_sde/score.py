@@ -221,6 +221,8 @@ class LearnedScore(nn.Module, ScoreModel):
     ) -> None:
         super().__init__()
         _check_sde(sde)
+        if isinstance(event_shape, Sequence) and not len(event_shape):
+            raise ValueError("an event has one dimension at least: numbers are vectors of length 1, event_shape=(1,)")
         if not isinstance(network, nn.Module) or not isinstance(event_shape, Sequence):
             raise TypeError("LearnedScore(network, sde, parameterization, event_shape) takes a torch.nn.Module and a tuple "
                             f"such as (2,), got {type(network).__name__} and {event_shape!r}")  # fmt: skip

@@ -146,9 +146,9 @@ class SDE(ABC):
     def time_at(self, half_log_snr: Time) -> Tensor:
         """The time t at which lambda(t) takes the given value; the inverse of `half_log_snr`.
 
-        Found numerically, to float64's rounding of lambda, where a subclass has no closed form. For values beyond those of
-        t_min and t_max the result lies outside [t_min, t_max] (the closed form, or here the tangent at the end, continued),
-        so that a grid can refuse it.
+        Found numerically where a subclass has no closed form, to float64's rounding of lambda unless it bends by factors of a
+        hundred within a thousandth of the way. For values beyond those of t_min and t_max the result lies outside
+        [t_min, t_max] (the closed form, or here the tangent at the end, continued), so that a grid can refuse it.
         """
         target = as_time(half_log_snr)
         value = target.double()

@@ -59,8 +59,6 @@ def main(config: DictConfig) -> float:
     objective, time_sampler = (build(config[name], trust) for name in ("objective", "time_sampler"))
     samplers = common.samplers_of(config, trust)
     preview: Sampler = build(common.sampler_config(config.sampler), trust)
-    if not samplers and not isinstance(model, NoisyClassifier):  # which has no samples
-        raise ValueError("evaluation.samplers=[] leaves nothing to evaluate: name one or more, or null for `sampler`")
     trainer.check(model, data, time_sampler)
     for sampler in (preview, *samplers.values()):
         sampler.check(model.sde)
@@ -103,6 +101,8 @@ def main(config: DictConfig) -> float:
     averaged = trained.model.eval().requires_grad_(False)
     if isinstance(averaged, NoisyClassifier):
         return finish_classifier(run, averaged, data, config)
+    if not samplers:
+        return finish_unmeasured(run, config)
     evaluation = measure(averaged, samplers, config.num_samples, config.trainer.progress)
     return finish(
         run, Conditioned(averaged, conditions) if conditions(1) else averaged, data, evaluation, samplers, config
@@ -170,6 +170,20 @@ def finish(
         figures.draw(run, model, data, evaluation, samplers, config.seed, run.figures, config.trainer.progress)
     print(f"\n{run.path}: {'figures/, ' if drawn else ''}samples/, metrics.jsonl, result.json")
     return score
+
+
+def finish_unmeasured(run: Run, config: DictConfig) -> float:
+    """result.json and the losses' figure of a run with evaluation.samplers=[]; returns the last loss."""
+    last = run.metrics().iloc[-1]
+    if distributed.is_main():
+        run.save_result({"status": "finished", "metric": float(last["loss"]), "metric_meaning": "training loss",
+                         "step": int(last["step"]), "loss": float(last["loss"]),
+                         "overrides": list(config.overrides or []), "seed": config.seed})  # fmt: skip
+        drawn = drawing(config)
+        if drawn:
+            figures.save(figures.losses(run), run.figures / "losses.png")
+        print(f"\n{run.path}: {'figures/, ' if drawn else ''}checkpoints/, metrics.jsonl, result.json; not evaluated")
+    return float(last["loss"])
 
 
 def drawing(config: DictConfig) -> bool:

@@ -194,7 +194,6 @@ WRONG = {
     "fewer steps": ("train", ["resume={run}", "trainer.steps=2"], "has been trained for 4: give steps >= 4"),
     "no samples on the way": ("train", ["evaluation.num_periodic=0"], "num_periodic >= 2"),
     "one sample to measure": ("train", ["num_samples=1"], "num_samples >= 2, got num_samples=1"),
-    "nothing to evaluate": ("train", ["evaluation.samplers=[]"], "leaves nothing to evaluate"),
     "nothing to sample with": ("train", ["sampler.predictor=null"], "a predictor, a corrector or both"),
     "untrusted code": ("train", ["sde._target_=os.system"], "is refused"),
     "no run named": ("sample", [], "give run=<directory>"),

@@ -241,3 +241,13 @@ def test_configs_in_a_folder_of_ones_own_go_by_name_too(tmp_path: Path) -> None:
     script("evaluate", "--config-dir", "own", "run=run", "samplers=[mine]", "figures=false", cwd=tmp_path)
     error = script("evaluate", "run=run", "samplers=[mine]", cwd=tmp_path, code=1)
     assert "unknown sampler 'mine'" in error
+
+
+def test_a_run_may_be_trained_alone_and_measured_later(tmp_path: Path) -> None:
+    said = script("train", *TINY, "trainer.steps=20", "hydra.run.dir=run", "evaluation.samplers=[]", cwd=tmp_path)
+    assert "not evaluated" in said
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["metric"] == result["loss"] > 0
+    assert not (tmp_path / "run/samples").exists() or not os.listdir(tmp_path / "run/samples")
+    script("evaluate", "run=run", "samplers=[ddim]", "figures=false", cwd=tmp_path)
+    assert (tmp_path / "run/evaluation/evaluation.json").exists()
