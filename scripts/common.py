@@ -155,8 +155,14 @@ def join() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def refusal(error: BaseException) -> str:
-    """The line on stderr for a wrong input; of several processes the main one comes first, and `torchrun` ends them."""
+def refusal(error: BaseException) -> str | int:
+    """The line on stderr for a wrong input; of several processes the main one comes first, and `torchrun` ends them.
+
+    Where nobody reads stdout any more, as after `| head`, there is nothing to say: the shell's status for that.
+    """
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 128 + signal.SIGPIPE
     if not distributed.is_main():
         time.sleep(5)
     return f"error: {one_line(error)}"

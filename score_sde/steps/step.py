@@ -7,6 +7,8 @@ then carries one row out. All state is a value: the past outputs go in and come 
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -64,9 +66,28 @@ class Step(ABC):
     def advance(self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw) -> tuple[Tensor, History]:
         """Carries out one row on x of shape (batch, *event); returns the new x and history."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _keeping_arguments(cls.__init__)  # type: ignore[method-assign]
+
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).get("_written", {}).items())
         return f"{type(self).__name__}({options})"
+
+
+def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor, which also keeps what it was called with, defaults included, for `repr`."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def kept(self: Step, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        given = signature.bind(self, *arguments, **options)
+        given.apply_defaults()
+        self._written = dict(list(given.arguments.items())[1:])  # type: ignore[attr-defined]  # the outermost class's is last
+
+    return kept
 
 
 def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[list[float]]:

@@ -7,6 +7,7 @@ one unit impulse a sample; nothing below looks into a step, except to compare th
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -25,7 +26,7 @@ from closed_forms import (
     propagate,
     quantiles,
 )
-from conftest import CORRECTORS, LINEAR, PREDICTORS, SDES
+from conftest import CORRECTORS, LINEAR, PREDICTORS, SDES, STEPS
 
 import score_sde
 from score_sde.noise import BatchNoise, SampleNoise
@@ -274,3 +275,11 @@ def test_discovery_finds_the_classes_of_the_design():
     assert {c for c in public if isinstance(c, type) and issubclass(c, (SDE, Step))} - abstract <= found
     assert NOISY.keys() >= {"EulerMaruyama", "ReverseDiffusion", "Ancestral"}
     assert NOISELESS.keys() >= {"DDIM", "ProbabilityFlowEuler", "ExponentialAdams", "Heun"}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_shown_as_one_writes_it(name: str) -> None:
+    step = STEPS[name]
+    again = eval(repr(step), {type(step).__name__: type(step)})
+    assert vars(again) == vars(step)
+    assert repr(copy.deepcopy(step)) == repr(step)
