@@ -43,6 +43,11 @@ SampleHook = Callable[[int, LearnedScore, LearnedScore], None]
 EvaluateHook = Callable[[int, LearnedScore, LearnedScore], Mapping[str, float]]
 
 
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0, "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2
+}  # fmt: skip
+
+
 class DivergenceError(RuntimeError):
     """More non-finite losses than `max_nonfinite`; the last checkpoint is intact."""
 
@@ -65,7 +70,8 @@ class Trainer:
         steps: optimiser steps, of `batch_size` examples each.
         learning_rate, weight_decay, betas: AdamW's.
         warmup: steps over which the rate rises linearly.
-        schedule: "constant", or "cosine" down to 0 at the last step.
+        schedule: "constant", "cosine" down to 0 at the last step, or a function of the share of the run that is done, in
+            [0, 1), to the factor of the learning rate.
         gradient_clip: greatest norm of the gradient, or None.
         optimizer: "adamw", or "muon" for the hidden matrices (see `optimizers`).
         accumulate: cut each batch into so many parts, one after the other; the gradient is that of the whole batch.
@@ -96,7 +102,7 @@ class Trainer:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: int = 100
-    schedule: str = "cosine"
+    schedule: str | Callable[[float], float] = "cosine"
     gradient_clip: float | None = 1.0
     optimizer: str = "adamw"
     accumulate: int = 1
@@ -133,7 +139,11 @@ class Trainer:
         for name in ("gradient_clip", "peak_flops"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), above=0)
-        for name, allowed in (("schedule", ("constant", "cosine")), ("device", ("auto", "cpu", "cuda")),
+        if not callable(self.schedule):
+            _require(
+                "schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}, or a function"
+            )
+        for name, allowed in (("device", ("auto", "cpu", "cuda")),
                               ("precision", tuple(PRECISIONS)), ("optimizer", OPTIMIZERS),
                               ("strategy", STRATEGIES)):  # fmt: skip
             _require(name, getattr(self, name), getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
@@ -166,8 +176,8 @@ class Trainer:
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, ..., steps - 1."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        decay = (1 + math.cos(math.pi * step / self.steps)) / 2 if self.schedule == "cosine" else 1.0
-        return self.learning_rate * rise * decay
+        decay = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
+        return self.learning_rate * rise * decay(step / self.steps)
 
     def check(self, model: LearnedScore, data: Data, time_sampler: TimeSampler) -> None:
         """Refuses, with ValueError or TypeError, a model, data, times and processes that do not fit together."""

@@ -288,6 +288,8 @@ def test_learning_rate_rises_then_follows_its_schedule():
     assert cosine.rate(50) == pytest.approx(1.0)
     assert cosine.rate(75) == pytest.approx(1 - math.sqrt(0.5))
     assert cosine.rate(99) == pytest.approx(1 - math.cos(math.pi / 100), rel=1e-6)
+    own = Trainer(steps=100, batch_size=1, warmup=0, learning_rate=2.0, schedule=lambda done: 1 - done)
+    assert [own.rate(step) for step in (0, 25, 75)] == [2.0, 1.5, 0.5]
 
 
 def test_gradients_are_clipped_and_the_logged_norm_is_the_one_before(tmp_path):
