@@ -214,7 +214,9 @@ def at_budget(sampler: Sampler, model: ScoreModel, calls: int) -> Sampler:
 
 def planned_calls(sampler: Sampler, model: ScoreModel) -> int:
     """Network calls a sample of one run, counted in a run without the network."""
-    return sampler.sample(_Silent(model), (1, *model.event_shape), seed=0).nfe
+    plain = copy.copy(sampler)
+    plain.cuda_graph = False
+    return plain.sample(_Silent(model), (1, *model.event_shape), seed=0).nfe
 
 
 class _Silent(WrappedScore):

@@ -52,18 +52,15 @@ def accumulate(x: Tensor, weights: Sequence[Scalar], outputs: Sequence[Tensor]) 
     return x
 
 
-def by_history(t: Tensor, s: Tensor, memory: int) -> dict[int, list[int]]:
+def by_history(t: Tensor, s: Tensor, memory: int) -> dict[int, Tensor]:
     """The moves t[i] -> s[i] by the number of evaluations each may use, `memory` at most: those since the last break.
 
     A break is a move that does not begin where the one before it ended.
     """
-    found: dict[int, list[int]] = {}
-    depth, before = 0, math.nan
-    for move, (here, there) in enumerate(zip(t.tolist(), s.tolist(), strict=True)):
-        depth = min(depth + 1, memory) if here == before else 1
-        found.setdefault(depth, []).append(move)
-        before = there
-    return found
+    move = torch.arange(len(t))
+    breaks = torch.cat([move[:1] == 0, t[1:] != s[:-1]])
+    depth = (move - torch.where(breaks, move, 0).cummax(0).values + 1).clamp_max(memory)
+    return {int(known): move[depth == known] for known in depth.unique()}
 
 
 class LinearStep(Step):
@@ -95,12 +92,11 @@ class LinearStep(Step):
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[LinearRow]:
         rows: dict[int, LinearRow] = {}
         output = [part.expand(len(t)) for part in self.output(sde, t)]
-        for depth, moves in by_history(t, s, self.memory).items():
-            i = torch.tensor(moves)
+        for depth, i in by_history(t, s, self.memory).items():
             times = t[i - torch.arange(depth).unsqueeze(1)]
             a, b, c = self._coefficients(sde, times, s[i])
             table = finite(self, sde, times[0], [times[0], a, c, *(part[i] for part in output), *b])
-            for move, (at, a_, c_, u, w, *b_) in zip(moves, table, strict=True):
+            for move, (at, a_, c_, u, w, *b_) in zip(i.tolist(), table, strict=True):
                 rows[move] = LinearRow(at, a_, tuple(b_), c_, (u, w))
         return [rows[move] for move in range(len(t))]
 
