@@ -55,6 +55,16 @@ class Prediction(Brief):
     calls: int = 1
     variance_weight: Tensor | None = None
 
+    @classmethod
+    def from_score(cls, x: Tensor, score: Tensor, alpha: Coefficient, sigma: Coefficient) -> Prediction:
+        """Of a score that is known as a function: D = (x + sigma^2 score) / alpha."""
+        return cls(x, score, alpha, sigma, 1 / alpha, sigma**2 / alpha)
+
+    @classmethod
+    def from_noise(cls, x: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Prediction:
+        """Of an estimate of the noise: D = (x - sigma noise) / alpha."""
+        return cls(x, noise, alpha, sigma, 1 / alpha, -sigma / alpha)
+
     @property
     def denoised(self) -> Tensor:
         """D = E[x_0 | x_t], the posterior mean of the clean data."""

@@ -95,3 +95,17 @@ def test_views_are_differentiable_in_x_and_raw():
     of_x, of_raw = torch.autograd.grad(p.score.sum(), (x, raw))
     torch.testing.assert_close(of_x, torch.full_like(x, (0.8 * 0.7 - 1) / 0.09))
     torch.testing.assert_close(of_raw, torch.full_like(x, 0.8 * -0.4 / 0.09))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_score_or_a_noise_estimate_is_a_prediction(batched):
+    x, known = pair()
+    alpha, sigma = (torch.linspace(low, 0.9, 5, dtype=F64) if batched else 0.6 for low in (0.2, 0.1))
+    column = (lambda v: v[:, None]) if batched else (lambda v: v)
+    for made, noise in (
+        (Prediction.from_noise(x, known, alpha, sigma), known),
+        (Prediction.from_score(x, known, alpha, sigma), -column(sigma) * known),
+    ):
+        torch.testing.assert_close(made.noise, noise)
+        torch.testing.assert_close(made.score, -noise / column(sigma))
+        torch.testing.assert_close(made.denoised, (x - column(sigma) * noise) / column(alpha))
