@@ -256,10 +256,11 @@ class GaussianDequantizer(nn.Module):
 
     def fit(
         self, model: ScoreModel, codes: Tensor, *, bin_width: float, low: float, steps: int = 200,
-        learning_rate: float = 0.05, seed: int = 0,
+        learning_rate: float = 0.05, seed: int = 0, condition: Mapping[str, Any] | None = None,
     ) -> GaussianDequantizer:  # fmt: skip
         """Maximises E[log p(low + bin_width (codes + u)) - log q(u)], with grad log p the model's score at t_min."""
         _check_codes(codes)
+        condition = checked_condition(model, codes.shape, condition, codes.device)
         source = generator(seed, "dequantizer", device=codes.device)
         optimizer = torch.optim.Adam(self.parameters(), learning_rate)
         alpha = float(model.sde.alpha(model.sde.t_min))
@@ -269,7 +270,7 @@ class GaussianDequantizer(nn.Module):
                 u, log_q = self(eps)
                 x = low + bin_width * (codes + u)
                 with torch.no_grad():
-                    slope = alpha * model((alpha * x).to(model.dtype), model.sde.t_min).score.double()
+                    slope = alpha * model((alpha * x).to(model.dtype), model.sde.t_min, **condition).score.double()
                 loss = (log_q - (slope * x).flatten(1).sum(1)).mean()
                 optimizer.zero_grad()
                 loss.backward()

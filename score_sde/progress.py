@@ -11,8 +11,9 @@ __all__ = ["tqdm"]
 
 
 class tqdm(original.tqdm):  # noqa: N801
-    """`tqdm.tqdm` with a `mininterval` of 30 s where stderr is neither a terminal nor a notebook's."""
+    """`tqdm.tqdm` with intervals of 30 s where stderr is neither a terminal nor a notebook's."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-        super().__init__(*arguments, **{"mininterval": 0.1 if watched else 30.0, **options})
+        watched = getattr(sys.stderr, "isatty", bool)() or "ipykernel" in sys.modules
+        seldom = {} if watched else {"mininterval": 30.0, "maxinterval": 30.0}
+        super().__init__(*arguments, **{**seldom, **options})

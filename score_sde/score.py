@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -112,19 +112,19 @@ class ScoreModel(ABC):
         """E[x_0], and the standard deviation of x_0 about it, pooled over its elements: 0 and data_std."""
         return 0.0, self.data_std
 
-    def log_terminal(self, x: Tensor, t: float | None = None) -> Tensor:
-        """log-density in nats of x(t) at x, shape (batch,) in float64: the Gaussian that `start_at` draws from.
+    def log_start(self, x: Tensor, t: float) -> Tensor:
+        """log-density in nats at x, shape (batch,) in float64, of the Gaussian that `start_at` draws from at t.
 
-        t is t_max if left out.
+        Of one that is affine in its noise element by element: mean and standard deviation follow from two points.
         """
-        mean, std = self._start_law(x, self.sde.t_max if t is None else t)
-        return torch.distributions.Normal(mean, std).log_prob(x.double()).flatten(1).sum(1)
-
-    def _start_law(self, like: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of a start that is affine in its noise, element by element, from two points."""
-        zero = torch.zeros((1, *like.shape[1:]), dtype=torch.float64, device=like.device)
+        zero = torch.zeros((1, *x.shape[1:]), dtype=torch.float64, device=x.device)
         mean = self.start_at(zero, t)
-        return mean, self.start_at(zero + 1, t) - mean
+        law = torch.distributions.Normal(mean, self.start_at(zero + 1, t) - mean)
+        return law.log_prob(x.double()).flatten(1).sum(1)
+
+    def log_terminal(self, x: Tensor, t: float | None = None) -> Tensor:
+        """log-density of x(t) at x likewise, t_max if t is left out: `log_start`, but where the law itself is known."""
+        return self.log_start(x, self.sde.t_max if t is None else t)
 
     def prepare(self, times: Iterable[float]) -> None:  # noqa: B027
         """Tabulates what depends on time alone; called by a sampler with its whole grid before the first step."""
@@ -133,7 +133,7 @@ class ScoreModel(ABC):
 def checked_condition(
     model: ScoreModel, shape: Sequence[int], condition: Mapping[str, Any] | None, device: torch.device
 ) -> dict[str, Any]:
-    """A condition that fits a batch of this shape: one label, or one context vector, is for all samples.
+    """A condition that fits a batch of this shape: one label, or one context vector (not of the batch's length), is for all.
 
     Raises:
         ValueError, TypeError: see `ScoreModel.check`; or a label is no class of the model.
@@ -142,7 +142,8 @@ def checked_condition(
     for name, single in (("label", 0), ("context", 1)):
         if given.get(name) is not None:
             value = torch.as_tensor(given[name], device=device)
-            given[name] = value.expand(shape[0], *value.shape).contiguous() if value.ndim == single else value
+            shared = value.ndim == single and (single == 0 or len(value) != shape[0])
+            given[name] = value.expand(shape[0], *value.shape).contiguous() if shared else value
     model.check(shape, given)
     label = given.get("label")
     if model.num_classes and isinstance(label, Tensor) and label.numel() and not int(label.max()) < model.num_classes:
@@ -300,7 +301,10 @@ class LearnedScore(nn.Module, ScoreModel):
             c_noise = row.c_noise.to(x.device, at_least_single(dtype)).expand(x.shape[0])
         else:
             scaled, c_noise = row.c_in * x, x.new_full((x.shape[0],), row.c_noise, dtype=at_least_single(dtype))
-        output = self.network(scaled.to(dtype), c_noise, **condition)
+        told = {
+            name: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for name, v in condition.items()
+        }
+        output = self.network(scaled.to(dtype), c_noise, **told)
         if not isinstance(output, Tensor) or output.shape != self._output_shape(x):
             given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise ValueError(f"{type(self.network).__name__} gives {given} for x of shape "
@@ -398,6 +402,9 @@ class WrappedScore(ScoreModel):
     def start_at(self, z: Tensor, t: float) -> Tensor:
         return self.start(z) if self._begins(t) else self.model.start_at(z, t)
 
+    def log_start(self, x: Tensor, t: float) -> Tensor:
+        return self.model.log_start(x, t)
+
     def clean_moments(self) -> tuple[Tensor | float, float]:
         return self.model.clean_moments()
 
@@ -455,10 +462,16 @@ class ReparameterizedScore(WrappedScore):
         _, _, inner, ratio = self._level(float(t))
         return (self.model.start_at(z.double(), float(inner)) / ratio).to(z)
 
+    def log_start(self, x: Tensor, t: float) -> Tensor:
+        return self._brought(self.model.log_start, x, t)
+
     def log_terminal(self, x: Tensor, t: float | None = None) -> Tensor:
-        """What the model itself says at the same noise level: log p(r x) + d log r, r = alpha / alpha'."""
-        _, _, inner, ratio = self._level(self.sde.t_max if t is None else float(t))
-        return self.model.log_terminal(ratio * x.double(), float(inner)) + x[0].numel() * math.log(ratio)
+        return self._brought(self.model.log_terminal, x, self.sde.t_max if t is None else t)
+
+    def _brought(self, log_density: Callable[[Tensor, float], Tensor], x: Tensor, t: float) -> Tensor:
+        """A log-density of the model's at the same noise level: log p(r x) + d log r, r = alpha / alpha'."""
+        _, _, inner, ratio = self._level(float(t))
+        return log_density(ratio * x.double(), float(inner)) + x[0].numel() * math.log(ratio)
 
     def _level(self, t: Time) -> tuple[Coefficient, Coefficient, Time, Coefficient]:
         """alpha and sigma here, the model's time of the same noise level, and its alpha over this one."""

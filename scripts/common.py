@@ -160,7 +160,9 @@ def refusal(error: BaseException) -> str | int:
 
     Where nobody reads stdout any more, as after `| head`, there is nothing to say: the shell's status for that.
     """
-    if isinstance(error, BrokenPipeError):
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         return 128 + signal.SIGPIPE
     if not distributed.is_main():
@@ -197,7 +199,8 @@ def named(group: str, name: str) -> DictConfig:
     if name not in known:
         raise ValueError(unknown(group, name, known))
     with _separate_hydra():
-        path = ",".join(f"file://{folder}" for folder in own)
+        quoted = (folder.replace("\\", "\\\\").replace("'", "\\'") for folder in own)  # as Hydra reads it
+        path = ",".join(f"'file://{folder}'" for folder in quoted)
         config = hydra.compose(overrides=[f"hydra.searchpath=[{path}]", f"+{group}={name}"])
     for part in group.split("/"):
         config = config[part]

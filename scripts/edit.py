@@ -96,8 +96,11 @@ def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> E
     if not issubclass(method.func, Observed):
         raise ValueError(f"{method.func.__name__} restores nothing: task={config.task} takes guidance=mmps, pigdm, dps, "
                          "diffpir or replacement")  # fmt: skip
-    if method.func is PiGDM and config.guidance.data_std is None:
-        method = partial(method, data_std=measure_data_std(run.data()))
+    if method.func is PiGDM and config.guidance.get("data_std") is None:
+        try:
+            method = partial(method, data_std=measure_data_std(run.data()))
+        except FileNotFoundError:
+            print(f"the data of {run.path} are not here: PiGDM takes the model's data_std={model.data_std:.3g}")
     guided = method(model, operator, y.repeat_interleave(config.draws, 0).to(model.device), config.noise_std)
     count = len(y) * config.draws
     noise = SampleNoise.of_run(config.seed, range(count))

@@ -49,7 +49,8 @@ def main(config: DictConfig) -> None:
     )  # fmt: skip
     if distributed.is_main():
         asked = {name: common.plain(node) for name, node in nodes.items()}
-        write(run, config, data, model, samplers, asked, evaluation, Path(config.output or run.path / "evaluation"))
+        told = guiding.of_examples(model, run.config, data)
+        write(run, config, data, told, samplers, asked, evaluation, Path(config.output or run.path / "evaluation"))
 
 
 def write(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, TensorData
 from score_sde.evaluation.extractors import in_range
 from score_sde.guidance import Classifier, ClassifierFree, DynamicThreshold, Observed
+from score_sde.prediction import Prediction
 from score_sde.run import Run
+from score_sde.score import WrappedScore
 
 
 def labels_of(label: Any) -> list[int]:
@@ -38,16 +41,27 @@ def turns(labels: list[int], count: int) -> Tensor:
     return torch.tensor(labels)[torch.arange(count) % len(labels)]
 
 
-def needed(config: DictConfig, data: Data) -> list[str]:
-    """The conditions of the data that a run's network has not learnt to do without (`objective.label_dropout`)."""
-    if OmegaConf.select(config, "objective.label_dropout"):
+def does_without(config: DictConfig) -> bool:
+    """Whether the network of a run's config has learnt to do without conditions."""
+    return bool(OmegaConf.select(config, "objective.label_dropout"))
+
+
+def needed(config: DictConfig, data: Callable[[], Data], name: str | None = None) -> list[str]:
+    """The conditions of the data, or the one of that name, that a run's network has not learnt to do without.
+
+    The data are made only where the network may take one: a run without its data can be sampled.
+    """
+    keys = {"label": "num_classes", "context": "context_width"}
+    absent = {known for known, key in keys.items() if OmegaConf.select(config, f"network.{key}", default="own") is None}
+    if does_without(config) or name in absent or absent == {*keys}:
         return []
-    return [name for name in data.batch(0, 1).condition if name != "augment"]
+    given = data().batch(0, 1).condition.keys() - {"augment"} - absent
+    return sorted(given if name is None else given & {name})
 
 
 def check_free(run: Run) -> None:
     """Refuses, with ValueError, a run whose network has to be told of conditions, for uses that tell it of none."""
-    if names := needed(run.config, run.data()):
+    if names := needed(run.config, run.data):
         raise ValueError(f"{run.path} has not learnt to do without its {' and '.join(names)}, and is used without here: see "
                          "scripts/sample.py and evaluate.py, or train with objective.label_dropout=0.1")  # fmt: skip
 
@@ -66,17 +80,34 @@ def contexts(given: Any, run: Run, count: int) -> dict[str, Tensor]:
     Nothing where the network learnt to do without one, or the data have none.
     """
     if given is None:
-        data = run.data()
-        names = [name for name in needed(run.config, data) if name == "context"]
-        if names:
-            print("samples have the contexts of the first training examples: give context=<vector or .npy> for others")
-        return first_conditions(data, names, count)
+        if not needed(run.config, run.data, "context"):
+            return {}
+        print("samples have the contexts of the first training examples: give context=<vector or .npy> for others")
+        return first_conditions(run.data(), ["context"], count)
     rows = np.load(given) if isinstance(given, str) else np.asarray(listed(given))
     if rows.dtype.kind not in "fi" or rows.ndim not in (1, 2, 3):
         raise ValueError(f"context={given} is no vector of numbers, nor a .npy file of such rows")
     rows = torch.as_tensor(rows, dtype=torch.float32)
     rows = rows[None] if rows.ndim == 1 else rows
     return {"context": rows[torch.arange(count) % len(rows)]}
+
+
+class OfExamples(WrappedScore):
+    """A model that knows nothing without conditions, for figures: row i of a batch has row i of `conditions(batch)`."""
+
+    def __init__(self, model: ScoreModel, conditions: Callable[[int], dict[str, Tensor]]) -> None:
+        super().__init__(model)
+        self.conditions = conditions
+
+    def __call__(self, x: Tensor, t: Any, **condition: Any) -> Prediction:
+        own = {name: value.to(x.device) for name, value in self.conditions(len(x)).items()}
+        return self.model(x, t, **{**own, **condition})
+
+
+def of_examples(model: ScoreModel, config: DictConfig, data: Data) -> ScoreModel:
+    """The model, told what it has to be told as the first training examples are, row by row."""
+    names = needed(config, lambda: data)
+    return OfExamples(model, cache(partial(first_conditions, data, names))) if names else model
 
 
 def natural(labels: list[int], data: Data, count: int) -> Tensor:
@@ -99,7 +130,7 @@ def check_labels(labels: list[int], model: LearnedScore) -> None:
 
 def check_unconditional(run: Run, scale: float, negative: Any = None) -> None:
     """Refuses guidance away from what the network says without a label where it has not learnt to say anything."""
-    if scale != 1 and negative is None and not OmegaConf.select(run.config, "objective.label_dropout"):
+    if scale != 1 and negative is None and not does_without(run.config):
         raise ValueError(f"guidance of scale {scale:g} moves away from what the network says without a label, and it has not "
                          "learnt to do without (objective.label_dropout=0 in its run): take scale=1, or train with "
                          "objective.label_dropout=0.1")  # fmt: skip
@@ -120,7 +151,7 @@ def guided(config: DictConfig, run: Run, model: LearnedScore) -> ScoreModel:
     Raises ValueError for an unknown label, a guidance without its label or run, and one that restores observations.
     """
     labels = labels_of(config.label)
-    if not labels and "label" in model.condition_names and not OmegaConf.select(run.config, "objective.label_dropout"):
+    if not labels and "label" in model.condition_names and not does_without(run.config):
         raise ValueError("this network knows nothing without labels (objective.label_dropout=0 in its run): "
                          "give label=<number>, or several as label=[0,1,2]")  # fmt: skip
     node: dict[str, Any] = OmegaConf.to_container(config.guidance, resolve=False)  # type: ignore[assignment]
@@ -132,8 +163,6 @@ def guided(config: DictConfig, run: Run, model: LearnedScore) -> ScoreModel:
     if issubclass(kind, Observed):
         raise ValueError(f"{method.func.__name__} restores observations: use scripts/edit.py for it; labels take "
                          "guidance=classifier_free, classifier or autoguidance")  # fmt: skip
-    if issubclass(kind, ClassifierFree) and labels:
-        check_unconditional(run, float(node.get("scale", 1)), node.get("negative"))
     by_label = issubclass(kind, Classifier | ClassifierFree)
     if by_label and not labels:
         idle = {"scale": 1, "interval": None, "rescale": 0, "negative": None}
@@ -146,6 +175,8 @@ def guided(config: DictConfig, run: Run, model: LearnedScore) -> ScoreModel:
             wanted = "a classifier, a run of experiment=*_classifier" if by_classifier else "a score model"
             raise ValueError(f"{method.func.__name__} takes {wanted}: {config.guidance.run} is none")
         check_labels(labels, others[0] if by_classifier else model)
+        if issubclass(kind, ClassifierFree):
+            check_unconditional(run, float(node.get("scale", 1)), node.get("negative"))
         check_labels(list((node.get("negative") or {}).values()), model)
         result = method(model, *others)
     if config.threshold is None:

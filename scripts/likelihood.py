@@ -47,7 +47,12 @@ def main(config: DictConfig) -> None:
     dequantizer = None
     if bins and config.dequantization == "variational":
         codes = codes_of(data, "train", 256).to(model.device)
-        dequantizer = GaussianDequantizer(data.event_shape).to(model.device).fit(model, codes, **bins, seed=config.seed)
+        told = data.plain("train", slice(len(codes))).condition if condition else {}  # type: ignore[attr-defined]
+        dequantizer = (
+            GaussianDequantizer(data.event_shape)
+            .to(model.device)
+            .fit(model, codes, **bins, seed=config.seed, condition={name: told[name] for name in condition})
+        )
     rows: list[pd.DataFrame] = []
     for name, x in sets.items():
         for i, part in enumerate(tqdm(x.split(config.batch_size), desc=name, delay=2)):
@@ -108,9 +113,10 @@ def examples(data: Data, count: int, ood: list[str], generator: torch.Generator)
 
 def conditions_of(run: Run, data: Data, count: int) -> dict[str, Tensor]:
     """The conditions of those examples, which stand for the sets made of them too, of a network that needs some."""
-    names = guiding.needed(run.config, data)
-    if names:
-        print(f"densities given each example's {' and '.join(names)}, without which this network has not learnt to do")
+    names = guiding.needed(run.config, lambda: data)
+    if not names:
+        return {}
+    print(f"densities given each example's {' and '.join(names)}, without which this network has not learnt to do")
     given = data.plain("test", slice(count)) if lattice(data) else data.reference(count)  # type: ignore[attr-defined]
     return {name: given.condition[name] for name in names}
 

@@ -109,10 +109,10 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     if config.task == "linear":
         raise ValueError(f"task=linear has no run; on images: {', '.join(TASKS)}")
     run, node = common.open_run(config), config.restoration
-    guiding.check_free(run)
     options["methods"] = {name: LEARNED[name] for name in options["methods"] if name in LEARNED}
     options["solvers"] = {name: OWN[name] for name in options["solvers"] if name in OWN}
     model = common.model_of(run, config)
+    guiding.check_free(run)
     operator = task_operator(config.task, model.event_shape, **node.operator)
     truth = run.data().reference(node.count).x
     observed = operator.observe(truth, node.noise_std, generator=generator(config.seed, "observed"))

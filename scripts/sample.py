@@ -50,6 +50,7 @@ def main(config: DictConfig) -> None:
     settings = {
         name: whole[name] for name in ("num_samples", "context", "guidance", "threshold", "seed", "ema", "step")
     }
+    settings["context"] = common.content_of(config.context) or whole["context"]
     settings |= {"label": labels, "sampler": common.plain(node), "table": common.content_of(node.get("table"))}
     folder = common.folder_of(settings, Path(config.output or run.samples / f"{name}{suffix}"))
     common.save_samples(folder, {"samples": samples})

@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from score_sde import LearnedScore, Prediction, Sampler, ScoreModel, distributed
+from score_sde import LearnedScore, Sampler, ScoreModel, distributed
 from score_sde.build import build, build_model
 from score_sde.checks import number, whole
 from score_sde.classifier import NoisyClassifier
@@ -34,7 +34,6 @@ from score_sde.evaluation import Evaluation, Reference, check_counts, evaluate, 
 from score_sde.evaluation.classification import accuracy_by_noise
 from score_sde.keyed import generator
 from score_sde.run import Run
-from score_sde.score import WrappedScore
 from score_sde.training.interrupt import hand_on
 
 # On which the weights and the order of examples depend: a resumed run keeps its own.
@@ -67,12 +66,12 @@ def main(config: DictConfig) -> float:
     check_labels(config, data)
     check_references(config, data, views)
     periodic = config.evaluation.get("num_periodic") or config.num_samples
-    if samplers:
+    if samplers or trainer.evaluate_every:
         check_counts(data, min(periodic, config.num_samples), views["features"], views["classifier_data"])
 
     @cache
     def conditions(count: int) -> dict[str, Tensor]:
-        return guiding.first_conditions(data, guiding.needed(config, data), count)
+        return guiding.first_conditions(data, guiding.needed(config, lambda: data), count)
 
     def measure(model: LearnedScore, samplers: Mapping[str, Any], count: int, progress: bool) -> Evaluation:
         return evaluate(
@@ -104,9 +103,7 @@ def main(config: DictConfig) -> float:
     if not samplers:
         return finish_unmeasured(run, config)
     evaluation = measure(averaged, samplers, config.num_samples, config.trainer.progress)
-    return finish(
-        run, Conditioned(averaged, conditions) if conditions(1) else averaged, data, evaluation, samplers, config
-    )
+    return finish(run, guiding.of_examples(averaged, config, data), data, evaluation, samplers, config)
 
 
 def previews(
@@ -130,18 +127,6 @@ def previews(
             figures.save(picture, run.samples / f"step-{step:09d}-{name}.png")
 
     return draw
-
-
-class Conditioned(WrappedScore):
-    """A model that knows nothing without conditions, for figures: row i of a batch has row i of `conditions(batch)`."""
-
-    def __init__(self, model: LearnedScore, conditions: Callable[[int], dict[str, Tensor]]) -> None:
-        super().__init__(model)
-        self.conditions = conditions
-
-    def __call__(self, x: Tensor, t: Any, **condition: Any) -> Prediction:
-        own = {name: value.to(x.device) for name, value in self.conditions(len(x)).items()}
-        return self.model(x, t, **{**own, **condition})
 
 
 def finish(

@@ -30,7 +30,7 @@ PARTS = ("train", "test")
 
 
 class Examples(NamedTuple):
-    """Examples (N, *event), integer labels (N,), the hash of x where it is known, tokens (N, tokens, width) to attend to."""
+    """Examples (N, *event), integer labels (N,), the hash of x where it is known, and contexts, (N, width) or tokens."""
 
     x: Tensor
     labels: Tensor | None = None
@@ -247,16 +247,14 @@ def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:
     """The examples, float32 or integers, once their scale and labels are found to fit."""
     _check_scale(given.x, dequantize, levels)
     labels = None if given.labels is None else _checked_labels(given.labels, len(given.x))
-    tokens = given.context
-    if tokens is not None and (
-        tokens.ndim not in (2, 3) or len(tokens) != len(given.x) or not tokens.is_floating_point()
+    context = given.context
+    if context is not None and (
+        context.ndim not in (2, 3) or len(context) != len(given.x) or not context.is_floating_point()
     ):
         raise ValueError(f"context must be floats ({len(given.x)}, width) or ({len(given.x)}, tokens, width); got "
-                         f"{tokens.dtype} of shape {tuple(tokens.shape)}")  # fmt: skip
+                         f"{context.dtype} of shape {tuple(context.shape)}")  # fmt: skip
     x = given.x.float() if given.x.is_floating_point() else given.x
-    if tokens is not None:
-        tokens = tokens.float()
-    return Examples(x, labels, given.fingerprint, tokens)
+    return Examples(x, labels, given.fingerprint, None if context is None else context.float())
 
 
 def _check_scale(x: Tensor, dequantize: bool | None, levels: int) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-CACHES = {"_levels", "_copies", "_orders", "_ladders"}
+CACHES = {"_levels", "_copies", "_orders", "_ladders", "_written"}
 # Whose source is not read: a release of these does not change what a cell says by more than rounding.
 STEADY = {*sys.stdlib_module_names, "torch", "numpy", "scipy"}
 

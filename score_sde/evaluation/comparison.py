@@ -193,17 +193,19 @@ def at_budget(sampler: Sampler, model: ScoreModel, calls: int) -> Sampler:
     if not has_steps(sampler):
         raise ValueError(f"{type(sampler).__name__}'s grid has no steps to set: bind them by name, as in "
                          "partial(grid.karras, steps=18)")  # fmt: skip
+    start = model.start(torch.zeros(1, *model.event_shape, device=model.device))
+    unknown = model(start, model.sde.t_max).calls / model.calls_at(model.sde.t_max)  # 1 where `calls_at` knows them
 
     def cost(steps: int) -> float:
         try:
-            return planned_calls(_with_steps(sampler, steps), model)
+            return unknown * planned_calls(_with_steps(sampler, steps), model)
         except ValueError:
             if steps == 1:
                 raise
             return math.inf  # a ladder that has no more levels
 
     if cost(1) > calls:
-        raise ValueError(f"needs at least {cost(1)} network calls, the budget is {calls}")
+        raise ValueError(f"needs at least {cost(1):g} network calls, the budget is {calls}")
     low, high = 1, 2
     while cost(high) <= calls:
         low, high = high, 2 * high

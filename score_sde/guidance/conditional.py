@@ -235,15 +235,17 @@ class Conditioned(WrappedScore):
 
     Raises:
         TypeError: a condition's name is unknown to the model.
+        ValueError: there is none, or a label is no class of the model, or several.
     """
 
     def __init__(self, model: ScoreModel, **condition: Any) -> None:
         super().__init__(model)
-        given = {name: torch.as_tensor(value) for name, value in condition.items()}
-        checked_condition(
-            model, (1, *self.event_shape), {name: value[None] for name, value in given.items()}, model.device
-        )
-        self.condition_names, self._copies = model.condition_names - given.keys(), Copies(**given)
+        self.condition = {name: torch.as_tensor(value) for name, value in condition.items()}
+        if not condition or self.condition.get("label", torch.tensor(0)).ndim:
+            raise ValueError(f"Conditioned binds one condition for all samples, e.g. label=3; got {condition}")
+        rows = {name: value[None] for name, value in self.condition.items()}
+        checked_condition(model, (1, *self.event_shape), rows, model.device)
+        self.condition_names, self._copies = model.condition_names - rows.keys(), Copies(**self.condition)
 
     def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None:
         ScoreModel.check(self, shape, condition)

@@ -121,11 +121,11 @@ class Replacement(Observed):
         operator = _operator(self)
         return x + operator.pseudo_inverse(alpha * self.y.to(z) - operator(x - sigma * z))
 
-    def log_terminal(self, x: Tensor, t: float | None = None) -> Tensor:
-        """The Gaussian of that start: what A sees of x has the variance sigma^2, the rest that of the model's start."""
+    def log_start(self, x: Tensor, t: float) -> Tensor:
+        """What A sees of x has the variance sigma^2, the rest that of the model's start; by a matrix of the event's size."""
         if self.y is None:
-            return super().log_terminal(x, t)
-        t, size = self.sde.t_max if t is None else t, x[0].numel()
+            return super().log_start(x, t)
+        size = x[0].numel()
         unit = torch.eye(size, dtype=torch.float64, device=x.device).view(size, *self.event_shape)
         one = Replacement(self.model, self.operator, self.y[:1])
         rows = (one.start_at(unit, t) - one.start_at(0 * unit, t)).flatten(1)  # a start is mean + z rows

@@ -72,8 +72,8 @@ class Step(ABC):
             cls.__init__ = _keeping_arguments(cls.__init__)  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).get("_written", {}).items())
-        return f"{type(self).__name__}({options})"
+        written = [f"{name}={value!r}" if name else repr(value) for name, value in vars(self).get("_written", ())]
+        return f"{type(self).__name__}({', '.join(written)})"
 
 
 def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
@@ -85,7 +85,14 @@ def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
         init(self, *arguments, **options)
         given = signature.bind(self, *arguments, **options)
         given.apply_defaults()
-        self._written = dict(list(given.arguments.items())[1:])  # type: ignore[attr-defined]  # the outermost class's is last
+        written: list[tuple[str, Any]] = []
+        for name, value in list(given.arguments.items())[1:]:
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                written += [("", each) for each in value]
+            else:
+                written += value.items() if kind is inspect.Parameter.VAR_KEYWORD else [(name, value)]
+        object.__setattr__(self, "_written", written)  # the outermost class's is the last
 
     return kept
 

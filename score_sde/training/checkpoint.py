@@ -70,10 +70,9 @@ class Checkpoints:
             return read(file)
         except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
             before = [step for step in self.steps() if self.path(step) < file.parent]
-            instead = f", and step {before[-1]} is used" if before else ", and training starts anew"
-            raise ValueError(
-                f"{file} is damaged: remove {file.parent}{instead} ({str(error).splitlines()[0]})"
-            ) from error
+            left = f", which leaves step {before[-1]}" if before else ""
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{file} is damaged: remove {file.parent}{left} ({reason})") from error
 
     def save(
         self, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any] | None = None

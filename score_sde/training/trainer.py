@@ -139,7 +139,9 @@ class Trainer:
         for name in ("gradient_clip", "peak_flops"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), above=0)
-        if not callable(self.schedule):
+        if callable(self.schedule):
+            self.rate(0)
+        else:
             _require(
                 "schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}, or a function"
             )
@@ -177,7 +179,7 @@ class Trainer:
         """The learning rate of step 0, 1, ..., steps - 1."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         decay = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
-        return self.learning_rate * rise * decay(step / self.steps)
+        return self.learning_rate * rise * number("the schedule's factor", decay(step / self.steps), 0)
 
     def check(self, model: LearnedScore, data: Data, time_sampler: TimeSampler) -> None:
         """Refuses, with ValueError or TypeError, a model, data, times and processes that do not fit together."""

@@ -8,6 +8,7 @@ import sys
 import time
 import types
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,17 @@ def test_guidance_that_asks_twice_gets_half_the_steps() -> None:
     twice = Autoguidance(LINE, LINE, 2.0)
     assert_fits(on(DDIM()), twice, 21)
     assert at_budget(on(DDIM()), twice, 21).grid.keywords["steps"] == 9
+
+
+def test_a_model_of_ones_own_that_asks_twice_gets_half_the_steps_too() -> None:
+    class Twice(ExactScore):
+        def __call__(self, x: Any, t: Any, **condition: Any) -> Any:
+            return replace(super().__call__(x, t), calls=2)
+
+    twice = Twice(LINE.target, LINE.sde)
+    for budget in (20, 21):
+        fitted = at_budget(on(DDIM()), twice, budget)
+        assert fitted.sample(twice, (2, 1), seed=0).nfe == 20
 
 
 @pytest.mark.parametrize("interval", [(0.1, 5.0), (5.0, 1e9), (1e-9, 1e-8)])

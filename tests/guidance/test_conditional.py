@@ -10,6 +10,7 @@ from exact_models import Labelled, Shrink
 
 from score_sde import grid
 from score_sde.adaptive import AdaptiveODE
+from score_sde.evaluation.cells import fingerprint
 from score_sde.guidance import (
     Autoguidance,
     Classifier,
@@ -265,6 +266,13 @@ def test_a_model_under_one_condition_needs_none():
         Conditioned(learned, label=7)
     with pytest.raises(TypeError, match="unknown condition 'label'"):
         both(x, 0.3, label=LABEL)
+    with pytest.raises(ValueError, match="one condition for all samples"):
+        Conditioned(learned, label=[0, 1])
+    assert (
+        len({fingerprint(Conditioned(learned, label=k)) for k in range(3)}) == 3
+    )  # or comparisons would share their cells
+    doubled = Sampler(DDIM(), partial(grid.log_snr, steps=3)).sample(both, (5, 2), seed=0, dtype=torch.float64)
+    assert doubled.x.dtype == torch.float64
 
 
 def test_a_classifier_gives_one_number_a_sample():

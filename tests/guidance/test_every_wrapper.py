@@ -16,7 +16,7 @@ import score_sde.guidance
 from score_sde import grid
 from score_sde.adaptive import AdaptiveODE
 from score_sde.adaptive_sde import AdaptiveSDE
-from score_sde.guidance import Downsample
+from score_sde.guidance import Conditioned, Downsample
 from score_sde.likelihood import log_likelihood
 from score_sde.noise import SampleNoise
 from score_sde.ode import ProbabilityFlowODE
@@ -67,6 +67,8 @@ def build(cls: type, rows: slice) -> Any:
     known = {"model": Elementwise(), "bad_model": Elementwise(0.5), "operator": OPERATOR, "y": Y[rows], "scale": 2.0,
              "log_prob": log_prob, "noise_std": 0.3}  # fmt: skip
     wanted = [p for p in inspect.signature(cls).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if cls is Conditioned:
+        return cls(Elementwise(), label=2)
     missing = [p.name for p in wanted if p.default is p.empty and p.name not in known]
     assert not missing, f"{cls.__name__} needs {missing}: say in `known` what to build it with"
     arguments = {p.name: known[p.name] for p in wanted if p.name in known}

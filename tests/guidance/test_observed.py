@@ -31,7 +31,7 @@ from score_sde.noise import SampleNoise
 from score_sde.ode import ProbabilityFlowODE
 from score_sde.parallel import ParallelSampler
 from score_sde.sampler import Sampler
-from score_sde.score import ExactScore
+from score_sde.score import ExactScore, reparameterize
 from score_sde.sde import VESDE, VPSDE, DiscreteSDE, KarrasSDE, RectifiedFlow, SubVPSDE
 from score_sde.steps import DDIM, Ancestral
 from score_sde.targets import GaussianMixture
@@ -286,4 +286,5 @@ def test_what_wraps_a_replacement_starts_as_it_does():
         torch.testing.assert_close(StaticThreshold(model, 9.0).start_at(z, t), model.start_at(z, t), rtol=0, atol=0)
         x = model.start_at(z, t)
         fitted = torch.distributions.MultivariateNormal(x.mean(0), x.T.cov()).log_prob(x[:5])
-        torch.testing.assert_close(model.log_terminal(x[:5], t), fitted, rtol=0, atol=0.15)
+        for wrapped in (model, StaticThreshold(model, 9.0), reparameterize(model, sde)):
+            torch.testing.assert_close(wrapped.log_terminal(x[:5], t), fitted, rtol=0, atol=0.15)

@@ -169,12 +169,12 @@ def test_a_model_that_is_trained_with_labels_alone_is_never_asked_without_one(tm
 def test_labels_of_samples_have_the_frequencies_of_the_data() -> None:
     data = TensorData(torch.zeros(1000, 2), (torch.arange(1000) % 4 == 0).long(), seed=1)
     plain, dropping = (OmegaConf.create({"objective": {"label_dropout": p}}) for p in (0.0, 0.1))
-    assert guiding.needed(plain, data) == ["label"]
+    assert guiding.needed(plain, lambda: data) == ["label"]
     labels = guiding.first_conditions(data, ["label"], 1000)["label"]
     assert labels.sum() == 250
     assert torch.equal(guiding.first_conditions(data, ["label"], 130)["label"], labels[:130])
-    assert guiding.needed(dropping, data) == []
-    assert guiding.needed(plain, TargetStream(make("ring"))) == []
+    assert guiding.needed(dropping, lambda: data) == []
+    assert guiding.needed(plain, lambda: TargetStream(make("ring"))) == []
 
 
 REFUSED = {
@@ -231,14 +231,15 @@ def test_a_classifier_is_trained_by_its_recipe_which_names_no_samplers(tmp_path:
 
 
 def test_configs_in_a_folder_of_ones_own_go_by_name_too(tmp_path: Path) -> None:
-    (tmp_path / "own/sampler").mkdir(parents=True)
-    (tmp_path / "own/sampler/mine.yaml").write_text(
+    folder = tmp_path / "my configs (1), ünï"
+    (folder / "sampler").mkdir(parents=True)
+    (folder / "sampler/mine.yaml").write_text(
         "defaults: [base/fixed_grid@_here_, predictor: unipc, grid: karras, _self_]\ngrid: {steps: 4}\n"
     )
     asked = [*TINY, "trainer.steps=20", "hydra.run.dir=run"]
-    script("train", "--config-dir", "own", *asked, "evaluation.samplers=[mine,ddim]", cwd=tmp_path)
+    script("train", "--config-dir", str(folder), *asked, "evaluation.samplers=[mine,ddim]", cwd=tmp_path)
     assert set(os.listdir(tmp_path / "run/samples")) >= {"mine.npy", "ddim.npy"}
-    script("evaluate", "--config-dir", "own", "run=run", "samplers=[mine]", "figures=false", cwd=tmp_path)
+    script("evaluate", "--config-dir", str(folder), "run=run", "samplers=[mine]", "figures=false", cwd=tmp_path)
     error = script("evaluate", "run=run", "samplers=[mine]", cwd=tmp_path, code=1)
     assert "unknown sampler 'mine'" in error
 
