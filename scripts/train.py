@@ -137,18 +137,9 @@ def finish(
     if not distributed.is_main():
         return score
     common.save_samples(run.samples, evaluation.samples)
-    last = run.metrics().iloc[-1]
+    more = {} if data.target is None else {"fisher": score_error(model, data.target, seed=config.seed).mean}
     meaning = f"{config.evaluation.objective} over its noise floor, mean over samplers"
-    result = {
-        "status": "finished",
-        "metric": score,
-        "metric_meaning": meaning,
-        "step": int(last["step"]),
-        "loss": float(last["loss"]),
-    }
-    if data.target is not None:
-        result["fisher"] = score_error(model, data.target, seed=config.seed).mean
-    run.save_result(result | {"overrides": list(config.overrides or []), "seed": config.seed} | evaluation.flat())
+    record(run, config, score, meaning, **more, **evaluation.flat())
     common.show(evaluation.table, common.RATIOS)
     drawn = drawing(config)
     if drawn:  # last: no fault of a figure costs the numbers
@@ -159,16 +150,23 @@ def finish(
 
 def finish_unmeasured(run: Run, config: DictConfig) -> float:
     """result.json and the losses' figure of a run with evaluation.samplers=[]; returns the last loss."""
+    loss = float(run.metrics()["loss"].iloc[-1])
+    if not distributed.is_main():
+        return loss
+    record(run, config, loss, "training loss")
+    drawn = drawing(config)
+    if drawn:
+        figures.save(figures.losses(run), run.figures / "losses.png")
+    print(f"\n{run.path}: {'figures/, ' if drawn else ''}checkpoints/, metrics.jsonl, result.json; not evaluated")
+    return loss
+
+
+def record(run: Run, config: DictConfig, metric: float, meaning: str, **more: Any) -> None:
+    """Writes result.json: the number that a sweep minimises, what it means, the last step and loss, and more."""
     last = run.metrics().iloc[-1]
-    if distributed.is_main():
-        run.save_result({"status": "finished", "metric": float(last["loss"]), "metric_meaning": "training loss",
-                         "step": int(last["step"]), "loss": float(last["loss"]),
-                         "overrides": list(config.overrides or []), "seed": config.seed})  # fmt: skip
-        drawn = drawing(config)
-        if drawn:
-            figures.save(figures.losses(run), run.figures / "losses.png")
-        print(f"\n{run.path}: {'figures/, ' if drawn else ''}checkpoints/, metrics.jsonl, result.json; not evaluated")
-    return float(last["loss"])
+    run.save_result({"status": "finished", "metric": metric, "metric_meaning": meaning, "step": int(last["step"]),
+                     "loss": float(last["loss"]), "overrides": list(config.overrides or []), "seed": config.seed,
+                     **more})  # fmt: skip
 
 
 def drawing(config: DictConfig) -> bool:
@@ -187,10 +185,7 @@ def finish_classifier(run: Run, model: NoisyClassifier, data: Data, config: Dict
         return score
     which = "held-out" if getattr(data, "has_test", True) else "training"
     meaning = f"cross-entropy of {which} labels in nats, mean over noise levels"
-    result = {"status": "finished", "metric": score, "metric_meaning": meaning,
-              "overrides": list(config.overrides or []), "seed": config.seed,
-              "accuracy_by_noise": table.to_dict("records")}  # fmt: skip
-    run.save_result(result)
+    record(run, config, score, meaning, accuracy_by_noise=table.to_dict("records"))
     common.show(table)
     drawn = drawing(config)
     if drawn:
