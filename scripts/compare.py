@@ -109,7 +109,7 @@ def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
         return ExactScore(target, common.sde_of(config, TargetStream(target))), target
     run = common.open_run(config)
     data, model = run.data(), common.model_of(run, config)
-    guiding.check_free(run)
+    guiding.check_free(run, data)
     reference = data.target if data.target is not None else data.reference(2 * config.num_samples).x
     if getattr(model.network, "num_classes", None) is not None:
         print(f"{run.path} knows {model.network.num_classes} labels: sampled without, against data of all of them")

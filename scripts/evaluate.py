@@ -49,7 +49,7 @@ def main(config: DictConfig) -> None:
     )  # fmt: skip
     if distributed.is_main():
         asked = {name: common.plain(node) for name, node in nodes.items()}
-        told = guiding.of_examples(model, run.config, data)
+        told = guiding.of_examples(model, guiding.example_conditions(run.config, data))
         write(run, config, data, told, samplers, asked, evaluation, Path(config.output or run.path / "evaluation"))
 
 

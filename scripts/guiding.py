@@ -59,9 +59,12 @@ def needed(config: DictConfig, data: Callable[[], Data], name: str | None = None
     return sorted(given if name is None else given & {name})
 
 
-def check_free(run: Run) -> None:
-    """Refuses, with ValueError, a run whose network has to be told of conditions, for uses that tell it of none."""
-    if names := needed(run.config, run.data):
+def check_free(run: Run, data: Data | None = None) -> None:
+    """Refuses, with ValueError, a run whose network has to be told of conditions, for uses that tell it of none.
+
+    `data` are the run's, where they are at hand.
+    """
+    if names := needed(run.config, run.data if data is None else lambda: data):
         raise ValueError(f"{run.path} has not learnt to do without its {' and '.join(names)}, and is used without here: see "
                          "scripts/sample.py and evaluate.py, or train with objective.label_dropout=0.1")  # fmt: skip
 
@@ -104,10 +107,14 @@ class OfExamples(WrappedScore):
         return self.model(x, t, **{**own, **condition})
 
 
-def of_examples(model: ScoreModel, config: DictConfig, data: Data) -> ScoreModel:
-    """The model, told what it has to be told as the first training examples are, row by row."""
-    names = needed(config, lambda: data)
-    return OfExamples(model, cache(partial(first_conditions, data, names))) if names else model
+def example_conditions(config: DictConfig, data: Data) -> Callable[[int], dict[str, Tensor]]:
+    """count -> what a run's network has to be told of so many samples, as the first training examples are; perhaps nothing."""
+    return cache(partial(first_conditions, data, needed(config, lambda: data)))
+
+
+def of_examples(model: ScoreModel, conditions: Callable[[int], dict[str, Tensor]]) -> ScoreModel:
+    """The model, told of such conditions where there are any."""
+    return OfExamples(model, conditions) if conditions(1) else model
 
 
 def natural(labels: list[int], data: Data, count: int) -> Tensor:

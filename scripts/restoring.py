@@ -111,12 +111,12 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     run, node = common.open_run(config), config.restoration
     options["methods"] = {name: LEARNED[name] for name in options["methods"] if name in LEARNED}
     options["solvers"] = {name: OWN[name] for name in options["solvers"] if name in OWN}
-    model = common.model_of(run, config)
-    guiding.check_free(run)
+    model, data = common.model_of(run, config), run.data()
+    guiding.check_free(run, data)
     operator = task_operator(config.task, model.event_shape, **node.operator)
-    truth = run.data().reference(node.count).x
+    truth = data.reference(node.count).x
     observed = operator.observe(truth, node.noise_std, generator=generator(config.seed, "observed"))
-    case = Restoration(model, truth, operator, node.noise_std, observed, node.draws, measure_data_std(run.data()))
+    case = Restoration(model, truth, operator, node.noise_std, observed, node.draws, measure_data_std(data))
     alike = operator.output_shape == operator.input_shape
     known = {"truth": truth[:8], "seen": (observed if alike else operator.pseudo_inverse(observed))[:8]}
     shown: dict[str, dict[str, Tensor]] = {}

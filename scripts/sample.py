@@ -47,11 +47,9 @@ def main(config: DictConfig) -> None:
         return
     suffix = "" if not labels else f"-label-{labels[0]}" if len(labels) == 1 else "-labels"
     whole = common.plain(config)
-    settings = {
-        name: whole[name] for name in ("num_samples", "context", "guidance", "threshold", "seed", "ema", "step")
-    }
-    settings["context"] = common.content_of(config.context) or whole["context"]
-    settings |= {"label": labels, "sampler": common.plain(node), "table": common.content_of(node.get("table"))}
+    settings = {name: whole[name] for name in ("num_samples", "guidance", "threshold", "seed", "ema", "step")}
+    settings |= {"label": labels, "context": common.content_of(config.context) or whole["context"],
+                 "sampler": common.plain(node), "table": common.content_of(node.get("table"))}  # fmt: skip
     folder = common.folder_of(settings, Path(config.output or run.samples / f"{name}{suffix}"))
     common.save_samples(folder, {"samples": samples})
     if samples[0].shape == (2,):

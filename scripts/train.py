@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +68,7 @@ def main(config: DictConfig) -> float:
     if samplers or trainer.evaluate_every:
         check_counts(data, min(periodic, config.num_samples), views["features"], views["classifier_data"])
 
-    @cache
-    def conditions(count: int) -> dict[str, Tensor]:
-        return guiding.first_conditions(data, guiding.needed(config, lambda: data), count)
+    conditions = guiding.example_conditions(config, data)
 
     def measure(model: LearnedScore, samplers: Mapping[str, Any], count: int, progress: bool) -> Evaluation:
         return evaluate(
@@ -103,7 +100,7 @@ def main(config: DictConfig) -> float:
     if not samplers:
         return finish_unmeasured(run, config)
     evaluation = measure(averaged, samplers, config.num_samples, config.trainer.progress)
-    return finish(run, guiding.of_examples(averaged, config, data), data, evaluation, samplers, config)
+    return finish(run, guiding.of_examples(averaged, conditions), data, evaluation, samplers, config)
 
 
 def previews(
