@@ -6,8 +6,8 @@ In the scaled variable y = x / alpha a linear step depends on noise levels l = s
 
 and D and eps are the same in y as in x. So one table of (l, a, b, c, (u, w)) serves every SDE whose noise levels include the
 table's. If the last level is 0, the last move ends at clean data, y = x. A row without weights b makes no network call
-(but in a `ParallelSampler`). The files of scripts/tune.py are such tables: with s = kappa l the noise in a state, a =
-s_{i+1} / s_i and b = (1 - a) w; after a start that was scaled by r, b = (1 - a r) w.
+(but in a `ParallelSampler`). The files of scripts/tune.py are such tables: with s = kappa l the noise in a state and chi the
+signal, a = s_{i+1} / s_i and b = (chi_{i+1} - a chi_i) w, where a start that was scaled by r has chi = r.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _read(path: Path) -> Table:
 
 def _tuned(
     half_log_snr: Sequence[float], noise: Sequence[float], weights: Sequence[Sequence[float]], record: Any,
-    start: float | None = None,
+    start: float | None = None, signal: Sequence[float] | None = None,
 ) -> Table:  # fmt: skip
     """The numbers of a `score_sde.tuning.TunedTable` in this module's terms: where its first call is not at the start,
     a row without a call before it, which scales."""
@@ -140,8 +140,9 @@ def _tuned(
     levels = np.append(np.exp(-np.asarray([start, *half_log_snr])), 0.0)
     left = np.asarray([1.0, *noise, 0.0]) * levels
     a = left[1:] / left[:-1]
-    signal = np.append(a[0], np.ones(len(weights) - 1))  # of the state of each call, over alpha
-    b = [(1 - r * part) * np.asarray(row[::-1]) for r, part, row in zip(a[1:], signal, weights, strict=True)]
+    of_state = np.asarray([a[0], *(signal or np.ones(len(weights)))[1:], 1.0])  # the signal of each call, over alpha
+    b = [(later - r * now) * np.asarray(row[::-1]) for r, now, later, row in
+         zip(a[1:], of_state[:-1], of_state[1:], weights, strict=True)]  # fmt: skip
     first = int(start == half_log_snr[0])
     return {"levels": levels[first:], "a": a[first:], "b": [[], *b][first:]}
 

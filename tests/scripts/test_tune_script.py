@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from omegaconf import OmegaConf
 from typed import script
 
@@ -102,13 +101,13 @@ def test_help_says_what_the_script_and_its_keys_are_for(tmp_path: Path) -> None:
 def test_a_better_table_is_kept_and_the_same_one_not_fitted_again(tmp_path: Path) -> None:
     given = ["target=ring", "steps=2", "report=false", "samples=512", "starts=2"]
     path = tmp_path / "outputs/tuned/ring/vp/tuned-2.json"
-    script("tune", *given, "iterations=60", cwd=tmp_path)
+    script("tune", *given, "iterations=20", cwd=tmp_path)
     text, good = path.read_text(), TunedTable.load(path)
-    assert "fitted with these settings already" in script("tune", *given, "iterations=60", cwd=tmp_path)
+    assert "fitted with these settings already" in script("tune", *given, "iterations=20", cwd=tmp_path)
     assert path.read_text() == text
     assert "the table that was there is kept" in script("tune", *given, "iterations=1", cwd=tmp_path)
     kept = TunedTable.load(path)
-    assert all(torch.equal(a, b) for a, b in zip(good.numbers, kept.numbers, strict=True))
+    assert kept.contents() | {"record": None} == good.contents() | {"record": None}
     assert kept.record["chosen"] == "the earlier table"
 
 

@@ -1,0 +1,253 @@
+r"""Fits tables to a model: by Levenberg and Marquardt's method in all of their numbers, or by Nelder and Mead's in the levels.
+
+A table of N calls has few numbers, dozens, and thousands of misses to make small, so that the normal equations hold nearly
+all of the curvature: a fit is done in some twenty iterations, and different starts end in the same table.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+
+from score_sde.checks import number, one_of, whole
+from score_sde.progress import tqdm
+from score_sde.score import ScoreModel
+from score_sde.tuning.pairs import Pairs, Samples, converged_pairs
+from score_sde.tuning.span import Span
+from score_sde.tuning.table import TunedSampler, TunedTable
+from score_sde.tuning.untuned import RULES, begun_late, untuned
+
+METHODS = ("coefficients", "grid")
+EARLIER = "the earlier table"
+
+
+def tune(
+    model: ScoreModel, steps: int, *, method: str = "coefficients", samples: int | None = None, iterations: int = 50,
+    starts: int = 6, seed: int = 0, teacher: Samples | None = None, robust: float = 0.07,
+    batch_size: int | None = None, minutes: float | None = None, pairs: tuple[Pairs, Pairs] | None = None,
+    earlier: TunedTable | None = None, progress: bool = True,
+) -> TunedTable:  # fmt: skip
+    """The best table found for this model and this number of network calls.
+
+    Starting points are drawn from the prior, `samples` to fit on and half as many, which the fit does not see, to
+    validate. The most promising untuned solvers, begun late (`begun_late`), and as many random levels are fitted a
+    little and the best two in full; what then validates best is returned, never a worse solver than the best of those
+    that were not fitted.
+
+    Args:
+        model: exact or learned; its derivatives are not needed.
+        steps: network calls of a sample.
+        method: "coefficients" fits all numbers of the table (Levenberg-Marquardt, the derivatives by differences);
+            "grid" the levels alone (Nelder-Mead), the weights following the rule of the best untuned solver.
+        samples: starting points to fit on; by default 2^16 numbers' worth, 1024 to 16384.
+        iterations: at most so many of the full fit, which ends by itself where it gains less than a thousandth.
+        starts: candidates that are fitted.
+        seed: of the starting points.
+        teacher: what the samples shall come close to; `CONVERGED` unless given.
+        robust: below this many data standard deviations per dimension the loss is quadratic in the error, above it
+            grows as the root.
+        batch_size: points at a time; by default 2^14 numbers' worth, 64 to 2048.
+        minutes: begin no iteration after so long, for large networks; the converged solution comes before. The machine's
+            speed then decides how many there are; None gives the same table everywhere.
+        pairs: what `converged_pairs` returned, which serves every number of calls; samples, seed, teacher, robust and
+            batch_size are its own then.
+        earlier: a table of as many calls to be held against the others, and returned where it validates best.
+        progress: show bars.
+
+    Raises:
+        ValueError: an option is unknown or not positive, the SDE cannot be used, or the earlier table does not fit.
+    """
+    check(steps, method=method, iterations=iterations, starts=starts, minutes=minutes)
+    known, late = untuned(model.sde, steps), begun_late(model.sde, steps)
+    fit, validation = pairs or converged_pairs(
+        model, samples=samples, seed=seed, teacher=teacher, robust=robust, batch_size=batch_size, progress=progress
+    )
+    losses = losses_of(known | late, validation, progress)
+    best, *_ = promising = sorted(late, key=losses.__getitem__)
+    if method == "grid":
+        with searching(iterations, progress) as bar:
+            search = Search(bar, iterations, deadline(minutes))
+            tuned = {f"tuned from {best}": search_levels(fit, late[best], RULES[rule_of(best)], search)}
+    else:
+        ranked = {name: late[name] for name in promising[: (starts + 1) // 2]}
+        tables = ranked | _random(Span.of(model.sde), int(steps), starts // 2, seed)
+        tuned = _fitted(fit, validation, tables, iterations, minutes, progress)
+    if earlier is not None:
+        if len(earlier.weights) != steps:
+            raise ValueError(
+                f"the earlier table is of {len(earlier.weights)} calls, and a table of {steps} is asked for"
+            )
+        TunedSampler(earlier).check(model.sde)
+        tuned[EARLIER] = earlier
+    return chosen(known, late | tuned, losses | losses_of(tuned, validation), method)
+
+
+def check(
+    steps: int, *, method: str = "coefficients", iterations: int = 1, starts: int = 1, minutes: float | None = None
+) -> None:
+    """Refuses, with ValueError, options of `tune` that do not lead to a table, before anything is computed."""
+    one_of("method", method, METHODS)
+    for name, value in (("steps", steps), ("iterations", iterations), ("starts", starts)):
+        whole(name, value)
+    if minutes is not None:  # for as long as it takes
+        number("minutes", minutes, above=0)
+
+
+def losses_of(tables: Mapping[str, TunedTable], pairs: Pairs, progress: bool = False) -> dict[str, float]:
+    bar = tqdm(tables.items(), desc="untuned solvers", disable=not progress, delay=2)
+    return {name: pairs.loss(table) for name, table in bar}
+
+
+def chosen(
+    known: dict[str, TunedTable], others: dict[str, TunedTable], losses: dict[str, float], method: str
+) -> TunedTable:
+    """The table with the least loss, all losses in its record, and the best of the untuned solvers named."""
+    least, best = (min(names, key=losses.__getitem__) for names in (losses, losses.keys() & known))
+    return replace((known | others)[least], record={
+        "method": method, "chosen": least, "best untuned": best, "validation": losses})  # fmt: skip
+
+
+def rule_of(name: str) -> str:
+    return name.partition(" on ")[0]
+
+
+# --- what is fitted ---------------------------------------------------------------------------------------------------
+
+GLANCE = (6, 512)
+"""Iterations, and points at most, of a candidate's fit."""
+
+PATHS = {"": (), ", from wide": (1.0, 0.3)}
+"""Values of `robust` that a candidate's fit goes through before its own. From wide to narrow, starts that end in another mode
+are drawn at first and given up later: some targets have their best table there, others at the end of the straight path."""
+
+FINALISTS = 2
+"""Candidates that are fitted in full."""
+
+
+def _fitted(
+    fit: Pairs, validation: Pairs, tables: dict[str, TunedTable], iterations: int, minutes: float | None, progress: bool
+) -> dict[str, TunedTable]:
+    """Short fits of each on few points, by each path, and full ones of the two that validate best then.
+
+    Where the time is limited, a third of it is for the short fits, a third for each of the full ones.
+    """
+    few, points = min(GLANCE[0], iterations), min(GLANCE[1], max(64, 2**14 // fit.x[0].numel()))
+    ends = [deadline(minutes and minutes * part / (1 + FINALISTS)) for part in range(1, 2 + FINALISTS)]
+    total = len(tables) * few * sum(1 + len(path) for path in PATHS.values()) + FINALISTS * iterations
+    part, candidates = fit.first(points), dict[str, TunedTable]()
+    with searching(total, progress) as bar:
+        glance = Search(bar, few, ends[0])
+        for path, wide in PATHS.items():
+            for name, table in tables.items():
+                for robust in (*wide, part.robust):
+                    table = fit_all(replace(part, robust=max(robust, part.robust)), table, glance)
+                candidates[f"tuned from {name}{path}"] = table
+        found = losses_of(candidates, validation.first(2048))
+        finalists = sorted(found, key=found.__getitem__)[:FINALISTS]
+        return {name: fit_all(fit, candidates[name], Search(bar, iterations, end))
+                for name, end in zip(finalists, ends[1:], strict=False)}  # fmt: skip
+
+
+def _random(span: Span, calls: int, count: int, seed: int) -> dict[str, TunedTable]:
+    """Levels at random where most of the change happens, with second-order rules."""
+    generator, tables = torch.Generator().manual_seed(seed), {}
+    low, high = max(span.first, -2.0), min(span.last, 3.0)
+    for k in range(count):
+        levels = low + (high - low) * torch.rand(calls, generator=generator, dtype=torch.float64)
+        rule = ("velocity Adams 2", "exponential Adams 2")[k % 2]
+        table = RULES[rule](span.inside(levels.sort().values))
+        tables[f"{rule} on random levels {k + 1}"] = replace(table, start=span.first)
+    return tables
+
+
+# --- how it is fitted -------------------------------------------------------------------------------------------------
+
+
+def deadline(minutes: float | None) -> float:
+    """The reading of the monotonic clock in so many minutes."""
+    return math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+
+@contextmanager
+def searching(iterations: int, progress: bool) -> Iterator[tqdm]:
+    """A bar of at most so many iterations; what has converged before is at its end."""
+    with tqdm(total=iterations, desc="tuning", disable=not progress, delay=2) as bar:
+        yield bar
+        bar.total = bar.n
+
+
+@dataclass(frozen=True)
+class Search:
+    """How long a search may go on, and the bar that shows it."""
+
+    bar: tqdm
+    iterations: int
+    end: float = math.inf
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self.end
+
+    def count(self, loss: float) -> None:
+        """Shows an iteration that is done."""
+        self.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+        self.bar.update()
+
+
+def fit_all(pairs: Pairs, start: TunedTable, search: Search, enough: float = 1e-3) -> TunedTable:
+    """Levenberg-Marquardt in all numbers of the table, until two iterations in turn gain less than a share `enough`.
+
+    Steps solve (J^T W J + mu diag(J^T W J)) dz = -J^T W m for a damping mu that falls with each that makes the loss less,
+    and grows until one does. No number moves by more than 2, where levels and noise are logarithms.
+    Source: Marquardt 1963; the weights W of the robust loss are those of iteratively reweighted least squares.
+    """
+    span, calls = Span.of(pairs.model.sde), len(start.weights)
+    z, damping, idle = span.vector(start), 1e-2, 0
+    loss = pairs.loss(span.table(z, calls))
+    for _ in range(search.iterations):
+        if search.over or idle == 2:
+            break
+        matrix, slope = pairs.normal_equations(span, z, calls)
+        diagonal = matrix.diagonal() + 1e-10 * matrix.diagonal().mean() + 1e-300
+        for _ in range(8):
+            step = torch.linalg.solve(matrix + damping * diagonal.diag(), -slope)
+            tried = z + step / (step.abs().max() / 2).clamp_min(1.0)
+            found = pairs.loss(span.table(tried, calls))
+            if found < loss:
+                break
+            damping *= 4
+        else:
+            break
+        idle = idle + 1 if found > (1 - enough) * loss else 0
+        z, loss, damping = tried, found, max(damping / 5, 1e-7)
+        search.count(loss)
+    return span.table(z, calls)
+
+
+def search_levels(
+    pairs: Pairs, start: TunedTable, rule: Callable[[torch.Tensor], TunedTable], search: Search
+) -> TunedTable:
+    """Nelder-Mead over the levels, from its first simplex on; of log loss, so that its tolerance is relative."""
+    span, points = Span.of(pairs.model.sde), replace(pairs, batch_size=1024)
+
+    def table(z: np.ndarray) -> TunedTable:
+        return replace(rule(span.inside(span.levels(torch.from_numpy(z)))), start=span.first)
+
+    def callback(intermediate_result: Any) -> None:
+        search.count(math.exp(intermediate_result.fun))
+        if search.over:
+            raise StopIteration
+
+    logits = span.vector(start)[: len(start.weights)].numpy()
+    simplex = logits + 0.5 * np.eye(len(logits) + 1, len(logits), -1)
+    result = minimize(lambda z: math.log(points.loss(table(z)) + 1e-300), logits, method="Nelder-Mead", callback=callback,
+                      options={"maxiter": search.iterations, "initial_simplex": simplex})  # fmt: skip
+    return table(result.x)

@@ -1,0 +1,77 @@
+"""Tables between an SDE's t_max and t_min, as unconstrained vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from score_sde.sde import SDE
+from score_sde.tuning.table import TunedTable
+
+CLOSEST = 1e-6
+"""The share of what is left of the way that a level keeps from the one before it, and from the end."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The half log SNRs at t_max and t_min, and tables between them as vectors without constraints.
+
+    z = (logit of the share of what is left of the way that each level goes; the strictly lower triangle of the weights;
+    log kappa; log chi of all calls but the first).
+    """
+
+    first: float
+    last: float
+
+    @classmethod
+    def of(cls, sde: SDE) -> Span:
+        sde.check()
+        return cls(*sde.half_log_snr_range)
+
+    def inside(self, half_log_snr: Tensor) -> Tensor:
+        """Levels that start no earlier than `first` and, about a thousandth of a unit apart or more, end before `last`."""
+        ends = half_log_snr.new_tensor([[self.first], [self.last]])
+        gaps = torch.cat([ends[0], half_log_snr, ends[1]]).diff()
+        gaps = gaps.clamp_min(half_log_snr.new_tensor([0.0] + [1e-3] * len(half_log_snr)))
+        return self.first + (self.last - self.first) * (gaps / gaps.sum())[:-1].cumsum(0)
+
+    def levels(self, logits: Tensor) -> Tensor:
+        share = CLOSEST + (1 - 2 * CLOSEST) * logits.sigmoid()
+        return self.last - (self.last - self.first) * (1 - share).cumprod(0)
+
+    def vector(self, table: TunedTable) -> Tensor:
+        """Shares are kept from 0 and 1 here: a closed gap would hardly open again."""
+        left = torch.cat([table.half_log_snr.new_tensor([self.first]), table.half_log_snr]).neg() + self.last
+        least = 0.02 / len(left)
+        share = ((1 - left[1:] / left[:-1]).clamp(least, 1 - least) - CLOSEST) / (1 - 2 * CLOSEST)
+        past = table.weights[_below(len(table.half_log_snr))]
+        return torch.cat([share.logit(), past, table.noise.log(), table.signal[1:].log()])
+
+    def table(self, z: Tensor, calls: int) -> TunedTable:
+        """The table of z."""
+        logits, past, noise, signal = z.split([calls, calls * (calls - 1) // 2, calls, calls - 1])
+        weights = z.new_zeros(calls, calls).index_put(_below(calls), past)
+        signal = torch.cat([z.new_ones(1), signal.exp()])
+        return TunedTable(self.levels(logits), closed(weights), noise.exp(), self.first, signal)
+
+    @staticmethod
+    def first_moves(calls: int) -> list[int]:
+        """The move of a table's run, the scaling of the start being move 0, that each number of z is the first to change.
+
+        Level, noise and signal of a call are those of the state that move i ends in; row i of the weights is of move i + 1.
+        """
+        rows, each = _below(calls)[0] + 1, list(range(calls))
+        return [*each, *rows.tolist(), *each, *each[1:]]
+
+
+def closed(weights: Tensor) -> Tensor:
+    """The strictly lower triangle of `weights`, and on the diagonal what makes each row sum to 1."""
+    past = weights.tril(-1)
+    return past + torch.diag(1 - past.sum(1))
+
+
+def _below(calls: int) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.tril_indices(calls, calls, -1)
+    return rows, columns
