@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -171,10 +172,17 @@ def test_a_vector_is_a_table_and_back(sde: SDE) -> None:
 def test_a_fit_keeps_its_levels_apart(model: ExactScore) -> None:
     """Whatever an optimiser does to the gaps: a first call at the very start could not be scaled."""
     for sde in (model.sde, RectifiedFlow(t_max=0.9)):
-        for closed in range(4):
-            z = torch.zeros(3 + 3 + 3 + 2, dtype=torch.float64)
-            z[min(closed, 2)], z[6] = (-60.0, 60.0)[closed == 3], 0.3
+        for closed in itertools.product((-60.0, 0.0, 60.0), repeat=3):
+            z = torch.tensor([*closed, 0.0, 0.0, 0.0, 0.3, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
             TunedSampler(Span.of(sde).table(z, 3)).check(sde)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_point_mass_leaves_nothing_to_fit(calls: int) -> None:
+    """Every table is exact and no number has a derivative."""
+    point = ExactScore(GaussianMixture([1.0], torch.ones(1, 2), torch.zeros(1, 2, 2)), VPSDE())
+    table = tune(point, calls, samples=16, iterations=3, starts=2, progress=False)
+    assert table.record["validation"][table.record["chosen"]] < 1e-3
 
 
 def test_a_file_of_before_begins_at_its_first_call(model: ExactScore, tmp_path: Path) -> None:

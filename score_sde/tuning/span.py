@@ -11,7 +11,7 @@ from score_sde.sde import SDE
 from score_sde.tuning.table import TunedTable
 
 CLOSEST = 1e-6
-"""The share of what is left of the way that a level keeps from the one before it, and from the end."""
+"""The share of the way over which levels are spread evenly whatever z is, so that they stay apart."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,16 @@ class Span:
         return self.first + (self.last - self.first) * (gaps / gaps.sum())[:-1].cumsum(0)
 
     def levels(self, logits: Tensor) -> Tensor:
-        share = CLOSEST + (1 - 2 * CLOSEST) * logits.sigmoid()
-        return self.last - (self.last - self.first) * (1 - share).cumprod(0)
+        gone = 1 - (1 - logits.sigmoid()).cumprod(0)
+        return self.first + (self.last - self.first) * (gone + CLOSEST * (_evenly(logits) - gone))
 
     def vector(self, table: TunedTable) -> Tensor:
         """Shares are kept from 0 and 1 here: a closed gap would hardly open again."""
-        left = torch.cat([table.half_log_snr.new_tensor([self.first]), table.half_log_snr]).neg() + self.last
-        least = 0.02 / len(left)
-        share = ((1 - left[1:] / left[:-1]).clamp(least, 1 - least) - CLOSEST) / (1 - 2 * CLOSEST)
-        past = table.weights[_below(len(table.half_log_snr))]
+        levels, least = table.half_log_snr, 0.02 / (len(table.half_log_snr) + 1)
+        gone = ((levels - self.first) / (self.last - self.first) - CLOSEST * _evenly(levels)) / (1 - CLOSEST)
+        left = 1 - torch.cat([gone.new_zeros(1), gone])
+        share = (1 - left[1:] / left[:-1]).clamp(least, 1 - least)
+        past = table.weights[_below(len(levels))]
         return torch.cat([share.logit(), past, table.noise.log(), table.signal[1:].log()])
 
     def table(self, z: Tensor, calls: int) -> TunedTable:
@@ -70,6 +71,11 @@ def closed(weights: Tensor) -> Tensor:
     """The strictly lower triangle of `weights`, and on the diagonal what makes each row sum to 1."""
     past = weights.tril(-1)
     return past + torch.diag(1 - past.sum(1))
+
+
+def _evenly(levels: Tensor) -> Tensor:
+    """Their shares of the way if they were equally spaced between its ends."""
+    return torch.arange(1, len(levels) + 1, dtype=levels.dtype) / (len(levels) + 1)
 
 
 def _below(calls: int) -> tuple[Tensor, Tensor]:
