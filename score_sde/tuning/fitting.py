@@ -39,8 +39,8 @@ def tune(
 
     Starting points are drawn from the prior, `samples` to fit on and half as many, which the fit does not see, to
     validate. The most promising untuned solvers, begun late (`begun_late`), and as many random levels are fitted a
-    little and the best two in full; what then validates best is returned, never a worse solver than the best of those
-    that were not fitted.
+    little, two of them longer and the best one in full; what then validates best is returned, never a worse solver than
+    the best of those that were not fitted.
 
     Args:
         model: exact or learned; its derivatives are not needed.
@@ -129,31 +129,33 @@ PATHS = {"": (), ", from wide": (1.0, 0.3)}
 are drawn at first and given up later: some targets have their best table there, others at the end of the straight path."""
 
 FINALISTS = 2
-"""Candidates that are fitted in full."""
+"""Candidates that are fitted to the end, on a quarter of the points; the best of them then on all."""
 
 
 def _fitted(
     fit: Pairs, validation: Pairs, tables: dict[str, TunedTable], iterations: int, minutes: float | None, progress: bool
 ) -> dict[str, TunedTable]:
-    """Short fits of each on few points, by each path, and full ones of the two that validate best then.
-
-    Where the time is limited, a third of it is for the short fits, a third for each of the full ones.
+    """Short fits of each on few points, by each path; of the two that validate best then, longer ones on a quarter of the
+    points; of the better one, on all. Where the time is limited, each has a third of it.
     """
     few, points = min(GLANCE[0], iterations), min(GLANCE[1], max(64, 2**14 // fit.x[0].numel()))
-    ends = [deadline(minutes and minutes * part / (1 + FINALISTS)) for part in range(1, 2 + FINALISTS)]
-    total = len(tables) * few * sum(1 + len(path) for path in PATHS.values()) + FINALISTS * iterations
+    ends = [deadline(minutes and minutes * part / 3) for part in (1, 2, 3)]
+    total = len(tables) * few * sum(1 + len(path) for path in PATHS.values()) + (FINALISTS + 1) * iterations
     part, candidates = fit.first(points), dict[str, TunedTable]()
     with searching(total, progress) as bar:
-        glance = Search(bar, few, ends[0])
+        glance, longer, last = (
+            Search(bar, count, end) for count, end in zip((few, iterations, iterations), ends, strict=True)
+        )
         for path, wide in PATHS.items():
             for name, table in tables.items():
                 for robust in (*wide, part.robust):
                     table = fit_all(replace(part, robust=max(robust, part.robust)), table, glance)
                 candidates[f"tuned from {name}{path}"] = table
-        found = losses_of(candidates, validation.first(2048))
-        finalists = sorted(found, key=found.__getitem__)[:FINALISTS]
-        return {name: fit_all(fit, candidates[name], Search(bar, iterations, end))
-                for name, end in zip(finalists, ends[1:], strict=False)}  # fmt: skip
+        for pairs, search, keep in ((fit.first(-(-len(fit.x) // 4)), longer, FINALISTS), (fit, last, 1)):
+            found = losses_of(candidates, validation.first(2048))
+            best = sorted(found, key=found.__getitem__)[:keep]
+            candidates = {name: fit_all(pairs, candidates[name], search) for name in best}
+        return candidates
 
 
 def _random(span: Span, calls: int, count: int, seed: int) -> dict[str, TunedTable]:
