@@ -1,7 +1,7 @@
 r"""Fits tables to a model: by Levenberg and Marquardt's method in all of their numbers, or by Nelder and Mead's in the levels.
 
 A table of N calls has few numbers, dozens, and thousands of misses to make small, so that the normal equations hold nearly
-all of the curvature: a fit is done in some twenty iterations, and different starts end in the same table.
+all of the curvature: a fit is done in some twenty iterations, and different starts often end in the same table.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _fitted(
                 for robust in (*wide, part.robust):
                     table = fit_all(replace(part, robust=max(robust, part.robust)), table, glance)
                 candidates[f"tuned from {name}{path}"] = table
-        for pairs, search, keep in ((fit.first(-(-len(fit.x) // 4)), longer, FINALISTS), (fit, last, 1)):
+        for pairs, search, keep in ((fit.first(math.ceil(len(fit.x) / 4)), longer, FINALISTS), (fit, last, 1)):
             found = losses_of(candidates, validation.first(2048))
             best = sorted(found, key=found.__getitem__)[:keep]
             candidates = {name: fit_all(pairs, candidates[name], search) for name in best}
@@ -208,7 +208,7 @@ def fit_all(pairs: Pairs, start: TunedTable, search: Search, enough: float = 1e-
     """Levenberg-Marquardt in all numbers of the table, until two iterations in turn gain less than a share `enough`.
 
     Steps solve (J^T W J + mu diag(J^T W J)) dz = -J^T W m for a damping mu that falls with each that makes the loss less,
-    and grows until one does. No number moves by more than 2, where levels and noise are logarithms.
+    and grows until one does. No number moves by more than 2: all but the weights are logits or logarithms.
     Source: Marquardt 1963; the weights W of the robust loss are those of iteratively reweighted least squares.
     """
     span, calls = Span.of(pairs.model.sde), len(start.weights)

@@ -22,7 +22,7 @@ def as_table(step: LinearStep, half_log_snr: Tensor, to_zero: bool = False) -> T
     """The table of a deterministic step that carries a point mass exactly, with its calls at these levels.
 
     Every state of such a run is a linear form x_i = c_i x_0 + sum_j P_ij D_j, and so is every output N_j = u D_j + w eps_j,
-    eps_j = (x_j - alpha_j D_j) / sigma_j. Hence kappa_i = c_i sigma_0 / sigma_i and, with the module's r_i,
+    eps_j = (x_j - alpha_j D_j) / sigma_j. Hence kappa_i = c_i sigma_0 / sigma_i and, with `table`'s r_i,
     (alpha_{i+1} - r_i alpha_i) w_i = P_{i+1} - r_i P_i. The coefficients are taken on the rectified path, alpha = 1 - t
     and sigma = t. The last move ends at the last D, or `to_zero` carries the step itself on to t = 0.
     """
