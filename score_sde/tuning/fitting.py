@@ -148,8 +148,8 @@ def _fitted(
         )
         for path, wide in PATHS.items():
             for name, table in tables.items():
-                for robust in (*wide, part.robust):
-                    table = fit_all(replace(part, robust=max(robust, part.robust)), table, glance)
+                for robust in (*(c for c in wide if c > part.robust), part.robust):
+                    table = fit_all(replace(part, robust=robust), table, glance)
                 candidates[f"tuned from {name}{path}"] = table
         for pairs, search, keep in ((fit.first(math.ceil(len(fit.x) / 4)), longer, FINALISTS), (fit, last, 1)):
             found = losses_of(candidates, validation.first(2048))
