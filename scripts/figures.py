@@ -29,18 +29,16 @@ def draw(
     progress: bool = True,
 ) -> list[Path]:  # fmt: skip
     """Writes every figure that fits the data: densities, score fields, trajectories, sample sheets, losses, a GIF."""
-    plane = tuple(data.event_shape) == (2,)
     drawings = evaluation_sheets(data, found)
-    if plane:
-        law = data.target if data.target is not None else data.reference(20_000).x
-        drawings["densities.png"] = _png(plotting.density_comparison, law, found.samples)
-    if plane and data.target is not None:
+    if in_plane(data):
+        drawings["densities.png"] = _png(plotting.density_comparison, law_of(data), found.samples)
+    if in_plane(data) and data.target is not None:
         exact = ExactScore(data.target, model.sde)
         drawings["score_field.png"] = _png(plotting.score_field_comparison, model, exact, field_times(exact))
         drawings["trajectories.png"] = _png(trajectories, model, data.target, seed)
     if len(run.metrics()):
         drawings["losses.png"] = _png(losses, run)
-    if drawable(data):
+    if in_plane(data) or is_image(data):
         drawings["noise_to_data.gif"] = partial(animate, model, next(iter(samplers.values())), seed)
     return write(drawings, folder, progress)
 
@@ -57,10 +55,13 @@ def _png(make: Callable[..., Figure], *arguments: Any) -> Drawing:
 
 
 def evaluation_sheets(data: Data, evaluation: Evaluation) -> dict[str, Drawing]:
-    """For images, a sheet of each sampler's samples, and one of those nearest to training images; else nothing."""
-    if not _is_image(data):
+    """A sheet of each sampler's samples, for points of the plane none; of images also those nearest to training images."""
+    if in_plane(data):
         return {}
-    sheets = {f"samples_{name}.png": _png(sheet, x) for name, x in evaluation.samples.items()}
+    law = law_of(data)
+    sheets = {f"samples_{name}.png": _png(plotting.sheet, x, law) for name, x in evaluation.samples.items()}
+    if not is_image(data):
+        return sheets
     return sheets | {f"nearest_{name}.png": _png(pairs, *both) for name, both in evaluation.nearest.items()}
 
 
@@ -69,15 +70,6 @@ def pairs(samples: Tensor, nearest: Tensor) -> Figure:
     figure, axes = plotting.panels(1, width=6, height=2)
     plotting.image_grid(axes[0, 0], torch.cat([samples, nearest]), columns=len(samples))
     axes[0, 0].set_title("samples nearest to a training image (above), and that image (below)")
-    return figure
-
-
-def sheet(x: Tensor, count: int = 64, columns: int = 8) -> Figure:
-    """The first images as one mosaic: `count` of them, to whole rows of `columns`."""
-    shown = x[: -(-count // columns) * columns]
-    columns = min(columns, len(shown))
-    figure, axes = plotting.panels(1, width=5, height=5 * -(-len(shown) // columns) / columns)
-    plotting.image_grid(axes[0, 0], shown, columns=columns)
     return figure
 
 
@@ -123,7 +115,7 @@ def losses(run: Run) -> Figure:
 def draw_diagnosis(model: ScoreModel, data: Data, found: Diagnosis, folder: Path) -> list[Path]:
     """The figures of what `evaluation.diagnose` found of a model whose data have a closed form."""
     drawings = {"diagnosis.png": _png(plotting.diagnosis, found)}
-    if tuple(data.event_shape) == (2,):
+    if in_plane(data):
         exact = ExactScore(data.target, model.sde)
         drawings["score_error.png"] = _png(plotting.score_error_field, model, exact, field_times(exact))
     return write(drawings, folder)
@@ -174,10 +166,15 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def drawable(data: Data) -> bool:
-    """Whether an example is a picture by itself: a point of the plane, or an image in grey or in colour."""
-    return tuple(data.event_shape) == (2,) or _is_image(data)
+def law_of(data: Data) -> Target | Tensor:
+    """What the data are, to be drawn beside samples: their law where it is known, else held-out examples."""
+    return data.target if data.target is not None else data.reference(20_000).x
 
 
-def _is_image(data: Data) -> bool:
+def in_plane(data: Data) -> bool:
+    return tuple(data.event_shape) == (2,)
+
+
+def is_image(data: Data) -> bool:
+    """Whether an example is an image in grey or in colour."""
     return len(data.event_shape) == 3 and data.event_shape[0] in (1, 3)

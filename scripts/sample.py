@@ -52,13 +52,8 @@ def main(config: DictConfig) -> None:
                  "sampler": common.plain(node), "table": common.content_of(node.get("table"))}  # fmt: skip
     folder = common.folder_of(settings, Path(config.output or run.samples / f"{name}{suffix}"))
     common.save_samples(folder, {"samples": samples})
-    if samples[0].shape == (2,):
-        figure, axes = plotting.panels(1, width=5, height=5)
-        plotting.samples(axes[0, 0], samples)
-        figures.save(figure, folder / "samples.png")
-    elif samples.ndim == 4:
-        columns = max(1, 8 // len(labels)) * len(labels) if labels else 8
-        figures.save(figures.sheet(samples, columns=columns), folder / "samples.png")
+    columns = max(1, 8 // len(labels)) * len(labels) if labels else 8
+    figures.save(plotting.sheet(samples, columns=columns), folder / "samples.png")
     print(f"{len(samples)} samples of {name}: {nfe} network calls each, {seconds:.2f} s; in {folder}")
     if data is not None:
         agreement(data, samples, condition["label"]).to_csv(folder / "agreement.csv", index=False)

@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from score_sde import LearnedScore, Sampler, ScoreModel, distributed
+from score_sde import LearnedScore, Sampler, ScoreModel, distributed, plotting
 from score_sde.build import build, build_model
 from score_sde.checks import number, whole
 from score_sde.classifier import NoisyClassifier
@@ -86,8 +86,7 @@ def main(config: DictConfig) -> float:
     warnings.filterwarnings("ignore", "training was interrupted")  # it is said here
     trained = trainer.fit(
         model, data, objective, time_sampler, run.path, seed=config.seed, resume=resumes, on_start=on_start,
-        on_sample=previews(run, data, preview, conditions, config)
-        if trainer.sample_every and figures.drawable(data) else None,
+        on_sample=previews(run, data, preview, conditions, config) if trainer.sample_every else None,
         on_evaluate=on_evaluate if trainer.evaluate_every else None,
     )  # fmt: skip
     if trained.interrupted:
@@ -106,7 +105,8 @@ def main(config: DictConfig) -> float:
 def previews(
     run: Run, data: Data, sampler: Sampler, conditions: Callable[[int], dict[str, Tensor]], config: DictConfig
 ) -> Callable[[int, LearnedScore, LearnedScore], None]:
-    """What draws samples of the raw and of the averaged weights of a step into run.samples, of data that are pictures."""
+    """What draws samples of the raw and of the averaged weights of a step into run.samples."""
+    law = figures.law_of(data)
 
     def draw(step: int, raw: LearnedScore, averaged: LearnedScore) -> None:
         count = config.num_previews
@@ -114,14 +114,9 @@ def previews(
             samples, *_ = distributed.sample(
                 sampler, model, count, seed=config.seed, batch_size=250, condition=conditions(count)
             )
-            if not distributed.is_main():
-                continue
-            if tuple(data.event_shape) == (2,):
-                law = data.target if data.target is not None else data.reference(10_000).x
-                picture = figures.plotting.density_comparison(law, {f"{name}, step {step}": samples})
-            else:
-                picture = figures.sheet(samples)
-            figures.save(picture, run.samples / f"step-{step:09d}-{name}.png")
+            if distributed.is_main():
+                picture = plotting.sheet(samples, law, name=f"{name}, step {step}")
+                figures.save(picture, run.samples / f"step-{step:09d}-{name}.png")
 
     return draw
 

@@ -51,6 +51,7 @@ from score_sde.plotting.planes import (
     trajectories,
     trajectory_comparison,
 )
+from score_sde.plotting.sheets import frames, pair_plot, sheet, signals
 
 __all__ = [
     "AGAINST",
@@ -78,6 +79,7 @@ __all__ = [
     "density",
     "density_comparison",
     "diagnosis",
+    "frames",
     "image_grid",
     "legend_below",
     "likelihood_histogram",
@@ -86,6 +88,7 @@ __all__ = [
     "loss_curves",
     "means_with_errors",
     "note",
+    "pair_plot",
     "panels",
     "quality_against_nfe",
     "ratio_table",
@@ -94,6 +97,8 @@ __all__ = [
     "score_error_field",
     "score_field",
     "score_field_comparison",
+    "sheet",
+    "signals",
     "solvers_against_calls",
     "trajectories",
     "trajectory_comparison",

@@ -215,13 +215,18 @@ def test_references_are_those_of_the_features_and_the_data(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("shape", [(3,), (2, 16), (4, 8, 8)], ids=str)
 def test_data_that_are_no_pictures_are_trained_on_and_evaluated(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    """Vectors, signals and latents: no preview and no animation of them, and all the figures in numbers."""
+    """Vectors, signals and latents: sheets of them, and no animation."""
     np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((200, *shape)).astype(np.float32))
     script("train", "data=file", f"data.path={tmp_path}/data.npy", "trainer.steps=4", f"hydra.run.dir={tmp_path}/run",
            *TINY, "trainer.sample_every=2", "figures=true", cwd=tmp_path)  # fmt: skip
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
     script("evaluate", f"run={tmp_path}/run", "sampler=ddim", "num_samples=20", cwd=tmp_path)
     assert (tmp_path / "run" / "evaluation/evaluation.json").exists()
+    script("sample", f"run={tmp_path}/run", "sampler=ddim", "num_samples=5", cwd=tmp_path)
+    sheets = ["figures/samples_ddim.png", "samples/step-000000002-ema.png", "evaluation/figures/samples_ddim.png",
+              "samples/ddim/samples.png"]  # fmt: skip
+    assert all((tmp_path / "run" / sheet).exists() for sheet in sheets)
+    assert not list((tmp_path / "run").rglob("*.gif"))
 
 
 def test_a_classifier_is_trained_by_its_recipe_which_names_no_samplers(tmp_path: Path) -> None:
