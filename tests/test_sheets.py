@@ -83,9 +83,23 @@ def test_channels_beyond_colour_are_frames_of_their_own() -> None:
     assert np.asarray(ax.images[0].get_array())[::4, ::4, 0] == pytest.approx((x[:, :, 0, 0].numpy() + 1) / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "event", [(1,), (2,), (5,), (40,), (1, 9), (9, 4), (1, 4, 4), (3, 4, 4), (4, 4, 4), (1, 3, 4, 4), (5, 3, 4, 4), (3, 2, 2, 4, 4)]
-)  # fmt: skip
+EVENTS = [
+    (1,),
+    (2,),
+    (5,),
+    (40,),
+    (1, 9),
+    (9, 4),
+    (1, 4, 4),
+    (3, 4, 4),
+    (4, 4, 4),
+    (1, 3, 4, 4),
+    (5, 3, 4, 4),
+    (3, 2, 2, 4, 4),
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=str)
 @pytest.mark.parametrize("known", [True, False])
 def test_every_event_shape_has_a_sheet(event: tuple[int, ...], known: bool) -> None:
     x = torch.randn(20, *event, generator=torch.Generator().manual_seed(0))
