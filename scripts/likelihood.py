@@ -1,13 +1,19 @@
-"""Log-likelihoods of held-out data under a trained model: python scripts/likelihood.py run=<dir> count=200"""
+"""Log-likelihoods of held-out data, and of files of your own, under a trained model.
+
+python scripts/likelihood.py run=<dir> count=200
+python scripts/likelihood.py run=<dir> input=[mine.npy,photos]
+"""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import common
 import figures
 import guiding
+import numpy as np
 import pandas as pd
 import torch
 from command_line import listed
@@ -16,7 +22,7 @@ from torch import Tensor
 
 from score_sde import Run, plotting
 from score_sde.checks import one_of, whole
-from score_sde.data import Data
+from score_sde.data import Data, load_images
 from score_sde.evaluation import continuous_bound
 from score_sde.likelihood import GaussianDequantizer, bits_per_dim, dequantize, discrete_log_likelihood, log_likelihood
 from score_sde.progress import tqdm
@@ -31,10 +37,16 @@ def main(config: DictConfig) -> None:
     one_of("dequantization", config.dequantization, ("uniform", "variational"))
     data = run.data()
     model = common.model_of(run, config)
-    usual = ["shuffled", "inverted", "uniform"] if len(data.event_shape) == 3 else ["uniform"]
+    files = [] if config.input is None else [Path(str(name)) for name in listed(config.input)]
+    usual = [] if files else ["shuffled", "inverted", "uniform"] if len(data.event_shape) == 3 else ["uniform"]
     ood = usual if config.ood is None else listed(config.ood)
     sets = examples(data, config.count, ood, torch.Generator().manual_seed(config.seed))
+    stems = [file.stem for file in files]
+    sets |= {file.stem if stems.count(file.stem) == 1 else str(file): own(file, data) for file in files}
     condition = conditions_of(run, data, config.count)
+    if condition and files:
+        raise ValueError(f"the network of {run.path} is told each example's {' and '.join(condition)}, which is not known of "
+                         "examples of your own: leave input out")  # fmt: skip
     bins = lattice(data)
     if not bins and (config.dequantization, config.draws) != ("uniform", 1):
         raise ValueError(f"dequantization and draws are for data that were integers, those of {run.path} are not: "
@@ -111,6 +123,27 @@ def examples(data: Data, count: int, ood: list[str], generator: torch.Generator)
     return sets
 
 
+def own(file: Path, data: Any) -> Tensor:
+    """Examples of a file of the user's own, or of a folder of images; those of integer data as integers.
+
+    Raises ValueError for other shapes, and for values that such data do not have.
+    """
+    x = torch.from_numpy(load_images(file, data.event_shape))
+    if not lattice(data):
+        return x
+    whole = file.suffix == ".npy" and np.load(file, mmap_mode="r").dtype.kind in "iu"
+    codes = x.long() if whole else integers(x, data.levels)
+    if not 0 <= codes.min() <= codes.max() < data.levels:
+        raise ValueError(f"{file} holds values from {x.min():g} to {x.max():g}: give integers from 0 to {data.levels - 1}, "
+                         "or floats from -1 to 1")  # fmt: skip
+    return codes
+
+
+def integers(x: Tensor, levels: int) -> Tensor:
+    """The integers that were scaled to [-1, 1]."""
+    return ((x + 1) * ((levels - 1) / 2)).round().long()
+
+
 def conditions_of(run: Run, data: Data, count: int) -> dict[str, Tensor]:
     """The conditions of those examples, which stand for the sets made of them too, of a network that needs some."""
     names = guiding.needed(run.config, lambda: data)
@@ -123,7 +156,7 @@ def conditions_of(run: Run, data: Data, count: int) -> dict[str, Tensor]:
 
 def codes_of(data: Any, part: str, count: int) -> Tensor:
     """The first `count` examples of "train" or "test" as the integers that they were."""
-    return ((data.plain(part, slice(count)).x + 1) * ((data.levels - 1) / 2)).round().long()
+    return integers(data.plain(part, slice(count)).x, data.levels)
 
 
 def real(model: Any, x: Tensor, data: Data, options: dict[str, Any]) -> dict[str, Tensor]:

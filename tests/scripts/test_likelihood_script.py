@@ -80,6 +80,30 @@ def test_densities_of_points_stand_beside_the_true_ones(tmp_path: Path) -> None:
     assert (found["std_error"] == 0).all()
 
 
+def test_files_of_ones_own_stand_beside_held_out_data(tmp_path: Path) -> None:
+    run = untrained(tmp_path, RING, [2])
+    points = np.random.default_rng(0).normal(size=(3, 2))
+    np.save(tmp_path / "mine.npy", points)
+    np.save(tmp_path / "one.npy", points[0])
+    script("likelihood", f"run={run.path}", "count=4", "input=[mine.npy,one.npy]", cwd=tmp_path)
+    table = pd.read_csv(run.path / "likelihood.csv")
+    assert table["set"].value_counts().to_dict() == {"held out": 4, "mine": 3, "one": 1}
+    expected = torch.distributions.Normal(0.0, 0.5).log_prob(torch.from_numpy(points)).sum(1)
+    np.testing.assert_allclose(table[table["set"] == "mine"]["log_prob"], expected, rtol=1e-3)
+
+
+def test_integers_of_a_file_are_the_same_scaled_or_not(tmp_path: Path) -> None:
+    data = build({**DIGITS, "dequantize": True})
+    codes = torch.randint(0, 17, (5, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "codes.npy", codes.numpy().astype(np.uint8))
+    np.save(tmp_path / "scaled.npy", codes.numpy() / 8 - 1)
+    for name in ("codes", "scaled"):
+        assert torch.equal(likelihood.own(tmp_path / f"{name}.npy", data), codes)
+    np.save(tmp_path / "wide.npy", codes.numpy() * 255.0)
+    with pytest.raises(ValueError, match="values from 0 to 4080: give integers from 0 to 16, or floats from -1 to 1"):
+        likelihood.own(tmp_path / "wide.npy", data)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
