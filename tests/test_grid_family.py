@@ -11,6 +11,7 @@ from scipy import stats
 
 from score_sde import (
     DDIM,
+    VESDE,
     VPSDE,
     DiscreteSDE,
     ExactScore,
@@ -50,11 +51,11 @@ def test_poly_exponential_is_k_diffusions():
     np.testing.assert_allclose(grid.poly_exponential(KarrasSDE(), 8, 1.7).numpy(), expected, rtol=1e-12)
 
 
-def test_hyperbolic_is_uniform_in_the_arcsinh_of_the_centred_log_snr():
-    sde = VPSDE()
-    lmbda = sde.half_log_snr(grid.hyperbolic(sde, 8, bend=2.0)).numpy()
-    place = np.arcsinh((lmbda - (lmbda[0] + lmbda[-1]) / 2) / (lmbda[-1] - lmbda[0]) * 2 * np.sinh(2.0))
-    np.testing.assert_allclose(np.diff(place), 0.5, rtol=1e-7)
+@pytest.mark.parametrize("sde", [VPSDE(), VESDE(0.01, 6.7), KarrasSDE()], ids=lambda sde: type(sde).__name__)
+def test_hyperbolic_is_uniform_in_the_arcsinh_of_the_log_snr(sde):
+    lmbda = sde.half_log_snr(grid.hyperbolic(sde, 8, width=0.7)).numpy()
+    steps = np.diff(np.arcsinh(lmbda / 0.7))
+    np.testing.assert_allclose(steps, steps.mean(), rtol=1e-6)
 
 
 def test_cosine_is_uniform_in_the_angle():
