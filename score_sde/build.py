@@ -13,12 +13,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from score_sde.classifier import NoisyClassifier
 from score_sde.energy import EnergyScore
-from score_sde.keyed import key
+from score_sde.keyed import key, seeded
 from score_sde.networks import Conservative, Encoder
 from score_sde.score import LearnedScore
 
@@ -57,8 +56,7 @@ def build_model(config: Mapping[str, Any], trust: Sequence[str] = ()) -> Learned
 
     Its first weights follow from `seed` alone; torch's global generator is left as it was.
     """
-    with torch.random.fork_rng([]):
-        torch.manual_seed(key(config["seed"], "network"))
+    with seeded(key(config["seed"], "network")):
         network = build(config["network"], trust)
     sde, parameterization = build(config["sde"], trust), build(config["parameterization"], trust)
     kinds = {Conservative: EnergyScore, Encoder: NoisyClassifier}

@@ -6,12 +6,14 @@ No iterator or generator state has to be saved, therefore: what step n draws is 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["Draws", "generator", "key"]
+__all__ = ["Draws", "generator", "key", "seeded"]
 
 ALL = slice(None)
 
@@ -25,6 +27,14 @@ def key(seed: int, *words: int | str) -> int:
 def generator(seed: int, *words: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on `device`, seeded with `key(seed, *words)`."""
     return torch.Generator(device).manual_seed(key(seed, *words))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's global generator of the host, for what takes no other, and restores it; no device's is touched."""
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True)

@@ -428,10 +428,10 @@ def _trace(divergence: str, probes: int, x: Tensor, seed: int | Sequence[int]) -
     if divergence == "exact":
         return ExactTrace(x.flatten(1))
     # Keyed apart from samplers' noise: probes that are the noise x was made of would not be independent of x.
-    if isinstance(seed, int):
-        noise = SampleNoise.of_run(key(seed, "probes"), range(len(x)))
+    if np.ndim(seed):  # a seed for each sample
+        noise = SampleNoise([key(one, "probes") for one in seed])  # type: ignore[union-attr]
     else:
-        noise = SampleNoise([key(one, "probes") for one in seed])
+        noise = SampleNoise.of_run(key(int(seed), "probes"), range(len(x)))  # type: ignore[arg-type]
     stream = noise.open((len(x), math.prod(x.shape[1:])), x.dtype, x.device)
     kind, needed = (Hutchinson, probes) if divergence == "hutchinson" else (HutchPlusPlus, 2 * probes)
     return kind(torch.stack([stream(0, draw) for draw in range(needed)]))

@@ -579,7 +579,7 @@ class DiscreteSDE(SDE):
 
         |x| / sigma of D normal numbers is nearly N(sqrt D, 1/2): neighbours sigma and gamma sigma overlap by
         Phi(sqrt(2 D) (gamma - 1) + 3 gamma) - Phi(sqrt(2 D) (gamma - 1) - 3 gamma), which is `overlap` at the greatest
-        gamma. CIFAR-10 has 220 levels at the paper's 0.5; its published 232 are those of 0.567.
+        gamma. CIFAR-10 has 220 levels at the paper's 0.5; its published 232 are those of 0.566.
         Source: Song & Ermon 2020, https://arxiv.org/abs/2006.09011, section 3.2.
 
         Raises ValueError where overlap is not in (0, 0.99), 0 < sigma_min < sigma_max does not hold, or D is below 5.

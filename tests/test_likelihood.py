@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -255,6 +256,8 @@ def test_companions_change_a_matrix_product_by_rounding_only(solver):
     options = {"divergence": "hutchinson", "probes": 2, **solver}
     together = log_likelihood(model, x, seed=list(range(6)), **options)
     alone = log_likelihood(model, x[3:4], seed=[3], **options)
+    one, same = (log_likelihood(model, x[:2], seed=seed, **options) for seed in (3, np.int64(3)))
+    assert torch.equal(one.log_prob, same.log_prob)
     torch.testing.assert_close(together.log_prob[3], alone.log_prob[0], rtol=0, atol=1e-11)
     torch.testing.assert_close(together.latent[3], alone.latent[0], rtol=0, atol=1e-11)
 

@@ -69,6 +69,11 @@ def test_first_weights_follow_from_the_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_no_devices_generator_is_seeded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("CUDA's generators were seeded"))
+    build_model(OmegaConf.create(CONFIG))
+
+
 def test_metrics_are_a_table_that_a_line_being_written_does_not_disturb(run, tmp_path):
     assert Run.open(run.path).metrics()["step"].tolist() == [2, 4, 6]
     other = Run.create(tmp_path, {})

@@ -52,17 +52,16 @@ def _parts(thing: Any) -> Iterator[Any]:
     """What a compound value is made of: bytes, or values to be described in turn."""
     if isinstance(thing, Tensor):
         yield from (thing.dtype, tuple(thing.shape))
-        yield thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        plain = thing.detach().cpu().to_dense().resolve_conj().resolve_neg()
+        yield plain.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     elif isinstance(thing, np.ndarray):
         yield from (thing.dtype.str, thing.shape, np.ascontiguousarray(thing).tobytes())
     elif isinstance(thing, torch.Generator):
         yield thing.get_state()
-    elif isinstance(thing, Mapping):
-        yield from sorted(thing.items(), key=lambda item: repr(item[0]))
-    elif isinstance(thing, (set, frozenset)):
-        yield from sorted(thing, key=repr)
-    elif isinstance(thing, (list, tuple)):
-        yield from thing
+    elif isinstance(thing, (Mapping, set, frozenset, list, tuple)):
+        yield from _elements(thing)
+        if getattr(thing, "__dict__", None):  # of a kind of one's own
+            yield _attributes(thing)
     elif isinstance(thing, functools.partial):
         yield from (thing.func, thing.args, thing.keywords)
     elif isinstance(thing, MethodType):
@@ -88,16 +87,27 @@ def _parts(thing: Any) -> Iterator[Any]:
         yield from (type(thing), _attributes(thing))
 
 
+def _elements(thing: Any) -> Any:
+    """What a collection holds, in an order of its own where it has one, else sorted."""
+    if isinstance(thing, Mapping):
+        return sorted(thing.items(), key=lambda item: repr(item[0]))
+    return thing if isinstance(thing, (list, tuple)) else sorted(thing, key=repr)
+
+
 def _attributes(thing: Any) -> Any:
     if not hasattr(thing, "__dict__"):
-        return repr(thing)
+        try:
+            return thing.__reduce_ex__(4)[1:]  # what a copy would be made of: the values of slots, a generator's state
+        except TypeError:
+            return repr(thing)
     held = {name: value for name, value in vars(thing).items() if name not in CACHES and not _is_cached(thing, name)}
-    if isinstance(thing, nn.Module):  # torch's registers of hooks and the like are no settings
-        held = {name: value for name, value in held.items() if name not in _REGISTERS}
+    if isinstance(thing, nn.Module):  # of torch's registers hooks count, by themselves and not by their numbers
+        hooks = [[*held[name].values()] for name in sorted(_REGISTERS) if name.endswith("_hooks") and held.get(name)]
+        held = {name: value for name, value in held.items() if name not in _REGISTERS} | {"hooks": hooks}
     return held
 
 
-_REGISTERS = {*vars(nn.Module())} - {"_parameters", "_buffers", "_modules"} | {"_compiled_call_impl"}
+_REGISTERS = {*vars(nn.Module())} - {"_parameters", "_buffers", "_modules", "training"} | {"_compiled_call_impl"}
 
 
 def _of_class(kind: type) -> Iterator[Any]:

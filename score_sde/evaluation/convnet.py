@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from score_sde import distributed
 from score_sde.data import Batch, TensorData
 from score_sde.evaluation.extractors import Extractor, extract, quantized
-from score_sde.keyed import generator, key
+from score_sde.keyed import generator, key, seeded
 from score_sde.progress import tqdm
 
 __all__ = ["ConvClassifier"]
@@ -59,8 +59,7 @@ class ConvClassifier(Extractor):
     def build(self, channels: int, classes: int) -> None:
         """Fresh layers, seeded, for images of so many channels and classes."""
         device = self.head.weight.device
-        with torch.random.fork_rng([]):
-            torch.manual_seed(key(self.seed, "classifier"))
+        with seeded(key(self.seed, "classifier")):
             self.body = nn.Sequential(
                 *_block(channels, 32, 5, stride=2), *_block(32, 64, 3), *_block(64, 128, 3, stride=2),
                 nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * 128, self.hidden), nn.ReLU(),

@@ -109,7 +109,8 @@ def fokker_planck_residual(model: ScoreModel, x: Tensor, t: float | Tensor, cond
     """R = n - dn/du - sigma grad |n|^2 + sigma^2 grad tr(dn/dx), shape (batch, *event); 0 for the score of any law.
 
     u = -lambda, and dn/du is taken at fixed x / alpha. It is the gradient of the heat equation that log p obeys,
-    d log p / d(s^2) = (Laplacian log p + |grad log p|^2) / 2, s = sigma / alpha, times -s^3, in the noise's units.
+    d log p / d(s^2) = (Laplacian log p + |grad log p|^2) / 2, s = sigma / alpha, its left side less its right side times
+    2 s^3, in the noise's units.
     """
     sde, named = model.sde, dict(condition or {})
     t = torch.as_tensor(t, dtype=torch.float64).expand(len(x)).to(x.device).contiguous()
@@ -190,7 +191,8 @@ def calibration(
         error, centred = (x0 - denoised).double(), (denoised - denoised.mean(0)).double()
         spread = centred.square().sum().clamp_min(1e-300)
         slope = 1 + (error * centred).sum() / spread
-        slope_error = (error * centred).flatten(1).sum(1).square().sum().sqrt() / spread
+        residual = error - error.mean(0) - (slope - 1) * centred
+        slope_error = (residual * centred).flatten(1).sum(1).square().sum().sqrt() / spread
         bias, floor = error.mean(0).square().mean().sqrt(), (error.square().mean() / len(x0)).sqrt()
         rows.append([slope, slope_error, bias, floor, error.square().mean(), variance])
     return Calibration(times, model.sde.half_log_snr(times), *torch.tensor(rows, dtype=torch.float64).T)

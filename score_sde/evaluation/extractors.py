@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from score_sde import distributed
 from score_sde.data import TensorData
+from score_sde.keyed import seeded
 from score_sde.progress import tqdm
 
 __all__ = ["PCA", "EfficientNetLite0", "Extractor", "Inception", "Pixels", "extract", "quantized", "stored_images"]
@@ -133,8 +134,7 @@ class PCA(Extractor):
             raise ValueError(f"components={self.components}, but {len(x)} images of {x.shape[1]} pixels have at most "
                              f"{min(x.shape)}: lower it")  # fmt: skip
         self.centre = x.mean(dim=0)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)
+        with seeded(0):
             self.axes = torch.svd_lowrank(x - self.centre, min(self.components + 16, *x.shape), niter=4)[2]
         self.axes = self.axes[:, : self.components].contiguous()
 

@@ -298,6 +298,9 @@ class DynamicThreshold(WrappedScore):
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         prediction = self.model(x, t, **condition)
         clean = prediction.denoised
-        size = torch.quantile(clean.flatten(1).abs(), self.quantile, dim=1).clamp_min(self.limit)
-        size = size.view(-1, *[1] * (clean.ndim - 1))
+        if not len(clean):
+            return prediction
+        values = clean.flatten(1).abs().to(torch.promote_types(clean.dtype, torch.float32))
+        size = torch.quantile(values, self.quantile, dim=1).clamp_min(self.limit)
+        size = size.to(clean.dtype).view(-1, *[1] * (clean.ndim - 1))
         return denoised(prediction, torch.minimum(torch.maximum(clean, -size), size) * (self.limit / size))

@@ -141,7 +141,7 @@ class TwistedParticles:
 def _check_shared(model: ScoreModel, condition: Mapping[str, Any], particles: int) -> None:
     """Refuses, with ValueError, a condition that differs from particle to particle: resampling would change theirs."""
     for name, value in condition.items():
-        if model.per_sample(name, value, particles) and not (value == value[:1]).all():
+        if model.per_sample(name, value, particles) and not torch.isclose(value, value[:1], 0, 0, equal_nan=True).all():
             raise ValueError(f"TwistedParticles draws one cloud under one {name}, got several: sample each by itself")
 
 

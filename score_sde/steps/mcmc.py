@@ -102,7 +102,7 @@ class MetropolisLangevin(_Chain):
             new_score, new_log_prob = evaluate(proposal, t).score, _density(evaluate)(proposal, t)
             back = (x - proposal - eps * new_score).square() / (4 * eps) - z.square() / 2
             log_accept = new_log_prob - log_prob - back.flatten(1).sum(1)
-            accepted = torch.special.log_ndtr(draw(2 * k + 1).flatten(1)[:, 0]) < log_accept
+            accepted = torch.special.log_ndtr(draw(2 * k + 1).flatten(1)[:, 0].double()) < log_accept
             chosen = accepted.view(-1, *[1] * (x.ndim - 1))
             x, score = torch.where(chosen, proposal, x), torch.where(chosen, new_score, score)
             log_prob = torch.where(accepted, new_log_prob, log_prob)

@@ -99,10 +99,15 @@ class LabelDropout:
         first = next(iter(left_out.values()))
         dropped = draw(torch.rand, first.shape[:1], generator, device=first.device) < self.share
         nulls = {
-            name: torch.where(expand(dropped, value).bool(), self.nulls[name], value)
+            name: torch.where(expand(dropped, value).bool(), self.nulls[name], _signed(value))
             for name, value in left_out.items()
         }
         return {**given, **nulls}
+
+
+def _signed(value: Tensor) -> Tensor:
+    """Small unsigned integers, which cannot hold the null -1, as int64."""
+    return value.long() if value.dtype == torch.uint8 else value
 
 
 class DenoisingScoreMatching:

@@ -68,8 +68,15 @@ def decays(trainer: Trainer) -> dict[str, Decay]:
     """The averages of a run by the names of their files; the first is the one that samples are drawn from."""
     first, *others = trainer.half_lives
     kept: dict[str, Decay] = {"ema": HalfLife(first, trainer.ema_ramp)}
-    kept |= {f"ema-{other:g}": HalfLife(other, trainer.ema_ramp) for other in others}
-    return kept | {f"ema-{std:g}": PowerFunction(std) for std in trainer.power_emas}
+    further: list[tuple[float, Decay]] = [(width, HalfLife(width, trainer.ema_ramp)) for width in others]
+    further += [(width, PowerFunction(width)) for width in trainer.power_emas]
+    for width, decay in further:
+        if f"ema-{width:g}" in kept:
+            raise ValueError(
+                f"two averages have the name ema-{width:g}, which tells widths to six digits: leave one out"
+            )
+        kept[f"ema-{width:g}"] = decay
+    return kept
 
 
 def channels_last(module: nn.Module) -> None:

@@ -146,7 +146,10 @@ class Ladder:
         small, of_data = (expand(part.to(x.device)[index], x) for part in (self.log_small, self.of_data))
         ratio = small - log_v
         kl = (of_data.square() * (x - denoised).square() * (-log_v).exp() + torch.expm1(ratio) - ratio) / 2
-        return torch.where(expand(index == 0, x).bool(), decoder(x, denoised, log_v), kl).flatten(1).sum(1)
+        first = expand(index == 0, x).bool()
+        # The decoder sees level 0 alone: the probability of a bin is 0 far from its mean, and that gradient is NaN.
+        nats = decoder(x, torch.where(first, denoised, x), torch.where(first, log_v, 0.0))
+        return torch.where(first, nats, kl).flatten(1).sum(1)
 
 
 def check_variance(variance: Variance) -> None:

@@ -298,3 +298,15 @@ def test_noise_of_the_bound_is_independent_of_the_noise_that_samples_were_made_o
     x = AdaptiveODE().sample(model, (2000, 2), seed=0, dtype=torch.float64).x
     found = [variational_bound(model, x, times=times, seed=seed).total.mean().item() for seed in (0, 1, 2)]
     assert abs(found[0] - (found[1] + found[2]) / 2) < 0.1
+
+
+def test_the_decoder_far_from_the_data_leaves_no_gradient_that_is_none():
+    """At high noise D is so large that a bin has no probability in single precision: its term is of level 0 alone."""
+    model = LearnedScore(MLP((3,), width=8, depth=1), DiscreteSDE.cosine(1000), Noise(), (3,))
+    ladder, index = Ladder(model.sde), torch.tensor([0, 999])
+    said = model(torch.full((2, 3), 9.0), ladder.times[index])
+    assert said.denoised.abs().max() > 1e5
+    loss = ladder.term(torch.zeros(2, 3), said, index, "small", DiscretisedDecoder()).sum()
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

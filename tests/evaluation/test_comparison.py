@@ -337,11 +337,35 @@ def test_processes_change_nothing(tmp_path: Path) -> None:
 # --- hashes and journals ----------------------------------------------------------------------------------------------
 
 
+class Named(list):
+    def __init__(self, name: str) -> None:
+        super().__init__([1])
+        self.name = name
+
+
+class Slotted:
+    """A tensor that repr elides, in a slot."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, middle: float = 0.0) -> None:
+        self.held = torch.zeros(4001)
+        self.held[2000] = middle
+
+
 def test_hashes_are_of_values() -> None:
     def scaled(factor: float) -> Any:
         return lambda x: factor * x
 
+    def hooked(factor: float) -> torch.nn.Module:
+        module = torch.nn.Linear(2, 2)
+        torch.nn.init.ones_(module.weight)
+        torch.nn.init.ones_(module.bias)
+        module.register_forward_hook(lambda _, __, output: factor * output)
+        return module
+
     equal = [
+        (hooked(2.0), hooked(2.0)), (np.random.default_rng(0), np.random.default_rng(0)), (Slotted(), Slotted()),
         (on(Heun()), on(Heun())), (make("ring"), make("ring")), ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
         (scaled(2.0), scaled(2.0)),
         (torch.nn.Linear(2, 2).requires_grad_(False).double(), None), (np.arange(3), np.arange(3)),
@@ -353,6 +377,8 @@ def test_hashes_are_of_values() -> None:
         make("ring"), make("ring", std=0.21), VPSDE(), VPSDE(beta_max=19.0), scaled(2.0), scaled(3.0),
         1, 1.0, "1", [1], (1,), None,
         torch.zeros(2), torch.zeros(2).double(), torch.zeros(2, 1), torch.tensor(0.0), [[1], 2], [1, [2]], Shifted, Changed,
+        hooked(2.0), hooked(3.0), hooked(2.0).eval(), np.random.default_rng(0), np.random.default_rng(1),
+        Slotted(), Slotted(1.0), Named("a"), Named("b"), torch.eye(2).to_sparse(), torch.ones(2, dtype=torch.cfloat).conj(),
     ]  # fmt: skip
     assert len({fingerprint(thing) for thing in different}) == len(different)
 

@@ -155,3 +155,14 @@ def test_a_diagnosis_finds_nothing_wrong_with_an_exact_model_and_the_turn_of_ano
 def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="levels is at least 2"):
         score_error(ExactScore(RING, VPSDE()), RING, levels=1)
+
+
+def test_the_error_of_a_slope_is_its_spread_over_repeats():
+    """Also where the slope is not 1: there the residual is of the regression, not x_0 - D."""
+    law = targets.GaussianMixture([1.0], torch.zeros(1, 2), torch.eye(2)[None])
+    model = Scaled(ExactScore(law, KarrasSDE()), 2.0)
+    draws = [law.sample((200,), generator=torch.Generator().manual_seed(i)).double() for i in range(60)]
+    found = [calibration(model, x0, levels=3, seed=i) for i, x0 in enumerate(draws)]
+    spread = torch.stack([one.slope for one in found]).std(0)
+    claimed = torch.stack([one.slope_error for one in found]).mean(0)
+    assert ((claimed / spread).log().abs() < math.log(1.4))[:2].all()  # of 60 repeats it is known to a tenth

@@ -166,6 +166,8 @@ def test_dynamic_threshold_by_hand():
     size = 2.0 + 0.25 * 2.0  # the 0.75 quantile of 0.1, 0.5, 2, 4 lies a quarter of the way from 2 to 4
     wanted = torch.tensor([[0.5, -0.2, 0.1, 0.0], [1.0, -2.0 / size, 0.5 / size, -0.1 / size]], dtype=torch.float64)
     torch.testing.assert_close(clean, wanted)
+    half = DynamicThreshold(Fixed(SDE, (4,)), 0.75)(torch.zeros(2, 4, dtype=torch.bfloat16), 0.5).denoised
+    torch.testing.assert_close(half.double(), wanted, rtol=1e-2, atol=1e-2)
 
 
 def test_native_output_is_kept_in_float32():

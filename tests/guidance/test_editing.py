@@ -28,10 +28,12 @@ from score_sde.guidance import (
     translate,
 )
 from score_sde.likelihood import slerp
+from score_sde.networks import MLP
 from score_sde.noise import SampleNoise
 from score_sde.ode import ProbabilityFlowODE
+from score_sde.parameterization import Noise
 from score_sde.sampler import Sampler
-from score_sde.score import ExactScore
+from score_sde.score import ExactScore, LearnedScore
 from score_sde.sde import VESDE, VPSDE
 from score_sde.steps import DDIM, Ancestral, EulerMaruyama, ExponentialAdams
 from score_sde.targets import GaussianMixture
@@ -326,5 +328,8 @@ def test_one_cloud_of_particles_has_one_condition():
     filters = TwistedParticles(BASE, Matrix([[0.0, 1.0]]), torch.zeros(1), 1.0)
     x = filters.sample(model, (200, 2), seed=0, condition={"label": 1}).x
     assert (x[:, 0] > 0).all()
+    told = LearnedScore(MLP((2,), context_width=3), SDE, Noise(), (2,))
+    none = {"context": torch.full((4, 3), torch.nan)}  # the null, of every particle
+    assert filters.sample(told, (4, 2), seed=0, condition=none).x.isfinite().all()
     with pytest.raises(ValueError, match="one cloud under one label"):
         filters.sample(model, (4, 2), seed=0, condition={"label": torch.tensor([0, 1, 0, 1])})

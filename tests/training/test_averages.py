@@ -141,3 +141,9 @@ def test_the_model_of_a_run_at_a_width(tmp_path):
     assert any((a != b).any() for a, b in zip(wide.parameters(), narrow.parameters(), strict=True))
     tracked = run.checkpoints.weights(ema="ema-0.1")
     assert all(torch.allclose(value, tracked[name], atol=1e-5) for name, value in wide.state_dict().items())
+
+
+def test_averages_that_would_have_one_name_are_refused():
+    for options in ({"ema_half_life": [500, 1234567, 1234568]}, {"ema_half_life": [500, 0.1], "power_emas": [0.1]}):
+        with pytest.raises(ValueError, match="two averages have the name ema-"):
+            tiny.trainer(1, **options)

@@ -267,6 +267,8 @@ def test_conditions_of_other_names_are_dropped_to_their_own_null_or_refused() ->
     with pytest.raises(ValueError, match="the data have no conditions: leave it out"):
         LabelDropout(0.25)({"augment": augment}, generator(0, "drop"))
     assert LabelDropout(0.0)({"theta": theta}, generator(0, "drop"))["theta"] is theta
+    small = LabelDropout(1.0)({"label": label.to(torch.uint8)}, generator(0, "drop"))["label"]
+    assert set(small.tolist()) == {-1}  # which bytes cannot hold
 
 
 @pytest.mark.parametrize(
