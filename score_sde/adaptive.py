@@ -48,7 +48,7 @@ class PerSample:
 
     def denoised(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """D(x, t), t of shape (samples,) and ids the samples' places in the batch."""
-        return self.predict(x, t, ids).denoised
+        return self.predict(x, t, ids).denoised.to(x.dtype)
 
     def predict(self, x: Tensor, t: Time, ids: Tensor) -> Prediction:
         """The model's whole prediction, likewise."""

@@ -24,21 +24,26 @@ Grid = Callable[[SDE], Tensor]
 
 
 def check(times: Tensor, sde: SDE) -> Tensor:
-    """The grid itself, as float64 on the CPU, or a ValueError that says what is wrong with it."""
+    """The grid itself, as float64 on the CPU, or a ValueError that says what is wrong with it.
+
+    Times beyond t_max or t_min by the rounding of single precision become these.
+    """
     times = torch.as_tensor(times).detach().to("cpu", torch.float64)
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"a grid is a list of at least two times, got shape {tuple(times.shape)}")
     if not torch.isfinite(sde.half_log_snr(times)).all():
         raise ValueError(f"a grid's times must have a finite noise level in {sde!r}; got times from "
                          f"{times.max().item():g} to {times.min().item():g}")  # fmt: skip
+    within = times.clamp(sde.t_min, sde.t_max)
+    times = within if (within - times).abs().max() <= 1e-6 * (sde.t_max - sde.t_min) else times
     listed = times.tolist()
     if listed[-1] >= listed[0]:
         raise ValueError(f"a grid runs from noise to data, its times decrease; got {listed[0]:g} first and "
                          f"{listed[-1]:g} last: reverse it")  # fmt: skip
     if any(t == s for t, s in itertools.pairwise(listed)):
         raise ValueError("a grid has two equal times in a row: remove one")
-    slack, high, low = 1e-9 * (sde.t_max - sde.t_min), max(listed), min(listed)
-    if high > sde.t_max + slack or low < sde.t_min - slack:
+    high, low = max(listed), min(listed)
+    if high > sde.t_max or low < sde.t_min:
         raise ValueError(f"a grid lies in [t_min, t_max] = [{sde.t_min:g}, {sde.t_max:g}], "
                          f"got times from {high:g} to {low:g}")  # fmt: skip
     return times

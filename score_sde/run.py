@@ -109,7 +109,15 @@ class Run:
             )
         model = build_model(self.config, self.trust)
         model.load_state_dict(weights)
+        model.needed = model.condition_names & self._needed()
         return model.eval().requires_grad_(False)
+
+    def _needed(self) -> set[str]:
+        """The conditions that the network has not learnt to do without, as far as its config says."""
+        if (self.config.get("objective") or {}).get("label_dropout"):
+            return set()
+        keys = {"label": "num_classes", "context": "context_width"}
+        return {name for name, key in keys.items() if self.config.network.get(key) is not None}
 
     def export(self, path: str | Path, step: int | None = None) -> Path:
         """Writes the averaged model to a new folder that `score_sde.load` reads, without Hydra; see `score_sde.export`.

@@ -129,7 +129,8 @@ def check_model(model: ScoreModel) -> None:
                         "model.compile() or model.network.compile()")  # fmt: skip
     if not isinstance(model, ScoreModel):
         raise TypeError(f"samples are drawn from a ScoreModel, got {type(model).__name__}: wrap a network, "
-                        "LearnedScore(network, sde, parameterization, event_shape)")  # fmt: skip
+                        "LearnedScore(network, sde, parameterization, event_shape), or a function, FunctionScore(function, "
+                        "sde, event_shape)")  # fmt: skip
     for name in ("sde", "event_shape"):
         if not hasattr(model, name):
             raise TypeError(f"{type(model).__name__} has no {name}: a ScoreModel sets self.sde and self.event_shape")

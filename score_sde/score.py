@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from score_sde.checks import one_of, real
+from score_sde.checks import number, one_of, real
 from score_sde.parameterization import Parameterization, Row
 from score_sde.prediction import Coefficient, Prediction
 from score_sde.sde import SDE, Time, as_time, expand
@@ -46,6 +47,7 @@ class ScoreModel(ABC):
         condition_names: the keywords that a call accepts beside x and t.
         data_std: standard deviation of the clean data as far as the model knows it, a scale for solvers.
         num_classes: how many classes the condition `label` may name, where that is known.
+        needed: conditions without which a network has not learnt to predict, as far as its training is known.
         predicts: false for what only shares the interface, a classifier of noisy data.
     """
 
@@ -54,6 +56,7 @@ class ScoreModel(ABC):
     data_std: float = 1.0
     num_classes: int | None = None
     condition_names: frozenset[str] = frozenset()
+    needed: frozenset[str] = frozenset()
     predicts: bool = True
 
     @property
@@ -68,7 +71,10 @@ class ScoreModel(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
-        """The prediction at x of shape (batch, *event_shape), t a float or a tensor of shape () or (batch,)."""
+        """The prediction at x of shape (batch, *event_shape), t a float or a tensor of shape () or (batch,).
+
+        Of that shape adaptive solvers and likelihoods give it, in float64: `sde.expand(t, x)` makes it multiply x.
+        """
 
     def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None:
         """Refuses a batch shape or a condition that the model does not know.
@@ -146,10 +152,22 @@ def checked_condition(
             given[name] = value.expand(shape[0], *value.shape).contiguous() if shared else value
     model.check(shape, given)
     label = given.get("label")
-    if model.num_classes and isinstance(label, Tensor) and label.numel() and not int(label.max()) < model.num_classes:
-        raise ValueError(f"label={int(label.max())}, but this model knows the classes 0 to {model.num_classes - 1} "
-                         "(and -1 for none)")  # fmt: skip
+    if model.num_classes and isinstance(label, Tensor) and label.numel():
+        for extreme in map(int, label.aminmax()):
+            if not -1 <= extreme < model.num_classes:
+                raise ValueError(f"label={extreme}, but this model knows the classes 0 to {model.num_classes - 1} "
+                                 "(and -1 for none)")  # fmt: skip
+    if missing := sorted(model.needed - given.keys()):
+        warnings.warn(f"this network was told of each example's {' and '.join(missing)} and has not learnt to do without: "
+                      f"give condition={{{missing[0]!r}: ...}}", stacklevel=4)  # fmt: skip
     return given
+
+
+def _named(function: Callable[..., Any]) -> frozenset[str]:
+    """The named parameters of a function beyond its first two."""
+    parameters = list(inspect.signature(function).parameters.values())
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(p.name for p in parameters[2:] if p.kind in named)
 
 
 def _check_sde(sde: SDE) -> None:
@@ -231,9 +249,7 @@ class LearnedScore(nn.Module, ScoreModel):
             raise TypeError(f"a parameterization is an object, e.g. Karras(sigma_data=0.5); got {parameterization!r}")
         self.network, self.sde, self.parameterization = network, sde, parameterization
         self.event_shape = tuple(event_shape)
-        parameters = list(inspect.signature(getattr(network, "_orig_mod", network).forward).parameters.values())
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        self.condition_names = frozenset(p.name for p in parameters[2:] if p.kind in named)
+        self.condition_names = _named(getattr(network, "_orig_mod", network).forward)
         if getattr(network, "num_classes", 0) is None:
             self.condition_names -= {"label"}
         self.num_classes = getattr(network, "num_classes", None)
@@ -371,6 +387,64 @@ class ExactScore(ScoreModel):
 
     def __repr__(self) -> str:
         return f"ExactScore({self.target!r}, {self.sde!r})"
+
+
+class FunctionScore(ScoreModel):
+    """A score model of a function that one has: a score, a denoiser, or a prediction of the noise or the velocity.
+
+    Args:
+        function: (x, t, **condition) -> of x's shape (batch, *event_shape). t multiplies x: a scalar tensor, or of shape
+            (batch, 1, ..., 1) where each sample has a time of its own, in x's dtype. Its named parameters beyond these two
+            are the conditions it accepts.
+        sde: the forward process in which x has its marginals.
+        event_shape: shape of one sample.
+        gives: "score" (grad log p_t), "denoised" (E[x_0 | x_t]), "noise" (E[eps | x_t]) or "velocity" (alpha eps - sigma
+            D).
+        data_std: standard deviation of the clean data, a scale for solvers.
+
+    Raises:
+        TypeError: it is no function.
+        ValueError: `gives` is unknown, or the SDE's schedule cannot be used; when called, another shape is given.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], sde: SDE, event_shape: Sequence[int], gives: str = "score",
+        data_std: float = 1.0,
+    ) -> None:  # fmt: skip
+        if not callable(function):
+            raise TypeError(f"FunctionScore(function, sde, event_shape) takes a function (x, t), got {function!r}")
+        _check_sde(sde)
+        self.function, self.sde, self.event_shape = function, sde, tuple(event_shape)
+        self.gives = one_of("gives", gives, ("score", "denoised", "noise", "velocity"))
+        self.data_std = number("data_std", data_std, above=0)
+        self.condition_names = _named(function)
+
+    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
+        self.check(real("x", x).shape, condition)
+        alpha: Coefficient
+        sigma: Coefficient
+        if is_batched(t):
+            t = as_time(t).double()
+            alpha, sigma, at = self.sde.alpha(t), self.sde.sigma(t), expand(t, x)
+        else:
+            (alpha, sigma), at = _kernel(self.sde, float(t)), torch.tensor(float(t), dtype=x.dtype)
+        said = self.function(x, at, **condition)
+        if not isinstance(said, Tensor) or said.shape != x.shape:
+            given = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
+            raise ValueError(f"the function gives {given} for x of shape {tuple(x.shape)} and t of shape {tuple(at.shape)}: "
+                             "it must give x's")  # fmt: skip
+        said = said.to(x.dtype)
+        if self.gives == "denoised":
+            return Prediction(x, said, alpha, sigma)
+        if self.gives == "velocity":
+            total = alpha**2 + sigma**2
+            return Prediction(x, said, alpha, sigma, alpha / total, -sigma / total)
+        make = Prediction.from_score if self.gives == "score" else Prediction.from_noise
+        return make(x, said, alpha, sigma)
+
+    def __repr__(self) -> str:
+        name = getattr(self.function, "__name__", None) or repr(self.function)
+        return f"FunctionScore({name}, {self.sde!r}, {self.event_shape}, {self.gives!r})"
 
 
 class WrappedScore(ScoreModel):

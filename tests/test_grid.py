@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from score_sde import grid
-from score_sde.sde import VPSDE, DiscreteSDE, KarrasSDE
+from score_sde.sde import VPSDE, DiscreteSDE, KarrasSDE, RectifiedFlow
 
 F64 = torch.float64
 LADDERS_ONLY = {"respaced"}  # picks rungs of a `DiscreteSDE`: see test_grid_family
@@ -117,4 +117,8 @@ def test_a_grid_may_go_back_up_and_may_be_given_as_anything():
     sde = VPSDE()
     for times in ([1.0, 0.5, 0.7, 0.2], torch.tensor([1.0, 0.5, 0.7, 0.2]), torch.tensor([1.0, 0.2]).bfloat16()):
         assert grid.check(times, sde).dtype == F64
+    flow = RectifiedFlow()
+    single = torch.linspace(flow.t_max, flow.t_min, 4)
+    assert single[0].item() > flow.t_max
+    assert grid.check(single, flow)[[0, -1]].tolist() == [flow.t_max, flow.t_min]
     assert grid.check(torch.tensor([99, 50, 0]), DiscreteSDE.ddpm(100)).tolist() == [99.0, 50.0, 0.0]

@@ -69,6 +69,15 @@ def test_first_weights_follow_from_the_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_run_says_what_its_network_has_not_learnt_to_do_without(tmp_path):
+    told = {"network": CONFIG["network"] | {"num_classes": 3}, "objective": {"label_dropout": 0.0}}
+    for share, needed in ((0.0, {"label"}), (0.1, set())):
+        run = Run.create(tmp_path / str(share), CONFIG | told | {"objective": {"label_dropout": share}})
+        weights = build_model(run.config).state_dict()
+        run.checkpoints.save(0, {"weights": weights, "ema": weights}, {"step": 0})
+        assert run.model().needed == needed
+
+
 def test_no_devices_generator_is_seeded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("CUDA's generators were seeded"))
     build_model(OmegaConf.create(CONFIG))

@@ -13,7 +13,7 @@ from score_sde import grid
 from score_sde.networks import MLP
 from score_sde.parameterization import Karras, Noise, PublishedNoise
 from score_sde.sampler import Sampler
-from score_sde.score import KEPT, ExactScore, LearnedScore, reparameterize
+from score_sde.score import KEPT, ExactScore, FunctionScore, LearnedScore, reparameterize
 from score_sde.sde import SDE, VPSDE, DiscreteSDE, KarrasSDE
 from score_sde.steps import DDIM, Ancestral
 from score_sde.targets import Empirical, GaussianMixture, make
@@ -260,3 +260,50 @@ def test_a_time_without_noise_is_refused_with_the_least_one(model):
         ValueError, match=r"at t=0 .* has no noise, and a score needs some: its least time is t_min=0.001"
     ):
         model(torch.zeros(2, 2), 0.0)
+
+
+@pytest.mark.parametrize("gives", ["score", "denoised", "noise", "velocity"])
+def test_a_function_is_a_model_of_what_it_gives_with_one_time_or_one_for_each_sample(sde, gives):
+    exact, x = (
+        ExactScore(make("ring"), sde),
+        x_of(2),
+    )  # as many samples as dimensions: a time a sample must not broadcast
+    asked = []
+
+    def function(v, t):
+        asked.append(tuple(t.shape))
+        return getattr(exact(v, t.flatten() if t.ndim else t), gives)
+
+    model = FunctionScore(function, sde, (2,), gives)
+    t = sde.time_at(torch.tensor([0.7, -0.4], dtype=F64))
+    for times in (float(t[0]), t):
+        said, expected = model(x, times), exact(x, times)
+        for view in ("score", "denoised", "noise", "velocity"):
+            torch.testing.assert_close(getattr(said, view), getattr(expected, view), rtol=1e-9, atol=1e-9)
+    assert asked == [(), (2, 1)]
+    single = model(x.float(), t)
+    assert single.raw.dtype == torch.float32
+
+
+def test_a_function_has_conditions_by_name_and_gives_the_shape_of_x():
+    model = FunctionScore(
+        lambda x, t, label=None: x if label is None else x + label[:, None], VPSDE(), (2,), "denoised"
+    )
+    assert model.condition_names == {"label"}
+    sampler = Sampler(DDIM(), functools.partial(grid.log_snr, steps=3))
+    assert sampler.sample(model, (4, 2), seed=0, condition={"label": 5}).x.isfinite().all()
+    with pytest.raises(TypeError, match="unknown condition 'class'"):
+        model(x_of(), 0.5, **{"class": 1})
+    with pytest.raises(ValueError, match=r"the function gives \(3,\) for x of shape \(3, 2\) and t of shape \(\)"):
+        FunctionScore(lambda x, t: x.sum(1), VPSDE(), (2,))(x_of(), 0.5)
+    with pytest.raises(ValueError, match="gives is one of"):
+        FunctionScore(torch.sin, VPSDE(), (2,), "epsilon")
+
+
+def test_labels_are_classes_or_none():
+    model = LearnedScore(MLP((2,), num_classes=3), VPSDE(), Karras(0.5), (2,))
+    sampler = Sampler(DDIM(), functools.partial(grid.log_snr, steps=2))
+    sampler.sample(model, (2, 2), seed=0, condition={"label": torch.tensor([-1, 2])})
+    for label in (-2, 3):
+        with pytest.raises(ValueError, match=f"label={label}, but this model knows the classes 0 to 2"):
+            sampler.sample(model, (2, 2), seed=0, condition={"label": torch.tensor([0, label])})

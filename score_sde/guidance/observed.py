@@ -52,8 +52,9 @@ class Observed(WrappedScore):
         name = type(self).__name__
         if not isinstance(operator, LinearOperator if self.linear else Operator):
             wanted = "a LinearOperator (DPS takes any Operator)" if self.linear else "an Operator"
-            raise TypeError(f"{name} observes through {wanted}, got {type(operator).__name__}: wrap a matrix as Matrix(A), a "
-                            "function as Nonlinear(f, input_shape)")  # fmt: skip
+            function = "a linear function as Linear" if self.linear else "a function as Nonlinear"
+            raise TypeError(f"{name} observes through {wanted}, got {type(operator).__name__}: wrap a matrix as Matrix(A), "
+                            f"{function}(f, input_shape)")  # fmt: skip
         if tuple(operator.input_shape) != self.event_shape:
             raise ValueError(f"the operator takes x of shape {operator.input_shape}, the model's is {self.event_shape}")
         single = not isinstance(noise_std, str | Sequence) and getattr(noise_std, "ndim", 0) == 0

@@ -205,6 +205,33 @@ class Matrix(LinearOperator):
         return (y @ self._copies.like(y)["matrix"]).view(-1, *self.input_shape)
 
 
+class Linear(LinearOperator):
+    """A linear function of a batch, each sample by itself; its transpose by automatic differentiation, A A^T dense.
+
+    Args:
+        function: (batch, *input_shape) -> (batch, *output_shape), with function(0) = 0.
+        input_shape: shape of one clean x.
+
+    Raises:
+        ValueError: it is not linear.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], input_shape: Sequence[int]) -> None:
+        self.function, self.input_shape = function, tuple(input_shape)
+        x, z = torch.randn(2, 1, *self.input_shape, generator=torch.Generator().manual_seed(0)).unbind()
+        both, parts = function(x - 2 * z), function(x) - 2 * function(z)
+        self.output_shape = tuple(both.shape[1:])
+        if not (both - parts).abs().max() <= 1e-3 * parts.abs().max():
+            raise ValueError("this function is not linear: take an offset off y, or give Nonlinear(f, input_shape)")
+
+    def _apply(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def _transpose(self, y: Tensor) -> Tensor:
+        _, pull = torch.func.vjp(self.function, y.new_zeros(len(y), *self.input_shape))  # type: ignore[misc]
+        return pull(y)[0]
+
+
 class _Isometric(LinearOperator):
     """A A^T = scale I."""
 

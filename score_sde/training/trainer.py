@@ -307,7 +307,10 @@ class Trainer:
             warnings.warn(
                 f"training was interrupted ({number.name}) at step {state.step} of {self.steps}", stacklevel=2
             )
-        return TrainingResult(state.shown()[1], state.step, number, metrics.rows)
+        trained = state.shown()[1]
+        if getattr(getattr(objective, "label_dropout", None), "share", 1.0) == 0:
+            trained.needed = trained.condition_names & (data.batch(0, 1).condition.keys() - {"augment"})
+        return TrainingResult(trained, state.step, number, metrics.rows)
 
     def _report(
         self, state: TrainingState, metrics: MetricsLog, bar: Any, checkpoints: Checkpoints | None,

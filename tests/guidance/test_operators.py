@@ -15,6 +15,7 @@ from score_sde.guidance.operators import (
     Downsample,
     FourierSubsample,
     Grey,
+    Linear,
     LinearOperator,
     Mask,
     Matrix,
@@ -55,6 +56,7 @@ OPERATORS = {
     "fourier-odd": FourierSubsample((1, 5, 7), torch.rand(5, 7, generator=generator()) < 0.3),
     "matrix": Matrix(torch.randn(3, 5, generator=generator(), dtype=torch.float64)),
     "deficient": Matrix(torch.tensor([[1.0, 2.0, 0.0, 1.0], [2.0, 4.0, 0.0, 2.0], [0.0, 1.0, 1.0, 0.0]]), (2, 2)),
+    "function": Linear(lambda x: x.cumsum(2)[:, :, 1::2].clone(), (2, 5)),
     "user's": Differences(),
 }
 
@@ -107,7 +109,7 @@ def test_projector_keeps_what_is_seen(operator):
 def test_samples_of_a_batch_do_not_meet(operator):
     x, y = draw(operator.input_shape, 7).float(), draw(operator.output_shape, 7).float()
     pairs = [(operator, x), (operator.transpose, y), (operator.pseudo_inverse, y)]
-    exact = not isinstance(operator, Matrix | Differences)  # these multiply by BLAS
+    exact = not isinstance(operator, Matrix | Linear | Differences)  # these multiply by BLAS
     for function, v in pairs:
         alone = torch.cat([function(part) for part in v.split([1, 4, 2])])
         torch.testing.assert_close(alone, function(v), rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
@@ -206,6 +208,8 @@ def test_nonlinear_takes_its_shape_from_the_function():
         (lambda: Grey((1, 8, 8)), "do not fit x of shape (1, 8, 8)"),
         (lambda: Blur((1, 8, 8), torch.ones(2, 2)), "odd sides"),
         (lambda: Matrix(torch.ones(2, 3), (4,)), "3 columns"),
+        (lambda: Linear(lambda x: 2 * x + 1, (4,)), "not linear: take an offset off y"),
+        (lambda: Linear(torch.square, (4,)), "not linear"),
         (lambda: FourierSubsample((1, 4, 4), torch.ones(4, 4)), "boolean mask of shape (4, 4)"),
         (lambda: OPERATORS["half"](torch.zeros(2, 1, 6, 8)), "(batch, 3, 6, 8), got (2, 1, 6, 8)"),
         (lambda: OPERATORS["half"].transpose(torch.zeros(2, 3)), "takes y of shape (batch, 72)"),

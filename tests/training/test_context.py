@@ -34,3 +34,23 @@ def test_a_vector_that_the_law_depends_on_is_learned_with_and_without() -> None:
     assert x.std().item() == pytest.approx(2.0, abs=0.3)
     with pytest.raises(ValueError, match=r"context must be of shape \(5, 1\) or tokens \(5, tokens, 1\); got \(5, 2\)"):
         trained(torch.zeros(5, 1), 0.5, context=torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_who_forgets_the_context_of_a_network_that_needs_it_is_told(
+    dropout: float, recwarn: pytest.WarningsRecorder
+) -> None:
+    data = TensorData(torch.randn(64, 2), context=torch.randn(64, 3))
+    model = LearnedScore(MLP((2,), context_width=3), VPSDE(), Karras(), (2,))
+    objective = DenoisingScoreMatching(label_dropout=dropout)
+    trained = Trainer(steps=1, batch_size=8, progress=False).fit(model, data, objective, ImportanceTimes()).model
+    sampler = Sampler(ExponentialAdams(1), partial(grid.log_snr, steps=2))
+    sampler.sample(trained, (2, 2), seed=0, condition={"context": torch.zeros(3)})
+    assert not len(recwarn)
+    sampler.sample(trained, (2, 2), seed=0)
+    said = [str(one.message) for one in recwarn]
+    assert (
+        said == []
+        if dropout
+        else ["has not learnt to do without: give condition={'context': ...}" in said[0]] == [True]
+    )
