@@ -120,5 +120,5 @@ def test_a_grid_may_go_back_up_and_may_be_given_as_anything():
     flow = RectifiedFlow()
     single = torch.linspace(flow.t_max, flow.t_min, 4)
     assert single[0].item() > flow.t_max
-    assert grid.check(single, flow)[[0, -1]].tolist() == [flow.t_max, flow.t_min]
+    assert grid.check(single, flow)[0].item() == flow.t_max
     assert grid.check(torch.tensor([99, 50, 0]), DiscreteSDE.ddpm(100)).tolist() == [99.0, 50.0, 0.0]
