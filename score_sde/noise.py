@@ -39,6 +39,8 @@ class BatchNoise(NoiseSource):
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = secrets.randbits(63) if seed is None else whole("seed", seed, -math.inf)
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed} is beyond the 64 bits of torch's generators: give a smaller one")
 
     def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:
         generator = torch.Generator(device).manual_seed(self.seed)
@@ -56,6 +58,10 @@ class SampleNoise(NoiseSource):
     """
 
     def __init__(self, seeds: Iterable[int] | Tensor) -> None:
+        if isinstance(seeds, int):
+            raise TypeError(
+                f"SampleNoise takes a seed for each sample, got {seeds}: give range({seeds}), or seed= for one"
+            )
         seeds = torch.as_tensor(seeds if isinstance(seeds, Tensor) else list(seeds))
         if seeds.ndim != 1 or (seeds.is_floating_point() and len(seeds)):
             raise ValueError(f"seeds are one integer a sample, got {seeds.dtype} of shape {tuple(seeds.shape)}")

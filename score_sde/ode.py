@@ -50,6 +50,9 @@ class ProbabilityFlowODE(ErrorControlled):
         self.method = one_of("method", method, METHODS)
         self.error_control = one_of("error_control", error_control, ("joint", "each"))
 
+    def __repr__(self) -> str:
+        return f"ProbabilityFlowODE({self.method!r}, rtol={self.rtol}, atol={self.atol})"
+
     @torch.no_grad()
     def sample(
         self, model: ScoreModel, shape: Sequence[int], *, seed: int | None = None, noise: NoiseSource | None = None,

@@ -249,7 +249,13 @@ class LearnedScore(nn.Module, ScoreModel):
             raise TypeError(f"a parameterization is an object, e.g. Karras(sigma_data=0.5); got {parameterization!r}")
         self.network, self.sde, self.parameterization = network, sde, parameterization
         self.event_shape = tuple(event_shape)
-        self.condition_names = _named(getattr(network, "_orig_mod", network).forward)
+        forward = getattr(network, "_orig_mod", network).forward
+        try:
+            inspect.signature(forward).bind_partial(None, None)
+        except TypeError as error:
+            raise TypeError(f"{type(network).__name__}.forward takes {inspect.signature(forward)}: a score network takes (x, "
+                            "c_noise, **conditions), c_noise of shape (batch,)") from error  # fmt: skip
+        self.condition_names = _named(forward)
         if getattr(network, "num_classes", 0) is None:
             self.condition_names -= {"label"}
         self.num_classes = getattr(network, "num_classes", None)

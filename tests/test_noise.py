@@ -165,3 +165,10 @@ def test_the_noise_of_a_run_is_keyed_by_seed_and_sample_for_any_seed():
 def test_a_seed_is_a_whole_number(make):
     with pytest.raises(ValueError, match=r"a whole number seed, got seed=0\.5"):
         make(0.5)
+
+
+def test_seeds_that_are_no_seeds_are_refused_with_the_fix():
+    with pytest.raises(TypeError, match=r"a seed for each sample, got 4: give range\(4\)"):
+        SampleNoise(4)
+    with pytest.raises(ValueError, match="beyond the 64 bits"):
+        BatchNoise(2**70)

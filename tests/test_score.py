@@ -241,6 +241,11 @@ def test_a_network_gives_the_shape_of_x():
         (lambda: ExactScore("ring", VPSDE()), "got 'ring'"),
         (lambda: ExactScore(make("ring"), VPSDE), r"an SDE is an object, e\.g\. VPSDE\(\)"),
         (lambda: LearnedScore(nn.Identity(), VPSDE(), Noise, (2,)), "a parameterization is an object"),
+        (
+            lambda: LearnedScore(nn.Identity(), VPSDE(), Noise(), (2,)),
+            r"Identity\.forward takes \(.*\): a score network takes",
+        ),
+        (lambda: FunctionScore(3, VPSDE(), (2,)), "takes a function"),
         (lambda: reparameterize(VPSDE(), ExactScore(make("ring"), VPSDE())), "takes a score model"),
         (
             lambda: Sampler(DDIM(), functools.partial(grid.log_snr, steps=3)).sample(nn.Linear(2, 2), (1, 2)),

@@ -70,11 +70,11 @@ def test_signals_are_the_lines_of_their_channels() -> None:
 
 def test_frames_are_in_their_order_and_in_one_scale() -> None:
     x = torch.arange(2 * 3.0).reshape(2, 1, 3, 1, 1).expand(2, 1, 3, 4, 4)  # frame k of video i is grey 3 i + k
-    figure = plotting.frames(x, x)
+    figure = plotting.frames(x.repeat(2, 1, 1, 1, 1), x)  # as many rows of each
     for ax in figure.axes:
         mosaic = np.asarray(ax.images[0].get_array())
         greys = mosaic[::5, ::5, 0]
-        assert greys == pytest.approx((x[:, 0, :, 0, 0].numpy() + 1) / 6, abs=1e-6)  # from -1, not above it, to 5
+        assert greys == pytest.approx(x[:, 0, :, 0, 0].numpy() / 5, abs=1e-6)
 
 
 def test_channels_beyond_colour_are_frames_of_their_own() -> None:
@@ -107,6 +107,12 @@ def test_every_event_shape_has_a_sheet(event: tuple[int, ...], known: bool) -> N
     figure = plotting.sheet(x, x if known else None)
     figure.canvas.draw()
     assert all(ax.has_data() for ax in figure.axes if ax.axison)
+
+
+def test_fields_beyond_one_are_scaled_to_the_data() -> None:
+    x = torch.linspace(-4, 4, 4).reshape(4, 1, 1, 1).expand(4, 1, 3, 3)
+    (ax,) = plotting.sheet(x, x).axes
+    assert np.asarray(ax.images[0].get_array())[0, ::4, 0] == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=1e-6)
 
 
 def test_a_law_stands_for_its_draws() -> None:

@@ -25,8 +25,8 @@ def sheet(
     """Samples of any event shape, beside examples of the data where these are given and the picture has room for them.
 
     Points of the plane are shown as densities (without data as dots), other vectors by `pair_plot`, signals (channels,
-    length) by `signals`, images (1 or 3, height, width) as a mosaic, and whatever else ends in (height, width) by
-    `frames`: videos, volumes, fields of other channels.
+    length) by `signals`, images (1 or 3, height, width) as a mosaic, from -1 to 1 or as far as the data reach, and whatever
+    else ends in (height, width) by `frames`: videos, volumes, fields of other channels.
 
     Args:
         samples: (n, *event).
@@ -51,7 +51,10 @@ def sheet(
         return signals(samples, examples, name=name)
     if len(event) > 3 or event[0] not in (1, 3):
         return frames(samples, examples, name=name)
-    shown = samples[: -(-count // columns) * columns]
+    size = (
+        1.0 if examples is None else max(1.0, float(examples.abs().max()))
+    )  # beyond [-1, 1] for fields that are no photos
+    shown = samples[: -(-count // columns) * columns] / size
     columns = min(columns, len(shown))
     figure, axes = panels(1, width=5, height=5 * -(-len(shown) // columns) / columns)
     image_grid(axes[0, 0], shown, columns=columns)
@@ -131,17 +134,15 @@ def frames(samples: Tensor, data: Tensor | None = None, *, name: str = "samples"
     """Videos, volumes and fields of any channels (n, ..., height, width): a row for each, its frames from left to right.
 
     Frames have the colours of images where the event is (1 or 3, ..., height, width); else each channel is a grey frame of
-    its own. Grey or colour runs from -1 to 1 where the data, or without them the samples, keep to it, else from their
-    least to their greatest value.
+    its own. Grey or colour runs from the least to the greatest value of what is shown of the data, or without them of the
+    samples.
     """
-    columns = _columns(samples, data, name, rows)
+    columns = _columns(samples, data, name, min([rows, *(len(x) for x in (samples, data) if x is not None)]))
     first = next(iter(columns.values()))
-    low, high = min(float(first.min()), -1.0), max(float(first.max()), 1.0)
-    if high > 1.05 or low < -1.05:
-        columns = {title: (x - low) * (2 / (high - low)) - 1 for title, x in columns.items()}
-    strips = {title: _strip(x) for title, x in columns.items()}
+    low, high = float(first.min()), float(first.max())
+    strips = {title: _strip(2 * (x - low) / max(high - low, 1e-30) - 1) for title, x in columns.items()}
     length = next(iter(strips.values())).shape[1]
-    figure, axes = panels(len(strips), width=max(2.0, min(5.0, 0.6 * length)), height=0.3 + 0.6 * rows)
+    figure, axes = panels(len(strips), width=max(2.0, min(5.0, 0.6 * length)), height=0.3 + 0.6 * len(first))
     for ax, (title, strip) in zip(axes[0], strips.items(), strict=True):
         image_grid(ax, strip.flatten(0, 1), columns=length)
         ax.set_title(title)
