@@ -182,12 +182,28 @@ def _kernel(sde: SDE, t: float) -> tuple[float, float]:
     return sde.alpha(t).item(), sde.sigma(t).item()
 
 
+def _level(sde: SDE, t: Time) -> tuple[Coefficient, Coefficient]:
+    """alpha and sigma at t: numbers, or float64 tensors (batch,) where each sample has its time.
+
+    Raises ValueError for a number at which there is no noise, or no process.
+    """
+    if is_batched(t):
+        times = as_time(t).double()
+        return sde.alpha(times), sde.sigma(times)
+    alpha, sigma = _kernel(sde, float(t))
+    if not (alpha > 0 and sigma > 0):
+        _refuse_noiseless(sde, as_time(float(t)).reshape(1))
+    return alpha, sigma
+
+
 def _refuse_noiseless(sde: SDE, t: Tensor) -> None:
-    """Refuses, with ValueError, times at which there is no noise and so no score."""
+    """Refuses, with ValueError, times at which there is no noise and so no score, or no process."""
     if (bare := ~(sde.sigma(t) > 0)).any():
         raise ValueError(
             f"at t={t[bare][0]:g} {sde!r} has no noise, and a score needs some: its least time is t_min={sde.t_min:g}"
         )
+    if (lost := sde.half_log_snr(t).isnan()).any():
+        raise ValueError(f"{sde!r} is not defined at t={t[lost][0]:g}: its times are {sde.t_min:g} to {sde.t_max:g}")
 
 
 def is_batched(t: Time) -> bool:
@@ -364,15 +380,7 @@ class ExactScore(ScoreModel):
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(real("x", x).shape, condition)
-        alpha: Coefficient
-        sigma: Coefficient
-        if is_batched(t):
-            t = as_time(t).double()
-            alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        else:
-            alpha, sigma = _kernel(self.sde, float(t))
-            if sigma == 0:
-                _refuse_noiseless(self.sde, as_time(float(t)).reshape(1))
+        alpha, sigma = _level(self.sde, t)
         return Prediction(x, self.target.denoise(x, alpha, sigma), alpha, sigma)
 
     def log_prob(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
@@ -427,13 +435,8 @@ class FunctionScore(ScoreModel):
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(real("x", x).shape, condition)
-        alpha: Coefficient
-        sigma: Coefficient
-        if is_batched(t):
-            t = as_time(t).double()
-            alpha, sigma, at = self.sde.alpha(t), self.sde.sigma(t), expand(t, x)
-        else:
-            (alpha, sigma), at = _kernel(self.sde, float(t)), torch.tensor(float(t), dtype=x.dtype)
+        alpha, sigma = _level(self.sde, t)
+        at = expand(as_time(t), x) if is_batched(t) else torch.tensor(float(t), dtype=x.dtype)
         said = self.function(x, at, **condition)
         if not isinstance(said, Tensor) or said.shape != x.shape:
             given = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__

@@ -14,7 +14,7 @@ from score_sde.networks import MLP
 from score_sde.parameterization import Karras, Noise, PublishedNoise
 from score_sde.sampler import Sampler
 from score_sde.score import KEPT, ExactScore, FunctionScore, LearnedScore, reparameterize
-from score_sde.sde import SDE, VPSDE, DiscreteSDE, KarrasSDE
+from score_sde.sde import SDE, VPSDE, DiscreteSDE, KarrasSDE, RectifiedFlow
 from score_sde.steps import DDIM, Ancestral
 from score_sde.targets import Empirical, GaussianMixture, make
 
@@ -265,6 +265,12 @@ def test_a_time_without_noise_is_refused_with_the_least_one(model):
         ValueError, match=r"at t=0 .* has no noise, and a score needs some: its least time is t_min=0.001"
     ):
         model(torch.zeros(2, 2), 0.0)
+
+
+@pytest.mark.parametrize("make_model", [learned, lambda sde: ExactScore(make("ring"), sde)], ids=["learned", "exact"])
+def test_a_time_beyond_the_process_is_refused(make_model):
+    with pytest.raises(ValueError, match=r"is not defined at t=2: its times are 0\.001 to 0\.999"):
+        make_model(RectifiedFlow())(torch.zeros(2, 2), 2.0)
 
 
 @pytest.mark.parametrize("gives", ["score", "denoised", "noise", "velocity"])
