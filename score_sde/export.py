@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from score_sde.build import build_model
 from score_sde.score import LearnedScore
+from score_sde.training.checkpoint import write_weights
 
 __all__ = ["PARTS", "load", "save"]
 
@@ -48,8 +49,7 @@ def save(model: nn.Module, config: Mapping[str, Any], path: str | Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / CONFIG).write_text(text)
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    save_file(weights, partial / WEIGHTS)
+    write_weights(partial / WEIGHTS, model.state_dict())
     for file in (partial / CONFIG, partial / WEIGHTS):
         with file.open("rb") as written:
             os.fsync(written.fileno())

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["Checkpoints", "write_atomically"]
+__all__ = ["Checkpoints", "write_atomically", "write_weights"]
 
 T = TypeVar("T")
 
@@ -86,9 +87,10 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             for name, tensors in weights.items():
-                save_file(_plain(tensors), unfinished / f"{name}.safetensors")
+                write_weights(unfinished / f"{name}.safetensors", tensors)
             if state is not None:
-                torch.save(dict(state), unfinished / "state.pt")
+                with _writing(unfinished / "state.pt"):
+                    torch.save(dict(state), unfinished / "state.pt")
             for path in (*unfinished.iterdir(), unfinished):
                 _flush(path)
             unfinished.rename(self.folder / f"step-{step:09d}")
@@ -126,9 +128,21 @@ def write_atomically(path: Path, text: str, new: bool = False) -> None:
     _flush(path.parent)
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that share no memory, which safetensors asks for."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def write_weights(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors, of which some may share memory, as safetensors; raises OSError where the disk is full."""
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with _writing(file):
+        save_file(copies, file)
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """What safetensors and torch raise for a failed write, as the OSError that it is."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{file} could not be written: is the disk full? ({reason})") from error
 
 
 def _flush(path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -172,6 +173,22 @@ def test_a_half_written_checkpoint_is_never_picked_up(tmp_path, monkeypatch, uni
     tiny.train(tmp_path, resume=True)
     assert_same_weights(tmp_path, uninterrupted)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000035", "step-000000040"]
+
+
+@pytest.mark.parametrize("kind", ["weights", "state"])
+def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path, kind):
+    large = torch.zeros(10_000)
+    parts = ({"ema": {"w": large}}, None) if kind == "weights" else ({}, {"w": large})
+    own = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, own[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written: is the disk full"):
+            Checkpoints(tmp_path).save(3, *parts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, own)
+    assert Checkpoints(tmp_path).latest() is None
+    Checkpoints(tmp_path).save(3, *parts)
+    assert Checkpoints(tmp_path).latest() == 3
 
 
 def test_metrics_cut_short_by_a_kill_are_repaired(tmp_path):
