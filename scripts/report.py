@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import common
 import figures
 import pandas as pd
+from command_line import unknown
 from omegaconf import DictConfig
 
 from score_sde import Run, plotting
@@ -25,27 +27,54 @@ def main(config: DictConfig) -> None:
     summary = summarise(table)
     table.to_csv(folder / "runs.csv", index=False)
     summary.to_csv(folder / "report.csv", index=False)
-    label = table["meaning"].dropna().iloc[0] if config.metric == "metric" and table["meaning"].any() else config.metric
-    shown = summary.assign(setting=[with_lost(row) for row in summary.to_dict("records")])
-    floor = 1.0 if "noise floor" in label else None
-    figures.save(plotting.means_with_errors(shown, label=label, reference=floor), folder / "report.png")
-    common.show(summary, f"mean over seeds, with its standard error, of: {label}")
+    meanings = list(summary["meaning"].dropna().unique())
+    several = len(meanings) > 1
+    print_means(
+        summary if several else summary.drop(columns="meaning"), "what stands under meaning" if several else meanings[0]
+    )
     for row in table[table["status"] != "finished"].to_dict("records"):
         print(f"{row['status']}: {row['run']} ({row['setting']}, seed {row['seed']}): {row['error']}")
-    print(f"\n{folder}: report.csv (means), runs.csv (every run), report.png")
+    pictures = ["report.png"] if draw(summary, folder / "report.png") else []
+    print(f"\n{folder}: {', '.join(['report.csv (means)', 'runs.csv (every run)', *pictures])}")
+
+
+def print_means(summary: pd.DataFrame, label: str) -> None:
+    """The table without columns that are empty: the standard error of one seed, the mean of failed runs alone."""
+    shown = summary.dropna(axis="columns", how="all")
+    error = ", with its standard error" if "standard_error" in shown else ""
+    common.show(shown, f"mean over seeds{error}, of: {label}" if "mean" in shown else "")
+
+
+def draw(summary: pd.DataFrame, file: Path) -> bool:
+    """The figure, a panel for each meaning, unless there is no mean to draw; returns whether there is one.
+
+    Where there are several meanings, settings that never came to one are left out.
+    """
+    if summary["mean"].isna().all():
+        return False
+    named = summary.assign(setting=[with_lost(row) for row in summary.to_dict("records")])
+    parts = dict(list(named.groupby("meaning", sort=False)))
+    floors = {meaning: 1.0 for meaning in parts if "noise floor" in meaning}
+    figures.save(plotting.means_with_errors(parts, references=floors), file)
+    return True
 
 
 def collect(folder: Path, metric: str) -> pd.DataFrame:
-    """One row a run: folder, setting (the overrides in which runs differ, but the seed), seed, metric, status, reason.
+    """One row a run: folder, setting (the overrides in which runs differ, but the seed), seed, status, value, error, meaning.
 
-    Raises ValueError where the folder holds no run.
+    Raises ValueError where the folder holds no run, and where runs have finished, none of them with a number of this name.
     """
     homes = sorted(
         {file.parent for name in ("result.json", "config.yaml") for file in folder.rglob(name)}, key=_natural
     )
-    rows = [_row(home, folder, metric) for home in homes]
-    if not rows:
+    results = {str(home.relative_to(folder)): _result(home) for home in homes}
+    if not results:
         raise ValueError(f"{folder} holds no runs (no result.json below it): give the folder of a sweep")
+    numbers = {key: None for result in results.values() if result["status"] == "finished"
+               for key, value in result.items() if isinstance(value, int | float)}  # fmt: skip
+    if numbers and metric not in numbers:
+        raise ValueError(unknown("metric", metric, [*numbers], [key for key in numbers if key.endswith(f"/{metric}")]))
+    rows = [_row(run, result, metric) for run, result in results.items()]
     known = [set(row["setting"]) for row in rows if row["setting"]]  # but of what was killed before it wrote any
     shared = set.intersection(*known) if known else set()
     for row in rows:
@@ -53,31 +82,35 @@ def collect(folder: Path, metric: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _row(home: Path, folder: Path, metric: str) -> dict[str, Any]:
+def _result(home: Path) -> dict[str, Any]:
     path = home / "result.json"
     if path.exists():
-        result = json.loads(path.read_text())
-    else:
-        config = Run.open(home).config
-        result = {"status": "unfinished", "error": "no result.json yet", "seed": config.get("seed"),
-                  "overrides": config.get("overrides")}  # fmt: skip
-    if result["status"] == "finished" and metric not in result:
-        raise ValueError(f"{path} has no {metric!r}; it has: {', '.join(result)}")
-    if isinstance(result.get(metric), str):
-        raise ValueError(f"{metric} is no figure of {path}, but {result[metric]!r}: give the key of a number")
+        return dict(json.loads(path.read_text()))
+    config = Run.open(home).config
+    return {"status": "unfinished", "error": "no result.json yet", "seed": config.get("seed"),
+            "overrides": config.get("overrides")}  # fmt: skip
+
+
+def _row(run: str, result: Mapping[str, Any], metric: str) -> dict[str, Any]:
     setting = [override for override in result.get("overrides") or [] if not override.startswith("seed=")]
-    return {"run": str(home.relative_to(folder)), "setting": setting, "seed": result.get("seed"),
-            "status": result["status"], "value": result.get(metric), "error": result.get("error", ""),
-            "meaning": result.get("metric_meaning")}  # fmt: skip
+    meaning = result.get("metric_meaning") if metric == "metric" else metric
+    return {"run": run, "setting": setting, "seed": result.get("seed"), "status": result["status"],
+            "value": result.get(metric), "error": result.get("error", ""), "meaning": meaning}  # fmt: skip
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard error of the metric over the finished seeds of each setting, and how many ended in what."""
+    """Mean and standard error of the metric over the finished seeds of each setting, and how many ended in what.
+
+    `meaning` is what the mean is of: where all that finished have the same, also of a setting that never did.
+    """
     counts = pd.get_dummies(table["status"], dtype=int).reindex(
         columns=["finished", "unfinished", "failed"], fill_value=0
     )
     groups = table.assign(value=table["value"].astype(float), **counts).groupby("setting", sort=False)
     figures = groups["value"].agg(mean="mean", standard_error="sem")
+    figures.insert(0, "meaning", groups["meaning"].first())
+    if figures["meaning"].nunique() < 2:
+        figures["meaning"] = next(iter(figures["meaning"].dropna()), "metric")
     return figures.join(groups[[*counts]].sum()).reset_index()
 
 

@@ -483,7 +483,7 @@ def test_bound_terms_are_drawn_at_their_noisier_level(ax: Axes) -> None:
 def test_long_settings_are_whole_and_so_is_the_label() -> None:
     long = ", ".join(f"group_{i}.option_{i}=[first,second]" for i in range(8))
     table = pd.DataFrame({"setting": [long], "mean": [1.0], "standard_error": [math.nan]})
-    figure = plotting.means_with_errors(table, label="sliced_w2 over its noise floor")
+    figure = plotting.means_with_errors({"sliced_w2 over its noise floor": table})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure.canvas.draw()
@@ -498,12 +498,25 @@ def test_long_settings_are_whole_and_so_is_the_label() -> None:
 
 def test_ratios_are_held_against_one() -> None:
     table = pd.DataFrame({"setting": ["a", "b"], "mean": [0.98, 1.03], "standard_error": [0.01, 0.01]})
-    (ax,) = plotting.means_with_errors(table, reference=1.0).axes
+    (ax,) = plotting.means_with_errors(
+        {"energy over its noise floor": table}, {"energy over its noise floor": 1.0}
+    ).axes
     assert ax.lines[-1].get_linestyle() == "--"
     assert np.asarray(ax.lines[-1].get_xdata()).tolist() == [1, 1]
     assert ax.get_xlim()[0] <= 0.75
     assert ax.get_xlim()[1] >= 1.25
     assert ax.get_ylim() == (1.5, -0.5)
+
+
+def test_unlike_means_have_axes_of_their_own_and_far_ones_a_logarithmic_axis() -> None:
+    ratios = pd.DataFrame({"setting": ["a", "b", "c"], "mean": [0.98, 30.0, math.nan], "standard_error": math.nan})
+    losses = pd.DataFrame({"setting": ["d"], "mean": [0.7], "standard_error": [0.1]})
+    above, below = plotting.means_with_errors({"ratio": ratios, "loss": losses}, {"ratio": 1.0}).axes
+    assert [ax.get_xlabel() for ax in (above, below)] == ["ratio", "loss"]
+    assert [ax.get_xscale() for ax in (above, below)] == ["log", "linear"]
+    assert [label.get_text() for label in below.get_yticklabels()] == ["d"]
+    assert above.get_xlim()[0] < 0.75
+    assert not [line for line in below.lines if line.get_linestyle() == "--"]
 
 
 def test_certificates_stand_in_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -40,12 +41,18 @@ class Panel(Axes):
 
 
 def panels(
-    columns: int, rows: int = 1, *, width: float = 3.0, height: float = 3.0, sharey: bool = False
-) -> tuple[Figure, np.ndarray]:
-    """A figure of rows x columns panels, each of the given size in inches, and its axes as an array (rows, columns)."""
+    columns: int, rows: int = 1, *, width: float = 3.0, height: float = 3.0, sharey: bool = False,
+    height_ratios: Sequence[float] | None = None,
+) -> tuple[Figure, np.ndarray]:  # fmt: skip
+    """A figure of rows x columns panels, each of the given size in inches, and its axes as an array (rows, columns).
+
+    `height_ratios` share the rows' height out otherwise than alike.
+    """
     figure = Figure(figsize=(columns * width, rows * height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey, subplot_kw={"axes_class": Panel})
+    axes = figure.subplots(
+        rows, columns, squeeze=False, sharey=sharey, height_ratios=height_ratios, subplot_kw={"axes_class": Panel}
+    )
     for ax in axes.flat:
         ax.set_prop_cycle(color=LINES)
         frame(ax)

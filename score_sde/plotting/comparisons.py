@@ -106,27 +106,38 @@ def solvers_against_calls(ax: Axes, table: pd.DataFrame, column: str, label: str
     return lines
 
 
-def means_with_errors(table: pd.DataFrame, *, label: str = "", reference: float | None = None) -> Figure:
+def means_with_errors(tables: Mapping[str, pd.DataFrame], references: Mapping[str, float] | None = None) -> Figure:
     """A point with its standard error for each setting, from the top down; settings without a value stay empty.
 
     Args:
-        table: the columns setting, mean and standard_error; long settings are broken into lines.
-        label: what the means are of.
-        reference: a value to hold them against, as 1 for ratios: a dashed line, and a quarter of it on either side.
+        tables: what means are of -> the columns setting, mean and standard_error. Unlike figures have a panel each; long
+            settings are broken into lines. Means that span more than a factor 20 stand on a logarithmic axis.
+        references: likewise, values to hold means against, as 1 for ratios: a dashed line, and a quarter of it on either
+            side.
     """
-    names = [textwrap.fill(str(setting), 50, break_on_hyphens=False) for setting in table["setting"]]
-    lines = 1 + max(name.count("\n") for name in names)
-    figure, axes = panels(1, width=8, height=0.8 + len(names) * (0.2 + 0.15 * lines))
-    ax = axes[0, 0]
+    names = {what: [textwrap.fill(str(setting), 50, break_on_hyphens=False) for setting in table["setting"]]
+             for what, table in tables.items()}  # fmt: skip
+    lines = 1 + max(name.count("\n") for own in names.values() for name in own)
+    heights = [0.8 + len(own) * (0.2 + 0.15 * lines) for own in names.values()]
+    figure, axes = panels(1, len(tables), width=8, height=sum(heights) / len(tables), height_ratios=heights)
+    for ax, (what, table) in zip(axes.flat, tables.items(), strict=True):
+        reference = (references or {}).get(what)
+        _means(ax, table, names[what], reference)
+        curves(ax, what, "")
+    return figure
+
+
+def _means(ax: Axes, table: pd.DataFrame, names: list[str], reference: float | None) -> None:
     ax.errorbar(table["mean"], range(len(names)), xerr=table["standard_error"], fmt="o", capsize=3)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
+    values = table["mean"][np.isfinite(table["mean"])]
     if reference is not None:
         ax.axvline(reference, color=INK, linestyle="--", linewidth=0.9)
         ax.update_datalim([(0.75 * reference, 0), (1.25 * reference, 0)], updatey=False)
         ax.autoscale_view(scaley=False)
-    curves(ax, label, "")
-    return figure
+    if 0 < 20 * values.min() < values.max():
+        ax.set_xscale("log")
 
 
 def comparison_multiples(

@@ -136,6 +136,50 @@ def test_the_figure_of_a_sweep_says_how_many_seeds_a_mean_is_without() -> None:
     assert [report.with_lost(row) for row in rows] == ["sde=vp", "sde=ve (2 failed, 1 unfinished)"]
 
 
+FLOOR, NATS = "energy over its noise floor", "cross-entropy in nats"
+
+
+def swept(folder: Path, *results: dict) -> Path:
+    for i, result in enumerate(results):
+        (folder / str(i)).mkdir(parents=True)
+        own = {"seed": 0, "overrides": [f"experiment={i}", "seed=0"]} | result
+        (folder / str(i) / "result.json").write_text(json.dumps(own))
+    return folder
+
+
+def finished(meaning: str, metric: float, **more: float) -> dict:
+    return {"status": "finished", "metric": metric, "metric_meaning": meaning, **more}
+
+
+def test_a_report_says_what_each_of_unlike_means_is_of(tmp_path: Path) -> None:
+    folder = swept(tmp_path / "sweep", finished(FLOOR, 1.1), finished(NATS, 0.9), {"status": "failed", "error": "why"})
+    out = script("report", str(folder), cwd=tmp_path)
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip().startswith("experiment=")}
+    assert FLOOR in lines["experiment=0"]
+    assert NATS in lines["experiment=1"]
+    assert "standard" not in out  # of one seed there is none
+    assert "mean over seeds, of: what stands under meaning\n" in out
+    assert "report.png" in out
+
+
+def test_a_report_of_failed_runs_alone_has_no_figure(tmp_path: Path) -> None:
+    folder = swept(tmp_path / "sweep", *[{"status": "failed", "error": "why"}] * 2)
+    out = script("report", str(folder), cwd=tmp_path)
+    assert out.count("failed: ") == 2
+    assert "png" not in out
+    assert not (folder / "report.png").exists()
+
+
+def test_a_metric_that_some_runs_have_is_reported_of_these(tmp_path: Path) -> None:
+    folder = swept(tmp_path / "sweep", finished(FLOOR, 1.1, **{"heun/w2": 3.0}), finished(NATS, 0.9))
+    table = report.summarise(report.collect(folder, "heun/w2")).set_index("setting")
+    assert table["mean"].to_dict() == pytest.approx({"experiment=0": 3.0, "experiment=1": np.nan}, nan_ok=True)
+    assert set(table["meaning"]) == {"heun/w2"}
+    for wrong, message in (("w2", "did you mean 'heun/w2'"), ("status", "unknown metric 'status'")):
+        with pytest.raises(ValueError, match=message):
+            report.collect(folder, wrong)
+
+
 def test_the_same_command_starts_again_what_was_killed_before_its_first_checkpoint(run: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     again.mkdir()
