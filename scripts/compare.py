@@ -173,8 +173,8 @@ def contestant(node: DictConfig, config: DictConfig) -> Any:
 
 RULE = (
     "A sampler is there when each metric is within 1.25 times its noise floor, within two standard errors of it, or within "
-    "1.25 times the best of any sampler on this model; excess: its worst metric over that goal; at: with so many calls; "
-    "equals: others that are there too, or within a tenth of the best."
+    "1.25 times the best of any sampler on this model; excess: its worst metric over that goal; floors: its worst metric over "
+    "the noise floor; at: with so many calls; equals: others that are there too, or within a tenth of the best."
 )
 
 
@@ -264,19 +264,22 @@ def advice(table: pd.DataFrame) -> list[str]:
     lines = []
     for name, runs in table.groupby("model", sort=False):
         mark = f"{name} score: " if table["model"].nunique() > 1 else ""
-        order = ranking(runs)
+        order, verdicts = ranking(runs), judge(runs)
+        goal = "there" if verdicts["near"].any() else "within 1.25 times the best of them"
+        if goal != "there" and (verdicts["floors"] < math.inf).any():
+            lines.append(f"{mark}no sampler is near the noise floor: {nearest(verdicts)}.")
         there = order.dropna(subset="calls")
-        if len(there):
+        if len(there) and (goal == "there" or len(order) > 1):
             best = ", ".join(f"{r.sampler} ({r.calls:.0f})" for r in there.head(5).itertuples())
-            lines.append(f"{mark}there with the fewest calls: {best}.")
+            lines.append(f"{mark}{goal} with the fewest calls: {best}.")
             quick = there.nsmallest(3, "seconds_per_sample")
             listed = ", ".join(f"{r.sampler} ({duration(r.seconds_per_sample)} a sample)" for r in quick.itertuples())
-            lines.append(f"{mark}there in the shortest time: {listed}.")
+            lines.append(f"{mark}{goal} in the shortest time: {listed}.")
         never = order[order["calls"].isna()]
         if len(never):
             listed = ", ".join(f"{r.sampler} (excess {r.excess:.3f}, by {r.worst})" for r in never.itertuples())
-            lines.append(f"{mark}not there within any budget: {listed}.")
-        paired = judge(runs).dropna(subset="endpoint_error")
+            lines.append(f"{mark}not {goal} within any budget: {listed}.")
+        paired = verdicts.dropna(subset="endpoint_error")
         paired = paired[paired["excess"] < math.inf]
         budgets = sorted(set(runs["budget"]) - {0})
         for budget in [b for b in (10, 20) if b in budgets] or budgets[:2]:
@@ -286,6 +289,13 @@ def advice(table: pd.DataFrame) -> list[str]:
                 lines.append(f"{mark}nearest to the converged ODE within {budget} calls: {best['sampler']}, "
                              f"{best['endpoint_error']:.2g} data standard deviations with {best['nfe']:.0f}.")  # fmt: skip
     return lines
+
+
+def nearest(verdicts: pd.DataFrame) -> str:
+    """Which of the runs comes nearest to the noise floor by its worst metric, and how near."""
+    best = verdicts.loc[verdicts["floors"].idxmin()]
+    worst = max(metrics_of(verdicts), key=lambda metric: best[f"{metric}_ratio"])
+    return f"the nearest, {best['sampler']} with {best['nfe']:.0f} calls, is at {best['floors']:.3g} floors by {worst}"
 
 
 def duration(seconds: float) -> str:

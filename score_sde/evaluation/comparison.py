@@ -581,6 +581,9 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 def judge(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
     """`summarise`, with a verdict: `excess`, the largest over the metrics of mean / goal, and `worst`, that metric.
 
+    Beside it `floors`, the largest over the metrics of mean / noise floor, and `near`, whether the floor alone would do as
+    the goal of every metric.
+
     The goal of a metric is the largest of `within` times its noise floor; two standard errors of the floor above it,
     which no set of samples is told apart from; and `within` times the best mean of any sampler on that model, where the
     network and not the sampler sets the limit. A sampler is there when `excess` is at most 1. Empty runs have NaN; where
@@ -589,17 +592,20 @@ def judge(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
     summary, names = summarise(table), metrics_of(table)
     best = summary.groupby("model")[names].transform("min")
     seeds = summary["seeds"].clip(lower=1) ** 0.5
-    shares = {}
+    shares, near = {}, pd.Series(True, summary.index)
     for m in names:
         floor, noise = summary[f"{m}_floor"], 2 * summary[f"{m}_floor_std"] / seeds
-        goal = np.maximum.reduce([within * floor, floor + noise, within * best[m]])
-        shares[m] = summary[m] / goal
+        own = np.maximum(within * floor, floor + noise)
+        shares[m] = summary[m] / np.maximum(own, within * best[m])
+        near &= ~(summary[m] > own)
     share = pd.DataFrame(shares)
     known = share.notna().any(axis=1)
+    summary["near"] = near & known
+    summary["floors"] = summary[[f"{m}_ratio" for m in names]].max(axis=1)
     summary["excess"] = share.max(axis=1)
     summary["worst"] = share[known].idxmax(axis=1).reindex(summary.index)
     lost = known & summary["status"].str.startswith(("diverged", "failed"))
-    summary.loc[lost, ["excess", "worst"]] = [math.inf, "a lost run"]
+    summary.loc[lost, ["near", "floors", "excess", "worst"]] = [False, math.inf, math.inf, "a lost run"]
     return summary
 
 
@@ -609,7 +615,7 @@ def ranking(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
     Returns:
         A row for each model and sampler, the fewest calls first: `calls`, the fewest with which it is there (NaN where it
         never is), and at that budget, or where the excess is smallest, `at` so many calls: `seconds_per_sample`,
-        `endpoint_error`, `excess` and the metric `worst`.
+        `endpoint_error`, `excess`, the metric `worst` and `floors`.
     """
     summary = judge(table, within).dropna(subset="excess")
     rows = []
@@ -617,8 +623,9 @@ def ranking(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
         there = own[own["excess"] <= 1].nsmallest(1, "nfe")
         shown = there.iloc[0] if len(there) else own.loc[own["excess"].idxmin()]
         calls = shown["nfe"] if len(there) else math.nan
-        rows.append([model, sampler, calls, *shown[["nfe", "seconds_per_sample", "endpoint_error", "excess", "worst"]]])
-    columns = ["model", "sampler", "calls", "at", "seconds_per_sample", "endpoint_error", "excess", "worst"]
+        figures = ["nfe", "seconds_per_sample", "endpoint_error", "excess", "worst", "floors"]
+        rows.append([model, sampler, calls, *shown[figures]])
+    columns = ["model", "sampler", "calls", "at", "seconds_per_sample", "endpoint_error", "excess", "worst", "floors"]
     found = pd.DataFrame(rows, columns=columns)
     place = found["model"].map({name: i for i, name in enumerate(dict.fromkeys(found["model"]))})
     return (
@@ -631,7 +638,8 @@ def winners(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
 
     Returns:
         A row for each model and budget: `sampler`, the one of the smallest `excess` (see `judge`), its `excess`, the
-        metric `worst`, and `equals`, the others that are there too, or within a tenth of it where it is not there.
+        metric `worst`, its `floors`, and `equals`, the others that are there too, or within a tenth of it where it is not
+        there.
     """
     summary = judge(table, within).dropna(subset="excess")
     held = summary[(summary["budget"] != UNBUDGETED) & (summary["nfe"] <= summary["budget"])]
@@ -640,8 +648,8 @@ def winners(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
         runs = runs.sort_values("excess")
         best, others = runs.iloc[0], runs.iloc[1:]
         equal = others[others["excess"] <= max(1.0, 1.1 * best["excess"])]["sampler"]
-        rows.append([model, budget, best["sampler"], best["excess"], best["worst"], ", ".join(equal)])
-    return pd.DataFrame(rows, columns=["model", "budget", "sampler", "excess", "worst", "equals"])
+        rows.append([model, budget, best["sampler"], *best[["excess", "worst", "floors"]], ", ".join(equal)])
+    return pd.DataFrame(rows, columns=["model", "budget", "sampler", "excess", "worst", "floors", "equals"])
 
 
 def load_samples(directory: str | Path, table: pd.DataFrame) -> dict[tuple[str, str, int], Tensor]:

@@ -488,6 +488,7 @@ def test_a_seed_that_diverged_counts_against_its_sampler() -> None:
     judged = judge(table).set_index(["sampler", "budget"])
     assert judged["excess"]["fast", 5] == math.inf
     assert judged["worst"]["fast", 5] == "a lost run"
+    assert not judged["near"]["fast", 5]
     assert ranking(table)["sampler"][0] == "slow"
     assert "fast" not in set(winners(table)["sampler"])
 
@@ -506,12 +507,19 @@ def test_a_change_anywhere_in_the_package_changes_every_hash(monkeypatch) -> Non
 def test_where_the_network_sets_the_limit_the_best_is_the_goal() -> None:
     table = verdicts()
     table[["a", "b"]] *= 4.0
-    assert judge(table).set_index(["sampler", "budget"])["excess"]["fast", 5] == pytest.approx(1.2 / 1.25)
+    judged = judge(table).set_index(["sampler", "budget"])
+    assert judged["excess"]["fast", 5] == pytest.approx(1.2 / 1.25)
+    assert judged["floors"]["fast", 5] == pytest.approx(4.8)
+    assert not judged["near"].any()
+    assert judge(verdicts()).set_index(["sampler", "budget"])["near"]["fast"].all()
 
 
 def test_noise_of_the_floor_is_forgiven() -> None:
     table = verdicts().assign(b_floor_std=2.5)  # two standard errors over two seeds: 3.5 above the floor
-    assert judge(table).set_index(["sampler", "budget"])["excess"]["blind", 5] == pytest.approx(7 / (1 + 5 / 2**0.5))
+    judged = judge(table).set_index(["sampler", "budget"])
+    assert judged["excess"]["blind", 5] == pytest.approx(7 / (1 + 5 / 2**0.5))
+    assert not judged["near"]["blind", 5]
+    assert judge(table.assign(b_floor_std=5.0)).set_index(["sampler", "budget"])["near"]["blind", 5]
 
 
 # --- wrong inputs -----------------------------------------------------------------------------------------------------

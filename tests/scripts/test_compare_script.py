@@ -101,6 +101,21 @@ def test_the_page_stands_alone(compared: Path) -> None:
     assert len(re.findall("<table", bare)) == len(re.findall("</table", bare)) == 4
 
 
+def test_advice_says_where_none_is_near_the_noise_floor(compared: Path) -> None:
+    table = pd.read_csv(compared / "comparison.csv")
+    good = table.assign(**{metric: table[f"{metric}_floor"] for metric in ("sliced_w2", "mode_spread")})
+    assert compare.advice(good)[0].startswith("there with the fewest calls: ")
+    far = good.assign(sliced_w2=good["sliced_w2_floor"] * (9 + good["budget"]))
+    first, second = compare.advice(far[far["sampler"].isin(["heun", "ddim"])])[:2]
+    assert re.fullmatch(
+        r"no sampler is near the noise floor: the nearest, \w+ with 5 calls, is at 14 floors by sliced_w2.", first
+    )
+    assert second.startswith("within 1.25 times the best of them with the fewest calls: ")
+    first, second = compare.advice(far[far["sampler"] == "heun"])[:2]
+    assert "heun with 5 calls" in first
+    assert "best of" not in second
+
+
 def test_a_killed_run_is_taken_up_where_it_was(compared: Path, tmp_path: Path) -> None:
     cells = compared / "cells.jsonl"
     lines = cells.read_text().splitlines()
