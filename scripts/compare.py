@@ -5,6 +5,7 @@ Leaves comparison.csv (every run), summary.csv (means over seeds), figures, samp
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 import shlex
@@ -61,12 +62,13 @@ def main(config: DictConfig) -> None:
         sys.exit(common.interrupted(f"; what was computed is kept: go on with the same command and output={folder}"))
     if table["status"].str.startswith(("refused", "failed")).all():
         raise ValueError(f"no sampler could run: {table['sampler'][0]}: {table['status'][0].partition(': ')[2]}")
-    summary = judge(table)
-    write_atomically(folder / "comparison.csv", table.to_csv(index=False))
-    write_atomically(folder / "summary.csv", summary.to_csv(index=False))
+    summary, home = judge(table), home_of(table, folder)
+    home.mkdir(exist_ok=True)
+    write_atomically(home / "comparison.csv", table.to_csv(index=False))
+    write_atomically(home / "summary.csv", summary.to_csv(index=False))
     report = page.Page(*heading(config, table))
-    write(report, config, table, summary, reference, folder, absent)
-    write_atomically(folder / "report.html", report.html())
+    write(report, config, table, summary, reference, home, absent)
+    write_atomically(home / "report.html", report.html())
     common.show(ranking(table))
     print(RULE)
     for line in advice(table):
@@ -74,8 +76,26 @@ def main(config: DictConfig) -> None:
     for row in faults(table).to_dict("records"):
         mark = f"{row['model']} score, " if table["model"].nunique() > 1 else ""
         print(f"{mark}{row['sampler']} within {row['budget']} calls, {row['seeds']} seeds: {row['status']}")
-    pictures = ", ".join(sorted(file.name for file in folder.glob("*.png")))
-    print(f"\n{folder}: report.html, comparison.csv (every run), summary.csv (means), samples/, {pictures}")
+    pictures = ", ".join(sorted(file.name for file in home.glob("*.png")))
+    there = "samples/, " if home == folder else ""
+    print(f"\n{home}: report.html, comparison.csv (every run), summary.csv (means), {there}{pictures}")
+    if home != folder:
+        print(f"{folder}: samples/, and the report of other runs, which stays as it is")
+
+
+def home_of(table: pd.DataFrame, folder: Path) -> Path:
+    """Where a table's report goes: `folder`, or folder-2, ... where that has the report of runs that the table lacks."""
+    columns = ["model", "sampler", "budget", "seed", "cell"]
+    own = {*table[columns].itertuples(index=False, name=None)}
+    homes = itertools.chain([folder], (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2)))
+
+    def told(home: Path) -> set[tuple[Any, ...]]:
+        file = home / "comparison.csv"
+        if not file.exists():
+            return set()
+        return {*pd.read_csv(file).reindex(columns=columns).itertuples(index=False, name=None)}
+
+    return next(home for home in homes if told(home) <= own)
 
 
 def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -191,7 +211,7 @@ def write(
     report: page.Page, config: DictConfig, table: pd.DataFrame, summary: pd.DataFrame, reference: Any, folder: Path,
     absent: list[str],
 ) -> None:  # fmt: skip
-    """All sections; every figure is also saved in the folder."""
+    """All sections; every figure is also saved in the folder; samples are those of `output`."""
     metrics = metrics_of(table)
     report.add("What to take", page.bullets([*advice(table), *absent]),
                page.table(winners(table), {"budget": "calls allowed"}, RULE),
@@ -200,7 +220,7 @@ def write(
              for picture in draw(runs, summary[summary["model"] == name], metrics)]  # fmt: skip
     drawn += [(name, "samples", "Samples", "The first seed's samples: a row for each sampler, from the same starting noise, "
                "below the data.", sheet)
-              for name, sheet in sheets(load_samples(folder, table), reference, table)]  # fmt: skip
+              for name, sheet in sheets(load_samples(config.output, table), reference, table)]  # fmt: skip
     several = table["model"].nunique() > 1
     for name, stem, title, caption, figure in tqdm(drawn, desc="figures", delay=2):
         file = figures.save(figure, folder / (f"{name}_{stem}.png" if several else f"{stem}.png"))

@@ -83,7 +83,7 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
     table = compare_posteriors(
         problem, list(config.budgets), num_samples=config.num_samples, seed=config.seed, **options
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = common.folder_of(asked(config), folder)
     table.to_csv(folder / "posteriors.csv", index=False)
     title = (
         f"task {config.task}, prior {config.restoration.prior}: {problem.y.numel()} numbers seen of "
@@ -126,7 +126,7 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
             shown.setdefault(label, dict(known))[name] = x[:8, 0]
 
     table = compare_restorations(case, list(config.budgets), features=features_of(run), on_result=keep, **options)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = common.folder_of(asked(config), folder)
     table.to_csv(folder / "restorations.csv", index=False)
     figures.save(curves(table[table["sampler"] != "none"], "psnr", "PSNR of a draw in dB", f"{config.task}, {run.path}",
                         "pseudo-inverse", table["psnr"].iloc[0]), folder / "restorations.png")  # fmt: skip
@@ -137,6 +137,13 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
         print(f"failed: {row['method']} with {row['sampler']}, {row['budget']} steps: {row['error']}")
     print(f"\n{folder}: restorations.csv, restorations.png, sheet.png")
     return folder
+
+
+def asked(config: DictConfig) -> dict[str, Any]:
+    """What a task's numbers depend on."""
+    whole = common.plain(config)
+    names = ("task", "restoration", "run", "ema", "step", "sde", "budgets", "seeds", "num_samples", "seed")
+    return {name: whole[name] for name in names}
 
 
 def features_of(run: Run) -> Any:

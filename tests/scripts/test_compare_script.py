@@ -129,6 +129,22 @@ def test_a_killed_run_is_taken_up_where_it_was(compared: Path, tmp_path: Path) -
     assert timeless[0] == timeless[1]
 
 
+def test_a_report_gives_way_to_one_of_more_runs_alone(tmp_path: Path) -> None:
+    quick = ["target=ring", "num_samples=40", "metrics=[sliced_w2]", "pairs=0", "output=out"]
+    for samplers, budgets, seeds in ("ddim", "5", "0"), ("ddim,heun", "5,9", "0,1"):
+        options = [f"samplers=[{samplers}]", f"budgets=[{budgets}]", f"seeds=[{seeds}]"]
+        said = script("compare", *quick, *options, cwd=tmp_path)
+        assert said.splitlines()[-1].startswith("out: report.html")
+    assert os.listdir(tmp_path) == ["out"]
+    cells, report = (tmp_path / "out/cells.jsonl").read_text(), (tmp_path / "out/report.html").read_text()
+    said = script("compare", *quick, "samplers=[heun]", "budgets=[5]", "seeds=[0]", cwd=tmp_path)
+    assert said.splitlines()[-2].startswith("out-2: report.html")
+    assert (tmp_path / "out/cells.jsonl").read_text() == cells  # all had been computed
+    assert (tmp_path / "out/report.html").read_text() == report
+    assert (tmp_path / "out-2/samples.png").exists()
+    assert set(pd.read_csv(tmp_path / "out-2/comparison.csv")["sampler"]) == {"heun"}
+
+
 WRONG = {
     "no tables": (["target=ring", "samplers=[tuned]"], "outputs/tuned/ring/vp holds no tables tuned-<calls>.json"),
     "unknown metric": (["target=ring", "metrics=[fid]"], "unknown metric 'fid'"),

@@ -42,6 +42,13 @@ def test_against_exact_posteriors(tmp_path, arguments, certified):
     assert (folder / "certificate.csv").exists() == certified
 
 
+def test_results_of_other_settings_are_kept(tmp_path):
+    home = tmp_path / "out"
+    own = ["task=linear", "restoration.prior=ring", "restoration.methods=[mmps]"]
+    for more, name in ([], "out"), (["budgets=[2]"], "out-2"), ([], "out"):
+        assert compared(home, *own, *more) == tmp_path / name
+
+
 def drawn(patch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """name -> figure of all that is saved from here on."""
     found: dict[str, Figure] = {}
