@@ -53,7 +53,7 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
     """`hydra.main` over conf/<config_name>.yaml; a wrong input ends in one line on stderr and exit status 1.
 
     --help shows the file, whose comments say what each key is. HYDRA_FULL_ERROR=1 shows the traceback instead. In a sweep
-    a failed job leaves its reason in its result.json. Ctrl-C ends in a line and status 130.
+    a failed job says its line at once, and leaves it in its result.json. Ctrl-C ends in a line and status 130.
     """
     full_error = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
 
@@ -69,9 +69,14 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                 return task(config)
             except REFUSALS as error:
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    if own and distributed.is_main():
-                        record_failure(output, error, config)
-                    raise
+                    if distributed.is_main():
+                        print(f"{output} failed: {one_line(error)}", file=sys.stderr, flush=True)
+                        if own:
+                            record_failure(output, error, config)
+                    if full_error:
+                        raise
+                    report = f"python scripts/report.py {HydraConfig.get().sweep.dir}"
+                    raise ValueError(f"jobs of this sweep failed, as said above: {report} lists them") from None
                 leave(output)
                 if full_error:
                     raise

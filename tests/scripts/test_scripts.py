@@ -116,7 +116,9 @@ def test_a_resumed_run_goes_on_where_it_was(run: Path, tmp_path: Path) -> None:
 def test_a_sweep_with_a_failing_job_is_reported(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     options = ["sde=vp,ve", "seed=0,1", "trainer.learning_rate=1e-3,-1", f"hydra.sweep.dir={sweep}"]
-    script("train", "-m", *options, *TINY, cwd=tmp_path, code=1)
+    error = script("train", "-m", *options, *TINY, cwd=tmp_path, code=1)
+    assert [f"{sweep}/{job} failed: " in error for job in range(8)] == [False, True] * 4
+    assert f"error: jobs of this sweep failed, as said above: python scripts/report.py {sweep} lists them" in error
     script("train", f"resume={sweep / '0'}", "trainer.progress=false", cwd=tmp_path)  # it is what it was
     (sweep / "2" / "result.json").unlink()  # as if it still ran
     out = script("report", str(sweep), cwd=tmp_path)
