@@ -65,7 +65,8 @@ class TensorData(Data):
     there is neither, the training examples.
 
     Args:
-        x, labels: the examples, perhaps mapped from a file: batches read no more than their rows.
+        x, labels: the examples, tensors or what numpy takes for an array (also a pandas DataFrame of numbers), perhaps
+            mapped from a file: batches read no more than their rows.
         context: what a network of that context_width is told of each example, a vector (N, width) or tokens (N, tokens,
             width) to attend to; NaN for an example without.
         test: held-out examples of the same kind.
@@ -85,10 +86,10 @@ class TensorData(Data):
 
     def __init__(
         self,
-        x: Tensor | np.ndarray[Any, Any],
-        labels: Tensor | np.ndarray[Any, Any] | None = None,
+        x: Any,
+        labels: Any = None,
         *,
-        context: Tensor | None = None,
+        context: Any = None,
         test: Examples | None = None,
         seed: int = 0,
         dequantize: bool | None = None,
@@ -98,7 +99,7 @@ class TensorData(Data):
         augment: Augment | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        train = _checked(Examples(torch.as_tensor(x), _tensor(labels), fingerprint, context), dequantize, levels)
+        train = _checked(Examples(x, labels, fingerprint, context), dequantize, levels)
         self.dequantize = None if train.x.is_floating_point() else dequantize
         self.levels, self.seed, self.event_shape = levels, seed, tuple(train.x.shape[1:])
         self.flip, self.augment = flip, augment
@@ -239,12 +240,22 @@ def _spread(x: Tensor, levels: int) -> Tensor:
     return x.float().mul_(2 / (levels - 1)).sub_(1)
 
 
-def _tensor(labels: Tensor | np.ndarray[Any, Any] | None) -> Tensor | None:
-    return None if labels is None else torch.as_tensor(labels)
+def _tensor(name: str, values: Any) -> Any:
+    """Tensors and None as they are, all else as numpy takes it; ValueError for what are no numbers."""
+    if values is None or isinstance(values, Tensor):
+        return values
+    array = np.asarray(values)
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # "not writable": nothing writes to it
+            return torch.as_tensor(array)
+    except TypeError as error:
+        raise ValueError(f"{name} is an array of dtype {array.dtype}, as text in a column makes it: give numbers alone, "
+                         "e.g. df.select_dtypes('number')") from error  # fmt: skip
 
 
 def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:
-    """The examples, float32 or integers, once their scale and labels are found to fit."""
+    """The examples as tensors, float32 or integers, once their scale and labels are found to fit."""
+    given = given._replace(**{name: _tensor(name, getattr(given, name)) for name in ("x", "labels", "context")})
     _check_scale(given.x, dequantize, levels)
     labels = None if given.labels is None else _checked_labels(given.labels, len(given.x))
     context = given.context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ from score_sde.data import (
     Batch,
     Data,
     Draws,
+    Examples,
     TargetStream,
     TensorData,
     digits,
@@ -195,11 +197,29 @@ def test_digits_are_the_real_ones():
         (lambda: TensorData(torch.zeros(4, 2), torch.zeros(4)), "labels must be 4 integers"),
         (lambda: TensorData(torch.zeros(4, 2), torch.zeros(3, dtype=torch.long)), "labels must be 4 integers"),
         (lambda: TensorData(torch.zeros(4, 2), held_out=1.0), "held_out=1.0"),
+        (
+            lambda: TensorData(pd.DataFrame({"a": [1.0, 2.0], "b": ["x", "y"]})),
+            "x is an array of dtype object, as text",
+        ),
     ],
 )
 def test_unusable_data_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.filterwarnings("error")
+def test_whatever_numpy_takes_for_an_array_is_one():
+    x, labels, context = np.arange(12, dtype=np.float32).reshape(4, 3), np.array([0, 1, 1, 0]), np.linspace(0, 1, 8)
+    same = TensorData(torch.from_numpy(x), torch.from_numpy(labels), context=torch.from_numpy(context).view(4, 2))
+    for given in (x, pd.DataFrame(x), x.tolist()):
+        held = Examples(given, pd.Series(labels), context=context.reshape(4, 2))
+        data = TensorData(given, pd.Series(labels), context=context.reshape(4, 2).tolist(), test=held)
+        assert data._parts["train"].given.x.dtype == torch.float32
+        for found, wanted in ((data.batch(0, 4), same.batch(0, 4)), (data.reference(4), same.reference(4))):
+            assert torch.equal(found.x, wanted.x)
+            assert torch.equal(found.condition["label"], wanted.condition["label"])
+            assert torch.equal(found.condition["context"], wanted.condition["context"])
 
 
 def test_each_example_keeps_its_context(tmp_path):
