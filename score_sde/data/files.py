@@ -42,7 +42,7 @@ def load_file(
     channels_last: bool = False,
     dequantize: bool | None = None,
     levels: int = 256,
-    held_out: float = 0.0,
+    held_out: float | None = 0.0,
     flip: bool = False,
     augment: Augment | None = None,
     seed: int = 0,
@@ -50,8 +50,9 @@ def load_file(
     """Examples (N, *event) from a .npy file, or from the array `x` (and `labels`, `context`) of a .npz file.
 
     A .npy file is mapped, an .npz file unpacked into the cache by the first call, and mapped. `test`, `test_labels` and
-    `test_context` name arrays of held-out examples, e.g. x_test. `channels_last` takes images (N, height, width,
-    channels), `context` what each example depends on, (N, width) or tokens (N, tokens, width).
+    `test_context` name arrays of held-out examples, e.g. x_test; or `held_out` is the fraction set aside, where None means
+    a tenth, unless there is `test`. `channels_last` takes images (N, height, width, channels), `context` what each example
+    depends on, (N, width) or tokens (N, tokens, width).
     Raises ValueError for other or damaged files, missing arrays, and what `TensorData` refuses; FileNotFoundError for
     no file.
     """
@@ -116,7 +117,7 @@ def image_folder(
     labels: bool = False,
     dequantize: bool = False,
     test: str | Path | None = None,
-    held_out: float = 0.0,
+    held_out: float | None = 0.0,
     flip: bool = False,
     augment: Augment | None = None,
     seed: int = 0,
@@ -132,7 +133,7 @@ def image_folder(
         channels: 1 for grey, 3 for colour.
         fit: "crop" the central part of the target's aspect ratio, "stretch" the whole image, or "exact".
         test: a folder of held-out images, with folders of the same names; or
-        held_out: the fraction of the images set aside.
+        held_out: the fraction of the images set aside; None: a tenth, unless there is `test`.
         flip: mirror half of the training images at random.
         augment: see `Augment`.
 

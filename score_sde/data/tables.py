@@ -27,7 +27,7 @@ def parquet(
     channels: int = 3,
     fit: str = "crop",
     dequantize: bool = False,
-    held_out: float = 0.0,
+    held_out: float | None = 0.0,
     flip: bool = False,
     augment: Augment | None = None,
     seed: int = 0,
@@ -39,7 +39,7 @@ def parquet(
         image: the column of images: bytes, or a struct with `bytes`, as Hugging Face writes them.
         label: the column of classes 0, 1, ..., or None.
         test: a file or folder of held-out images; or
-        held_out: the fraction of the images set aside.
+        held_out: the fraction of the images set aside; None: a tenth, unless there is `test`.
         size, channels, fit, flip, augment: see `image_folder`.
 
     Raises:
@@ -61,7 +61,7 @@ def huggingface(
     channels: int = 3,
     fit: str = "crop",
     dequantize: bool = False,
-    held_out: float = 0.0,
+    held_out: float | None = 0.0,
     flip: bool = False,
     augment: Augment | None = None,
     seed: int = 0,
@@ -85,8 +85,8 @@ def huggingface(
 
 
 def _data(
-    kind: str, sets: list[Images], size: Size, channels: int, fit: str, dequantize: bool, held_out: float, flip: bool,
-    augment: Augment | None, seed: int,
+    kind: str, sets: list[Images], size: Size, channels: int, fit: str, dequantize: bool, held_out: float | None,
+    flip: bool, augment: Augment | None, seed: int,
 ) -> TensorData:  # fmt: skip
     train = decoded(kind, sets[0], Decoder.of(size, channels, fit))
     test = decoded(kind, sets[1], Decoder.of(train.x.shape[-2:], channels, fit)) if len(sets) > 1 else None

@@ -73,7 +73,7 @@ class TensorData(Data):
         seed: of the order and of what `reference` draws.
         dequantize: whether integers get uniform noise.
         levels: integers are 0..levels-1.
-        held_out: the fraction set aside.
+        held_out: the fraction set aside; None: a tenth, unless there is `test`.
         flip: mirror half of the training images left to right, at random.
         augment: of training images; each batch then has the condition `augment`, (batch, 9).
         fingerprint: the hash of x where it is known (see `cache.hash_of`), so that it need not be read for it.
@@ -94,7 +94,7 @@ class TensorData(Data):
         seed: int = 0,
         dequantize: bool | None = None,
         levels: int = 256,
-        held_out: float = 0.0,
+        held_out: float | None = 0.0,
         flip: bool = False,
         augment: Augment | None = None,
         fingerprint: str | None = None,
@@ -103,6 +103,8 @@ class TensorData(Data):
         self.dequantize = None if train.x.is_floating_point() else dequantize
         self.levels, self.seed, self.event_shape = levels, seed, tuple(train.x.shape[1:])
         self.flip, self.augment = flip, augment
+        if held_out is None:
+            held_out = 0.1 if test is None else 0.0
         if not 0 <= held_out < 1:
             raise ValueError(f"held_out={held_out} is the fraction of the examples set aside: 0 <= held_out < 1")
         if (flip or augment) and len(self.event_shape) != 3:

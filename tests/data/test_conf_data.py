@@ -9,6 +9,7 @@ from pathlib import Path
 import hydra
 import numpy as np
 import pytest
+from omegaconf import DictConfig
 from PIL import Image
 from test_sets import cifar_arrays, write_binary, write_idx
 
@@ -70,6 +71,11 @@ FILES: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
 }
 
 
+def composed(name: str, *overrides: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("train", overrides=[f"data={name}", "data.seed=0", *overrides])
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "data").glob("*.yaml")))
 def test_every_option_gives_batches(name: str, tmp_path: Path) -> None:
     if "path:" in (CONF / "data" / f"{name}.yaml").read_text():
@@ -77,12 +83,21 @@ def test_every_option_gives_batches(name: str, tmp_path: Path) -> None:
         overrides = [f"data.path={make(tmp_path)}", *overrides]
     else:
         overrides = []
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=[f"data={name}", "data.seed=0", *overrides])
-    data = build(config.data)
+    data = build(composed(name, *overrides).data)
     batch = data.prepare(data.batch(1, 4), Draws(generator(0, "prepare"), 4))
     assert batch.x.shape == (4, *data.event_shape)
     assert batch.x.is_floating_point()
     assert batch.x.isfinite().all()
     assert ("augment" in batch.condition) == ("data/augment=edm" in overrides)
     assert data.reference(2).x.shape[1:] == data.event_shape
+
+
+@pytest.mark.parametrize("name", ["file", "folder", "huggingface", "parquet"])
+def test_beside_a_test_set_nothing_is_held_out(name: str, tmp_path: Path) -> None:
+    path = FILES[name][0](tmp_path)
+    test = {"file": "data.test=x", "huggingface": "data.test_split=train"}.get(name, f"data.test={path}")
+    given = [f"data.path={path}", test, *FILES[name][1]]
+    data = build(composed(name, *given).data)
+    assert data.size == data.count("test") >= 4
+    with pytest.raises(ValueError, match=r"held_out=0.1 beside a test set: give one of them"):
+        build(composed(name, *given, "data.held_out=0.1").data)

@@ -110,6 +110,15 @@ def test_a_share_held_out_that_is_no_example_is_warned_of():
     assert not data.has_test
 
 
+def test_a_tenth_is_held_out_unless_there_is_a_test_set():
+    data, test = numbered(50, held_out=None), Examples(torch.zeros(3, 1))
+    assert (data.size, data.count("test")) == (45, 5)
+    data = numbered(50, held_out=None, test=test)
+    assert (data.size, data.count("test")) == (50, 3)
+    with pytest.raises(ValueError, match=r"held_out=0\.1 beside a test set"):
+        numbered(50, held_out=0.1, test=test)
+
+
 def test_held_out_examples_are_fixed_and_disjoint_from_training():
     data = numbered(50, held_out=0.2, seed=0)
     held = set(data.reference(100).x[:, 0].tolist())
