@@ -2,6 +2,8 @@
 
 python scripts/likelihood.py run=<dir> count=200
 python scripts/likelihood.py run=<dir> input=[mine.npy,photos]
+
+In likelihood.csv `index` is the row of the array that an example was read from, or that a set out of distribution was made of.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from score_sde import Run, plotting
 from score_sde.checks import one_of, whole
-from score_sde.data import Data, load_images
+from score_sde.data import Data, TensorData, load_images
 from score_sde.evaluation import continuous_bound
 from score_sde.likelihood import GaussianDequantizer, bits_per_dim, dequantize, discrete_log_likelihood, log_likelihood
 from score_sde.progress import tqdm
@@ -41,8 +43,10 @@ def main(config: DictConfig) -> None:
     usual = [] if files else ["shuffled", "inverted", "uniform"] if len(data.event_shape) == 3 else ["uniform"]
     ood = usual if config.ood is None else listed(config.ood)
     sets = examples(data, config.count, ood, torch.Generator().manual_seed(config.seed))
+    places = dict.fromkeys(sets, data.places("test") if isinstance(data, TensorData) else torch.arange(config.count))
     stems = [file.stem for file in files]
-    sets |= {file.stem if stems.count(file.stem) == 1 else str(file): own(file, data) for file in files}
+    mine = {file.stem if stems.count(file.stem) == 1 else str(file): own(file, data) for file in files}
+    sets, places = sets | mine, places | {name: torch.arange(len(x)) for name, x in mine.items()}
     condition = conditions_of(run, data, config.count)
     if condition and files:
         raise ValueError(f"the network of {run.path} is told each example's {' and '.join(condition)}, which is not known of "
@@ -78,9 +82,9 @@ def main(config: DictConfig) -> None:
             )
             if config.bound:
                 row |= bound(model, here, data, config.bound, options["seed"], options["condition"])
+            row = {"index": places[name][rows_of]} | row
             rows.append(pd.DataFrame({"set": name, **{key: value.cpu().numpy() for key, value in row.items()}}))
     table = pd.concat(rows, ignore_index=True)
-    table.insert(1, "index", table.groupby("set").cumcount())
     write_atomically(run.path / "likelihood.csv", table.to_csv(index=False))
     column, label = ("bits_per_dim", "bits per dimension") if bins else ("log_prob", "log-density in nats")
     figure, axes = plotting.panels(1, width=7.5, height=4)

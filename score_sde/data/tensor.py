@@ -186,15 +186,22 @@ class TensorData(Data):
         return self._read("train", ALL, generator(self.seed, "examples"))
 
     def reference(self, count: int) -> Batch:
-        """The first `count` held-out examples, or all where there are fewer, as `examples`."""
+        """`count` held-out examples, or all where there are fewer, in the order of `places`, scaled as `examples`."""
         return self._read("test", slice(count), generator(self.seed, "reference"))
 
     def count(self, part: str) -> int:
         """How many examples "train" or "test" has."""
         return len(self._parts[part].order)
 
+    def places(self, part: str) -> Tensor:
+        """Which rows of the array given, x or that of `test`, "train" or "test" reads, in the order of `plain`.
+
+        "test" begins with those of `reference`; the order is a permutation, so that any first part is a fair draw.
+        """
+        return self._parts[part].order
+
     def plain(self, part: str, rows: slice | Tensor = ALL) -> Batch:
-        """Rows of "train" or "test" in an order of their own, scaled to [-1, 1], neither dequantised nor augmented."""
+        """Rows of "train" or "test" in the order of `places`, scaled to [-1, 1], neither dequantised nor augmented."""
         batch = self._parts[part].read(rows)
         scaled = batch.x if self.dequantize is None else _spread(batch.x, self.levels)
         return Batch(scaled, batch.condition)

@@ -110,6 +110,15 @@ def test_a_share_held_out_that_is_no_example_is_warned_of():
     assert not data.has_test
 
 
+@pytest.mark.parametrize("options", [{"held_out": 0.3}, {}, {"test": Examples(torch.arange(100.0, 107.0)[:, None])}])
+def test_places_are_the_rows_of_the_array_that_was_given(options):
+    data = numbered(20, **options)
+    test = options["test"].x if options.get("test") else torch.arange(20.0)[:, None]
+    assert torch.equal(data.reference(5).x, test[data.places("test")[:5]])
+    assert torch.equal(data.plain("test").x, test[data.places("test")])
+    assert torch.equal(data.examples().x[:, 0], data.places("train").float())
+
+
 def test_a_tenth_is_held_out_unless_there_is_a_test_set():
     data, test = numbered(50, held_out=None), Examples(torch.zeros(3, 1))
     assert (data.size, data.count("test")) == (45, 5)

@@ -78,6 +78,7 @@ def test_densities_of_points_stand_beside_the_true_ones(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["log_prob"], expected, rtol=1e-3)
     np.testing.assert_allclose(found["true_log_prob"], run.data().target.log_prob(x), atol=1e-9)
     assert (found["std_error"] == 0).all()
+    assert list(found["index"]) == [*range(6)]
 
 
 def test_files_of_ones_own_stand_beside_held_out_data(tmp_path: Path) -> None:
@@ -90,6 +91,28 @@ def test_files_of_ones_own_stand_beside_held_out_data(tmp_path: Path) -> None:
     assert table["set"].value_counts().to_dict() == {"held out": 4, "mine": 3, "one": 1}
     expected = torch.distributions.Normal(0.0, 0.5).log_prob(torch.from_numpy(points)).sum(1)
     np.testing.assert_allclose(table[table["set"] == "mine"]["log_prob"], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("test", [None, "y"])
+def test_the_index_is_the_row_of_the_array(test: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the training array where a share is held out, else of the test array, for sets made of them too."""
+    arrays = {name: np.random.default_rng(i).normal(size=(40, 2)) for i, name in enumerate("xy")}
+    np.savez(tmp_path / "a.npz", **arrays)
+    np.save(tmp_path / "mine.npy", arrays["y"][:3])
+    options = {"test": test, "held_out": None if test else 0.5}
+    data = {"_target_": "score_sde.data.files.load_file", "path": str(tmp_path / "a.npz"), **options}
+    run = untrained(tmp_path / "run", data, [2])
+    monkeypatch.chdir(tmp_path)
+    options = ["count=12", "batch_size=5", "ood=[uniform]", "input=mine.npy"]
+    monkeypatch.setattr(sys, "argv", ["likelihood.py", f"run={run.path}", *options])
+    likelihood.main()
+    table = pd.read_csv(run.path / "likelihood.csv").set_index("set")
+    held = table.loc["held out"]
+    log_prob = torch.distributions.Normal(0.0, 0.5).log_prob(torch.from_numpy(arrays[test or "x"])).sum(1)
+    np.testing.assert_allclose(held["log_prob"], log_prob[held["index"].to_numpy()], rtol=1e-3)
+    assert held["index"].nunique() == 12
+    assert list(table.loc["uniform", "index"]) == list(held["index"])
+    assert list(table.loc["mine", "index"]) == [0, 1, 2]
 
 
 def test_integers_of_a_file_are_the_same_scaled_or_not(tmp_path: Path) -> None:
