@@ -25,7 +25,7 @@ import torch
 from score_sde import distributed
 from score_sde.brief import Brief
 from score_sde.checks import number, whole
-from score_sde.data import Data
+from score_sde.data import Data, TensorData
 from score_sde.progress import tqdm
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
@@ -249,6 +249,7 @@ class Trainer:
         self.check(model, data, time_sampler)
         _warn_of_cancellation(model)
         _warn_of_start(model)
+        _warn_of_scales(data, self.batch_size)
         if isinstance(objective, type) or not callable(objective):
             raise TypeError(f"objective is an Objective, such as DenoisingScoreMatching(), got {objective!r}")
         for name, hook, every in (
@@ -350,6 +351,24 @@ def _warn_of_start(model: LearnedScore) -> None:
         warnings.warn(f"sampling starts with a spread of {sde.prior_std:.3g} at t_max, where data of standard deviation "
                       f"{model.data_std:.3g} have {spread:.3g}: samples will be too narrow; standardise the data, or raise "
                       "the greatest noise level", stacklevel=3)  # fmt: skip
+
+
+def _warn_of_scales(data: Data, count: int) -> None:
+    """Warns where coordinates of vectors, or channels of other events, vary less than a twentieth of the widest.
+
+    Of a set of floats, by `count` examples, more where they are small; what does not vary at all is left out.
+    """
+    if not isinstance(data, TensorData) or data.dequantize is not None:
+        return
+    x = data.plain("train", slice(max(count, 10_000 // math.prod(data.event_shape)))).x.double()
+    others = (0, *range(2, x.ndim))
+    std = x.std(others, correction=0) * (x.amax(others) > x.amin(others))
+    if narrow := ((std > 0) & (std < std.max() / 20)).nonzero().flatten().tolist():
+        which = f"{narrow[:8]}" + f" and {len(narrow) - 8} more" * (len(narrow) > 8)
+        parts, over = ("coordinates", "0") if x.ndim == 2 else ("channels", f"{others}, keepdims=True")
+        warnings.warn(f"the data's {parts} {which} vary less than a twentieth of the widest (standard deviation "
+                      f"{float(std[narrow].min()):.2g} beside {float(std.max()):.2g}) and will be learnt badly: standardise, "
+                      f"x = (x - x.mean({over})) / x.std({over})", stacklevel=3)  # fmt: skip
 
 
 @contextmanager

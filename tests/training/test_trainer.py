@@ -460,3 +460,22 @@ def test_a_start_that_is_narrower_than_the_data_is_said_before_training():
         warnings.simplefilter("error")
         usual = LearnedScore(MLP((2,)), sdes.VESDE(), Karras(10.0), (2,))
         tiny.trainer(1).fit(usual, data, DenoisingScoreMatching(), UniformTimes())
+
+
+@pytest.mark.parametrize(
+    ("event", "scales", "says"),
+    [
+        ((4,), [2, 0.002, 0.5, 0], r"coordinates \[1\] vary .*\(standard deviation 0\.00\d+ beside [12].*x\.std\(0\)"),
+        ((3, 4, 4), [0.1, 3, 0.2], r"channels \[0\] vary .* / x\.std\(\(0, 2, 3\), keepdims=True\)"),
+        ((10,), [100, *[1] * 9], r"coordinates \[1, 2, 3, 4, 5, 6, 7, 8\] and 1 more vary"),
+        ((4,), [1, 0.1, 1, 0], None),
+        ((3, 4), [1, 0.1, 0], None),
+    ],
+)
+def test_scales_that_are_far_apart_are_said_before_training(event, scales, says):
+    scale = torch.tensor(scales, dtype=torch.float32).view(-1, *[1] * (len(event) - 1))
+    x = scale * torch.randn(300, *event, generator=torch.Generator().manual_seed(0)) + 5
+    model = LearnedScore(MLP(event, width=8), sdes.VPSDE(), Karras(1.0), event)
+    said = pytest.warns(UserWarning, match=says) if says else warnings.catch_warnings(action="error")
+    with said:
+        tiny.trainer(1).fit(model, TensorData(x), DenoisingScoreMatching(), UniformTimes())
