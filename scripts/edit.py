@@ -1,4 +1,8 @@
-"""Edits images with a trained model: python scripts/edit.py run=<dir> task=inpaint mask=<image> input=<image>"""
+"""Edits images with a trained model, and imputes what is missing of examples of any shape.
+
+python scripts/edit.py run=<dir> task=inpaint mask=<image> input=<image>
+python scripts/edit.py run=<dir> task=inpaint input=<array with NaN where entries are missing>
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,7 @@ from score_sde.guidance import (
     sdedit,
     task_operator,
 )
+from score_sde.progress import tqdm
 from score_sde.run import Run
 
 OPTIONS = {
@@ -74,7 +79,7 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
     settings = {name: value for name, value in common.plain(config).items() if name not in left_out}
     folder = common.folder_of(settings, Path(config.output or run.path / "edits" / config.task))
     common.save_samples(folder, {"before": before, "after": after})
-    if before.ndim == 4:
+    if before.ndim == 4 and before.shape[1] in (1, 3):
         figures.save(figures.columns(columns), folder / "sheet.png")
     inputs = "pairs" if config.task == "interpolate" else "inputs"
     print(f"{config.task}: {after.shape[1]} results for each of {len(after)} {inputs}; in {folder}")
@@ -82,16 +87,56 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
 
 
 def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> Edited:
-    """Draws of the posterior for degraded images; the sheet shows the input, what is seen of it, and the draws."""
+    """Draws of the posterior for degraded images; the sheet shows the input, what is seen of it, and the draws.
+
+    An input of which entries are missing (NaN) is an observation; rows that miss the same ones are drawn at once.
+    """
     guiding.check_free(run)
-    operator = operator_of(config, model.event_shape)
-    given = operator.output_shape if config.degraded and not isinstance(operator, Mask) else model.event_shape
+    inpaints = config.task == "inpaint"
+    given = model.event_shape
+    if config.degraded and not inpaints:
+        given = operator_of(config, given).output_shape
     before = inputs(config, run, given)
-    if config.degraded:
-        y = operator(before) if isinstance(operator, Mask) else before
-    else:
-        y = operator.observe(before, config.noise_std, generator=torch.Generator().manual_seed(config.seed))
-    seen = operator.pseudo_inverse(y)
+    patterns, pattern_of = before.isnan().unique(dim=0, return_inverse=True)
+    incomplete = bool(patterns.any())
+    degraded = config.degraded or incomplete
+    method = method_of(config, run, model)
+    parts, calls, seconds = [], 0, 0.0
+    for i, missing in enumerate(tqdm(patterns, desc="missing entries", disable=len(patterns) == 1, delay=2)):
+        rows = (pattern_of == i).nonzero().flatten()
+        operator = operator_of(config, model.event_shape, missing if inpaints and incomplete else None)
+        if degraded:
+            y = operator(before[rows]) if inpaints else before[rows]
+        else:
+            y = operator.observe(before, config.noise_std, generator=torch.Generator().manual_seed(config.seed))
+        guided = method(model, operator, y.repeat_interleave(config.draws, 0).to(model.device), config.noise_std)
+        samples = (rows[:, None] * config.draws + torch.arange(config.draws)).flatten()
+        noise = SampleNoise.of_run(config.seed, samples)
+        result = sampler.sample(guided, (len(samples), *model.event_shape), noise=noise, progress=len(patterns) == 1)
+        calls, seconds = max(calls, result.nfe), seconds + result.seconds
+        after = result.x.cpu().unflatten(0, (len(y), config.draws))
+        parts.append((rows, after, operator.pseudo_inverse(y), visible(operator, y)))
+    rows, *columns = (torch.cat(part) for part in zip(*parts, strict=True))
+    after, seen, shown = (column[rows.argsort()] for column in columns)
+    name = method.func.__name__
+    print(f"{name}: {calls} network calls a draw, {seconds:.1f} s")
+    far = (after.abs().flatten(2).amax(2) > 10 * max(1.0, float(before.nan_to_num().abs().max()))).sum()
+    if far or not after.isfinite().all():
+        print(f"warning: {far} of {len(after) * config.draws} draws are far beyond the data: {name} has diverged; take a "
+              "weaker guidance, more steps (sampler.grid.steps=500), or guidance=mmps")  # fmt: skip
+    if not degraded:
+        named = {"draws": after.flatten(0, 1), "their mean": after.mean(1), "pseudo-inverse": seen}
+        for title, x in named.items():
+            print(f"  PSNR of {title}: {psnr(x, before.repeat_interleave(len(x) // len(before), 0)):.2f} dB")
+    first = before.where(~before.isnan(), seen) if before.shape == seen.shape else seen
+    return before, after, {"input": first, "seen": shown} | numbered("draw", after)
+
+
+def method_of(config: DictConfig, run: Run, model: ScoreModel) -> partial[Any]:
+    """The guidance that restores; PiGDM's with the spread of the run's data.
+
+    Raises ValueError for guidance that restores nothing.
+    """
     method = build(config.guidance, (*run.trust, "score_sde.guidance"))
     if not issubclass(method.func, Observed):
         raise ValueError(f"{method.func.__name__} restores nothing: task={config.task} takes guidance=mmps, pigdm, dps, "
@@ -101,22 +146,7 @@ def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> E
             method = partial(method, data_std=measure_data_std(run.data()))
         except FileNotFoundError:
             print(f"the data of {run.path} are not here: PiGDM takes the model's data_std={model.data_std:.3g}")
-    guided = method(model, operator, y.repeat_interleave(config.draws, 0).to(model.device), config.noise_std)
-    count = len(y) * config.draws
-    noise = SampleNoise.of_run(config.seed, range(count))
-    result = sampler.sample(guided, (count, *model.event_shape), noise=noise, progress=True)
-    after = result.x.cpu().unflatten(0, (len(y), config.draws))
-    print(f"{type(guided).__name__}: {result.nfe} network calls a draw, {result.seconds:.1f} s")
-    far = (after.abs().flatten(2).amax(2) > 10 * max(1.0, float(before.abs().max()))).sum()
-    if far or not after.isfinite().all():
-        print(f"warning: {far} of {count} draws are far beyond the data: {type(guided).__name__} has diverged; take a "
-              "weaker guidance, more steps (sampler.grid.steps=500), or guidance=mmps")  # fmt: skip
-    if not config.degraded:
-        shown = {"draws": after.flatten(0, 1), "their mean": after.mean(1), "pseudo-inverse": seen}
-        for name, x in shown.items():
-            print(f"  PSNR of {name}: {psnr(x, before.repeat_interleave(len(x) // len(before), 0)):.2f} dB")
-    first = before if before.shape == seen.shape else seen
-    return before, after, {"input": first, "seen": visible(operator, y)} | numbered("draw", after)
+    return method
 
 
 def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) -> Edited:
@@ -149,26 +179,34 @@ def interpolated(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) 
     return before, frames, {"from": before[:-1]} | numbered("step", frames) | {"to": before[1:]}
 
 
-def operator_of(config: DictConfig, event_shape: tuple[int, ...]) -> LinearOperator:
-    """The task's operator; for inpainting through the user's mask, if there is one.
+def operator_of(config: DictConfig, event_shape: tuple[int, ...], missing: Tensor | None = None) -> LinearOperator:
+    """The task's operator; for inpainting through the user's mask, if there is one, and never of what is `missing`.
 
-    Raises ValueError for a mask with another task, of another size, or an option that the operator does not have.
+    Raises ValueError for a mask with another task, of another size, or an option that the operator does not have, and for
+    events that are no images where nothing says what of them is seen.
     """
-    if config.mask is None:
-        try:
-            return task_operator(config.task, event_shape, **config.operator)
-        except TypeError as error:
-            options = dict(config.operator)
-            raise ValueError(f"operator={options} does not fit task={config.task}: {error}") from error
-    if config.task != "inpaint":
+    if config.mask is not None and config.task != "inpaint":
         raise ValueError(f"mask= belongs to task=inpaint, not to task={config.task}")
-    return Mask(event_shape, read_mask(Path(config.mask)))
+    if config.mask is not None or missing is not None:
+        seen = torch.ones(event_shape, dtype=torch.bool) if config.mask is None else read_mask(Path(config.mask))
+        mask = Mask(event_shape, seen)
+        return mask if missing is None else Mask(event_shape, mask.observed & ~missing)
+    if len(event_shape) != 3:
+        raise ValueError(f"task={config.task} knows what is seen of images, not of events of shape {event_shape}: take "
+                         "task=inpaint mask=<.npy>, True where they are seen, or an input with NaN where not")  # fmt: skip
+    try:
+        return task_operator(config.task, event_shape, **config.operator)
+    except TypeError as error:
+        options = dict(config.operator)
+        raise ValueError(f"operator={options} does not fit task={config.task}: {error}") from error
 
 
 def read_mask(path: Path) -> Tensor:
-    """True where an image is lighter than the middle."""
+    """A .npy array as it is, or True where an image is lighter than the middle."""
     from PIL import Image
 
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path, allow_pickle=False))
     with Image.open(path) as image:
         return torch.from_numpy(np.asarray(image.convert("L")) > 127)
 

@@ -86,6 +86,48 @@ def test_an_observation_is_taken_as_it_is(run: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(pooled, np.repeat(small[:, None], 3, 1), atol=1e-5)
 
 
+def untrained(folder: Path, shape: tuple[int, ...]) -> Path:
+    """An MLP starts at F = 0: with Karras(1 / 2) that is the exact denoiser of N(0, I / 4)."""
+    np.save(folder / "x.npy", np.random.default_rng(0).normal(size=(20, *shape)) / 2)
+    run = Run.create(folder / "run", {
+        "data": {"_target_": "score_sde.data.load_file", "path": str(folder / "x.npy")},
+        "network": {"_target_": "score_sde.networks.MLP", "event_shape": [*shape], "width": 8, "depth": 1},
+        "sde": {"_target_": "score_sde.sde.VPSDE"}, "event_shape": [*shape], "seed": 0,
+        "parameterization": {"_target_": "score_sde.parameterization.Karras", "sigma_data": 0.5},
+    })  # fmt: skip
+    weights = build_model(run.config).state_dict()
+    run.checkpoints.save(0, {"weights": weights, "ema": weights}, {"step": 0})
+    return run.path
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 6), (1, 2, 3, 4)])
+def test_missing_entries_of_any_shape_are_imputed(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Each row by what it misses, as by a mask for it alone, whatever the hidden entries hold."""
+    run, x = untrained(tmp_path, shape), np.random.default_rng(1).normal(size=(3, *shape)) / 2
+    mask = np.arange(shape[-1]) != 1  # for all rows but the second, which misses nothing
+    hidden = np.broadcast_to(
+        np.stack([~mask, 0 * mask, ~mask]).astype(bool).reshape(3, *[1] * (len(shape) - 1), -1), x.shape
+    )
+    np.save(tmp_path / "mask.npy", mask)
+    np.save(tmp_path / "whole.npy", x)
+    np.save(tmp_path / "holes.npy", np.where(hidden, np.nan, x))
+    np.save(tmp_path / "spoilt.npy", np.where(~mask, np.nan, x))
+    options = [f"output={tmp_path / 'out'}", "count=9", "noise_std=0.02", "sampler.grid.steps=50", "draws=40"]
+
+    def after(name: str, *more: str) -> np.ndarray:
+        return np.load(run_edit(run, f"input={tmp_path / name}.npy", *options, *more) / "after.npy")
+
+    masked, holes = after("whole", f"mask={tmp_path / 'mask.npy'}", "degraded=true"), after("holes")
+    assert holes.shape == (3, 40, *shape)
+    np.testing.assert_allclose(holes[::2], masked[::2], atol=1e-5)
+    np.testing.assert_array_equal(after("spoilt", f"mask={tmp_path / 'mask.npy'}"), masked)
+    seen, drawn = np.broadcast_to(~hidden[:, None], holes.shape), np.broadcast_to(hidden[:, None], holes.shape)
+    assert (
+        abs(holes - x[:, None])[seen].max() < 6 * 0.02
+    )  # below five standard deviations at worst, and the solver's error
+    assert 0.35 < holes[drawn].std() < 0.65  # N(0, 1 / 4); 80 draws or more, four standard errors of 0.04
+
+
 def test_interpolation_leaves_a_path_between_neighbours(run: Path) -> None:
     assert np.load(run_edit(run, "task=interpolate") / "after.npy").shape == (1, 3, 1, 8, 8)
 
@@ -98,6 +140,7 @@ def test_a_clean_image_is_no_observation(run: Path, tmp_path: Path) -> None:
     red[..., 0] = 200
     Image.fromarray(red).save(tmp_path / "red.png")
     np.save(tmp_path / "truth.npy", np.zeros((2, 1, 8, 8), np.float32))
+    np.save(tmp_path / "holes.npy", np.full((4, 1, 4, 4), np.nan, np.float32))
     for given, message in (
         (
             ["task=superres", "degraded=true", f"input={tmp_path / 'truth.png'}"],
@@ -107,11 +150,24 @@ def test_a_clean_image_is_no_observation(run: Path, tmp_path: Path) -> None:
         (["task=superres", "degraded=true", f"input={tmp_path / 'truth.npy'}"], "holds an array of shape (2, 1, 8, 8)"),
         (["task=inpaint", f"mask={tmp_path / 'mask.png'}"], "a mask of shape (5, 5) does not fit x of shape (1, 8, 8)"),
         (["task=superres", "degraded=true"], "give input=<image, folder or .npy>"),
+        (
+            ["task=inpaint", f"mask={tmp_path / 'truth.npy'}"],
+            "a mask is boolean, True where x is observed; got torch.float32",
+        ),
+        (["task=superres", "degraded=true", f"input={tmp_path / 'holes.npy'}"], "values that are not finite"),
     ):
         with pytest.raises(ValueError) as refusal:
             run_edit(run, *given)
         assert message in str(refusal.value)
         assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("task", ["inpaint", "superres"])
+def test_of_what_is_no_image_a_mask_says_what_is_seen(task: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=rf"task={task} knows .* of images, not of events of shape \(4,\): take .* mask=<.npy>"
+    ):
+        run_edit(untrained(tmp_path, (4,)), f"task={task}")
 
 
 @pytest.mark.parametrize(
