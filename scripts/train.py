@@ -32,6 +32,7 @@ from score_sde.data import Data, TensorData
 from score_sde.evaluation import Evaluation, Reference, check_counts, evaluate, known_metrics, score_error
 from score_sde.evaluation.classification import accuracy_by_noise
 from score_sde.keyed import generator
+from score_sde.networks import MLP
 from score_sde.run import Run
 from score_sde.training.interrupt import hand_on
 
@@ -54,6 +55,9 @@ def main(config: DictConfig) -> float:
     if not resumes:
         fill_in(config, data, HydraConfig.get().runtime.choices, typed())
     model = build_model(config, trust)
+    if isinstance(model.network, MLP) and 2 <= len(data.event_shape) <= 4 and not resumes:
+        print(f"network=mlp takes events {tuple(data.event_shape)} for vectors; network=unet, dit_s and ncsn know what is "
+              "near: they are made for signals (channels, length), images and volumes")  # fmt: skip
     objective, time_sampler = (build(config[name], trust) for name in ("objective", "time_sampler"))
     samplers = common.samplers_of(config, trust)
     preview: Sampler = build(common.sampler_config(config.sampler), trust)

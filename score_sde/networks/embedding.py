@@ -13,6 +13,7 @@ The frequencies w_k of the noise level c:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -146,6 +147,14 @@ def check_shape(x: Tensor, event_shape: tuple[int, ...]) -> None:
     """Refuses a batch of events of another shape than the network was built for."""
     if x.shape[1:] != event_shape:
         raise ValueError(f"x has event shape {tuple(x.shape[1:])}, the network was built with {event_shape=}")
+
+
+def check_attention(attention: Sequence[int], sizes: Sequence[int]) -> None:
+    """Refuses sizes to attend at that are no heights of the network's grids (lengths of a signal), naming the nearest ones."""
+    if not set(attention) <= set(sizes):
+        nearest = sorted({min(sizes, key=lambda size: abs(size - asked)) for asked in attention}, reverse=True)
+        raise ValueError(f"attention={list(attention)} must be among the heights of this network's grids, {list(sizes)}: "
+                         f"give network.attention={nearest}, or [] for none")  # fmt: skip
 
 
 def grid_shape(event_shape: tuple[int, ...], multiple: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from score_sde.networks.blocks import Block, Resample, Style
-from score_sde.networks.embedding import Embedding, check_shape, image_shape, positive, zeroed
+from score_sde.networks.embedding import Embedding, check_attention, check_shape, image_shape, positive, zeroed
 
 __all__ = ["Encoder"]
 
@@ -40,8 +40,7 @@ class Encoder(nn.Module):
         positive(width=width, blocks=blocks, levels=len(multipliers), num_classes=num_classes)
         channels, height, _ = image_shape(tuple(event_shape), multiple=2 ** (len(multipliers) - 1))
         sizes = [height >> level for level in range(len(multipliers))]
-        if not set(attention) <= set(sizes):
-            raise ValueError(f"attention={list(attention)} must name image heights of this network: {sizes}")
+        check_attention(attention, sizes)
         self.event_shape, self.num_classes = tuple(event_shape), num_classes
         style = Style(dims=2, embedding=4 * width, dropout=dropout)
         self.embedding = Embedding(4 * width, frequencies)

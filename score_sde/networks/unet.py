@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from score_sde.networks.blocks import Block, Head, PyramidIn, PyramidOut, Resample, Style, caller
 from score_sde.networks.blocks import glorot as glorot_weights
-from score_sde.networks.embedding import Embedding, check_shape, context_of, grid_shape, positive
+from score_sde.networks.embedding import Embedding, check_attention, check_shape, context_of, grid_shape, positive
 from score_sde.networks.magnitude import MPBlock, MPConcatenate, MPEmbedding, MPInput, MPOutput
 
 __all__ = ["EDM2_WIDTHS", "UNet"]
@@ -104,8 +104,7 @@ class UNet(nn.Module):
         channels, *sides = grid_shape(tuple(event_shape), multiple=2 ** (len(multipliers) - 1))
         side = sides[0] if len(sides) == 1 else sides[-2]
         sizes = [side >> level for level in range(len(multipliers))]
-        if not set(attention) <= set(sizes):
-            raise ValueError(f"attention={list(attention)} must name image heights of this U-Net: {sizes}")
+        check_attention(attention, sizes)
         _check_pyramids(progressive_input, progressive_output, magnitude_preserving, resample)
         if magnitude_preserving:
             _check_magnitude_preserving(embedding=embedding, modulation=modulation, project_skip=project_skip, rescale=rescale,

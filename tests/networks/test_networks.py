@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from score_sde.build import build
-from score_sde.networks import MLP, NCSN, DiT, NCSNv2, UNet
+from score_sde.networks import MLP, NCSN, DiT, Encoder, NCSNv2, UNet
 from score_sde.networks.blocks import Attention, Style
 from score_sde.networks.embedding import Embedding
 from score_sde.networks.refinenet import InstanceNormPlus
@@ -139,7 +139,9 @@ def test_x_of_another_shape_is_refused(make):
     [
         (lambda: UNet((2,)), "use networks.MLP for vectors"),
         (lambda: UNet((1, 10, 8), multipliers=(1, 2, 2)), "multiples of 4"),
-        (lambda: UNet((1, 8, 8), attention=(16,)), r"attention=\[16\] must name image heights of this U-Net: \[8, 4\]"),
+        (lambda: UNet((1, 8, 8), attention=(16,)), r"attention=\[16\] .*, \[8, 4\]: give network.attention=\[8\], or"),
+        (lambda: UNet((1, 28), attention=(32, 16)), r"give network.attention=\[28, 14\], or"),
+        (lambda: Encoder((1, 8, 8), 10, attention=(5,)), r"give network.attention=\[4\], or"),
         (lambda: NCSN((1, 7, 8)), "multiples of 2"),
         (lambda: MLP((2,), width=0), "width=0 must be a positive integer"),
         (lambda: MLP((2,), num_classes=0), "num_classes=0"),
