@@ -85,8 +85,12 @@ def build(node: Any, trust: Sequence[str] = ()) -> Any:
 
 
 def _check_arguments(target: str, make: Callable[..., Any], given: Mapping[str, Any], partial: bool) -> None:
-    """Refuses, with TypeError, keys that are no arguments, and too few of them for a call."""
+    """Refuses, with TypeError, keys that are no arguments, null for a plain number or word, and too few for a call."""
     signature = inspect.signature(make)
+    for name in [name for name, value in given.items() if value is None and name in signature.parameters]:
+        kind, default = signature.parameters[name].annotation, signature.parameters[name].default
+        if default is not None and kind in (int, float, bool, str, "int", "float", "bool", "str"):
+            raise TypeError(f"{target}: {name}=null is no {getattr(kind, '__name__', kind)}: give a value")
     try:
         (signature.bind_partial if partial else signature.bind)(**given)
     except TypeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsFloat
@@ -15,7 +16,9 @@ def one_of(name: str, value: str, known: Iterable[str]) -> str:
     """The value, where it is known."""
     known = list(known)
     if value not in known:
-        raise ValueError(f"{name} is one of {', '.join(known)}; got {value!r}")
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} is one of {', '.join(known)}; got {value!r}{hint}")
     return value
 
 

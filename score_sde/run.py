@@ -56,7 +56,9 @@ class Run:
         """
         run = cls(path, trust)
         if not (run.path / "config.yaml").is_file():
-            missing = "has no config.yaml" if run.path.is_dir() else "does not exist"
+            missing = (
+                "has no config.yaml" if run.path.is_dir() else "is a file" if run.path.exists() else "does not exist"
+            )
             fix = "give the folder that scripts/train.py wrote"
             if run.checkpoints.latest() is not None:  # of Trainer.fit alone
                 fix = (

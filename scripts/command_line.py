@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -57,7 +60,7 @@ def check_values(
         if override.startswith("+") and not config.get("resume"):  # whose run may have what these groups have not
             check_known(key, default, [OmegaConf.to_yaml(config), *of_hydra])
         if not override.startswith("~"):
-            _check_kind(key, _select(default, key), config)
+            _check_kind(key, default, config)
 
 
 def idle(overrides: Sequence[str], names: Iterable[str], why: str) -> None:
@@ -76,6 +79,24 @@ def unknown(kind: str, name: str, known: Sequence[str], elsewhere: Sequence[str]
         return f"{name} is new: a {kind} is added by +{name}=<value>"
     more = "; pip install 'score_sde[sweep]' brings more" if kind in ("hydra/launcher", "hydra/sweeper") else ""
     return f"unknown {kind.replace('/', ' ')} {name!r}: {hint}known: {', '.join(known)}{more}"
+
+
+def misread(error: BaseException, conf: Path) -> str | None:
+    """The line for an argument that Hydra does not take, with what to type instead; None for other errors."""
+    said = str(error)
+    if isinstance(error, OverrideParseException):
+        key, is_pair, value = error.override.partition("=")
+        if not is_pair:
+            return f"{key!r} is no <key>=<value>: a run's folder is given as run={key}, to train.py as resume={key}"
+        return None if set(value) & {*"[]{}'\""} else f"{error.override}: quote the value, '{key}=\"{value}\"'"
+    if twice := re.match(r"(\S+) appears more than once in the final defaults list", said):
+        return f"{twice[1]} has a choice already: give {twice[1]}=<name> in its place, without +"
+    if said.startswith("Config group override must be a string"):
+        given = [key_of(argument) for argument in sys.argv if argument.endswith("=null")]
+        group = next((key for key in given if (conf / key).is_dir()), "<group>")
+        names = ", ".join(sorted(file.stem for file in (conf / group).glob("*.yaml")))
+        return f"{group}=null is no choice: give {group}=<name>, or ~{group} to leave it out; known: {names}"
+    return None
 
 
 def _select(config: DictConfig, key: str) -> Any:
@@ -129,11 +150,15 @@ def _is_numeral(word: Any) -> bool:
     return isinstance(word, str)
 
 
-def _check_kind(key: str, default: Any, config: DictConfig) -> None:
-    value = _select(config, key)
-    if value is None:
-        return
+def _check_kind(key: str, known: DictConfig, config: DictConfig) -> None:
+    value, default, home = _select(config, key), _select(known, key), key.rpartition(".")[0]
     number, switch = isinstance(default, int | float), isinstance(default, bool)
+    if value is None:
+        if (
+            number and not switch and "_target_" not in (_select(known, home) if home else known)
+        ):  # which says it itself
+            raise ValueError(f"{key}=null is no number: give one such as {default:g}")
+        return
     if switch and not isinstance(value, bool | int | float):
         raise ValueError(f"{key}={value!r} is neither true nor false")
     if number and not switch and value != "auto":

@@ -22,7 +22,7 @@ from typing import Any
 
 import command_line
 import hydra
-from command_line import listed, unknown, unknown_key
+from command_line import idle, listed, misread, unknown, unknown_key
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
@@ -98,10 +98,14 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
             logging.getLogger("matplotlib").setLevel(logging.WARNING)
             join()
             try:
+                if {"-m", "--multirun"} & {*sys.argv[1:]}:
+                    idle(sys.argv[1:], ["hydra.run.dir"], "in a sweep, whose folder is hydra.sweep.dir")
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
             except REFUSALS as error:
                 if full_error:
                     raise
+                if isinstance(error, OSError) and error.filename:  # not the job's own, which has ended in its line
+                    error = ValueError(f"{error.filename} cannot be created: {error.strerror}")
                 sys.exit(refusal(error))
             finally:
                 os.environ.clear()
@@ -177,9 +181,11 @@ def refusal(error: BaseException) -> str | int:
 
 def one_line(error: BaseException) -> str:
     """The innermost reason of an error, on one line, with the nearest known key for a misspelt one."""
-    if isinstance(error, MissingConfigException) and error.options:
+    if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return unknown(group, name, error.options)
+        return unknown(group or "config", name, error.options or sorted(file.stem for file in CONF.glob("*.yaml")))
+    if line := misread(error, CONF):
+        return line
     if isinstance(error, MissingMandatoryValue) and error.full_key:
         return f"{error.full_key} has no value yet: give {error.full_key}=<value>"
     if isinstance(error, InterpolationKeyError):
@@ -188,6 +194,9 @@ def one_line(error: BaseException) -> str:
                 f"{missing.partition('.')[0]}, or give {error.full_key}=<value>")  # fmt: skip
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename} does not exist"
+    if isinstance(error, ConfigAttributeError | ConfigKeyError) and error.full_key:
+        value = "{_target_: ...}" if (CONF / str(error.full_key)).is_dir() else "<value>"
+        return f"this configuration has no {error.full_key}: give '+{error.full_key}={value}'"
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
         return unknown_key(cause.full_key, cause.parent_node)

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import command_line
+import common
 
 DEFAULT = {"steps": 6, "seeds": [0], "report": True, "run": None, "own": {}, "sigma_max": "auto", "scale": "???",
            "evaluation": {"metrics": None, "references": {}},
@@ -28,9 +30,10 @@ def checked(*overrides: str, **more: Any) -> Any:
 
 @pytest.mark.parametrize(
     "override",
-    ["steps=8", "steps=[3,4]", "steps=2.5", "steps=auto", "steps=null", "report=false", "report=0.1", "run=nowhere",
+    ["steps=8", "steps=[3,4]", "steps=2.5", "steps=auto", "run=null", "report=false", "report=0.1", "run=nowhere",
      "sigma_max=50", "scale=abc", "sampler.grid=karras", "sampler.grid.steps=3", "+sampler.grid.rho=7", "+own.mine=heun",
-     "+evaluation.references.pca=here", "+run.new=3", "~sampler.grid"],
+     "+evaluation.references.pca=here", "+run.new=3", "~sampler.grid",
+     "sampler.grid.steps=null"],
 )  # fmt: skip
 def test_values_of_the_kind_that_the_config_files_have_pass(override: str) -> None:
     checked(override)
@@ -62,6 +65,7 @@ def test_a_mapping_of_ones_own_is_open() -> None:
     [
         ("steps=many", "steps='many' is no number: give one such as 6"),
         ("steps=[3,many]", "is no number"),
+        ("steps=null", "steps=null is no number: give one such as 6"),
         ("steps=true", "steps=True is no number"),
         ("sampler.grid.steps=many", "such as 20"),
         ("report=maybe", "report='maybe' is neither true nor false"),
@@ -76,6 +80,32 @@ def test_a_mapping_of_ones_own_is_open() -> None:
 def test_others_are_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         checked(override)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("runs/base", "a run's folder is given as run=runs/base, to train.py as resume=runs/base"),
+        ("run=rüns/mine", """quote the value, 'run="rüns/mine"'"""),
+        ("output=runs/a=b", """quote the value, 'output="runs/a=b"'"""),
+        ("output=[a", "no viable alternative"),
+        ("+sampler/grid=karras", "sampler/grid has a choice already: give sampler/grid=<name> in its place, without +"),
+        ("sampler/corrector=null", "~sampler/corrector to leave it out; known: annealed_langevin, "),
+        ("sampler=null", "give sampler=<name>, or ~sampler to leave it out; known: "),
+        ("~sampler", "this configuration has no sampler: give '+sampler={_target_: ...}'"),
+    ],
+)
+def test_what_hydra_does_not_take_is_told_with_what_to_type(argument: str, message: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sample.py", "run=null", argument])
+    with pytest.raises(common.REFUSALS) as caught, hydra.initialize_config_dir(str(common.CONF), version_base="1.3"):
+        print(hydra.compose("sample", ["sampler=heun", argument]).sampler)
+    assert message in common.one_line(caught.value)
+
+
+def test_the_configs_there_are_are_named() -> None:
+    with pytest.raises(common.REFUSALS) as caught, hydra.initialize_config_dir(str(common.CONF), version_base="1.3"):
+        hydra.compose("trian")
+    assert common.one_line(caught.value).startswith("unknown config 'trian': did you mean 'train'? known: benchmark, ")
 
 
 def test_a_run_that_goes_on_may_have_keys_of_its_own() -> None:

@@ -222,6 +222,19 @@ WRONG = {
     "unknown metric": ("train", ["evaluation.metrics=[fid]"], "unknown metric 'fid'"),
     "no samples": ("sample", ["run={run}", "num_samples=0"], "num_samples >= 1, got num_samples=0"),
     "half a sample": ("sample", ["run={run}", "num_samples=2.5"], "num_samples >= 1, got num_samples=2.5"),
+    "a null that a class does not take": (
+        "train",
+        ["sde.beta_max=null"],
+        "VPSDE: beta_max=null is no float: give a value",
+    ),
+    "a run's file": ("sample", ["run={run}/config.yaml"], "config.yaml is a file, so it is no run: give the folder"),
+    "a folder that cannot be": ("train", ["hydra.run.dir=/proc/x"], "/proc/x cannot be created: No such file"),
+    "a sweep's folder": (
+        "train",
+        ["-m", "hydra.run.dir=x"],
+        "does nothing in a sweep, whose folder is hydra.sweep.dir",
+    ),
+    "no such step": ("certify", ["steps=[Hen]"], "got 'Hen': did you mean 'Heun'?"),
     "no seed": ("train", ["seed=abc"], "seed='abc' is no number: give one such as 0"),
     "no path": ("train", ["data=file"], "data.path has no value yet: give data.path=<value>"),
     "no snapshots": (
