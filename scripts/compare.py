@@ -234,7 +234,8 @@ def write(
 
 def draw(runs: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Iterator[tuple[str, str, str, Figure]]:
     """(file, title, caption, figure) for one model."""
-    blue = "Blue: deterministic samplers; orange: the others. Points: means over seeds with their standard deviations."
+    points = " Points: means over seeds with their standard deviations." if runs["seed"].nunique() > 1 else ""
+    blue = f"Blue: deterministic samplers; orange: the others.{points}"
     order = list(ranking(runs)["sampler"])
     ordered = summary[summary["sampler"].isin(order)].sort_values(
         "sampler", key=lambda names: names.map(order.index), kind="stable"

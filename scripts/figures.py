@@ -125,7 +125,7 @@ def accuracy(table: pd.DataFrame) -> Figure:
     """A noisy classifier's accuracy and cross-entropy at each noise level."""
     figure, axes = plotting.panels(2, width=4, height=3.5)
     for ax, name, unit in zip(axes[0], ("accuracy", "cross_entropy"), ("on held-out examples", "in nats"), strict=True):
-        ax.plot(table["level"], table[name], "o-", markersize=4)
+        ax.plot(table["level"], table[name], "o-", markersize=4, clip_on=False, zorder=3)
         ax.set(xscale="log", ylim=(0, None))
         plotting.curves(ax, plotting.NOISE_LEVEL, f"{name.replace('_', '-')} {unit}")
     axes[0, 0].set_ylim(top=1.02)

@@ -322,6 +322,21 @@ def test_multiples_have_a_panel_for_each_sampler_with_the_others_behind() -> Non
     assert np.asarray(paired.axes[0].containers[0].lines[0].get_xydata()).tolist() == [[10, 0.1], [40, 0.025]]
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_multiples_name_spreads_of_several_seeds_alone_and_their_axis_beside_the_panels(seeds: int) -> None:
+    table = comparison()
+    figure = plotting.comparison_multiples(table[table["seed"] < seeds].assign(mode_spread=1.0), metric="mode_spread")
+    (legend,) = figure.legends
+    assert ("± std" in legend.get_title().get_text()) == (seeds > 1)
+    assert figure.axes[0].containers[0].has_yerr == (seeds > 1)
+    figure.canvas.draw()
+    label, panels = figure.get_supylabel(), [ax.get_tightbbox() for ax in figure.axes]
+    (text,) = [found for found in figure.texts if found.get_text() == label]
+    box = text.get_window_extent()
+    assert min(panel.y0 for panel in panels) < box.y0
+    assert box.y1 < max(panel.y1 for panel in panels)
+
+
 def test_the_table_says_which_samplers_are_deterministic() -> None:
     table = comparison().assign(
         endpoint_error=np.nan, deterministic=lambda rows: (rows["sampler"] == "EM").astype(float)

@@ -125,6 +125,11 @@ def test_a_law_stands_for_its_draws() -> None:
     assert [patch.get_label() for patch in ax.patches] == ["data", "mine"]
 
 
+def test_dots_say_which_coordinate_is_which() -> None:
+    (ax,) = plotting.sheet(torch.randn(9, 2)).axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("$x_1$", "$x_2$")
+
+
 def test_samples_that_are_lost_are_refused() -> None:
     with pytest.raises(ValueError, match="none of the samples is finite"):
         plotting.sheet(torch.full((3, 5), torch.nan))

@@ -145,8 +145,9 @@ def comparison_multiples(
 ) -> Figure:  # fmt: skip
     """A metric against calls or seconds, a panel for each sampler with the others in grey behind it.
 
-    Points are means over seeds with their standard deviations; the band is the noise floor and its standard deviation;
-    a cross on the upper edge marks runs that diverged or failed. Blue are deterministic samplers, orange the others.
+    Points are means over seeds, of several with their standard deviations; the band is the noise floor and its standard
+    deviation; a cross on the upper edge marks runs that diverged or failed. Blue are deterministic samplers, orange the
+    others.
 
     Args:
         table: as `score_sde.evaluation.compare` returns it, of one model. Deterministic are samplers that its column
@@ -159,6 +160,7 @@ def comparison_multiples(
     names = [name for name, runs in table.groupby("sampler", sort=False) if runs[metric].notna().any()]
     curves = {name: _over_seeds(table[table["sampler"] == name], metric, against) for name in names}
     fixed = table.get("deterministic", table["endpoint_error"].notna()).eq(True).groupby(table["sampler"]).any()
+    several = table["seed"].nunique() > 1
     columns = max(1, min(columns, len(names)))
     figure, axes = panels(columns, max(1, math.ceil(len(names) / columns)), width=2.3, height=1.9)
     for ax, name in zip(axes.flat, names, strict=False):
@@ -168,15 +170,19 @@ def comparison_multiples(
                 ax.plot(curve[against], curve["mean"], color="#d3d7dc", linewidth=0.8, zorder=1, label="other samplers")
         colour, kind = (LINES[0], "deterministic") if fixed[name] else (LINES[1], "stochastic")
         own = curves[name]
-        ax.errorbar(own[against], own["mean"], yerr=own["std"], color=colour, marker="o", markersize=3.5, linewidth=1.6,
+        spread = own["std"] if several else None
+        ax.errorbar(own[against], own["mean"], yerr=spread, color=colour, marker="o", markersize=3.5, linewidth=1.6,
                     capsize=2, elinewidth=1, zorder=3, label=kind)  # fmt: skip
         _crosses(ax, runs, against, colour)
         _floor(ax, table, metric)
         ax.set_title(str(name).replace("_", " "))
     for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
-    _share_curves(figure, axes, len(names), AGAINST[against], METRIC_NAMES.get(metric, metric))
-    legend_below(figure, "points: means over seeds ± std")
+    _share_curves(axes, len(names), AGAINST[against])
+    name = textwrap.fill(METRIC_NAMES.get(metric, metric), 18 * len(axes))
+    label, height = figure.supylabel(name, fontsize=9, color=INK), figure.get_figheight()
+    legend_below(figure, "points: means over seeds ± std" if several else "")
+    label.set_y(1 - height / figure.get_figheight() / 2)  # the middle of the panels, above the legend
     return figure
 
 
@@ -309,7 +315,7 @@ def _floor(ax: Axes, table: pd.DataFrame, metric: str) -> None:
                    label="noise floor ± std")  # fmt: skip
 
 
-def _share_curves(figure: Figure, axes: np.ndarray, count: int, x: str, y: str) -> None:
+def _share_curves(axes: np.ndarray, count: int, x: str) -> None:
     """One pair of logarithmic axes of a factor 5 or more for the first `count` panels, with labels along the edges."""
     used = list(axes.flat[:count])
     for i, name in enumerate("xy"):
@@ -334,4 +340,3 @@ def _share_curves(figure: Figure, axes: np.ndarray, count: int, x: str, y: str) 
         ax.title.set_fontsize(9)
         ax.xaxis.label.set_fontsize(8)
         ax.tick_params(labelsize=7, labelleft=i % columns == 0, labelbottom=lowest)
-    figure.supylabel(y, fontsize=9, color=INK)

@@ -43,6 +43,7 @@ def sheet(
             return density_comparison(data, {name: samples})
         figure, axes = panels(1, width=5, height=5)
         dots(axes[0, 0], samples)
+        axes[0, 0].set(xlabel="$x_1$", ylabel="$x_2$")
         return figure
     examples = data.sample((5000,), generator=torch.Generator().manual_seed(0)) if isinstance(data, Target) else data
     if len(event) == 1:

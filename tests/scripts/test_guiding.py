@@ -159,6 +159,7 @@ def test_nothing_lies_over_a_classifiers_accuracy():
     assert [ax.get_ylabel() for ax in (left, right)] == ["accuracy on held-out examples", "cross-entropy in nats"]
     assert [ax.lines[0].get_ydata().tolist() for ax in (left, right)] == [[0.9, 0.6, 0.1], [0.3, 1.1, 2.3]]
     assert left.get_legend() is right.get_legend() is None
+    assert not any(line.get_clip_on() for ax in (left, right) for line in ax.lines)  # whole dots at 0 and 1
 
 
 def test_labels_to_be_measured_have_the_shares_of_the_data():
