@@ -64,7 +64,8 @@ class UNet(nn.Module):
         checkpointing: in training, keep only each block's input and compute the block again in the backward pass.
 
     Raises:
-        ValueError: the grid cannot be halved often enough, an attention size does not occur, options exclude each other.
+        ValueError: the grid cannot be halved often enough, an attention size does not occur, a context that nothing attends
+            to, options exclude each other.
     """
 
     def __init__(
@@ -105,6 +106,9 @@ class UNet(nn.Module):
         side = sides[0] if len(sides) == 1 else sides[-2]
         sizes = [side >> level for level in range(len(multipliers))]
         check_attention(attention, sizes)
+        if context_width is not None and not (attention or middle_attention):
+            raise ValueError(f"context_width={context_width} does nothing where no block attends: give network.attention="
+                             f"[{sizes[-1]}], of the heights {sizes}")  # fmt: skip
         _check_pyramids(progressive_input, progressive_output, magnitude_preserving, resample)
         if magnitude_preserving:
             _check_magnitude_preserving(embedding=embedding, modulation=modulation, project_skip=project_skip, rescale=rescale,

@@ -140,6 +140,7 @@ def test_x_of_another_shape_is_refused(make):
         (lambda: UNet((2,)), "use networks.MLP for vectors"),
         (lambda: UNet((1, 10, 8), multipliers=(1, 2, 2)), "multiples of 4"),
         (lambda: UNet((1, 8, 8), attention=(16,)), r"attention=\[16\] .*, \[8, 4\]: give network.attention=\[8\], or"),
+        (lambda: UNet((1, 8, 8), context_width=3), r"context_width=3 does nothing .* give network.attention=\[4\]"),
         (lambda: UNet((1, 28), attention=(32, 16)), r"give network.attention=\[28, 14\], or"),
         (lambda: Encoder((1, 8, 8), 10, attention=(5,)), r"give network.attention=\[4\], or"),
         (lambda: NCSN((1, 7, 8)), "multiples of 2"),
