@@ -152,11 +152,11 @@ def checked_condition(
             given[name] = value.expand(shape[0], *value.shape).contiguous() if shared else value
     model.check(shape, given)
     label = given.get("label")
-    if model.num_classes and isinstance(label, Tensor) and label.numel():
-        for extreme in map(int, label.aminmax()):
-            if not -1 <= extreme < model.num_classes:
-                raise ValueError(f"label={extreme}, but this model knows the classes 0 to {model.num_classes - 1} "
-                                 "(and -1 for none)")  # fmt: skip
+    if model.num_classes and isinstance(label, Tensor):
+        strange = (label < -1) | (label >= model.num_classes)
+        if strange.any():
+            raise ValueError(f"label={int(label[strange][0])}, but this model knows the classes 0 to "
+                             f"{model.num_classes - 1} (and -1 for none)")  # fmt: skip
     if missing := sorted(model.needed - given.keys()):
         warnings.warn(f"this network was told of each example's {' and '.join(missing)} and has not learnt to do without: "
                       f"give condition={{{missing[0]!r}: ...}}", stacklevel=4)  # fmt: skip

@@ -89,7 +89,7 @@ def test_metropolis_steps_take_another_path_exactly_where_the_model_has_a_densit
     z = torch.randn(8, 2, generator=torch.Generator().manual_seed(3), dtype=DOUBLE)
     here, there = (sampler.sample(m, z.shape, x_init=m.start(z), seed=1).x for m in (own, model))
     torch.testing.assert_close(there, here, rtol=1e-7, atol=1e-7)
-    learned = reparameterize(LearnedScore(nn.Identity(), VPSDE(), Noise(), (2,)), VESDE())
+    learned = reparameterize(LearnedScore(MLP((2,)), VPSDE(), Noise(), (2,)), VESDE())
     with pytest.raises(ValueError, match="a density log_prob"):
         sampler.sample(learned, (8, 2), seed=1)
 
