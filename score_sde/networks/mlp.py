@@ -1,8 +1,9 @@
 """A residual multilayer perceptron F(x, c_noise, label, context) for vectors; it flattens events of any other shape.
 
-    h_0 = A x,    h_{i+1} = h_i + V_i SiLU(U_i ((1 + s_i(e)) LayerNorm(h_i) + b_i(e))),    F = B LayerNorm(h_depth)
+    h_0 = A x,    h_{i+1} = h_i + V_i SiLU(U_i ((1 + s_i(e)) LayerNorm(h_i) + b_i(e))),    F = B h_depth
 
-e = e(c_noise, label, context) is the embedding, s_i and b_i are linear in it; B and every V_i start at zero.
+e = e(c_noise, label, context) is the embedding, s_i and b_i are linear in it; B and every V_i start at zero. The output sees
+h itself: of LayerNorm(h_depth) it would see little but the direction of x, and learn the sides of a square only by luck.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class MLP(nn.Module):
         self.first = nn.Linear(features, width)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         out = 2 * features if learned_variance else features
-        self.last = nn.Sequential(nn.LayerNorm(width), zeroed(nn.Linear(width, out)))
+        self.last = zeroed(nn.Linear(width, out))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         check_shape(x, self.event_shape)

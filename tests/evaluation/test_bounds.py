@@ -172,7 +172,7 @@ def small_model(num_steps=20, learned_variance=True):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         network = MLP((2,), width=16, depth=1, frequencies=4, learned_variance=learned_variance)
-        torch.nn.init.normal_(network.last[1].weight, std=0.3)
+        torch.nn.init.normal_(network.last.weight, std=0.3)
     return LearnedScore(network, DiscreteSDE.ddpm(num_steps, beta_T=0.019), Noise(), (2,))
 
 
@@ -199,7 +199,7 @@ def test_hybrid_trains_the_mean_by_l_simple_and_the_variance_by_the_bound():
         model = small_model()
         times = LadderTimes()(model.sde, 64, torch.Generator().manual_seed(1))
         loss(model, VariationalObjective(*weights), times).mean().backward()
-        return model.network.last[1].weight.grad.split(2)
+        return model.network.last.weight.grad.split(2)
 
     mean_hybrid, variance_hybrid = gradients(1.0, 0.001)
     mean_simple, variance_simple = gradients(1.0, 0.0)

@@ -112,7 +112,7 @@ def test_asymmetry_is_zero_for_gradients_and_the_sine_of_a_turn():
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         network = MLP((2,), width=16, depth=1, frequencies=4).double()
-        nn.init.normal_(network.last[1].weight)
+        nn.init.normal_(network.last.weight)
     plain, energy = (LearnedScore(f, VPSDE(), Noise(), (2,)) for f in (network, Conservative(network)))
     t = torch.full((5,), 0.7, dtype=torch.float64)
     assert asymmetry(plain, x, t).min() > 1e-3

@@ -173,7 +173,7 @@ def test_dynamic_threshold_by_hand():
 def test_native_output_is_kept_in_float32():
     torch.manual_seed(0)
     network = MLP((2,), width=16, depth=1, frequencies=4, num_classes=3)
-    for weight in (network.last[1].weight, network.blocks[0].branch[-1].weight, network.embedding.label.weight):
+    for weight in (network.last.weight, network.blocks[0].branch[-1].weight, network.embedding.label.weight):
         torch.nn.init.normal_(weight, std=0.5)
     model, x = LearnedScore(network, SDE, Noise(), (2,)).requires_grad_(False), points().float()
     t = 1e-3

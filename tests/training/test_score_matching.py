@@ -130,7 +130,7 @@ def energy_model(parameterization, sde=None, seed=0):
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         network = MLP((2,), width=16, depth=1, frequencies=4, num_classes=3)
-        nn.init.normal_(network.last[1].weight, std=0.5)
+        nn.init.normal_(network.last.weight, std=0.5)
     return EnergyScore(Conservative(network).double(), sde or VPSDE(), parameterization, (2,))
 
 
@@ -155,7 +155,7 @@ def test_an_energy_trains_by_every_objective():
     batch = Batch(MIXTURE.sample((8,), generator=torch.Generator().manual_seed(0)))
     for objective in OBJECTIVES.values():
         losses = objective(model, batch, times, torch.Generator().manual_seed(1)).loss
-        grads = torch.autograd.grad(losses.mean(), model.network.network.last[1].weight)
+        grads = torch.autograd.grad(losses.mean(), model.network.network.last.weight)
         assert torch.isfinite(losses).all()
         assert grads[0].abs().max() > 0
 
