@@ -490,7 +490,7 @@ def test_the_default_network_learns_the_sides_of_a_square():
     """Behind a LayerNorm its output told directions alone: one sample in thirty lay beyond, as those of a Gaussian do."""
     x = (2 * torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0)) - 1) * 3**0.5
     torch.manual_seed(0)
-    model = LearnedScore(MLP((2,), width=64, depth=3), sdes.VPSDE(), Karras(), (2,))
+    model = LearnedScore(MLP((2,), width=64, depth=3), sdes.VPSDE(), Karras(1.0), (2,))
     settings = Trainer(steps=800, batch_size=256, learning_rate=2e-3, ema_half_life=10_000, progress=False)
     trained = settings.fit(model, TensorData(x), DenoisingScoreMatching(), ImportanceTimes()).model
     sampler = Sampler(RectifiedAdams(3), partial(grid.hyperbolic, steps=15), final="none")
