@@ -149,7 +149,7 @@ def test_gaussian_images_to_1e_5_bits_per_dim(sde, method):
 def test_a_network_s_density_follows_from_the_jacobian_of_its_codes():
     model = rough_model()
     x = torch.tensor([[0.3, -0.8], [1.2, 0.4]], dtype=torch.float64)
-    options = {"rtol": 1e-7, "atol": 1e-7}
+    options = {"rtol": 1e-9, "atol": 1e-9}
     result = log_likelihood(model, x, truncation="none", **options)
     h = 1e-4
     columns = [(encode(model, x + h * e, **options) - encode(model, x - h * e, **options)) / (2 * h)

@@ -103,7 +103,7 @@ def test_one_process_resumes_after_two(one, two, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["sphere", "sphere_fsdp"])
 def test_weights_stay_on_the_sphere_however_they_are_spread(one, two, name):
-    assert differences(one / "sphere", two / name) < 2e-6
+    assert differences(one / "sphere", two / name) < 5e-6  # divided by its norm at each step
 
 
 def test_two_processes_take_up_a_run_that_has_nothing_left_to_do(one, two):
