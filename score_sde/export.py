@@ -22,7 +22,6 @@ from torch import nn
 
 from score_sde.build import build_model
 from score_sde.score import LearnedScore
-from score_sde.training.checkpoint import write_weights
 
 __all__ = ["PARTS", "load", "save"]
 
@@ -35,6 +34,8 @@ def save(model: nn.Module, config: Mapping[str, Any], path: str | Path) -> Path:
 
     Raises ValueError where the folder exists, or the config lacks a part or holds more than JSON can.
     """
+    from score_sde.training.checkpoint import write_weights  # which loading has no need of
+
     path = Path(path)
     if path.exists():
         raise ValueError(f"{path} exists: export to a new folder")
