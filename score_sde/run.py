@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     import pandas as pd
     from omegaconf import DictConfig
 
-__all__ = ["Run"]
+__all__ = ["TAKES", "Run", "does_without"]
+
+TAKES = {"label": "num_classes", "context": "context_width"}
+"""Condition -> the key of a network's config which says that it takes one."""
+
+
+def does_without(config: DictConfig) -> bool:
+    """Whether the network of a run's config has learnt to do without conditions."""
+    return bool((config.get("objective") or {}).get("label_dropout"))
 
 
 class Run:
@@ -111,15 +119,10 @@ class Run:
             )
         model = build_model(self.config, self.trust)
         model.load_state_dict(weights)
-        model.needed = model.condition_names & self._needed()
+        if not does_without(self.config):
+            taken = {name for name, key in TAKES.items() if self.config.network.get(key) is not None}
+            model.needed = model.condition_names & taken
         return model.eval().requires_grad_(False)
-
-    def _needed(self) -> set[str]:
-        """The conditions that the network has not learnt to do without, as far as its config says."""
-        if (self.config.get("objective") or {}).get("label_dropout"):
-            return set()
-        keys = {"label": "num_classes", "context": "context_width"}
-        return {name for name, key in keys.items() if self.config.network.get(key) is not None}
 
     def export(self, path: str | Path, step: int | None = None) -> Path:
         """Writes the averaged model to a new folder that `score_sde.load` reads, without Hydra; see `score_sde.export`.

@@ -19,7 +19,7 @@ from score_sde.data import Data, TensorData
 from score_sde.evaluation.extractors import in_range
 from score_sde.guidance import Classifier, ClassifierFree, DynamicThreshold, Observed
 from score_sde.prediction import Prediction
-from score_sde.run import Run
+from score_sde.run import TAKES, Run, does_without
 from score_sde.score import WrappedScore
 
 
@@ -41,19 +41,15 @@ def turns(labels: list[int], count: int) -> Tensor:
     return torch.tensor(labels)[torch.arange(count) % len(labels)]
 
 
-def does_without(config: DictConfig) -> bool:
-    """Whether the network of a run's config has learnt to do without conditions."""
-    return bool(OmegaConf.select(config, "objective.label_dropout"))
-
-
 def needed(config: DictConfig, data: Callable[[], Data], name: str | None = None) -> list[str]:
     """The conditions of the data, or the one of that name, that a run's network has not learnt to do without.
 
     The data are made only where the network may take one: a run without its data can be sampled.
     """
-    keys = {"label": "num_classes", "context": "context_width"}
-    absent = {known for known, key in keys.items() if OmegaConf.select(config, f"network.{key}", default="own") is None}
-    if does_without(config) or name in absent or absent == {*keys}:
+    absent = {
+        known for known, key in TAKES.items() if OmegaConf.select(config, f"network.{key}", default="own") is None
+    }
+    if does_without(config) or name in absent or absent == {*TAKES}:
         return []
     given = data().batch(0, 1).condition.keys() - {"augment"} - absent
     return sorted(given if name is None else given & {name})
