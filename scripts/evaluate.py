@@ -48,9 +48,15 @@ def main(config: DictConfig) -> None:
         condition=condition, **common.views_of(settings, run.trust),
     )  # fmt: skip
     if distributed.is_main():
-        asked = {name: common.plain(node) for name, node in nodes.items()}
+        own = {name: common.plain(settings)[name] for name in ("metrics", "features", "references", "memorization")}
+        asked = {"step": config.step, "ema": config.ema, "seed": config.seed, "label": labels, "num_samples": count,
+                 "settings": {"samplers": {name: common.plain(node) for name, node in nodes.items()},
+                              "tables": {name: common.content_of(node.get("table")) for name, node in nodes.items()},
+                              "guidance": common.plain(config.guidance), "threshold": config.threshold,
+                              **own}}  # fmt: skip
+        folder = common.folder_of(asked, Path(config.output or run.path / "evaluation"))
         told = guiding.of_examples(model, guiding.example_conditions(run.config, data))
-        write(run, config, data, told, samplers, asked, evaluation, Path(config.output or run.path / "evaluation"))
+        write(run, config, data, told, samplers, asked, evaluation, folder)
 
 
 def write(
@@ -58,12 +64,9 @@ def write(
     evaluation: Evaluation, folder: Path,
 ) -> None:  # fmt: skip
     """evaluation.json with all that was `asked` for, the same as a table, the samples and their figures."""
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    (folder / "samples").mkdir(exist_ok=True)
     common.save_samples(folder / "samples", evaluation.samples)
-    settings = {"samplers": asked, "guidance": common.plain(config.guidance), "threshold": config.threshold}
-    report = {"run": str(run.path), "step": config.step, "ema": config.ema, "seed": config.seed,
-              "label": guiding.labels_of(config.label), "num_samples": len(next(iter(evaluation.samples.values()))),
-              "settings": settings, **evaluation.report()}  # fmt: skip
+    report = {"run": str(run.path), **asked, **evaluation.report()}
     write_atomically(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     write_atomically(folder / "evaluation.csv", evaluation.table.to_csv(index=False))
     common.show(evaluation.table, common.RATIOS)

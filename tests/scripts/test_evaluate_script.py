@@ -47,6 +47,15 @@ def test_one_json_and_a_sample_sheet(run: Path, tmp_path: Path) -> None:
     assert "FD (pixels)" in out
 
 
+def test_other_settings_leave_an_evaluation_as_it_was(run: Path, tmp_path: Path) -> None:
+    for number, name in ((3, "own"), (4, "own-2"), (3, "own")):
+        options = [f"sampler.grid.steps={number}", "num_samples=8", "figures=false", f"output={tmp_path / 'own'}"]
+        script("evaluate", f"run={run}", "sampler=heun", *options, cwd=tmp_path)
+        report = json.loads((tmp_path / name / "evaluation.json").read_text())
+        assert report["settings"]["samplers"]["heun"]["grid"]["steps"] == number
+    assert {folder.name for folder in tmp_path.iterdir()} == {"own", "own-2"}
+
+
 WRONG = {
     "unknown features": (["features=[fid]"], "unknown extractor 'fid'"),
     "one and several samplers": (["sampler=heun", "samplers=[ddim]"], "give either sampler="),
