@@ -137,7 +137,8 @@ def image_folder(
         flip: mirror half of the training images at random.
         augment: see `Augment`.
 
-    Raises ValueError where there are no images, for the first one that cannot be read, and for sizes that are mixed.
+    Raises ValueError where there are no images, for the first one that cannot be read, for sizes that are mixed, and for
+    an image in no class.
     """
     decoder = Decoder.of(size, channels, fit)
     train, classes = _folder(Path(path), labels)
@@ -150,6 +151,9 @@ def image_folder(
 def _folder(root: Path, labels: bool, classes: Sequence[str] | None = None) -> tuple[Images, list[str]]:
     """The images of a folder, and the names of its classes, which for a test set are those of the training set."""
     paths = _image_files(root)
+    if labels and (loose := [file for file in paths if file.parent == root]):
+        raise ValueError(f"{loose[0]} lies in no folder below {root}, and its folder there is an image's class: "
+                         "move it into one, or leave out labels")  # fmt: skip
     folders = [file.relative_to(root).parts[0] for file in paths]
     names = list(classes) if classes is not None else sorted(set(folders)) if labels else []
     if labels and (unknown := set(folders) - set(names)):

@@ -99,6 +99,15 @@ def test_test_folder_and_classes(tmp_path):
         image_folder(tmp_path / "train", 4, labels=True, test=tmp_path / "test")
 
 
+def test_with_labels_an_image_beside_the_folders_of_classes_is_refused(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "loose.png")
+    (tmp_path / "cats").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "cats" / "a.png")
+    with pytest.raises(ValueError, match=r"loose\.png lies in no folder below"):
+        image_folder(tmp_path, 4, labels=True)
+    assert image_folder(tmp_path, 4).size == 2
+
+
 def test_pictures_for_editing_may_be_oblong(tmp_path):
     file = saved(tmp_path, "a.png", Image.new("RGB", (40, 20), "white"))
     assert load_images(file, (3, 4, 8)).shape == (1, 3, 4, 8)
