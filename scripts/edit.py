@@ -115,7 +115,7 @@ def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> E
         result = sampler.sample(guided, (len(samples), *model.event_shape), noise=noise, progress=len(patterns) == 1)
         calls, seconds = max(calls, result.nfe), seconds + result.seconds
         after = result.x.cpu().unflatten(0, (len(y), config.draws))
-        parts.append((rows, after, operator.pseudo_inverse(y), visible(operator, y)))
+        parts.append((rows, after, operator.pseudo_inverse(y), figures.visible(operator, y)))
     rows, *columns = (torch.cat(part) for part in zip(*parts, strict=True))
     after, seen, shown = (column[rows.argsort()] for column in columns)
     name = method.func.__name__
@@ -128,7 +128,7 @@ def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> E
         named = {"draws": after.flatten(0, 1), "their mean": after.mean(1), "pseudo-inverse": seen}
         for title, x in named.items():
             print(f"  PSNR of {title}: {psnr(x, before.repeat_interleave(len(x) // len(before), 0)):.2f} dB")
-    first = before.where(~before.isnan(), seen) if before.shape == seen.shape else seen
+    first = before.where(~before.isnan(), seen) if before.shape == seen.shape else shown
     return before, after, {"input": first, "seen": shown} | numbered("draw", after)
 
 
@@ -242,11 +242,6 @@ def check_observed(path: Path, task: str, shape: tuple[int, ...]) -> None:
             wanted = f"{shape[-2]}x{shape[-1]}{' in grey' if shape[0] == 1 else ''}"
             raise ValueError(f"{file} is {given}, an observation of task={task} is {wanted}: leave degraded=false "
                              "if it is a clean image, to be degraded here")  # fmt: skip
-
-
-def visible(operator: LinearOperator, y: Tensor) -> Tensor:
-    """An observation as an image: itself where it has the image's shape, else its pseudo-inverse."""
-    return y if operator.output_shape == operator.input_shape else operator.pseudo_inverse(y)
 
 
 def numbered(name: str, x: Tensor) -> dict[str, Tensor]:

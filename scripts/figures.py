@@ -15,6 +15,7 @@ from torch import Tensor
 from score_sde import ExactScore, ProbabilityFlowODE, Sampler, ScoreModel, grid, plotting
 from score_sde.data import Data
 from score_sde.evaluation import Diagnosis, Evaluation, starts
+from score_sde.guidance import LinearOperator
 from score_sde.progress import tqdm
 from score_sde.run import Run
 from score_sde.steps import EulerMaruyama
@@ -76,6 +77,11 @@ def pairs(samples: Tensor, nearest: Tensor) -> Figure:
 def columns(images: Mapping[str, Tensor]) -> Figure:
     """Images (n, channels, height, width) side by side: a named column for each entry, a row for each image."""
     return sheets({"": images}, 1)
+
+
+def visible(operator: LinearOperator, y: Tensor) -> Tensor:
+    """Observations as images: themselves where they have the images' height and width, else their pseudo-inverse."""
+    return y if operator.output_shape[-2:] == operator.input_shape[-2:] else operator.pseudo_inverse(y)
 
 
 def sheets(rows: Mapping[str, Mapping[str, Tensor]], columns: int) -> Figure:

@@ -117,8 +117,7 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     truth = data.reference(node.count).x
     observed = operator.observe(truth, node.noise_std, generator=generator(config.seed, "observed"))
     case = Restoration(model, truth, operator, node.noise_std, observed, node.draws, measure_data_std(data))
-    alike = operator.output_shape == operator.input_shape
-    known = {"truth": truth[:8], "seen": (observed if alike else operator.pseudo_inverse(observed))[:8]}
+    known = {"truth": truth[:8], "seen": figures.visible(operator, observed)[:8]}
     shown: dict[str, dict[str, Tensor]] = {}
 
     def keep(name: str, label: str, budget: int, x: Tensor) -> None:

@@ -11,16 +11,18 @@ from pathlib import Path
 import hydra
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
 from score_sde.build import build_model
+from score_sde.guidance import task_operator
 from score_sde.run import Run
 from score_sde.training import DenoisingScoreMatching, Trainer, UniformTimes
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-edit = importlib.import_module("edit")
+edit, figures = importlib.import_module("edit"), importlib.import_module("figures")
 FEW = ["count=2", "draws=3", "sampler.grid.steps=4", "noise_std=0.1"]
 
 
@@ -64,6 +66,15 @@ def test_results_of_other_settings_stand_beside_one_another(run: Path) -> None:
     names = [run_edit(run, "task=superres", f"seed={seed}").name for seed in (0, 1, 2, 1)]
     assert names == ["superres", "superres-2", "superres-3", "superres-2"]
     assert json.loads((run / "edits/superres-3/settings.json").read_text())["seed"] == 2
+
+
+def test_what_is_seen_of_colours_is_shown_in_grey() -> None:
+    x = torch.rand(2, 3, 4, 4)
+    for task, shape in (("colorize", (2, 1, 4, 4)), ("deblur", (2, 3, 4, 4)), ("superres", (2, 3, 4, 4))):
+        operator = task_operator(task, (3, 4, 4))
+        seen = figures.visible(operator, operator(x))
+        assert seen.shape == shape
+        torch.testing.assert_close(operator(x), seen if task != "superres" else operator(seen))
 
 
 @pytest.mark.parametrize(
