@@ -239,6 +239,7 @@ def test_a_logarithmic_axis_has_numbers_whatever_it_spans(ax: Axes, span: float)
         (3e-6, 3e-5, ["$5\\times10^{-6}$", "$10^{-5}$", "$2\\times10^{-5}$"]),
         (3.5e-4, 1.2e-3, ["$5\\times10^{-4}$", "$10^{-3}$"]),
         (1.5, 3.3, ["1.5", "2", "2.5", "3"]),
+        (7.1, 35, ["10", "20", "30"]),  # two alone look like a linear axis
         (0.87, 1.13, ["0.9", "1", "1.1"]),
     ],
 )
@@ -354,7 +355,7 @@ def test_one_budget_has_an_axis_around_it_and_the_lowest_panels_have_its_name() 
     assert high / low == pytest.approx(5)
     assert low < 20 < high
     assert [text.get_text() for text in figure.axes[2].get_xticklabels() if low < text.get_position()[0] < high] == [
-        "10", "20",
+        "10", "20", "30", "40",
     ]  # fmt: skip
 
 

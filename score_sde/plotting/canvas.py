@@ -128,7 +128,9 @@ def colour_scale(
 
 
 class LogTicks(Locator):
-    """Ticks of a logarithmic axis: powers of ten, also 2 and 5 below two decades, and evenly spaced ones below a factor 5."""
+    """Ticks of a logarithmic axis: powers of ten, also 2 and 5 below two decades; evenly spaced ones below a factor 5, and
+    below one decade where the others are two at most, which look like those of a linear axis.
+    """
 
     axis: Any
 
@@ -138,7 +140,12 @@ class LogTicks(Locator):
     def tick_values(self, vmin: float, vmax: float) -> Any:
         span = vmax / vmin
         powers = LogLocator(subs=(1.0,) if span >= 100 else (1.0, 2.0, 5.0))
-        locator: Any = powers if span >= 5 else MaxNLocator(4, steps=[1, 2, 5, 10])
+        ticks = self._shown(powers, vmin, vmax)
+        if span < 5 or (span < 10 and len(ticks) < 3):
+            return self._shown(MaxNLocator(4, steps=[1, 2, 5, 10]), vmin, vmax)
+        return ticks
+
+    def _shown(self, locator: Any, vmin: float, vmax: float) -> Any:
         locator.set_axis(self.axis)
         ticks = np.asarray(locator.tick_values(vmin, vmax))
         return ticks[(vmin <= ticks) & (ticks <= vmax)]  # the others may be 0
