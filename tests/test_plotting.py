@@ -514,9 +514,9 @@ def test_long_settings_are_whole_and_so_is_the_label() -> None:
 
 def test_ratios_are_held_against_one() -> None:
     table = pd.DataFrame({"setting": ["a", "b"], "mean": [0.98, 1.03], "standard_error": [0.01, 0.01]})
-    (ax,) = plotting.means_with_errors(
-        {"energy over its noise floor": table}, {"energy over its noise floor": 1.0}
-    ).axes
+    figure = plotting.means_with_errors({"energy over its noise floor": table}, {"energy over its noise floor": 1.0})
+    (ax,) = figure.axes
+    assert figure.get_supxlabel() == "points: means over seeds ± standard error; dashed: noise floor"
     assert ax.lines[-1].get_linestyle() == "--"
     assert np.asarray(ax.lines[-1].get_xdata()).tolist() == [1, 1]
     assert ax.get_xlim()[0] <= 0.75

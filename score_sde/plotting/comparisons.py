@@ -20,7 +20,19 @@ from torch import Tensor
 
 from score_sde.checks import one_of
 from score_sde.evaluation.comparison import metrics_of
-from score_sde.plotting.canvas import INK, LINES, RULE, crosses, curves, frame, legend_below, log_ticks, look, panels
+from score_sde.plotting.canvas import (
+    INK,
+    LINES,
+    RULE,
+    crosses,
+    curves,
+    frame,
+    legend_below,
+    log_ticks,
+    look,
+    note,
+    panels,
+)
 from score_sde.plotting.images import image_grid
 from score_sde.plotting.planes import density, limits_of
 from score_sde.targets import Target
@@ -112,8 +124,7 @@ def means_with_errors(tables: Mapping[str, pd.DataFrame], references: Mapping[st
     Args:
         tables: what means are of -> the columns setting, mean and standard_error. Unlike figures have a panel each; long
             settings are broken into lines. Means that span more than a factor 20 stand on a logarithmic axis.
-        references: likewise, values to hold means against, as 1 for ratios: a dashed line, and a quarter of it on either
-            side.
+        references: likewise, where exact samples stand, 1 for ratios: a dashed line, and a quarter of it on either side.
     """
     names = {what: [textwrap.fill(str(setting), 50, break_on_hyphens=False) for setting in table["setting"]]
              for what, table in tables.items()}  # fmt: skip
@@ -124,6 +135,8 @@ def means_with_errors(tables: Mapping[str, pd.DataFrame], references: Mapping[st
         reference = (references or {}).get(what)
         _means(ax, table, names[what], reference)
         curves(ax, what, "")
+    errors = " ± standard error" if any(table["standard_error"].notna().any() for table in tables.values()) else ""
+    note(figure, f"points: means over seeds{errors}" + ("; dashed: noise floor" if references else ""))
     return figure
 
 
