@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -403,13 +402,6 @@ def model_of(run: Run, config: DictConfig) -> LearnedScore:
 def device_of(name: str) -> str:
     """ "auto" as this process's CUDA device where there is one, else "cpu"."""
     return str(distributed.device(name))
-
-
-def replaced(folder: Path) -> Path:
-    """An empty folder in the place of an old one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def _run_directory(resume: str | None, experiment: str | None) -> str:

@@ -26,8 +26,6 @@ from score_sde.keyed import ALL, Draws, generator
 
 __all__ = ["Examples", "TensorData"]
 
-PARTS = ("train", "test")
-
 
 class Examples(NamedTuple):
     """Examples (N, *event), integer labels (N,), the hash of x where it is known, and contexts, (N, width) or tokens."""
