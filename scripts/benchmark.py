@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import common
+import configs
+import entry
+import output
 from omegaconf import DictConfig
 
 from score_sde.checks import one_of
@@ -16,9 +18,9 @@ from score_sde.evaluation.benchmark import PARTS, Sizes, benchmark, machine
 from score_sde.training import write_atomically
 
 
-@common.main("benchmark")
+@entry.main("benchmark")
 def main(config: DictConfig) -> None:
-    device = common.device_of(config.device)
+    device = configs.device_of(config.device)
     sizes = Sizes.quick() if config.quick else Sizes(rounds=config.rounds)
     parts = [one_of("a part", part, PARTS) for part in config.parts]
     if not parts:
@@ -29,7 +31,7 @@ def main(config: DictConfig) -> None:
         table = benchmark([part], device, sizes, progress=True)[part]
         record[part] = table.to_dict("records")
         print(f"\n{part}")
-        common.show(table)
+        output.show(table)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "benchmark.json", json.dumps(record, indent=1) + "\n")

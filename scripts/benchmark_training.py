@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import common
+import configs
+import entry
 import torch
 import train
 from hydra.core.hydra_config import HydraConfig
@@ -23,7 +24,7 @@ from score_sde.training import write_atomically
 from score_sde.training.benchmark import training_overhead
 
 
-@common.main("benchmark_training")
+@entry.main("benchmark_training")
 def main(config: DictConfig) -> None:
     whole("rounds", config.rounds, 2)
     choices = HydraConfig.get().runtime.choices
@@ -35,7 +36,7 @@ def main(config: DictConfig) -> None:
         parts["trainer"], build_model(config, config.trust), data, parts["objective"], parts["time_sampler"],
         rounds=config.rounds, steps=config.steps, progress=True,
     )  # fmt: skip
-    record = {"network": choices.network, **machine(common.device_of(config.device)), **found}
+    record = {"network": choices.network, **machine(configs.device_of(config.device)), **found}
     for name, value in record.items():
         print(f"{name:>20}  {value:.4g}" if isinstance(value, float) else f"{name:>20}  {value}")
     folder = Path(config.output)

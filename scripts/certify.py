@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import common
+import configs
+import entry
 import figures
+import output
 from command_line import listed
 from omegaconf import DictConfig
 
@@ -32,7 +34,7 @@ COLUMNS = (
 )
 
 
-@common.main("certify")
+@entry.main("certify")
 def main(config: DictConfig) -> None:
     trust = tuple(config.trust)
     found = discover()
@@ -40,12 +42,12 @@ def main(config: DictConfig) -> None:
         found = {one_of("a step", name, found): found[name] for name in listed(config.steps)}
     if config.step is not None:
         found = {str(config.step.get("_target_")): build(config.step, trust)}
-    result = certify_all(common.sde_of(config), found, list(config.budgets), progress=True)
+    result = certify_all(configs.sde_of(config), found, list(config.budgets), progress=True)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "certificates.csv", result.table.to_csv(index=False))
     figures.save(plotting.certificates(result), folder / "certificates.png")
-    common.show(result.table[[name for name in SHOWN if name in result.table]], COLUMNS)
+    output.show(result.table[[name for name in SHOWN if name in result.table]], COLUMNS)
     for name, faults in result.faults.items():
         print(f"FAULT {name}: {'; '.join(faults)}")
     print(f"\n{len(found)} steps, {len(result.faults)} with faults; {folder}: certificates.csv, certificates.png")

@@ -16,6 +16,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+CONF = Path(__file__).resolve().parent.parent / "conf"
 CLOSED = ("evaluation", "restoration")
 """The mappings that have no `_target_`, and no keys but those of the config files."""
 
@@ -28,6 +29,12 @@ def listed(value: Any) -> list[Any]:
 def typed() -> list[str]:
     """The job's overrides as they were typed: read from Hydra's config they are resolved, before the data fill it in."""
     return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[return-value]
+
+
+def chosen(config: DictConfig, group: str) -> str:
+    """The name of what a run, or else this job, chose in a group; the last part of its `_target_` where it is one's own."""
+    choices = config.get("choices") or HydraConfig.get().runtime.choices
+    return choices.get(group) or config[group]._target_.rpartition(".")[2]
 
 
 def key_of(override: str) -> str:
@@ -81,7 +88,7 @@ def unknown(kind: str, name: str, known: Sequence[str], elsewhere: Sequence[str]
     return f"unknown {kind.replace('/', ' ')} {name!r}: {hint}known: {', '.join(known)}{more}"
 
 
-def misread(error: BaseException, conf: Path) -> str | None:
+def misread(error: BaseException) -> str | None:
     """The line for an argument that Hydra does not take, with what to type instead; None for other errors."""
     said = str(error)
     if isinstance(error, OverrideParseException):
@@ -93,8 +100,8 @@ def misread(error: BaseException, conf: Path) -> str | None:
         return f"{twice[1]} has a choice already: give {twice[1]}=<name> in its place, without +"
     if said.startswith("Config group override must be a string"):
         given = [key_of(argument) for argument in sys.argv if argument.endswith("=null")]
-        group = next((key for key in given if (conf / key).is_dir()), "<group>")
-        names = ", ".join(sorted(file.stem for file in (conf / group).glob("*.yaml")))
+        group = next((key for key in given if (CONF / key).is_dir()), "<group>")
+        names = ", ".join(sorted(file.stem for file in (CONF / group).glob("*.yaml")))
         return f"{group}=null is no choice: give {group}=<name>, or ~{group} to leave it out; known: {names}"
     return None
 

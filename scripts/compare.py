@@ -15,13 +15,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import common
+import configs
+import entry
 import figures
 import guiding
+import output
 import page
 import pandas as pd
 import restoring
 import torch
+import tuned_tables
 from command_line import idle, listed, typed
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
@@ -38,7 +41,7 @@ DEFAULT_METRICS = ("energy", "sliced_w2", "mode_weights", "mode_spread")
 SHOWN = {"nfe": "calls", "seconds_per_sample": "s per sample", "endpoint_error": "endpoint error"}
 
 
-@common.main("compare")
+@entry.main("compare")
 def main(config: DictConfig) -> None:
     check_options(config, typed())
     if config.task:
@@ -59,7 +62,7 @@ def main(config: DictConfig) -> None:
             batch_size=config.batch_size, processes=config.processes, directory=folder,
         )  # fmt: skip
     except KeyboardInterrupt:
-        sys.exit(common.interrupted(f"; what was computed is kept: go on with the same command and output={folder}"))
+        sys.exit(entry.interrupted(f"; what was computed is kept: go on with the same command and output={folder}"))
     if table["status"].str.startswith(("refused", "failed")).all():
         raise ValueError(f"no sampler could run: {table['sampler'][0]}: {table['status'][0].partition(': ')[2]}")
     summary, home = judge(table), home_of(table, folder)
@@ -69,7 +72,7 @@ def main(config: DictConfig) -> None:
     report = page.Page(*heading(config, table))
     write(report, config, table, summary, reference, home, absent)
     write_atomically(home / "report.html", report.html())
-    common.show(ranking(table))
+    output.show(ranking(table))
     print(RULE)
     for line in advice(table):
         print(line)
@@ -126,9 +129,9 @@ def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
         raise ValueError("compare what? give either run=<directory> or target=<name>, e.g. target=ring")
     if target:
         target = build(target, config.trust)
-        return ExactScore(target, common.sde_of(config, TargetStream(target))), target
-    run = common.open_run(config)
-    data, model = run.data(), common.model_of(run, config)
+        return ExactScore(target, configs.sde_of(config, TargetStream(target))), target
+    run = configs.open_run(config)
+    data, model = run.data(), configs.model_of(run, config)
     guiding.check_free(run, data)
     reference = data.target if data.target is not None else data.reference(2 * config.num_samples).x
     if getattr(model.network, "num_classes", None) is not None:
@@ -165,10 +168,10 @@ def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:
     found: dict[str, Any] = {}
     absent: list[str] = []
     for name, given in [*((name, name) for name in config.samplers), *config.own.items()]:
-        node = common.named("sampler", given) if isinstance(given, str) else given
+        node = configs.named("sampler", given) if isinstance(given, str) else given
         try:
             found[name] = contestant(node, config)
-        except common.NoTablesError as error:
+        except tuned_tables.NoTablesError as error:
             absent.append(f"{name} is left out: {error}")
     if absent and not found:
         raise ValueError(absent[0])
@@ -177,13 +180,13 @@ def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:
 
 def contestant(node: DictConfig, config: DictConfig) -> Any:
     """A config's sampler; {calls: sampler} where its `table` is a pattern, of `tables` or of the run's or target's folder."""
-    if not common.is_pattern(node.get("table")):
-        return build(common.sampler_config(node), config.trust)
+    if not tuned_tables.is_pattern(node.get("table")):
+        return build(configs.sampler_config(node), config.trust)
     files = config.tables
     if not isinstance(files, DictConfig):
-        files = common.tables_of(Path(files or common.tuned_folder(config)), node.table)
+        files = tuned_tables.tables_of(Path(files or tuned_tables.tuned_folder(config)), node.table)
     folder = Path(config.run) if config.run else None
-    made = {int(calls): common.sampler_config(OmegaConf.merge(node, {"table": str(file)}), folder)
+    made = {int(calls): configs.sampler_config(OmegaConf.merge(node, {"table": str(file)}), folder)
             for calls, file in files.items()}  # fmt: skip
     return {calls: build(made[calls], config.trust) for calls in sorted(made)}
 
@@ -348,7 +351,7 @@ def settings(config: DictConfig) -> list[str]:
     machine = f"Python {platform.python_version()}, {platform.platform(terse=True)}, {platform.processor() or 'CPU'}"
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())
     command = " ".join(["python", "scripts/compare.py", *map(shlex.quote, sys.argv[1:])])
-    own = dict(config) | ({"sde": common.open_run(config).config.sde} if config.run else {})
+    own = dict(config) | ({"sde": configs.open_run(config).config.sde} if config.run else {})
     return [page.code(command), page.text(f"{listed}; {machine}."), page.code(OmegaConf.to_yaml(own))]
 
 

@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
+import configs
+import entry
 import figures
 import guiding
 import numpy as np
+import output
 import torch
 from command_line import idle, listed, typed
 from omegaconf import DictConfig
@@ -51,7 +53,7 @@ Edited = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Inputs (n, ...), results (n, draws, ...), and the named columns of the sheet."""
 
 
-@common.main("edit")
+@entry.main("edit")
 def main(config: DictConfig) -> None:
     run_task(config, typed())
 
@@ -69,16 +71,16 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
     check_options(config.task, overrides)
     for name in ("count", "draws"):
         whole(name, config[name])
-    run = common.open_run(config)
-    model = common.model_of(run, config)
-    sampler = build(common.sampler_config(config.sampler, run.path, config.step), run.trust)
+    run = configs.open_run(config)
+    model = configs.model_of(run, config)
+    sampler = build(configs.sampler_config(config.sampler, run.path, config.step), run.trust)
     sampler.check(model.sde)
     edit = {"class": relabelled, "interpolate": interpolated}.get(config.task, restored)
     before, after, columns = edit(config, run, model, sampler)
     left_out = {"run", "output", "device", "trust", "hydra"}
-    settings = {name: value for name, value in common.plain(config).items() if name not in left_out}
-    folder = common.folder_of(settings, Path(config.output or run.path / "edits" / config.task))
-    common.save_samples(folder, {"before": before, "after": after})
+    settings = {name: value for name, value in configs.plain(config).items() if name not in left_out}
+    folder = output.folder_of(settings, Path(config.output or run.path / "edits" / config.task))
+    output.save_samples(folder, {"before": before, "after": after})
     if before.ndim == 4 and before.shape[1] in (1, 3):
         figures.save(figures.columns(columns), folder / "sheet.png")
     inputs = "pairs" if config.task == "interpolate" else "inputs"

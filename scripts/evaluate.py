@@ -10,9 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import common
+import configs
+import entry
 import figures
 import guiding
+import output
+from command_line import chosen
 from omegaconf import DictConfig, OmegaConf
 
 from score_sde import Run, distributed
@@ -24,16 +27,16 @@ from score_sde.training import write_atomically
 OWN = ("samplers", "metrics", "features", "references", "memorization", "batch_size")
 
 
-@common.main("evaluate")
+@entry.main("evaluate")
 def main(config: DictConfig) -> None:
-    run = common.open_run(config)
+    run = configs.open_run(config)
     given = {name: config[name] for name in OWN if config[name] is not None}
     settings = run.config.evaluation = OmegaConf.merge(
-        common.named("evaluation", "default"), run.config.evaluation, given
+        configs.named("evaluation", "default"), run.config.evaluation, given
     )
     nodes = _sampler_nodes(config, run)
     samplers = {name: build(node, run.trust) for name, node in nodes.items()}
-    model = common.model_of(run, config)
+    model = configs.model_of(run, config)
     for sampler in samplers.values():
         sampler.check(model.sde)
     count = config.num_samples or run.config.num_samples
@@ -45,16 +48,16 @@ def main(config: DictConfig) -> None:
     evaluation = evaluate(
         guiding.guided(config, run, model), data, samplers, num_samples=count, seed=config.seed,
         metrics=settings.metrics,
-        condition=condition, **common.views_of(settings, run.trust),
+        condition=condition, **configs.views_of(settings, run.trust),
     )  # fmt: skip
     if distributed.is_main():
-        own = {name: common.plain(settings)[name] for name in ("metrics", "features", "references", "memorization")}
+        own = {name: configs.plain(settings)[name] for name in ("metrics", "features", "references", "memorization")}
         asked = {"step": config.step, "ema": config.ema, "seed": config.seed, "label": labels, "num_samples": count,
-                 "settings": {"samplers": {name: common.plain(node) for name, node in nodes.items()},
-                              "tables": {name: common.content_of(node.get("table")) for name, node in nodes.items()},
-                              "guidance": common.plain(config.guidance), "threshold": config.threshold,
+                 "settings": {"samplers": {name: configs.plain(node) for name, node in nodes.items()},
+                              "tables": {name: output.content_of(node.get("table")) for name, node in nodes.items()},
+                              "guidance": configs.plain(config.guidance), "threshold": config.threshold,
                               **own}}  # fmt: skip
-        folder = common.folder_of(asked, Path(config.output or run.path / "evaluation"))
+        folder = output.folder_of(asked, Path(config.output or run.path / "evaluation"))
         told = guiding.of_examples(model, guiding.example_conditions(run.config, data))
         write(run, config, data, told, samplers, asked, evaluation, folder)
 
@@ -65,15 +68,15 @@ def write(
 ) -> None:  # fmt: skip
     """evaluation.json with all that was `asked` for, the same as a table, the samples and their figures."""
     (folder / "samples").mkdir(exist_ok=True)
-    common.save_samples(folder / "samples", evaluation.samples)
+    output.save_samples(folder / "samples", evaluation.samples)
     report = {"run": str(run.path), **asked, **evaluation.report()}
     write_atomically(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     write_atomically(folder / "evaluation.csv", evaluation.table.to_csv(index=False))
-    common.show(evaluation.table, common.RATIOS)
+    output.show(evaluation.table, output.RATIOS)
     found = diagnose(model, data.target, seed=config.seed) if data.target is not None else None
     if found:
         write_atomically(folder / "diagnostics.csv", found.table.to_csv(index=False))
-        common.show(found.table[::3])
+        output.show(found.table[::3])
     if config.figures:  # last: no fault of a figure costs the numbers
         if sheets := figures.evaluation_sheets(data, evaluation):
             figures.write(sheets, folder / "figures")
@@ -88,11 +91,11 @@ def write(
 def _sampler_nodes(config: DictConfig, run: Run) -> dict[str, DictConfig]:
     """Of the one `sampler` that is given, or of those that the settings name."""
     if "sampler" not in config:
-        return common.sampler_nodes(run.config, run.path, config.step)
+        return configs.sampler_nodes(run.config, run.path, config.step)
     if config.samplers is not None:
         raise ValueError("give either sampler=<one> with its settings, or samplers=[<names>]")
-    name = common.chosen(config, "sampler")
-    return {name: common.sampler_config(config.sampler, run.path, config.step)}
+    name = chosen(config, "sampler")
+    return {name: configs.sampler_config(config.sampler, run.path, config.step)}
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import common
+import configs
+import entry
 import figures
 import guiding
 import numpy as np
+import output
 import pandas as pd
 import torch
 from command_line import listed
@@ -31,14 +33,14 @@ from score_sde.progress import tqdm
 from score_sde.training import DiscretisedDecoder, write_atomically
 
 
-@common.main("likelihood")
+@entry.main("likelihood")
 def main(config: DictConfig) -> None:
-    run = common.open_run(config)
+    run = configs.open_run(config)
     for name, least in (("count", 2), ("draws", 1), ("bound", 0), ("probes", 1)):
         whole(name, config[name], least)
     one_of("dequantization", config.dequantization, ("uniform", "variational"))
     data = run.data()
-    model = common.model_of(run, config)
+    model = configs.model_of(run, config)
     files = [] if config.input is None else [Path(str(name)) for name in listed(config.input)]
     usual = [] if files else ["shuffled", "inverted", "uniform"] if len(data.event_shape) == 3 else ["uniform"]
     ood = usual if config.ood is None else listed(config.ood)
@@ -91,7 +93,7 @@ def main(config: DictConfig) -> None:
     values = {name: torch.tensor(v.to_numpy()) for name, v in table.groupby("set", sort=False)[column]}
     plotting.likelihood_histogram(axes[0, 0], values, label)
     figures.save(figure, run.figures / "likelihood.png")
-    common.show(summary(table))
+    output.show(summary(table))
     if bins and not data.dequantize:  # type: ignore[attr-defined]
         print("\nthe run was trained without dequantisation: its density has a spike at each grey level, and bits_per_dim is "
               "loose; take bound=64, or train with data.dequantize=true, as experiment=digits_likelihood does")  # fmt: skip

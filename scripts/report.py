@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import common
+import entry
 import figures
+import output
 import pandas as pd
 from command_line import unknown
 from omegaconf import DictConfig
@@ -17,7 +18,7 @@ from omegaconf import DictConfig
 from score_sde import Run, plotting
 
 
-@common.main("report")
+@entry.main("report")
 def main(config: DictConfig) -> None:
     folder = Path(config.folder or "")
     if not config.folder or not folder.is_dir():
@@ -42,7 +43,7 @@ def print_means(summary: pd.DataFrame, label: str) -> None:
     """The table without columns that are empty: the standard error of one seed, the mean of failed runs alone."""
     shown = summary.dropna(axis="columns", how="all")
     error = ", with its standard error" if "standard_error" in shown else ""
-    common.show(shown, f"mean over seeds{error}, of: {label}" if "mean" in shown else "")
+    output.show(shown, f"mean over seeds{error}, of: {label}" if "mean" in shown else "")
 
 
 def draw(summary: pd.DataFrame, file: Path) -> bool:

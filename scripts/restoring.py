@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import common
+import configs
 import figures
 import guiding
+import output
 import pandas as pd
 from command_line import listed
 from matplotlib.figure import Figure
@@ -49,7 +50,7 @@ def run_task(config: DictConfig) -> Path:
     folder = Path(config.output)
     if config.run:
         return on_images(config, options, folder)
-    problem = problem_of(config.task, config.restoration, common.sde_of(config))
+    problem = problem_of(config.task, config.restoration, configs.sde_of(config))
     return on_posterior(config, problem, options, folder)
 
 
@@ -83,7 +84,7 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
     table = compare_posteriors(
         problem, list(config.budgets), num_samples=config.num_samples, seed=config.seed, **options
     )
-    folder = common.folder_of(asked(config), folder)
+    folder = output.folder_of(asked(config), folder)
     table.to_csv(folder / "posteriors.csv", index=False)
     title = (
         f"task {config.task}, prior {config.restoration.prior}: {problem.y.numel()} numbers seen of "
@@ -95,8 +96,8 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
     if one_gaussian:
         certificate = certify_guidance(problem, max(config.budgets), options["methods"])
         certificate.to_csv(folder / "certificate.csv", index=False)
-        common.show(certificate)
-    common.show(wide(table, "ratio"))
+        output.show(certificate)
+    output.show(wide(table, "ratio"))
     for row in table[table["error"] != ""].to_dict("records"):
         print(f"{row['method']} with {row['sampler']}, {row['budget']} steps, seed {row['seed']}: {row['error']}")
     print(f"\nsliced W2 over its noise floor, means of {len(config.seeds)} seeds")
@@ -108,10 +109,10 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     """The table on held-out images of a run's data, and a sheet of what each method makes of the first ones."""
     if config.task == "linear":
         raise ValueError(f"task=linear has no run; on images: {', '.join(TASKS)}")
-    run, node = common.open_run(config), config.restoration
+    run, node = configs.open_run(config), config.restoration
     options["methods"] = {name: LEARNED[name] for name in options["methods"] if name in LEARNED}
     options["solvers"] = {name: OWN[name] for name in options["solvers"] if name in OWN}
-    model, data = common.model_of(run, config), run.data()
+    model, data = configs.model_of(run, config), run.data()
     guiding.check_free(run, data)
     operator = task_operator(config.task, model.event_shape, **node.operator)
     truth = data.reference(node.count).x
@@ -125,13 +126,13 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
             shown.setdefault(label, dict(known))[name] = x[:8, 0]
 
     table = compare_restorations(case, list(config.budgets), features=features_of(run), on_result=keep, **options)
-    folder = common.folder_of(asked(config), folder)
+    folder = output.folder_of(asked(config), folder)
     table.to_csv(folder / "restorations.csv", index=False)
     figures.save(curves(table[table["sampler"] != "none"], "psnr", "PSNR of a draw in dB", f"{config.task}, {run.path}",
                         "pseudo-inverse", table["psnr"].iloc[0]), folder / "restorations.png")  # fmt: skip
     figures.save(figures.sheets(shown or {"": known}, 2), folder / "sheet.png")
     keys = ["method", "sampler", "budget"]
-    common.show(table.groupby(keys, sort=False).mean(numeric_only=True).drop(columns="seed").reset_index())
+    output.show(table.groupby(keys, sort=False).mean(numeric_only=True).drop(columns="seed").reset_index())
     for row in table[table["error"] != ""].to_dict("records"):
         print(f"failed: {row['method']} with {row['sampler']}, {row['budget']} steps: {row['error']}")
     print(f"\n{folder}: restorations.csv, restorations.png, sheet.png")
@@ -140,7 +141,7 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
 
 def asked(config: DictConfig) -> dict[str, Any]:
     """What a task's numbers depend on."""
-    whole = common.plain(config)
+    whole = configs.plain(config)
     names = ("task", "restoration", "run", "ema", "step", "sde", "budgets", "seeds", "num_samples", "seed")
     return {name: whole[name] for name in names}
 

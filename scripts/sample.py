@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import common
+import configs
+import entry
 import figures
 import guiding
+import output
 import pandas as pd
+from command_line import chosen
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -22,11 +25,11 @@ from score_sde.data import TensorData
 from score_sde.evaluation import DigitClassifier
 
 
-@common.main("sample")
+@entry.main("sample")
 def main(config: DictConfig) -> None:
-    run = common.open_run(config)
-    model = common.model_of(run, config)
-    node = common.sampler_config(config.sampler, run.path, config.step)
+    run = configs.open_run(config)
+    model = configs.model_of(run, config)
+    node = configs.sampler_config(config.sampler, run.path, config.step)
     sampler = build(node, run.trust)
     sampler.check(model.sde)
     labels = guiding.labels_of(config.label)
@@ -38,7 +41,7 @@ def main(config: DictConfig) -> None:
     if config.agreement and (data is None or not labels):
         raise ValueError("agreement=true compares samples with their labels: give label=, and a run of labelled data")
 
-    name = common.chosen(config, "sampler")
+    name = chosen(config, "sampler")
     samples, nfe, seconds = distributed.sample(
         sampler, guided, config.num_samples, seed=config.seed, batch_size=config.batch_size, condition=condition,
         progress=name,
@@ -46,12 +49,12 @@ def main(config: DictConfig) -> None:
     if not distributed.is_main():
         return
     suffix = "" if not labels else f"-label-{labels[0]}" if len(labels) == 1 else "-labels"
-    whole = common.plain(config)
+    whole = configs.plain(config)
     settings = {name: whole[name] for name in ("num_samples", "guidance", "threshold", "seed", "ema", "step")}
-    settings |= {"label": labels, "context": common.content_of(config.context) or whole["context"],
-                 "sampler": common.plain(node), "table": common.content_of(node.get("table"))}  # fmt: skip
-    folder = common.folder_of(settings, Path(config.output or run.samples / f"{name}{suffix}"))
-    common.save_samples(folder, {"samples": samples})
+    settings |= {"label": labels, "context": output.content_of(config.context) or whole["context"],
+                 "sampler": configs.plain(node), "table": output.content_of(node.get("table"))}  # fmt: skip
+    folder = output.folder_of(settings, Path(config.output or run.samples / f"{name}{suffix}"))
+    output.save_samples(folder, {"samples": samples})
     columns = max(1, 8 // len(labels)) * len(labels) if labels else 8
     figures.save(plotting.sheet(samples, columns=columns), folder / "samples.png")
     print(f"{len(samples)} samples of {name}: {nfe} network calls each, {seconds:.2f} s; in {folder}")

@@ -16,9 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
+import configs
+import entry
 import figures
 import guiding
+import output
 from command_line import check_known, idle, key_of, listed, typed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -40,7 +42,7 @@ from score_sde.training.interrupt import hand_on
 FIXED = ("network", "sde", "parameterization", "data", "target", "event_shape", "seed", "trainer.batch_size")
 
 
-@common.main("train")
+@entry.main("train")
 def main(config: DictConfig) -> float:
     idle(typed(), ["event_shape", "choices", "overrides"], "as it is filled in here")
     if not 0 < number("sigma_max_quantile", config.sigma_max_quantile) <= 1:
@@ -59,12 +61,12 @@ def main(config: DictConfig) -> float:
         print(f"network=mlp takes events {tuple(data.event_shape)} for vectors; network=unet, dit_s and ncsn know what is "
               "near: they are made for signals (channels, length), images and volumes")  # fmt: skip
     objective, time_sampler = (build(config[name], trust) for name in ("objective", "time_sampler"))
-    samplers = common.samplers_of(config, trust)
-    preview: Sampler = build(common.sampler_config(config.sampler), trust)
+    samplers = configs.samplers_of(config, trust)
+    preview: Sampler = build(configs.sampler_config(config.sampler), trust)
     trainer.check(model, data, time_sampler)
     for sampler in (preview, *samplers.values()):
         sampler.check(model.sde)
-    views = common.views_of(config.evaluation, trust)
+    views = configs.views_of(config.evaluation, trust)
     check_metrics(config, data)
     check_labels(config, data)
     check_references(config, data, views)
@@ -132,11 +134,11 @@ def finish(
     score = evaluation.mean_ratio(config.evaluation.objective)
     if not distributed.is_main():
         return score
-    common.save_samples(run.samples, evaluation.samples)
+    output.save_samples(run.samples, evaluation.samples)
     more = {} if data.target is None else {"fisher": score_error(model, data.target, seed=config.seed).mean}
     meaning = f"{config.evaluation.objective} over its noise floor, mean over samplers"
     record(run, config, score, meaning, **more, **evaluation.flat())
-    common.show(evaluation.table, common.RATIOS)
+    output.show(evaluation.table, output.RATIOS)
     drawn = drawing(config)
     if drawn:  # last: no fault of a figure costs the numbers
         figures.draw(run, model, data, evaluation, samplers, config.seed, run.figures, config.trainer.progress)
@@ -182,7 +184,7 @@ def finish_classifier(run: Run, model: NoisyClassifier, data: Data, config: Dict
     which = "held-out" if getattr(data, "has_test", True) else "training"
     meaning = f"cross-entropy of {which} labels in nats, mean over noise levels"
     record(run, config, score, meaning, accuracy_by_noise=table.to_dict("records"))
-    common.show(table)
+    output.show(table)
     drawn = drawing(config)
     if drawn:
         figures.save(figures.accuracy(table), run.figures / "accuracy.png")
@@ -200,7 +202,7 @@ def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str], override
     if data.target is None:
         idle(overrides, ["target"], "with these data, which are drawn from no target")
         config.target = None
-    common.fill_auto(config, data)
+    configs.fill_auto(config, data)
     config.choices = {group: name for group, name in choices.items() if "hydra" not in group}
     standing = {(key_of(override), override.startswith("~")): override for override in overrides}
     config.overrides = [override for (name, _), override in standing.items() if name != "resume"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import common
+import configs
+import entry
 import figures
+import output
 import pandas as pd
 import torch
+import tuned_tables
 from command_line import idle, listed, typed
 from compare import model_and_reference
 from omegaconf import DictConfig
@@ -32,7 +34,7 @@ LABELS = {"endpoint": "endpoint error / data std", "median": "median endpoint er
           "sliced_w2": "sliced W2 / noise floor"}  # fmt: skip
 
 
-@common.main("tune")
+@entry.main("tune")
 def main(config: DictConfig) -> None:
     if bool(config.run) == bool(config.get("target")):
         raise ValueError("tune for what? give either run=<directory> or target=<name>, e.g. target=ring")
@@ -51,7 +53,7 @@ def main(config: DictConfig) -> None:
     for calls in steps:
         check(calls, **{name: config[name] for name in FITTING if name != "seed"})
     model, reference = model_and_reference(config)
-    folder = Path(config.output or common.tuned_folder(config))
+    folder = Path(config.output or tuned_tables.tuned_folder(config))
     folder.mkdir(parents=True, exist_ok=True)
     settings = settings_of(config)
 
@@ -77,11 +79,8 @@ def main(config: DictConfig) -> None:
 
 def settings_of(config: DictConfig) -> dict[str, Any]:
     """All that a fit depends on, for its table's record."""
-    settings = {name: config[name] for name in dict.fromkeys((*TEACHING, *FITTING, "step"))}
-    law = (
-        {"ema": config.ema} if config.run else {"target": common.plain(config.target), "sde": common.plain(config.sde)}
-    )
-    return json.loads(json.dumps(settings | law))
+    given, law = configs.plain(config), ("ema",) if config.run else ("target", "sde")
+    return {name: given[name] for name in (*TEACHING, *FITTING, "step", *law)}
 
 
 def tuned(
@@ -152,7 +151,7 @@ def report(table: pd.DataFrame, folder: Path) -> None:
     table = merged(folder / "tuning.csv", table)
     write_atomically(folder / "tuning.csv", table.to_csv(index=False))
     best = best_of_each(table.drop(columns=["step", "num_samples"]))
-    common.show(best)
+    output.show(best)
     names = [name for name in LABELS if name in best and name != "median"]
     figure, axes = plotting.panels(len(names), width=4.2, height=3.8)
     for ax, name in zip(axes[0], names, strict=True):

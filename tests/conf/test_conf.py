@@ -22,8 +22,10 @@ from score_sde.tuning import untuned
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 sys.path.insert(0, str(ROOT / "scripts"))
-import common  # noqa: E402
+import configs  # noqa: E402
+import entry  # noqa: E402
 import train  # noqa: E402
+import tuned_tables  # noqa: E402
 
 AUTO = {"sigma_max": 10.0, "sigma_data": 2.0}
 # Sizes at which every network that has them trains on 8x8 digits in no time.
@@ -45,7 +47,7 @@ def names(group: str) -> list[str]:
 
 def option(group: str, name: str, **known: object) -> DictConfig:
     """A group's file, with its interpolations and its `auto` scales given."""
-    node = OmegaConf.create({**known, "node": common.named(group, name)}).node
+    node = OmegaConf.create({**known, "node": configs.named(group, name)}).node
     for key, value in AUTO.items():
         if node.get(key) == "auto":
             node[key] = value
@@ -74,7 +76,7 @@ def test_every_sampler_takes_two_steps_on_every_sde(name: str, sampler: str, tmp
     model = Knowing(targets.make("ring"), build(option("sde", name)))
     for kind in ("tuned", "spectrum"):
         untuned(model.sde, 2)["velocity Adams 2 on rectified"].save(tmp_path / f"{kind}-2.json")
-    node = common.sampler_config(sampler, tmp_path)
+    node = configs.sampler_config(sampler, tmp_path)
     if "grid" in node:
         node.grid.steps = 2
     built = build(node)
@@ -89,7 +91,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def gridded() -> list[str]:
-    return [name for name in names("sampler") if "grid" in common.named("sampler", name)]
+    return [name for name in names("sampler") if "grid" in configs.named("sampler", name)]
 
 
 @pytest.mark.parametrize("part", ["predictor", "corrector", "corrector_where", "grid"])
@@ -97,19 +99,19 @@ def test_every_part_of_a_sampler_goes_by_its_name(part: str) -> None:
     base = {"_target_": "score_sde.sampler.Sampler", "predictor": "ddim", "corrector": "langevin", "grid": "log_snr"}
     for name in names(f"sampler/{part}"):
         model = Knowing(targets.make("ring"), build(option("sde", "ddpm" if name == "respaced" else "vp")))
-        node = common.sampler_config(OmegaConf.create({**base, part: name}))
+        node = configs.sampler_config(OmegaConf.create({**base, part: name}))
         node.grid.steps = 2
         assert build(node).sample(model, (3, 2), seed=0).x.isfinite().all(), name
 
 
-GRIDS = {name: common.named("sampler/grid", name) for name in names("sampler/grid")}
+GRIDS = {name: configs.named("sampler/grid", name) for name in names("sampler/grid")}
 
 
 @pytest.mark.parametrize("sampler", gridded())
 def test_every_sampler_runs_on_every_grid(sampler: str) -> None:
     ring = targets.make("ring")
     models = {"vp": Knowing(ring, sde.VPSDE()), "ddpm": Knowing(ring, sde.DiscreteSDE.ddpm())}
-    node, own = common.named("sampler", sampler), OmegaConf.load(CONF / f"sampler/{sampler}.yaml").grid
+    node, own = configs.named("sampler", sampler), OmegaConf.load(CONF / f"sampler/{sampler}.yaml").grid
     for grid, chosen in GRIDS.items():
         model = models["ddpm" if grid == "respaced" else "vp"]  # a sub-ladder is of a ladder
         node.grid = OmegaConf.merge(chosen, own, {"steps": 2})  # a sampler's own values stand, as with sampler/grid=
@@ -141,7 +143,7 @@ def test_every_predictor_is_a_sampler_of_that_name() -> None:
 )
 def test_every_argument_of_a_sampler_s_part_is_shown(group: str) -> None:
     for name in names(group):
-        node = common.named(group, name)
+        node = configs.named(group, name)
         arguments = inspect.signature(trusted(node["_target_"])).parameters
         hidden = set(arguments) - set(node) - ({"sde", "times"} if node.get("_partial_") else set())
         assert not hidden, f"{name} hides {hidden}"
@@ -151,27 +153,29 @@ def test_a_sampler_s_table_is_that_of_the_most_calls(tmp_path: Path) -> None:
     for calls in (2, 9, 10):
         (tmp_path / f"tuned-{calls}.json").write_text("{}")
     (tmp_path / "tuned-of-old.json").touch()
-    assert common.sampler_config("tuned", tmp_path).table == str(tmp_path / "tuned-10.json")
-    with pytest.raises(common.NoTablesError, match=r"spectrum-<calls>.json: make one with python scripts/tune.py"):
-        common.sampler_config("spectrum", tmp_path)
+    assert configs.sampler_config("tuned", tmp_path).table == str(tmp_path / "tuned-10.json")
+    with pytest.raises(
+        tuned_tables.NoTablesError, match=r"spectrum-<calls>.json: make one with python scripts/tune.py"
+    ):
+        configs.sampler_config("spectrum", tmp_path)
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in names("sde") if common.named("sde", name).get("sigma_max") == "auto"]
+    "name", [name for name in names("sde") if configs.named("sde", name).get("sigma_max") == "auto"]
 )
 def test_a_scale_that_nothing_has_measured_is_no_number(name: str) -> None:
     with pytest.raises(ValueError) as refusal:
-        build(common.named("sde", name))
-    assert "needs numbers 0 < sigma_min < sigma_max" in common.one_line(refusal.value)
-    config = OmegaConf.create({"sde": common.named("sde", name), "trust": []})
-    assert float(common.sde_of(config).prior_std) == pytest.approx(50.0)
+        build(configs.named("sde", name))
+    assert "needs numbers 0 < sigma_min < sigma_max" in entry.one_line(refusal.value)
+    config = OmegaConf.create({"sde": configs.named("sde", name), "trust": []})
+    assert float(configs.sde_of(config).prior_std) == pytest.approx(50.0)
     config.sde.sigma_max = "auto"
-    assert common.sde_of(config, TargetStream(targets.make("ring"))).prior_std == pytest.approx(8.0 + 6 * 0.2, abs=0.5)
+    assert configs.sde_of(config, TargetStream(targets.make("ring"))).prior_std == pytest.approx(8.0 + 6 * 0.2, abs=0.5)
 
 
 @pytest.mark.parametrize("name", names("target"))
 def test_every_target_draws_and_denoises(name: str) -> None:
-    target = build(common.named("target", name))
+    target = build(configs.named("target", name))
     x = target.sample((5,), generator=torch.Generator().manual_seed(0))
     assert target.denoise(x, 0.5, 0.5).isfinite().all()
     assert target.marginal(1.0, 0.1).log_prob(x).isfinite().all()  # points have no density themselves
@@ -212,24 +216,24 @@ def test_every_experiment_trains_and_samples_for_two_steps(experiment: str, tmp_
     model = trained_for_two_steps(config, tmp_path)
     if isinstance(model, NoisyClassifier):
         return
-    samplers = common.samplers_of(config)
+    samplers = configs.samplers_of(config)
     for sampler in samplers.values():
         sampler.check(model.sde)
-    node = common.sampler_config(config.sampler)
+    node = configs.sampler_config(config.sampler)
     node.grid.steps = 2
     assert build(node).sample(model, (2, *model.event_shape), seed=0).x.isfinite().all()
 
 
 def test_an_evaluation_may_name_values_of_its_own_config() -> None:
     config = OmegaConf.create({"kept": False, "evaluation": {"memorization": "${kept}"}})
-    assert common.views_of(config.evaluation)["memorization"] is False
+    assert configs.views_of(config.evaluation)["memorization"] is False
 
 
 @pytest.mark.parametrize("experiment", [name for name in names("experiment") if not name.endswith("classifier")])
 def test_debug_lays_over_every_experiment(experiment: str) -> None:
     config = compose(f"experiment={experiment}", "debug=minute")
     assert (config.trainer.steps, config.num_samples, config.sampler.grid.steps) == (3, 4, 3)
-    assert list(common.samplers_of(config)) == ["exponential_adams"]
+    assert list(configs.samplers_of(config)) == ["exponential_adams"]
 
 
 # Networks of published sizes, made small at the sizes of their grids.

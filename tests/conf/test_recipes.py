@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_conf import CONF, SMALL, common, compose, names, trained_for_two_steps
+from test_conf import CONF, SMALL, compose, configs, names, trained_for_two_steps
 
 from score_sde import Sampler, grid
 from score_sde.build import build
@@ -25,7 +25,7 @@ def recipe(name: str):
 def test_the_last_move_adds_no_more_noise_than_the_last_denoising_removes(name: str) -> None:
     """A uniform grid down to t = 1e-5 on VP left 0.011, three grey levels, in every sample."""
     config = recipe(name)
-    sde, sampler = build(config.sde), build(common.sampler_config(config.sampler))
+    sde, sampler = build(config.sde), build(configs.sampler_config(config.sampler))
     assert isinstance(sampler, Sampler)
     if sampler.predictor is None:
         return

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import command_line
-import common
+import entry
 
 DEFAULT = {"steps": 6, "seeds": [0], "report": True, "run": None, "own": {}, "sigma_max": "auto", "scale": "???",
            "evaluation": {"metrics": None, "references": {}},
@@ -97,15 +97,15 @@ def test_others_are_refused(override: str, message: str) -> None:
 )
 def test_what_hydra_does_not_take_is_told_with_what_to_type(argument: str, message: str, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["sample.py", "run=null", argument])
-    with pytest.raises(common.REFUSALS) as caught, hydra.initialize_config_dir(str(common.CONF), version_base="1.3"):
+    with pytest.raises(entry.REFUSALS) as caught, hydra.initialize_config_dir(str(entry.CONF), version_base="1.3"):
         print(hydra.compose("sample", ["sampler=heun", argument]).sampler)
-    assert message in common.one_line(caught.value)
+    assert message in entry.one_line(caught.value)
 
 
 def test_the_configs_there_are_are_named() -> None:
-    with pytest.raises(common.REFUSALS) as caught, hydra.initialize_config_dir(str(common.CONF), version_base="1.3"):
+    with pytest.raises(entry.REFUSALS) as caught, hydra.initialize_config_dir(str(entry.CONF), version_base="1.3"):
         hydra.compose("trian")
-    assert common.one_line(caught.value).startswith("unknown config 'trian': did you mean 'train'? known: benchmark, ")
+    assert entry.one_line(caught.value).startswith("unknown config 'trian': did you mean 'train'? known: benchmark, ")
 
 
 def test_a_run_that_goes_on_may_have_keys_of_its_own() -> None:

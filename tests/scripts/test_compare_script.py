@@ -212,7 +212,7 @@ def test_labels_of_a_run_are_said_to_be_left_out(monkeypatch, capsys: pytest.Cap
     run = SimpleNamespace(
         path="runs/labelled", config=config, data=lambda: data, model=lambda **_: model, checkpoints=last
     )
-    monkeypatch.setattr(compare.common, "open_run", lambda config: run)
+    monkeypatch.setattr(compare.configs, "open_run", lambda config: run)
     compare.model_and_reference(composed("run=runs/labelled", "device=cpu"))
     assert "runs/labelled knows 3 labels: sampled without" in capsys.readouterr().out
 

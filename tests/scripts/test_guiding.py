@@ -22,9 +22,9 @@ from score_sde.training import DenoisingScoreMatching, NoisyCrossEntropy, Traine
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-import common  # noqa: E402
 import figures  # noqa: E402
 import guiding  # noqa: E402
+import output  # noqa: E402
 import sample  # noqa: E402
 from typed import script  # noqa: E402
 
@@ -181,8 +181,8 @@ def test_a_launcher_can_send_what_the_script_does_to_another_process():
 
 def test_results_of_other_settings_take_another_folder(tmp_path):
     home = tmp_path / "heun"
-    assert common.folder_of({"seed": 0}, home) == home
-    assert common.folder_of({"seed": 1}, home) == tmp_path / "heun-2"
-    assert common.folder_of({"seed": 0}, home) == home
-    assert common.folder_of({"seed": 1}, home) == tmp_path / "heun-2"
+    assert output.folder_of({"seed": 0}, home) == home
+    assert output.folder_of({"seed": 1}, home) == tmp_path / "heun-2"
+    assert output.folder_of({"seed": 0}, home) == home
+    assert output.folder_of({"seed": 1}, home) == tmp_path / "heun-2"
     assert not list(tmp_path.rglob(".partial*"))

@@ -16,7 +16,7 @@ from score_sde.tuning import TunedTable
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-import common  # noqa: E402
+import configs  # noqa: E402
 import tune  # noqa: E402
 
 QUICK = ["iterations=10", "starts=2", "samples=64", "num_samples=50", "seeds=[0,1]"]
@@ -75,7 +75,7 @@ def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path, capsys: pytes
     assert "fitted to the weights of step 2, not to step 4 of this run: fit one" in said
 
     def of(step: int | None = None, name: str = "tuned", **given: object) -> str:
-        common.sampler_config(OmegaConf.merge(common.named("sampler", name), given), run, step)
+        configs.sampler_config(OmegaConf.merge(configs.named("sampler", name), given), run, step)
         return capsys.readouterr().out
 
     for given in ({}, {"calls": 2}, {"table": str(run / "tuned-2.json")}):

@@ -1,0 +1,156 @@
+"""What the configs of scripts stand for: files of conf/ by name, samplers, the SDE, metrics, a run and its model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from command_line import CONF, chosen, listed, unknown
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from tuned_tables import take_table
+
+from score_sde import SDE, LearnedScore, distributed
+from score_sde.build import build
+from score_sde.classifier import NoisyClassifier
+from score_sde.data import Data, measure_sigma_data, measure_sigma_max
+from score_sde.run import Run
+
+
+def plain(node: DictConfig) -> Any:
+    """A config as nested dicts and lists; what has no value yet is ???."""
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def named(group: str, name: str) -> DictConfig:
+    """The config of file `name` in a config group, e.g. named("sampler", "heun"); the job's own --config-dir is searched too.
+
+    Raises ValueError with the known names where there is none.
+    """
+    own = own_folders()
+    known = sorted({file.stem for folder in (str(CONF), *own) for file in Path(folder, group).glob("*.yaml")})
+    if name not in known:
+        raise ValueError(unknown(group, name, known))
+    with _separate_hydra():
+        quoted = (folder.replace("\\", "\\\\").replace("'", "\\'") for folder in own)  # as Hydra reads it
+        path = ",".join(f"'file://{folder}'" for folder in quoted)
+        config = hydra.compose(overrides=[f"hydra.searchpath=[{path}]", f"+{group}={name}"])
+    for part in group.split("/"):
+        config = config[part]
+    OmegaConf.set_struct(config, False)  # open to the names that a user adds
+    return config
+
+
+def own_folders() -> list[str]:
+    """The folders of configs beside conf/ that the job was given, by --config-dir or hydra.searchpath."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    return [source.path for source in sources if source.schema == "file" and Path(source.path) != CONF]
+
+
+@contextmanager
+def _separate_hydra() -> Iterator[None]:
+    """Composes beside the application's own Hydra, which is put back afterwards."""
+    instance = GlobalHydra.instance()
+    own, instance.hydra = instance.hydra, None
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = own  # which may be another instance by now
+
+
+def sampler_config(node: str | DictConfig, folder: Path | None = None, step: int | None = None) -> DictConfig:
+    """A sampler's config from its name or its node, whose parts may be names too, and its `table` a pattern in a folder.
+
+    Raises ValueError for a name that is unknown, and as `take_table`.
+    """
+    node = named("sampler", node) if isinstance(node, str) else OmegaConf.create(plain(node))  # what it names resolved
+    for part in ("predictor", "corrector", "corrector_where", "grid"):
+        if isinstance(node.get(part), str):
+            node[part] = named(f"sampler/{part}", node[part])
+    take_table(node, folder, step)
+    return node
+
+
+def sampler_nodes(config: DictConfig, folder: Path | None = None, step: int | None = None) -> dict[str, DictConfig]:
+    """name -> config: those that `evaluation.samplers` names in conf/sampler, or the run's own `sampler` for null."""
+    names = config.evaluation.samplers
+    if OmegaConf.is_list(names) and len({*names}) < len(names):
+        raise ValueError(f"evaluation.samplers={list(names)} names one twice: name each once")
+    nodes = {chosen(config, "sampler"): config.sampler} if names is None else {name: name for name in listed(names)}
+    return {name: sampler_config(node, folder, step) for name, node in nodes.items()}
+
+
+def samplers_of(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
+    """name -> sampler, likewise."""
+    return {name: build(node, trust) for name, node in sampler_nodes(config).items()}
+
+
+def fill_auto(config: DictConfig, data: Data) -> None:
+    """Writes the scales that the config leaves `auto` into it, measured from the data."""
+    measures = {
+        ("sde", "sigma_max"): functools.partial(measure_sigma_max, quantile=config.get("sigma_max_quantile", 1.0)),
+        ("parameterization", "sigma_data"): measure_sigma_data,
+    }
+    for (group, name), measure in measures.items():
+        if config.get(group, {}).get(name) == "auto":
+            config[group][name] = round(measure(data), 4)
+            print(f"{group}.{name}: auto is {config[group][name]:g}, measured from the data")
+
+
+def sde_of(config: DictConfig, data: Data | None = None) -> SDE:
+    """The SDE of a config, its `sigma_max: auto` written into it: measured from the data, as in training; 50 without."""
+    if data is not None:
+        fill_auto(config, data)
+    elif config.sde.get("sigma_max") == "auto":
+        config.sde.sigma_max = 50.0
+        print("sde.sigma_max: auto is 50, as nothing is trained here")
+    return build(config.sde, config.trust)
+
+
+def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
+    """What an `evaluation` config adds to the metrics, as arguments of `score_sde.evaluation.evaluate`."""
+    own = plain(settings)  # while it stands in its config, whose values it may name
+    settings = OmegaConf.merge(named("evaluation", "default"), own)  # runs of before have fewer keys
+    labelled = settings.classifier_data
+    return {
+        "classifier_data": build(labelled, trust) if labelled else None,
+        "features": {name: build(named("extractor", name), trust) for name in listed(settings.features)},
+        "references": dict(settings.references),
+        "memorization": settings.memorization,
+        "batch_size": settings.batch_size,
+    }
+
+
+def open_run(config: DictConfig) -> Run:
+    """The run that `run=` names.
+
+    Raises ValueError where it is missing, FileNotFoundError where it is no run.
+    """
+    if not config.run:
+        raise ValueError("which run? give run=<directory>, a folder that scripts/train.py wrote")
+    return Run.open(config.run, trust=tuple(config.trust))
+
+
+def model_of(run: Run, config: DictConfig) -> LearnedScore:
+    """The run's score model with the weights that `ema` and `step` name, on `device`; `step` becomes that of the weights.
+
+    Raises ValueError for a run of a classifier, and what `Run.model` refuses.
+    """
+    if config.step is None:  # read once: a run that still trains may have another before the work is done
+        config.step = run.checkpoints.latest()
+    model = run.model(ema=config.ema, step=config.step).to(device_of(config.device))
+    if isinstance(model, NoisyClassifier):
+        raise ValueError(f"{run.path} is a classifier of noisy data, which has no samples: give it as guidance.run= with "
+                         "guidance=classifier, and a score model as run=")  # fmt: skip
+    return model
+
+
+def device_of(name: str) -> str:
+    """ "auto" as this process's CUDA device where there is one, else "cpu"."""
+    return str(distributed.device(name))

@@ -1,0 +1,79 @@
+"""The tables that scripts/tune.py leaves, and which of them a sampler's config takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from command_line import chosen
+from omegaconf import DictConfig
+
+from score_sde.run import Run
+
+
+class NoTablesError(ValueError):
+    """A folder holds no tables of the pattern that a sampler names."""
+
+
+def tuned_folder(config: DictConfig) -> Path:
+    """Where scripts/tune.py leaves its tables: the run's directory, or outputs/tuned/<target>/<sde>."""
+    if config.run:
+        return Path(config.run)
+    return Path("outputs", "tuned", *(chosen(config, group) for group in ("target", "sde")))
+
+
+def is_pattern(table: Any) -> bool:
+    """Whether a sampler's table is found in a folder, as tuned-*.json is."""
+    return isinstance(table, str) and "*" in table
+
+
+def tables_of(folder: Path | None, pattern: str) -> dict[int, Path]:
+    """{calls: file} of the tables that scripts/tune.py left in a folder under names such as tuned-<calls>.json.
+
+    Raises NoTablesError where there are none, ValueError where there is no folder.
+    """
+    name = pattern.replace("*", "<calls>")
+    if folder is None:
+        raise ValueError(f"a sampler's table {name} needs a run that was tuned: give sampler.table=<file>")
+    found = {file.stem.rpartition("-")[2]: file for file in folder.glob(pattern)}
+    tables = {int(calls): file for calls, file in found.items() if calls.isdigit()}
+    if not tables:
+        of = f"run={folder}" if (folder / "config.yaml").is_file() else "target=<name> sde=<name>"
+        spectrum = " spectrum=true" if pattern.startswith("spectrum") else ""
+        raise NoTablesError(
+            f"{folder} holds no tables {name}: make one with python scripts/tune.py {of} steps=6{spectrum}"
+        )
+    return dict(sorted(tables.items()))
+
+
+def take_table(node: DictConfig, folder: Path | None, step: int | None) -> None:
+    """Puts a file in the place of a sampler's `table` that is a pattern in the folder: that of `calls`, or of the most.
+
+    Prints where it was fitted to other weights than those of the run in the folder at `step`, by default its last. Raises
+    ValueError for a pattern that fits no file.
+    """
+    calls = node.pop("calls", None)
+    if is_pattern(node.get("table")):
+        tables = tables_of(folder, node.table)
+        if calls is not None and calls not in tables:
+            raise ValueError(
+                f"{folder} has {node.table} for {', '.join(map(str, tables))} calls, not for calls={calls}"
+            )
+        node.table = str(tables[calls or max(tables)])
+    elif calls is not None:
+        raise ValueError(f"calls={calls} does nothing with the file table={node.table}: leave one of them out")
+    if folder is not None and isinstance(node.get("table"), str) and Path(node.table).is_file():
+        _warn_of_other_weights(Path(node.table), folder, step)
+
+
+def _warn_of_other_weights(table: Path, folder: Path, step: int | None) -> None:
+    """Prints where a table was fitted to other weights than those of the run in the folder at `step`, or its last."""
+    step = Run(folder).checkpoints.latest() if step is None else step
+    fitted = json.loads(table.read_text()).get("record", {}).get("step", step) if table.suffix == ".json" else step
+    if (table.parent / "config.yaml").is_file() and table.parent.resolve() != folder.resolve():
+        print(f"{table}: fitted to another run")
+    elif fitted != step:
+        what = "an exact target" if fitted is None else f"the weights of step {fitted}"
+        print(f"{table}: fitted to {what}, not to step {step} of this run: fit one with "
+              f"python scripts/tune.py run={folder}")  # fmt: skip
