@@ -11,7 +11,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -51,60 +52,71 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
         def job(config: DictConfig) -> Any:
-            join()  # a job that a launcher has sent to SLURM begins here
-            output = Path(HydraConfig.get().runtime.output_dir)
-            own = bool(config.get("resume")) or not (output / "config.yaml").exists()
-            try:
-                command_line.check(config)
-                check_shared(config)
-                return task(config)
-            except REFUSALS as error:
-                if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    if distributed.is_main():
-                        print(f"{output} failed: {one_line(error)}", file=sys.stderr, flush=True)
-                        if own:
-                            record_failure(output, error, config)
-                    if full_error:
-                        raise
-                    report = f"python scripts/report.py {HydraConfig.get().sweep.dir}"
-                    raise ValueError(f"jobs of this sweep failed, as said above: {report} lists them") from None
-                leave(output)
-                if full_error:
-                    raise
-                sys.exit(refusal(error))
-            except KeyboardInterrupt:
-                leave(output)
-                again = f"; go on with: python scripts/train.py resume={output}"
-                sys.exit(interrupted(again if Run(output).checkpoints.latest() is not None else ""))
+            return _carried_out(task, config, full_error)
 
-        def run() -> None:
-            if {"-h", "--help"} & {*sys.argv[1:]}:
-                print((CONF / f"{config_name}.yaml").read_text())
-            before = dict(os.environ)
-            os.environ["HYDRA_FULL_ERROR"] = "1"
-            # A job that submitit starts elsewhere finds these scripts' own modules.
-            os.environ["PYTHONPATH"] = os.pathsep.join(
-                filter(None, [str(Path(__file__).parent), before.get("PYTHONPATH")])
-            )
-            logging.getLogger("matplotlib").setLevel(logging.WARNING)
-            join()
-            try:
-                if {"-m", "--multirun"} & {*sys.argv[1:]}:
-                    idle(sys.argv[1:], ["hydra.run.dir"], "in a sweep, whose folder is hydra.sweep.dir")
-                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
-            except REFUSALS as error:
-                if full_error:
-                    raise
-                if isinstance(error, OSError) and error.filename:  # not the job's own, which has ended in its line
-                    error = ValueError(f"{error.filename} cannot be created: {error.strerror}")
-                sys.exit(refusal(error))
-            finally:
-                os.environ.clear()
-                os.environ.update(before)
-
-        return run
+        return functools.partial(_start, job, config_name, full_error)
 
     return decorate
+
+
+def _start(job: Callable[[DictConfig], Any], config_name: str, full_error: bool) -> None:
+    """Hydra over the job, or over each job of a sweep."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print((CONF / f"{config_name}.yaml").read_text())
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    try:
+        with _environment():
+            join()
+            if {"-m", "--multirun"} & {*sys.argv[1:]}:
+                idle(sys.argv[1:], ["hydra.run.dir"], "in a sweep, whose folder is hydra.sweep.dir")
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    except REFUSALS as error:
+        if full_error:
+            raise
+        if isinstance(error, OSError) and error.filename:  # not the job's own, which has ended in its line
+            error = ValueError(f"{error.filename} cannot be created: {error.strerror}")
+        sys.exit(refusal(error))
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Lets Hydra raise what goes wrong, and a job that submitit starts elsewhere find these scripts' own modules."""
+    before = dict(os.environ)
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before.get("PYTHONPATH")]))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _carried_out(task: Callable[[DictConfig], Any], config: DictConfig, full_error: bool) -> Any:
+    """What a job returns; it ends the program where an input is wrong, in a sweep once all jobs have run."""
+    join()  # a job that a launcher has sent to SLURM begins here
+    output, in_sweep = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().mode == RunMode.MULTIRUN
+    own = bool(config.get("resume")) or not (output / "config.yaml").exists()
+    try:
+        command_line.check(config)
+        check_shared(config)
+        return task(config)
+    except REFUSALS as error:
+        if not in_sweep:
+            leave(output)
+        elif distributed.is_main():
+            print(f"{output} failed: {one_line(error)}", file=sys.stderr, flush=True)
+            if own:
+                record_failure(output, error, config)
+        if full_error:
+            raise
+        if in_sweep:
+            report = f"python scripts/report.py {HydraConfig.get().sweep.dir}"
+            raise ValueError(f"jobs of this sweep failed, as said above: {report} lists them") from None
+        sys.exit(refusal(error))
+    except KeyboardInterrupt:
+        leave(output)
+        again = f"; go on with: python scripts/train.py resume={output}"
+        sys.exit(interrupted(again if Run(output).checkpoints.latest() is not None else ""))
 
 
 def record_failure(output: Path, error: BaseException, config: DictConfig) -> None:
