@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from score_sde.checks import number, whole
 from score_sde.data import Batch
 from score_sde.score import ClosedForm, LearnedScore
 from score_sde.sde import expand
@@ -73,16 +74,14 @@ class ImplicitScoreMatching(ScoreMatching):
         probes: None for the exact trace, else probes a sample (Hutchinson).
 
     Raises:
-        ValueError: probes is not positive.
+        ValueError: probes is no whole number from 1.
     """
 
     def __init__(
         self, weighting: Weighting | None = None, probes: int | None = None, target: ClosedForm | None = None
     ) -> None:
         super().__init__(weighting, target)
-        if probes is not None:
-            _positive("probes", probes)
-        self.probes = probes
+        self.probes = None if probes is None else whole("probes", probes)
 
     def bracket(
         self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator
@@ -129,8 +128,7 @@ class FiniteDifferenceScoreMatching(ScoreMatching):
 
     def __init__(self, weighting: Weighting | None = None, step: float = 0.1, target: ClosedForm | None = None) -> None:
         super().__init__(weighting, target)
-        _positive("step", step)
-        self.step = step
+        self.step = number("step", step, above=0)
 
     def bracket(
         self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator
@@ -168,8 +166,3 @@ def _rademacher(probes: int, x: Tensor, generator: torch.Generator) -> Tensor:
     shape = (probes, len(x), x[0].numel())
     bits = draw(partial(torch.randint, 0, 2), shape, generator, dim=1, device=x.device)
     return bits.to(x.dtype).mul_(2).sub_(1)
-
-
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}={value} must be positive")

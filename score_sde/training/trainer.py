@@ -24,7 +24,7 @@ import torch
 
 from score_sde import distributed
 from score_sde.brief import Brief
-from score_sde.checks import number, whole
+from score_sde.checks import number, one_of, whole
 from score_sde.data import Data, TensorData
 from score_sde.progress import tqdm
 from score_sde.score import LearnedScore
@@ -142,13 +142,10 @@ class Trainer:
         if callable(self.schedule):
             self.rate(0)
         else:
-            _require(
-                "schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}, or a function"
-            )
-        for name, allowed in (("device", ("auto", "cpu", "cuda")),
-                              ("precision", tuple(PRECISIONS)), ("optimizer", OPTIMIZERS),
-                              ("strategy", STRATEGIES)):  # fmt: skip
-            _require(name, getattr(self, name), getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+            one_of("schedule", self.schedule, SCHEDULES)
+        for name, known in (("device", ("auto", "cpu", "cuda")), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS),
+                            ("strategy", STRATEGIES)):  # fmt: skip
+            one_of(name, getattr(self, name), known)
         _require("evaluate_every", self.evaluate_every, self.evaluate_every % self.log_every == 0,
                  f"a multiple of log_every={self.log_every}, whose rows it joins")  # fmt: skip
         if self.snapshot_every and not self.power_emas:

@@ -234,8 +234,8 @@ def test_utilisation_is_logged_where_the_peak_is_known():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "zero"}, "strategy='zero' must be one of ddp, fsdp"),
-        ({"optimizer": "lion"}, "optimizer='lion' must be one of adamw, muon"),
+        ({"strategy": "zero"}, "strategy is one of ddp, fsdp; got 'zero'"),
+        ({"optimizer": "lion"}, "optimizer is one of adamw, muon; got 'lion'"),
         ({"precision": "16-mixed", "device": "cpu"}, "precision='16-mixed' needs a CUDA device: use 'bf16-mixed'"),
         ({"strategy": "fsdp", "optimizer": "muon"}, "strategy='fsdp' cuts them"),
         ({"accumulate": 0}, "accumulate >= 1, got accumulate=0"),
