@@ -51,7 +51,7 @@ def training_overhead(
 
         def step() -> None:
             state.advance(batches())
-            if state.step % trainer.log_every == 0:
+            if state.due(trainer.log_every):
                 state.report()
 
         for contender in (bare, step, bare, step):

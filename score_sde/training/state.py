@@ -139,6 +139,10 @@ class TrainingState:
         self.peak = trainer.peak_flops or peak_flops(self.device, trainer.precision)
         self._averaged: LearnedScore | None = None
 
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps is done after this one; never for 0."""
+        return bool(every) and self.step % every == 0
+
     def micro_batches(self) -> list[slice]:
         """This process's rows of the global batch, cut into `accumulate` parts."""
         mine, parts = distributed.share(self.trainer.batch_size), self.trainer.accumulate

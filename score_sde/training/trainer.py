@@ -249,84 +249,117 @@ class Trainer:
         _warn_of_scales(data, self.batch_size)
         if isinstance(objective, type) or not callable(objective):
             raise TypeError(f"objective is an Objective, such as DenoisingScoreMatching(), got {objective!r}")
-        for name, hook, every in (
-            ("sample", on_sample, self.sample_every),
-            ("evaluate", on_evaluate, self.evaluate_every),
-        ):
+        for name, hook, every in (("sample", on_sample, self.sample_every),
+                                  ("evaluate", on_evaluate, self.evaluate_every)):  # fmt: skip
             if hook is not None and not every:
                 raise ValueError(f"on_{name} is never called with {name}_every=0: give Trainer({name}_every=...) too")
-        folder = None if directory is None else Path(directory)
-        checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", self.keep_checkpoints)
-        snapshots = None if folder is None else Checkpoints(folder / "snapshots", keep=None)
         state = TrainingState(self, model, objective, time_sampler, seed, data.size)
-        last = None if checkpoints is None else distributed.agree(checkpoints.latest())
-        if last is not None and not resume:
-            raise ValueError(f"{directory} has checkpoints up to step {last}: resume it, or choose a new directory")
-        if last is not None and last > self.steps:
-            raise ValueError(f"steps={self.steps}, but {directory} has been trained for {last}: give steps >= {last}")
-        if checkpoints is not None and last is not None:
-            state.restore(checkpoints, last)
+        home = _Home(None if directory is None else Path(directory), self.keep_checkpoints)
+        self._take_up(state, home, resume)
         if on_start is not None:
             on_start()
-        if folder is not None and snapshots is not None and distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            snapshots.remove_after(state.step)
-        quiet = not self.progress or not distributed.is_main()
-        bar = tqdm(total=self.steps, initial=state.step, disable=quiet, unit="step", dynamic_ncols=True)
-        with (
-            MetricsLog(folder if distributed.is_main() else None, state.step, self.tensorboard) as metrics,
-            bar,
-            interrupts() as received,
-            own_global_generator(state.device),
-            state.feed(data) as batches,
-        ):
-            while state.step < self.steps and not distributed.greatest(received[0] if received else 0):
-                state.advance(batches())
-                bar.update()
-                evaluates = on_evaluate is not None and self.evaluate_every and state.step % self.evaluate_every == 0
-                if state.step % self.log_every == 0 or state.step == self.steps:
-                    self._report(state, metrics, bar, checkpoints, on_evaluate if evaluates else None)
-                with state.window.paused():
-                    # Snapshots first: those beyond the checkpoint that a killed run goes on from are made again.
-                    if snapshots is not None and self.snapshot_every and state.step % self.snapshot_every == 0:
-                        state.snapshot(snapshots)
-                    if checkpoints is not None and state.step % self.checkpoint_every == 0:
-                        state.save(checkpoints)
-                    if on_sample is not None and self.sample_every and state.step % self.sample_every == 0:
-                        state.show(on_sample)
-            stopped = distributed.greatest(received[0] if received else 0)
-            if snapshots is not None and self.snapshot_every and state.step == self.steps:
-                state.snapshot(snapshots)
-            if checkpoints is not None:
-                state.save(checkpoints)
-        state.place.disconnect()
-        number = signal.Signals(stopped) if stopped else None
-        if number is not None:
+        home.open(state.step)
+        rows, stopped = self._run(state, home, data, on_sample, on_evaluate)
+        if stopped is not None:
             warnings.warn(
-                f"training was interrupted ({number.name}) at step {state.step} of {self.steps}", stacklevel=2
+                f"training was interrupted ({stopped.name}) at step {state.step} of {self.steps}", stacklevel=2
             )
         trained = state.shown()[1]
         if getattr(getattr(objective, "label_dropout", None), "share", 1.0) == 0:
             trained.needed = trained.condition_names & (data.batch(0, 1).condition.keys() - {"augment"})
-        return TrainingResult(trained, state.step, number, metrics.rows)
+        return TrainingResult(trained, state.step, stopped, rows)
+
+    def _take_up(self, state: TrainingState, home: _Home, resume: bool) -> None:
+        """The state of the last checkpoint, where there is one."""
+        last = home.latest()
+        if last is None or home.checkpoints is None:
+            return
+        if not resume:
+            raise ValueError(f"{home.folder} has checkpoints up to step {last}: resume it, or choose a new directory")
+        if last > self.steps:
+            raise ValueError(f"steps={self.steps}, but {home.folder} has been trained for {last}: give steps >= {last}")
+        state.restore(home.checkpoints, last)
+
+    def _run(
+        self, state: TrainingState, home: _Home, data: Data, on_sample: SampleHook | None, on_evaluate: EvaluateHook | None
+    ) -> tuple[list[dict[str, Any]], signal.Signals | None]:  # fmt: skip
+        """Every step that is left; the rows logged, and the signal that asked for an end before."""
+        main = distributed.is_main()
+        quiet = not self.progress or not main
+        with (
+            MetricsLog(home.folder if main else None, state.step, self.tensorboard) as metrics,
+            tqdm(total=self.steps, initial=state.step, disable=quiet, unit="step", dynamic_ncols=True) as bar,
+            interrupts() as received,
+            own_global_generator(state.device),
+            state.feed(data) as batches,
+        ):
+
+            def signalled() -> int:
+                return distributed.greatest(received[0] if received else 0)
+
+            while state.step < self.steps and not signalled():
+                state.advance(batches())
+                bar.update()
+                if state.due(self.log_every) or state.step == self.steps:
+                    self._report(state, metrics, bar, home, on_evaluate)
+                with state.window.paused():
+                    # Snapshots first: those beyond the checkpoint that a killed run goes on from are made again.
+                    if state.due(self.snapshot_every):
+                        home.snapshot(state)
+                    if state.due(self.checkpoint_every):
+                        home.checkpoint(state)
+                    if on_sample is not None and state.due(self.sample_every):
+                        state.show(on_sample)
+            stopped = signalled()
+            if self.snapshot_every and state.step == self.steps:
+                home.snapshot(state)
+            home.checkpoint(state)
+        state.place.disconnect()
+        return metrics.rows, signal.Signals(stopped) if stopped else None
 
     def _report(
-        self, state: TrainingState, metrics: MetricsLog, bar: Any, checkpoints: Checkpoints | None,
-        on_evaluate: EvaluateHook | None,
+        self, state: TrainingState, metrics: MetricsLog, bar: Any, home: _Home, on_evaluate: EvaluateHook | None
     ) -> None:  # fmt: skip
         row = state.report()
-        if on_evaluate is not None:
+        if on_evaluate is not None and state.due(self.evaluate_every):
             with state.window.paused():
                 row |= state.show(on_evaluate)
         metrics.write(row)
         bar.set_postfix_str(f"loss {row['loss']:.4g}, {row['examples_per_second']:.0f} examples/s", refresh=False)
         if row["nonfinite"] > self.max_nonfinite:
-            last = None if checkpoints is None else checkpoints.latest()
+            last = None if home.checkpoints is None else home.checkpoints.latest()
             raise DivergenceError(
                 f"{row['nonfinite']} non-finite losses by step {state.step}, max_nonfinite={self.max_nonfinite} are "
                 "allowed: lower learning_rate or check the data; the last good checkpoint is "
-                f"{'none' if checkpoints is None or last is None else checkpoints.path(last)}"
+                f"{'none' if home.checkpoints is None or last is None else home.checkpoints.path(last)}"
             )
+
+
+class _Home:
+    """A run's directory with its checkpoints and snapshots; for None nothing is kept."""
+
+    def __init__(self, folder: Path | None, keep: int) -> None:
+        self.folder = folder
+        self.checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", keep)
+        self.snapshots = None if folder is None else Checkpoints(folder / "snapshots", keep=None)
+
+    def latest(self) -> int | None:
+        """The step of the last checkpoint, the same on every process."""
+        return None if self.checkpoints is None else distributed.agree(self.checkpoints.latest())
+
+    def open(self, step: int) -> None:
+        """Makes the directory, and removes the snapshots that a killed run took beyond `step`."""
+        if self.folder is not None and self.snapshots is not None and distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.snapshots.remove_after(step)
+
+    def checkpoint(self, state: TrainingState) -> None:
+        if self.checkpoints is not None:
+            state.save(self.checkpoints)
+
+    def snapshot(self, state: TrainingState) -> None:
+        if self.snapshots is not None:
+            state.snapshot(self.snapshots)
 
 
 def _warn_of_cancellation(model: LearnedScore) -> None:
