@@ -22,7 +22,8 @@ from score_sde.data import Batch, Data
 from score_sde.progress import tqdm
 from score_sde.score import LearnedScore
 from score_sde.training.objective import Objective
-from score_sde.training.state import PRECISIONS, TrainingState
+from score_sde.training.precision import PRECISIONS
+from score_sde.training.state import TrainingState
 from score_sde.training.throughput import flops_per_example
 from score_sde.training.times import TimeSampler
 from score_sde.training.trainer import Trainer, own_global_generator
@@ -46,11 +47,11 @@ def training_overhead(
     trainer.check(model, data, time_sampler)
     state = TrainingState(trainer, model, objective, time_sampler, seed)
     with own_global_generator(state.device), state.feed(data) as batches:
-        ready = batches()
+        ready = batches(state.step)
         bare = _bare_step(trainer, model.network, ready, state.device)
 
         def step() -> None:
-            state.advance(batches())
+            state.advance(batches(state.step))
             if state.due(trainer.log_every):
                 state.report()
 

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["EMA", "Decay", "HalfLife", "PowerFunction", "ema_decay", "power_exponent"]
+__all__ = ["EMA", "Decay", "HalfLife", "PowerFunction", "decays", "ema_decay", "power_exponent"]
 
 
 class Decay(Protocol):
@@ -66,6 +66,24 @@ class PowerFunction:
 
     def __call__(self, batch_size: int, images: int) -> float:
         return (1 - batch_size / (images + batch_size)) ** (self.exponent + 1)
+
+
+def decays(half_lives: Sequence[float], ramp: float, widths: Sequence[float]) -> dict[str, Decay]:
+    """The averages of a run by the names of their files; the first is the one that samples are drawn from.
+
+    Raises ValueError for widths that no power function has, and for two averages of one name.
+    """
+    first, *others = half_lives
+    kept: dict[str, Decay] = {"ema": HalfLife(first, ramp)}
+    further: list[tuple[float, Decay]] = [(width, HalfLife(width, ramp)) for width in others]
+    further += [(width, PowerFunction(width)) for width in widths]
+    for width, decay in further:
+        if f"ema-{width:g}" in kept:
+            raise ValueError(
+                f"two averages have the name ema-{width:g}, which tells widths to six digits: leave one out"
+            )
+        kept[f"ema-{width:g}"] = decay
+    return kept
 
 
 class EMA:

@@ -1,4 +1,4 @@
-"""What changes while a run goes on, and one optimiser step of it.
+"""What changes while a run goes on: one optimiser step of it, and how it is kept and taken up again.
 
 With rows R of a global batch of B examples on each process, cut into micro-batches, the gradient is that of
 
@@ -10,9 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,16 +19,18 @@ from torch import Tensor, nn
 
 from score_sde import distributed
 from score_sde.data import Batch, Data
-from score_sde.keyed import Draws, generator, key
+from score_sde.keyed import generator, key
 from score_sde.memory import keep_freed_memory
 from score_sde.networks.dropout import Dropout, keyed
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
 from score_sde.training.draws import rows_of
-from score_sde.training.ema import EMA, Decay, HalfLife, PowerFunction
+from score_sde.training.ema import EMA, PowerFunction, decays
+from score_sde.training.feed import feed
 from score_sde.training.metrics import Window
 from score_sde.training.objective import Losses, Objective
 from score_sde.training.optimizers import Optimizer, hidden_matrices
+from score_sde.training.precision import PRECISIONS, LossScale
 from score_sde.training.strategy import seen_through, strategy
 from score_sde.training.throughput import flops_per_example, peak_flops
 from score_sde.training.times import Times, TimeSampler
@@ -37,46 +38,11 @@ from score_sde.training.times import Times, TimeSampler
 if TYPE_CHECKING:
     from score_sde.training.trainer import Trainer
 
-__all__ = ["PRECISIONS", "LossScale", "TrainingState", "channels_last", "decays"]
+__all__ = ["TrainingState", "channels_last"]
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-
-
-class LossScale:
-    """Dynamic loss scaling: halved at a step whose gradient overflows, doubled after `interval` good ones in a row.
-
-    Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2. Lives on the device: nothing waits.
-    """
-
-    def __init__(self, device: torch.device, start: float = 2.0**16, interval: int = 2000) -> None:
-        self.interval = interval
-        self.scale = torch.tensor(start, device=device)
-        self.good_steps = torch.zeros((), device=device)
-
-    def update(self, good: Tensor) -> None:
-        self.good_steps = torch.where(good, self.good_steps + 1, 0.0)
-        grows = self.good_steps == self.interval
-        self.scale = torch.where(good, torch.where(grows, 2 * self.scale, self.scale), (self.scale / 2).clamp(min=1.0))
-        self.good_steps = torch.where(grows, 0.0, self.good_steps)
-
-
-def decays(trainer: Trainer) -> dict[str, Decay]:
-    """The averages of a run by the names of their files; the first is the one that samples are drawn from."""
-    first, *others = trainer.half_lives
-    kept: dict[str, Decay] = {"ema": HalfLife(first, trainer.ema_ramp)}
-    further: list[tuple[float, Decay]] = [(width, HalfLife(width, trainer.ema_ramp)) for width in others]
-    further += [(width, PowerFunction(width)) for width in trainer.power_emas]
-    for width, decay in further:
-        if f"ema-{width:g}" in kept:
-            raise ValueError(
-                f"two averages have the name ema-{width:g}, which tells widths to six digits: leave one out"
-            )
-        kept[f"ema-{width:g}"] = decay
-    return kept
 
 
 def channels_last(module: nn.Module) -> None:
@@ -91,13 +57,6 @@ def joined(parts: Sequence[Losses]) -> Losses:
     """The losses of a process's micro-batches as one."""
     diagnostics = {name: torch.cat([part.diagnostics[name] for part in parts]) for name in parts[0].diagnostics}
     return Losses(torch.cat([part.loss for part in parts]), diagnostics)
-
-
-def _check_batch(data: Data, batch: Batch, size: int) -> None:
-    """Refuses, with TypeError, what is not a Batch of so many examples."""
-    given = f"{len(batch.x)} examples" if isinstance(batch, Batch) else type(batch).__name__
-    if not isinstance(batch, Batch) or len(batch.x) != size:
-        raise TypeError(f"{type(data).__name__}.batch returns Batch(x) with {size} examples here, got {given}")
 
 
 def _coefficients(model: LearnedScore) -> Tensor:
@@ -131,7 +90,8 @@ class TrainingState:
         self.place = strategy(trainer.strategy, model, self.device)
         self.view: LearnedScore | None = None
         self.optimizer = Optimizer(trainer.optimizer, self.place.held, hidden, trainer.betas, trainer.weight_decay)
-        self.averages = {name: EMA(self.place.held, decay) for name, decay in decays(trainer).items()}
+        kept = decays(trainer.half_lives, trainer.ema_ramp, trainer.power_emas)
+        self.averages = {name: EMA(self.place.held, decay) for name, decay in kept.items()}
         self.loss_scale = LossScale(self.device) if trainer.precision == "16-mixed" else None
         self.dropouts = [module for module in self.place.network.modules() if isinstance(module, Dropout)]
         self.window = Window(self.device)
@@ -149,38 +109,9 @@ class TrainingState:
         size = (mine.stop - mine.start) // parts
         return [slice(mine.start + i * size, mine.start + (i + 1) * size) for i in range(parts)]
 
-    @contextmanager
-    def feed(self, data: Data) -> Iterator[Callable[[], list[Batch]]]:
-        """A function that gives this step's micro-batches on the device, as the model sees them.
-
-        For a CUDA device the next step's are read and copied meanwhile, by a thread of its own.
-        """
-        rows, batch_size = self.micro_batches(), self.trainer.batch_size
-        whole = rows == [slice(0, batch_size)]
-
-        def read(step: int) -> list[Batch]:
-            parts = [data.batch(step, batch_size)] if whole else [data.batch(step, batch_size, part) for part in rows]
-            for part, asked in zip(parts, rows, strict=True):
-                _check_batch(data, part, asked.stop - asked.start)
-            return [part.to(self.device) for part in parts]
-
-        def prepared(parts: Sequence[Batch]) -> list[Batch]:
-            keyed = [generator(self.seed, "prepare", self.step, device=self.device) for _ in parts]
-            draws = [Draws(source, batch_size, part) for source, part in zip(keyed, rows, strict=True)]
-            return [data.prepare(part, drawn) for part, drawn in zip(parts, draws, strict=True)]
-
-        if self.device.type != "cuda":
-            yield lambda: prepared(read(self.step))
-            return
-        with ThreadPoolExecutor(1) as thread:
-            ahead: dict[int, Future[list[Batch]]] = {}
-
-            def prefetched() -> list[Batch]:
-                parts = (ahead.pop(self.step, None) or thread.submit(read, self.step)).result()
-                ahead[self.step + 1] = thread.submit(read, self.step + 1)
-                return prepared(parts)
-
-            yield prefetched
+    def feed(self, data: Data) -> AbstractContextManager[Callable[[int], list[Batch]]]:
+        """A function from a step to its micro-batches on the device, as the model sees them."""
+        return feed(data, self.micro_batches(), self.trainer.batch_size, self.seed, self.device)
 
     def advance(self, batches: Sequence[Batch]) -> None:
         """One optimiser step on the micro-batches of this process."""

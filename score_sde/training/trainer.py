@@ -29,11 +29,13 @@ from score_sde.data import Data, TensorData
 from score_sde.progress import tqdm
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
+from score_sde.training.ema import decays
 from score_sde.training.interrupt import interrupts
 from score_sde.training.metrics import MetricsLog
 from score_sde.training.objective import Objective
 from score_sde.training.optimizers import OPTIMIZERS
-from score_sde.training.state import PRECISIONS, TrainingState, decays
+from score_sde.training.precision import PRECISIONS
+from score_sde.training.state import TrainingState
 from score_sde.training.strategy import STRATEGIES
 from score_sde.training.times import TimeSampler
 
@@ -152,7 +154,7 @@ class Trainer:
             raise ValueError(
                 f"snapshot_every={self.snapshot_every} stores power_emas, and there are none: give e.g. [0.05, 0.1]"
             )
-        decays(self)  # refuses widths that no power function has
+        decays(self.half_lives, self.ema_ramp, self.power_emas)  # refuses what cannot be
         pair = isinstance(self.betas, Sequence) and len(self.betas) == 2
         _require("betas", self.betas, pair and all(0 <= number("betas", beta) < 1 for beta in self.betas),
                  "two numbers in [0, 1)")  # fmt: skip
@@ -298,7 +300,7 @@ class Trainer:
                 return distributed.greatest(received[0] if received else 0)
 
             while state.step < self.steps and not signalled():
-                state.advance(batches())
+                state.advance(batches(state.step))
                 bar.update()
                 if state.due(self.log_every) or state.step == self.steps:
                     self._report(state, metrics, bar, home, on_evaluate)

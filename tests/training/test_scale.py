@@ -17,7 +17,8 @@ from score_sde.sde import VPSDE
 from score_sde.training import Checkpoints, DenoisingScoreMatching, Trainer, UniformTimes, draw
 from score_sde.training.draws import rows_of
 from score_sde.training.optimizers import Optimizer, hidden_matrices
-from score_sde.training.state import LossScale, channels_last
+from score_sde.training.precision import LossScale
+from score_sde.training.state import channels_last
 from score_sde.training.throughput import flops_per_example, peak_flops
 
 

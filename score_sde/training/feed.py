@@ -1,0 +1,56 @@
+"""Micro-batches on the device, read ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from score_sde.data import Batch, Data
+from score_sde.keyed import Draws, generator
+
+__all__ = ["feed"]
+
+
+@contextmanager
+def feed(
+    data: Data, rows: Sequence[slice], batch_size: int, seed: int, device: torch.device
+) -> Iterator[Callable[[int], list[Batch]]]:
+    """A function from a step to those rows of its global batch on the device, prepared as the model sees them.
+
+    For a CUDA device the next step's are read and copied meanwhile, by a thread of its own.
+    """
+    whole = list(rows) == [slice(0, batch_size)]
+
+    def read(step: int) -> list[Batch]:
+        parts = [data.batch(step, batch_size)] if whole else [data.batch(step, batch_size, part) for part in rows]
+        for part, asked in zip(parts, rows, strict=True):
+            _check_batch(data, part, asked.stop - asked.start)
+        return [part.to(device) for part in parts]
+
+    def prepared(step: int, parts: Sequence[Batch]) -> list[Batch]:
+        sources = [generator(seed, "prepare", step, device=device) for _ in parts]
+        draws = [Draws(source, batch_size, part) for source, part in zip(sources, rows, strict=True)]
+        return [data.prepare(part, drawn) for part, drawn in zip(parts, draws, strict=True)]
+
+    if device.type != "cuda":
+        yield lambda step: prepared(step, read(step))
+        return
+    with ThreadPoolExecutor(1) as thread:
+        ahead: dict[int, Future[list[Batch]]] = {}
+
+        def prefetched(step: int) -> list[Batch]:
+            parts = (ahead.pop(step, None) or thread.submit(read, step)).result()
+            ahead[step + 1] = thread.submit(read, step + 1)
+            return prepared(step, parts)
+
+        yield prefetched
+
+
+def _check_batch(data: Data, batch: Batch, size: int) -> None:
+    """Refuses, with TypeError, what is not a Batch of so many examples."""
+    given = f"{len(batch.x)} examples" if isinstance(batch, Batch) else type(batch).__name__
+    if not isinstance(batch, Batch) or len(batch.x) != size:
+        raise TypeError(f"{type(data).__name__}.batch returns Batch(x) with {size} examples here, got {given}")
