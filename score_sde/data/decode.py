@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from score_sde.data.cache import stored
-from score_sde.data.tensor import Examples
+from score_sde.data.tensor import Examples, TensorData
 from score_sde.progress import tqdm
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["SUFFIXES", "Decoder", "Images", "Size", "decoded"]
+__all__ = ["SUFFIXES", "Decoder", "Images", "Size", "decoded", "image_data"]
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +172,15 @@ class Images:
     read: Callable[[], Iterable[tuple[Source, str]]]
     labels: np.ndarray[Any, Any] | None
     made_of: Any
+
+
+def image_data(
+    kind: str, train: Images, test: Images | None, size: Size, channels: int, fit: str, **options: Any
+) -> TensorData:
+    """`TensorData` with these options of training images, and of held-out ones in their size; decoded once, see `decoded`."""
+    known = decoded(kind, train, Decoder.of(size, channels, fit))
+    held = None if test is None else decoded(kind, test, Decoder.of(known.x.shape[-2:], channels, fit))
+    return TensorData(known.x, known.labels, test=held, fingerprint=known.fingerprint, **options)
 
 
 def decoded(kind: str, images: Images, decoder: Decoder) -> Examples:

@@ -11,7 +11,7 @@ import numpy as np
 
 from score_sde.data.augment import Augment
 from score_sde.data.cache import Stored, content, mapped, stored
-from score_sde.data.decode import SUFFIXES, Decoder, Images, Size, decoded
+from score_sde.data.decode import SUFFIXES, Decoder, Images, Size, image_data
 from score_sde.data.tensor import Examples, TensorData
 
 __all__ = ["digits", "image_folder", "load_file", "load_images"]
@@ -140,12 +140,10 @@ def image_folder(
     Raises ValueError where there are no images, for the first one that cannot be read, for sizes that are mixed, and for
     an image in no class.
     """
-    decoder = Decoder.of(size, channels, fit)
     train, classes = _folder(Path(path), labels)
-    examples = decoded("folder", train, decoder)
-    held = decoded("folder", _folder(Path(test), labels, classes)[0], _like(examples, channels, fit)) if test else None
-    return TensorData(examples.x, examples.labels, test=held, dequantize=dequantize, held_out=held_out, flip=flip,
-                      augment=augment, seed=seed, fingerprint=examples.fingerprint)  # fmt: skip
+    held = _folder(Path(test), labels, classes)[0] if test else None
+    return image_data("folder", train, held, size, channels, fit, dequantize=dequantize, held_out=held_out, flip=flip,
+                      augment=augment, seed=seed)  # fmt: skip
 
 
 def _folder(root: Path, labels: bool, classes: Sequence[str] | None = None) -> tuple[Images, list[str]]:
@@ -162,11 +160,6 @@ def _folder(root: Path, labels: bool, classes: Sequence[str] | None = None) -> t
     given = np.array([number[folder] for folder in folders]) if labels else None
     pairs = [(file, str(file)) for file in paths]
     return Images(str(root), len(paths), lambda: pairs, given, {"files": content(paths)}), names
-
-
-def _like(examples: Examples, channels: int, fit: str) -> Decoder:
-    """The rules for a test set: the training set's size."""
-    return Decoder.of(examples.x.shape[-2:], channels, fit)
 
 
 def load_images(path: str | Path, event_shape: Sequence[int]) -> np.ndarray:

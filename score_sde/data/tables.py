@@ -11,7 +11,7 @@ import numpy as np
 
 from score_sde.data.augment import Augment
 from score_sde.data.cache import content
-from score_sde.data.decode import Decoder, Images, Size, Source, decoded
+from score_sde.data.decode import Images, Size, Source, image_data
 from score_sde.data.tensor import TensorData
 
 __all__ = ["huggingface", "parquet"]
@@ -46,8 +46,10 @@ def parquet(
         ImportError: pyarrow is not installed.
         ValueError: no such files or columns, a damaged file, labels that are no classes, an image that cannot be read.
     """
-    sets = [_parquet_images(Path(part), image, label) for part in (path, test) if part is not None]
-    return _data("parquet", sets, size, channels, fit, dequantize, held_out, flip, augment, seed)
+    train = _parquet_images(Path(path), image, label)
+    held = None if test is None else _parquet_images(Path(test), image, label)
+    return image_data("parquet", train, held, size, channels, fit, dequantize=dequantize, held_out=held_out, flip=flip,
+                      augment=augment, seed=seed)  # fmt: skip
 
 
 def huggingface(
@@ -79,19 +81,13 @@ def huggingface(
         ValueError: no such folder, split or column, an image that cannot be read.
     """
     dataset = _dataset(Path(path))
-    splits = [split for split in (train_split, test_split) if split is not None]
-    sets = [_dataset_images(_split(dataset, split, Path(path)), image, label, f"{path} {split}") for split in splits]
-    return _data("huggingface", sets, size, channels, fit, dequantize, held_out, flip, augment, seed)
 
+    def images(split: str) -> Images:
+        return _dataset_images(_split(dataset, split, Path(path)), image, label, f"{path} {split}")
 
-def _data(
-    kind: str, sets: list[Images], size: Size, channels: int, fit: str, dequantize: bool, held_out: float | None,
-    flip: bool, augment: Augment | None, seed: int,
-) -> TensorData:  # fmt: skip
-    train = decoded(kind, sets[0], Decoder.of(size, channels, fit))
-    test = decoded(kind, sets[1], Decoder.of(train.x.shape[-2:], channels, fit)) if len(sets) > 1 else None
-    return TensorData(train.x, train.labels, test=test, dequantize=dequantize, held_out=held_out, flip=flip,
-                      augment=augment, seed=seed, fingerprint=train.fingerprint)  # fmt: skip
+    train, held = images(train_split), None if test_split is None else images(test_split)
+    return image_data("huggingface", train, held, size, channels, fit, dequantize=dequantize, held_out=held_out, flip=flip,
+                      augment=augment, seed=seed)  # fmt: skip
 
 
 def _parquet_images(path: Path, image: str, label: str | None) -> Images:
