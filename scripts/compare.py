@@ -33,7 +33,7 @@ from score_sde import ExactScore, ScoreModel, plotting
 from score_sde.build import build
 from score_sde.data import TargetStream
 from score_sde.evaluation import compare, judge, known_metrics, load_samples, ranking, winners
-from score_sde.evaluation.comparison import metrics_of
+from score_sde.evaluation.verdicts import metrics_of
 from score_sde.progress import tqdm
 from score_sde.training import write_atomically
 

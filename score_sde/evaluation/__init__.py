@@ -1,17 +1,9 @@
 """Metrics with their noise floors, a classifier's view of digits, and the comparison of samplers."""
 
 from score_sde.evaluation.bounds import Bound, continuous_bound, variational_bound
+from score_sde.evaluation.budgets import at_budget
 from score_sde.evaluation.certify import Certificate, Certificates, certify, certify_all
-from score_sde.evaluation.comparison import (
-    at_budget,
-    by_metric,
-    compare,
-    judge,
-    load_samples,
-    ranking,
-    summarise,
-    winners,
-)
+from score_sde.evaluation.comparison import compare, load_samples
 from score_sde.evaluation.convnet import ConvClassifier
 from score_sde.evaluation.diagnostics import (
     Calibration,
@@ -49,6 +41,7 @@ from score_sde.evaluation.metrics import (
 )
 from score_sde.evaluation.neighbours import Nearest, density_coverage, nearest, precision_recall
 from score_sde.evaluation.reference import FeatureView, Reference
+from score_sde.evaluation.verdicts import by_metric, judge, ranking, summarise, winners
 
 __all__ = [
     "METRICS",

@@ -11,21 +11,18 @@ are meant to end at either.
 
 from __future__ import annotations
 
-import bisect
-import copy
 import inspect
-import math
 import os
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,40 +31,23 @@ from torch import Tensor
 
 from score_sde.adaptive import AdaptiveODE
 from score_sde.checks import whole, wholes
+from score_sde.evaluation.budgets import Contestant, contest, reason
 from score_sde.evaluation.cells import Journal, fingerprint
 from score_sde.evaluation.metrics import Metric, Yardstick
-from score_sde.grid import Grid
 from score_sde.keyed import generator, key
 from score_sde.noise import BatchNoise, NoiseSource, Stream
-from score_sde.prediction import Prediction
 from score_sde.progress import tqdm
-from score_sde.sampler import Sampler, SampleResult
-from score_sde.score import ScoreModel, WrappedScore
-from score_sde.sde import Time, as_time
+from score_sde.score import ScoreModel
 from score_sde.targets import Target
 
 COLUMNS = ["model", "sampler", "budget", "seed", "status", "nfe", "seconds", "seconds_per_sample", "endpoint_error",
            "deterministic"]  # fmt: skip
-KEYS = ["model", "sampler", "budget"]
-
-UNBUDGETED = 0
-"""The budget of a sampler that has no number of steps: its own tolerance or table decides."""
 
 ABSURD = 100.0
 """Samples whose root mean square is beyond this many data standard deviations have diverged."""
 
 CONVERGED = AdaptiveODE("dopri5", rtol=1e-6, atol=1e-6)
 """What the paired endpoint error is measured from."""
-
-
-class Samples(Protocol):
-    """What is compared: `Sampler`, `ProbabilityFlowODE`, or anything with their `sample`."""
-
-    def sample(self, model: ScoreModel, shape: Sequence[int], *, seed: int) -> SampleResult: ...
-
-
-Contestant = Samples | Mapping[int, Samples] | Callable[[int], Samples]
-"""A sampler, a sampler for each number of calls, or a function from a budget to a sampler."""
 
 Reference = Target | Tensor
 """The law of the data, or exact samples of it."""
@@ -130,7 +110,7 @@ def compare(
     who = {name: fingerprint(model, model.device, settings) for name, model in named.items()}
     cells = [Cell(name, label, budget, s, solver, fingerprint(who[name], floors[name], s, solver), s == seeds[0])
              for name, model in named.items() for label, contestant in samplers.items()
-             for budget, solver in _contest(contestant, model, budgets) for s in seeds]  # fmt: skip
+             for budget, solver in contest(contestant, model, budgets) for s in seeds]  # fmt: skip
     refused = all(isinstance(cell.solver, str) for cell in cells)
     home = None if directory is None or refused else Path(directory)
     journal = Journal(None if home is None else home / "cells.jsonl")
@@ -177,115 +157,6 @@ def _folder(home: Path | None) -> Iterator[Path]:
         folder = home or Path(temporary)
         (folder / "limits").mkdir(exist_ok=True)
         yield folder
-
-
-# --- budgets ----------------------------------------------------------------------------------------------------------
-
-
-def at_budget(sampler: Sampler, model: ScoreModel, calls: int) -> Sampler:
-    """The sampler with as many grid steps as `calls` network calls a sample allow, the last denoising included.
-
-    Two-stage steps, correctors, churned grids and guidance that asks twice are counted as what they cost.
-
-    Raises:
-        ValueError: the grid has no `steps` (as in `partial(grid.karras, steps=18)`), or one step costs more.
-    """
-    if not has_steps(sampler):
-        raise ValueError(f"{type(sampler).__name__}'s grid has no steps to set: bind them by name, as in "
-                         "partial(grid.karras, steps=18)")  # fmt: skip
-    start = model.start(torch.zeros(1, *model.event_shape, device=model.device))
-    unknown = model(start, model.sde.t_max).calls / model.calls_at(model.sde.t_max)  # 1 where `calls_at` knows them
-
-    def cost(steps: int) -> float:
-        try:
-            return unknown * planned_calls(_with_steps(sampler, steps), model)
-        except ValueError:
-            if steps == 1:
-                raise
-            return math.inf  # a ladder that has no more levels
-
-    if cost(1) > calls:
-        raise ValueError(f"needs at least {cost(1):g} network calls, the budget is {calls}")
-    low, high = 1, 2
-    while cost(high) <= calls:
-        low, high = high, 2 * high
-        if high > 64 * (calls + 1):
-            raise ValueError(f"spends no {calls} network calls, whatever its number of steps")
-    return _with_steps(sampler, bisect.bisect_right(range(high), float(calls), lo=low, key=cost) - 1)
-
-
-def planned_calls(sampler: Sampler, model: ScoreModel) -> int:
-    """Network calls a sample of one run, counted in a run without the network."""
-    plain = copy.copy(sampler)
-    plain.cuda_graph = False
-    return plain.sample(_Silent(model), (1, *model.event_shape), seed=0).nfe
-
-
-class _Silent(WrappedScore):
-    """Answers D = 0 at once, and says how many calls the model's answer would take."""
-
-    def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None: ...
-
-    def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
-        alpha, sigma = (float(part(as_time(t))) for part in (self.sde.alpha, self.sde.sigma))
-        nothing = torch.zeros_like(x)
-        return Prediction(x, nothing, alpha, sigma, calls=self.model.calls_at(float(t)), variance_weight=nothing)
-
-    def log_prob(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
-        return x.new_zeros(len(x))
-
-
-def has_steps(sampler: Any) -> bool:
-    """Whether this is a `Sampler` whose grid, or the grid that it is built on, binds `steps` by name."""
-    return isinstance(sampler, Sampler) and _bound(sampler.grid) is not None
-
-
-def _bound(grid: Any) -> dict[str, Any] | None:
-    """The keywords of a partial grid that hold `steps`, its own or those of its base."""
-    keywords = grid.keywords if isinstance(grid, partial) else {}
-    return keywords if "steps" in keywords else _bound(keywords["base"]) if "base" in keywords else None
-
-
-def _with_steps(sampler: Sampler, steps: int) -> Sampler:
-    other = copy.copy(sampler)
-    other.grid = _regridded(sampler.grid, steps)
-    return other
-
-
-def _regridded(grid: Any, steps: int) -> Grid:
-    new = {"steps": steps} if "steps" in grid.keywords else {"base": _regridded(grid.keywords["base"], steps)}
-    return partial(grid.func, *grid.args, **{**grid.keywords, **new})
-
-
-def _contest(contestant: Any, model: ScoreModel, budgets: Sequence[int]) -> Iterator[tuple[int, Any]]:
-    """(budget, sampler) for each budget, or (budget, "refused: ...") where there is none."""
-    budgeted = isinstance(contestant, Mapping) or callable(contestant) or has_steps(contestant)
-    for budget in map(int, budgets) if budgeted else (UNBUDGETED,):
-        try:
-            solver = _of_budget(contestant, model, budget) if budgeted else contestant
-            getattr(solver, "check", lambda sde: None)(model.sde)
-        except Exception as error:
-            solver = _reason(error)
-        yield budget, solver
-
-
-def _of_budget(contestant: Any, model: ScoreModel, budget: int) -> Samples:
-    if isinstance(contestant, Mapping):
-        within = [calls for calls in contestant if calls <= budget]
-        if not within:
-            raise ValueError(
-                f"there are tables of {', '.join(map(str, sorted(contestant)))} calls, none within {budget}"
-            )
-        return contestant[max(within)]
-    return at_budget(contestant, model, budget) if isinstance(contestant, Sampler) else contestant(budget)
-
-
-def _reason(error: Exception) -> str:
-    """A status: the error in one line, ValueError and TypeError being refusals."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return (
-        f"refused: {line}" if isinstance(error, (ValueError, TypeError)) else f"failed: {type(error).__name__}: {line}"
-    )
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -359,13 +230,13 @@ def _run(bench: Bench, cells: Sequence[Cell], journal: Journal, processes: int, 
     limits = [Limit(*pair) for pair in sorted(wanted) if not bench.limit_path(*pair).exists()]
     with tqdm(total=len(limits) + len(cells), desc="comparing", delay=2, disable=not progress) as bar:
         for tasks in (limits, cells):
-            for found, row in _spread(bench, tasks, processes):
+            for found, row in _as_done(bench, tasks, processes):
                 if found:
                     journal.add(found, row)
                 bar.update()
 
 
-def _spread(bench: Bench, tasks: Sequence[Any], processes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _as_done(bench: Bench, tasks: Sequence[Any], processes: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """(key, row) of each task as it is done; in workers, that read the bench once from a file."""
     if processes == 1 or len(tasks) < 2:
         with _one_thread():
@@ -462,7 +333,7 @@ def _measure(bench: Bench, cell: Cell) -> dict[str, Any]:
         if witness is not None and not witness.drawn:
             row |= _endpoint_error(bench.limit_path(cell.model, cell.seed), x, stick)
     except Exception as error:
-        return row | {"status": _reason(error)}
+        return row | {"status": reason(error)}
     if cell.keep:
         shown = x if x.ndim == 2 else x[:16]
         _save(bench.folder / "samples" / f"{cell.key}.npy", shown)
@@ -542,114 +413,6 @@ def _table(cells: Sequence[Cell], journal: Journal, floors: Mapping[str, str]) -
     table = pd.DataFrame(rows, columns=columns)
     figures = [c for c in columns if c not in ("model", "sampler", "budget", "seed", "status", "cell")]
     return table.astype(dict.fromkeys(figures, float))
-
-
-def metrics_of(table: pd.DataFrame) -> list[str]:
-    """The names of the metrics in a table of `compare`."""
-    return [str(c).removesuffix("_floor") for c in table if str(c).endswith("_floor")]
-
-
-def by_metric(table: pd.DataFrame) -> pd.DataFrame:
-    """The table of `compare` with one row a run and metric: metric, value, floor and ratio = value / floor."""
-    names = metrics_of(table)
-    rest = table.drop(columns=[f"{m}{end}" for m in names for end in ("", "_floor", "_floor_std")])
-    parts = [rest.assign(metric=m, value=table[m], floor=table[f"{m}_floor"]) for m in names]
-    long = pd.concat(parts, ignore_index=True)
-    return long.assign(ratio=long["value"] / long["floor"])
-
-
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds, a row for each model, sampler and budget.
-
-    Columns: model, sampler, budget, seeds (how many runs were ok), status (the first that is not ok, else "ok"), nfe,
-    seconds, seconds_per_sample, endpoint_error, deterministic, and for each metric m: m, m_error (standard error over the
-    seeds), m_floor, m_floor_std and m_ratio = m / m_floor.
-    """
-    names = metrics_of(table)
-    groups = table.groupby(KEYS, sort=False)
-    means = groups[[c for c in table if table[c].dtype == float]].mean()
-    for m in names:
-        means.insert(means.columns.get_loc(m) + 1, f"{m}_error", groups[m].sem())
-        means.insert(means.columns.get_loc(f"{m}_floor_std") + 1, f"{m}_ratio", means[m] / means[f"{m}_floor"])
-    good = table["status"].eq("ok").groupby([table[k] for k in KEYS], sort=False).sum()
-    status = groups["status"].agg(lambda column: next((s for s in column if s != "ok"), "ok"))
-    means.insert(0, "seeds", good)
-    means.insert(1, "status", status)
-    return means.reset_index()
-
-
-def judge(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
-    """`summarise`, with a verdict: `excess`, the largest over the metrics of mean / goal, and `worst`, that metric.
-
-    Beside it `floors`, the largest over the metrics of mean / noise floor, and `near`, whether the floor alone would do as
-    the goal of every metric.
-
-    The goal of a metric is the largest of `within` times its noise floor; two standard errors of the floor above it,
-    which no set of samples is told apart from; and `within` times the best mean of any sampler on that model, where the
-    network and not the sampler sets the limit. A sampler is there when `excess` is at most 1. Empty runs have NaN; where
-    a seed diverged or failed it is infinite, whatever the others say.
-    """
-    summary, names = summarise(table), metrics_of(table)
-    best = summary.groupby("model")[names].transform("min")
-    seeds = summary["seeds"].clip(lower=1) ** 0.5
-    shares, near = {}, pd.Series(True, summary.index)
-    for m in names:
-        floor, noise = summary[f"{m}_floor"], 2 * summary[f"{m}_floor_std"] / seeds
-        own = np.maximum(within * floor, floor + noise)
-        shares[m] = summary[m] / np.maximum(own, within * best[m])
-        near &= ~(summary[m] > own)
-    share = pd.DataFrame(shares)
-    known = share.notna().any(axis=1)
-    summary["near"] = near & known
-    summary["floors"] = summary[[f"{m}_ratio" for m in names]].max(axis=1)
-    summary["excess"] = share.max(axis=1)
-    summary["worst"] = share[known].idxmax(axis=1).reindex(summary.index)
-    lost = known & summary["status"].str.startswith(("diverged", "failed"))
-    summary.loc[lost, ["near", "floors", "excess", "worst"]] = [False, math.inf, math.inf, "a lost run"]
-    return summary
-
-
-def ranking(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
-    """Which sampler gets there (see `judge`) with the fewest calls.
-
-    Returns:
-        A row for each model and sampler, the fewest calls first: `calls`, the fewest with which it is there (NaN where it
-        never is), and at that budget, or where the excess is smallest, `at` so many calls: `seconds_per_sample`,
-        `endpoint_error`, `excess`, the metric `worst` and `floors`.
-    """
-    summary = judge(table, within).dropna(subset="excess")
-    rows = []
-    for (model, sampler), own in summary.groupby(["model", "sampler"], sort=False):
-        there = own[own["excess"] <= 1].nsmallest(1, "nfe")
-        shown = there.iloc[0] if len(there) else own.loc[own["excess"].idxmin()]
-        calls = shown["nfe"] if len(there) else math.nan
-        figures = ["nfe", "seconds_per_sample", "endpoint_error", "excess", "worst", "floors"]
-        rows.append([model, sampler, calls, *shown[figures]])
-    columns = ["model", "sampler", "calls", "at", "seconds_per_sample", "endpoint_error", "excess", "worst", "floors"]
-    found = pd.DataFrame(rows, columns=columns)
-    place = found["model"].map({name: i for i, name in enumerate(dict.fromkeys(found["model"]))})
-    return (
-        found.assign(place=place).sort_values(["place", "calls", "excess"]).drop(columns="place").reset_index(drop=True)
-    )
-
-
-def winners(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
-    """Which sampler to take within each budget, of those that spend no more.
-
-    Returns:
-        A row for each model and budget: `sampler`, the one of the smallest `excess` (see `judge`), its `excess`, the
-        metric `worst`, its `floors`, and `equals`, the others that are there too, or within a tenth of it where it is not
-        there.
-    """
-    summary = judge(table, within).dropna(subset="excess")
-    held = summary[(summary["budget"] != UNBUDGETED) & (summary["nfe"] <= summary["budget"])]
-    rows = []
-    for (model, budget), runs in held.groupby(["model", "budget"], sort=False):
-        runs = runs.sort_values("excess")
-        best, others = runs.iloc[0], runs.iloc[1:]
-        equal = others[others["excess"] <= max(1.0, 1.1 * best["excess"])]["sampler"]
-        rows.append([model, budget, best["sampler"], *best[["excess", "worst", "floors"]], ", ".join(equal)])
-    return pd.DataFrame(rows, columns=["model", "budget", "sampler", "excess", "worst", "floors", "equals"])
 
 
 def load_samples(directory: str | Path, table: pd.DataFrame) -> dict[tuple[str, str, int], Tensor]:

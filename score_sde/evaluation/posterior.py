@@ -20,8 +20,10 @@ from torch import Tensor
 
 from score_sde import grid
 from score_sde.evaluation import affine
-from score_sde.evaluation.comparison import Samples, by_metric, compare
+from score_sde.evaluation.budgets import Samples
+from score_sde.evaluation.comparison import compare
 from score_sde.evaluation.metrics import Yardstick
+from score_sde.evaluation.verdicts import by_metric
 from score_sde.guidance import (
     DDRM,
     DPS,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import wholes
-from score_sde.evaluation.comparison import Samples
+from score_sde.evaluation.budgets import Samples
 from score_sde.evaluation.metrics import frechet_distance
 from score_sde.evaluation.posterior import KNOWING, METHODS, SAMPLERS, SOLVERS, Method, Solver
 from score_sde.guidance import MMPS, LinearOperator

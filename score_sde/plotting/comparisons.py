@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from score_sde.checks import one_of
-from score_sde.evaluation.comparison import metrics_of
+from score_sde.evaluation.verdicts import metrics_of
 from score_sde.plotting.canvas import (
     INK,
     LINES,

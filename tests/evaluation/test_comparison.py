@@ -31,8 +31,9 @@ from score_sde.evaluation import (
     summarise,
     winners,
 )
+from score_sde.evaluation.budgets import planned_calls
 from score_sde.evaluation.cells import Journal, fingerprint
-from score_sde.evaluation.comparison import COLUMNS, planned_calls
+from score_sde.evaluation.comparison import COLUMNS
 from score_sde.guidance import MMPS, Autoguidance, Matrix
 from score_sde.keyed import generator
 from score_sde.noise import NoiseSource
