@@ -107,14 +107,13 @@ def losses(run: Run) -> Figure:
     """
     metrics = run.metrics()
     excess = [name for name in metrics if str(name).startswith("fisher") or name == "irreducible"]
-    figure, axes = plotting.panels(2 if excess else 1, width=6, height=4)
-    plotting.loss_curves(axes[0, 0], metrics, legend=None)
+    figure, axes = plotting.panels(2 if excess else 1, width=7, height=4)
+    plotting.loss_curves(axes[0, 0], metrics)
     axes[0, 0].set_title("loss, weighted as in training")
     if excess:
-        plotting.loss_curves(axes[0, 1], metrics, columns=excess, legend=None)
+        plotting.loss_curves(axes[0, 1], metrics, columns=excess)
         axes[0, 1].set(title="unweighted: excess over the exact score (fisher), irreducible part",
                        ylabel="$E|n - n^*|^2 / d$ and $E|\\epsilon - n^*|^2 / d$")  # fmt: skip
-    plotting.legend_below(figure, plotting.QUARTILES)
     return figure
 
 
