@@ -157,31 +157,7 @@ def guided(config: DictConfig, run: Run, model: LearnedScore) -> ScoreModel:
     if not labels and "label" in model.condition_names and not does_without(run.config):
         raise ValueError("this network knows nothing without labels (objective.label_dropout=0 in its run): "
                          "give label=<number>, or several as label=[0,1,2]")  # fmt: skip
-    node: dict[str, Any] = OmegaConf.to_container(config.guidance, resolve=False)  # type: ignore[assignment]
-    others = [_other(node, run, model)] if "run" in node else []
-    if isinstance(node.get("negative"), int):
-        node["negative"] = {"label": node["negative"]}
-    method = build(node, run.trust)
-    kind = method.func if isinstance(method.func, type) else object  # a function guides too
-    if issubclass(kind, Observed):
-        raise ValueError(f"{method.func.__name__} restores observations: use scripts/edit.py for it; labels take "
-                         "guidance=classifier_free, classifier or autoguidance")  # fmt: skip
-    by_label = issubclass(kind, Classifier | ClassifierFree)
-    if by_label and not labels:
-        idle = {"scale": 1, "interval": None, "rescale": 0, "negative": None}
-        if others or any(node.get(name, value) != value for name, value in idle.items()):
-            raise ValueError(f"{method.func.__name__} guides towards a label: give label=<number>")
-        result: ScoreModel = model
-    else:
-        by_classifier = issubclass(kind, Classifier)
-        if others and isinstance(others[0], NoisyClassifier) != by_classifier:
-            wanted = "a classifier, a run of experiment=*_classifier" if by_classifier else "a score model"
-            raise ValueError(f"{method.func.__name__} takes {wanted}: {config.guidance.run} is none")
-        check_labels(labels, others[0] if by_classifier else model)
-        if issubclass(kind, ClassifierFree):
-            check_unconditional(run, float(node.get("scale", 1)), node.get("negative"))
-        check_labels(list((node.get("negative") or {}).values()), model)
-        result = method(model, *others)
+    result = _by_method(config.guidance, labels, run, model)
     if config.threshold is None:
         return result
     if not in_range(run.data().reference(1000).x):
@@ -189,6 +165,34 @@ def guided(config: DictConfig, run: Run, model: LearnedScore) -> ScoreModel:
             f"threshold={config.threshold} is for data in [-1, 1], those of {run.path} reach beyond: leave it out"
         )
     return DynamicThreshold(result, config.threshold)
+
+
+def _by_method(guidance: DictConfig, labels: list[int], run: Run, model: LearnedScore) -> ScoreModel:
+    """The model under a method of guidance; the model itself for one by label that nothing was asked of."""
+    node: dict[str, Any] = OmegaConf.to_container(guidance, resolve=False)  # type: ignore[assignment]
+    others = [_other(node, run, model)] if "run" in node else []
+    if isinstance(node.get("negative"), int):
+        node["negative"] = {"label": node["negative"]}
+    method = build(node, run.trust)
+    kind = method.func if isinstance(method.func, type) else object  # a function guides too
+    name = method.func.__name__
+    if issubclass(kind, Observed):
+        raise ValueError(f"{name} restores observations: use scripts/edit.py for it; labels take "
+                         "guidance=classifier_free, classifier or autoguidance")  # fmt: skip
+    if issubclass(kind, Classifier | ClassifierFree) and not labels:
+        unasked = {"scale": 1, "interval": None, "rescale": 0, "negative": None}
+        if others or any(node.get(option, value) != value for option, value in unasked.items()):
+            raise ValueError(f"{name} guides towards a label: give label=<number>")
+        return model
+    by_classifier = issubclass(kind, Classifier)
+    if others and isinstance(others[0], NoisyClassifier) != by_classifier:
+        wanted = "a classifier, a run of experiment=*_classifier" if by_classifier else "a score model"
+        raise ValueError(f"{name} takes {wanted}: {guidance.run} is none")
+    check_labels(labels, others[0] if by_classifier else model)
+    if issubclass(kind, ClassifierFree):
+        check_unconditional(run, float(node.get("scale", 1)), node.get("negative"))
+    check_labels(list((node.get("negative") or {}).values()), model)
+    return method(model, *others)
 
 
 def _other(node: dict[str, Any], run: Run, model: LearnedScore) -> LearnedScore:
