@@ -21,6 +21,7 @@ import output
 import pandas as pd
 import torch
 from command_line import listed
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -39,8 +40,47 @@ def main(config: DictConfig) -> None:
     for name, least in (("count", 2), ("draws", 1), ("bound", 0), ("probes", 1)):
         whole(name, config[name], least)
     one_of("dequantization", config.dequantization, ("uniform", "variational"))
-    data = run.data()
-    model = configs.model_of(run, config)
+    data, model = run.data(), configs.model_of(run, config)
+    sets, places = sets_of(config, data)
+    condition = conditions_of(run, data, config.count)
+    if condition and config.input is not None:
+        raise ValueError(f"the network of {run.path} is told each example's {' and '.join(condition)}, which is not known of "
+                         "examples of your own: leave input out")  # fmt: skip
+    bins = lattice(data)
+    if not bins and (config.dequantization, config.draws) != ("uniform", 1):
+        raise ValueError(f"dequantization and draws are for data that were integers, those of {run.path} are not: "
+                         "leave them out")  # fmt: skip
+    options = options_of(config, data)
+    dequantizer = fitted(model, data, condition, config.seed) if config.dequantization == "variational" else None
+    rows: list[pd.DataFrame] = []
+    for name, x in sets.items():
+        for i, part in enumerate(tqdm(x.split(config.batch_size), desc=name, delay=2)):
+            rows_of = slice(i * config.batch_size, i * config.batch_size + len(part))
+            here = part.to(model.device)
+            told = {key: value[rows_of].to(model.device) for key, value in condition.items()}
+            asked = options | {"seed": config.seed * 1_000_003 + i, "condition": told}
+            row = (
+                discrete(model, here, bins, config.draws, dequantizer, asked)
+                if bins
+                else real(model, here, data, asked)
+            )
+            if config.bound:
+                row |= bound(model, here, data, config.bound, asked["seed"], told)
+            row = {"index": places[name][rows_of]} | row
+            rows.append(pd.DataFrame({"set": name, **{key: value.cpu().numpy() for key, value in row.items()}}))
+    table = pd.concat(rows, ignore_index=True)
+    write_atomically(run.path / "likelihood.csv", table.to_csv(index=False))
+    column, label = ("bits_per_dim", "bits per dimension") if bins else ("log_prob", "log-density in nats")
+    figures.save(histogram(table, column, label), run.figures / "likelihood.png")
+    output.show(summary(table))
+    if bins and not data.dequantize:  # type: ignore[attr-defined]
+        print("\nthe run was trained without dequantisation: its density has a spike at each grey level, and bits_per_dim is "
+              "loose; take bound=64, or train with data.dequantize=true, as experiment=digits_likelihood does")  # fmt: skip
+    print(f"\n{run.path}: likelihood.csv, figures/likelihood.png")
+
+
+def sets_of(config: DictConfig, data: Data) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Examples by the name of their set, those of the user's own files too, and which rows of their array they are."""
     files = [] if config.input is None else [Path(str(name)) for name in listed(config.input)]
     usual = [] if files else ["shuffled", "inverted", "uniform"] if len(data.event_shape) == 3 else ["uniform"]
     ood = usual if config.ood is None else listed(config.ood)
@@ -48,56 +88,33 @@ def main(config: DictConfig) -> None:
     places = dict.fromkeys(sets, data.places("test") if isinstance(data, TensorData) else torch.arange(config.count))
     stems = [file.stem for file in files]
     mine = {file.stem if stems.count(file.stem) == 1 else str(file): own(file, data) for file in files}
-    sets, places = sets | mine, places | {name: torch.arange(len(x)) for name, x in mine.items()}
-    condition = conditions_of(run, data, config.count)
-    if condition and files:
-        raise ValueError(f"the network of {run.path} is told each example's {' and '.join(condition)}, which is not known of "
-                         "examples of your own: leave input out")  # fmt: skip
-    bins = lattice(data)
-    if not bins and (config.dequantization, config.draws) != ("uniform", 1):
-        raise ValueError(f"dequantization and draws are for data that were integers, those of {run.path} are not: "
-                         "leave them out")  # fmt: skip
-    options = {name: config[name] for name in ("divergence", "probes", "method", "rtol", "atol", "steps", "truncation")}
-    if options["divergence"] is None:
-        exact = len(torch.zeros(data.event_shape).flatten()) <= 16
-        options |= {"divergence": "exact", "probes": 1} if exact else {"divergence": "hutchinson"}
+    return sets | mine, places | {name: torch.arange(len(x)) for name, x in mine.items()}
 
-    dequantizer = None
-    if bins and config.dequantization == "variational":
-        codes = codes_of(data, "train", 256).to(model.device)
-        told = data.plain("train", slice(len(codes))).condition if condition else {}  # type: ignore[attr-defined]
-        dequantizer = (
-            GaussianDequantizer(data.event_shape)
-            .to(model.device)
-            .fit(model, codes, **bins, seed=config.seed, condition={name: told[name] for name in condition})
-        )
-    rows: list[pd.DataFrame] = []
-    for name, x in sets.items():
-        for i, part in enumerate(tqdm(x.split(config.batch_size), desc=name, delay=2)):
-            here, options["seed"] = part.to(model.device), config.seed * 1_000_003 + i
-            rows_of = slice(i * config.batch_size, i * config.batch_size + len(part))
-            options["condition"] = {key: value[rows_of].to(model.device) for key, value in condition.items()}
-            row = (
-                discrete(model, here, bins, config.draws, dequantizer, options)
-                if bins
-                else real(model, here, data, options)
-            )
-            if config.bound:
-                row |= bound(model, here, data, config.bound, options["seed"], options["condition"])
-            row = {"index": places[name][rows_of]} | row
-            rows.append(pd.DataFrame({"set": name, **{key: value.cpu().numpy() for key, value in row.items()}}))
-    table = pd.concat(rows, ignore_index=True)
-    write_atomically(run.path / "likelihood.csv", table.to_csv(index=False))
-    column, label = ("bits_per_dim", "bits per dimension") if bins else ("log_prob", "log-density in nats")
+
+def options_of(config: DictConfig, data: Data) -> dict[str, Any]:
+    """Those of `log_likelihood`; unless a divergence is given it is exact in 16 dimensions and fewer."""
+    names = ("divergence", "probes", "method", "rtol", "atol", "steps", "truncation")
+    options = {name: config[name] for name in names}
+    if config.divergence is None:
+        exact = math.prod(data.event_shape) <= 16
+        options |= {"divergence": "exact", "probes": 1} if exact else {"divergence": "hutchinson"}
+    return options
+
+
+def fitted(model: Any, data: Any, condition: dict[str, Tensor], seed: int) -> GaussianDequantizer:
+    """The dequantizer fitted to the first training examples, with their conditions of these names."""
+    first = data.plain("train", slice(256))
+    codes, told = integers(first.x, data.levels).to(model.device), {name: first.condition[name] for name in condition}
+    dequantizer = GaussianDequantizer(data.event_shape).to(model.device)
+    return dequantizer.fit(model, codes, **lattice(data), seed=seed, condition=told)
+
+
+def histogram(table: pd.DataFrame, column: str, label: str) -> Figure:
+    """A column of the table, set by set."""
     figure, axes = plotting.panels(1, width=7.5, height=4)
     values = {name: torch.tensor(v.to_numpy()) for name, v in table.groupby("set", sort=False)[column]}
     plotting.likelihood_histogram(axes[0, 0], values, label)
-    figures.save(figure, run.figures / "likelihood.png")
-    output.show(summary(table))
-    if bins and not data.dequantize:  # type: ignore[attr-defined]
-        print("\nthe run was trained without dequantisation: its density has a spike at each grey level, and bits_per_dim is "
-              "loose; take bound=64, or train with data.dequantize=true, as experiment=digits_likelihood does")  # fmt: skip
-    print(f"\n{run.path}: likelihood.csv, figures/likelihood.png")
+    return figure
 
 
 def lattice(data: Data) -> dict[str, float] | None:
@@ -112,7 +129,7 @@ def lattice(data: Data) -> dict[str, float] | None:
 def examples(data: Data, count: int, ood: list[str], generator: torch.Generator) -> dict[str, Tensor]:
     """Held-out examples, or of data that hold none out training examples, and sets out of distribution; integers stay."""
     bins = lattice(data)
-    x = codes_of(data, "test", count) if bins else data.reference(count).x
+    x = integers(data.plain("test", slice(count)).x, data.levels) if bins else data.reference(count).x  # type: ignore[attr-defined]
     sets = {"held out" if getattr(data, "has_test", True) else "training": x}
     for name in ood:
         if name == "shuffled":
@@ -158,11 +175,6 @@ def conditions_of(run: Run, data: Data, count: int) -> dict[str, Tensor]:
     print(f"densities given each example's {' and '.join(names)}, without which this network has not learnt to do")
     given = data.plain("test", slice(count)) if lattice(data) else data.reference(count)  # type: ignore[attr-defined]
     return {name: given.condition[name] for name in names}
-
-
-def codes_of(data: Any, part: str, count: int) -> Tensor:
-    """The first `count` examples of "train" or "test" as the integers that they were."""
-    return integers(data.plain(part, slice(count)).x, data.levels)
 
 
 def real(model: Any, x: Tensor, data: Data, options: dict[str, Any]) -> dict[str, Tensor]:
