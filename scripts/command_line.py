@@ -158,17 +158,17 @@ def _is_numeral(word: Any) -> bool:
 
 
 def _check_kind(key: str, known: DictConfig, config: DictConfig) -> None:
+    """Refuses another kind of value; whether a number may be null is for the `_target_` beside it to say."""
     value, default, home = _select(config, key), _select(known, key), key.rpartition(".")[0]
-    number, switch = isinstance(default, int | float), isinstance(default, bool)
+    switch = isinstance(default, bool)
+    number = isinstance(default, int | float) and not switch
     if value is None:
-        if (
-            number and not switch and "_target_" not in (_select(known, home) if home else known)
-        ):  # which says it itself
+        if number and "_target_" not in (_select(known, home) if home else known):
             raise ValueError(f"{key}=null is no number: give one such as {default:g}")
         return
     if switch and not isinstance(value, bool | int | float):
         raise ValueError(f"{key}={value!r} is neither true nor false")
-    if number and not switch and value != "auto":
+    if number and value != "auto":
         for one in listed(value):
             if isinstance(one, bool) or not isinstance(one, int | float):
                 words = ", which ${oc.decode:...} would read as one" if _is_numeral(one) else ""
