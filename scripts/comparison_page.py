@@ -1,0 +1,189 @@
+"""What scripts/compare.py says of its table, in words and figures, and the page that they are put on."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import configs
+import figures
+import page
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+
+from score_sde import plotting
+from score_sde.evaluation import judge, load_samples, ranking, winners
+from score_sde.evaluation.verdicts import metrics_of
+from score_sde.progress import tqdm
+from score_sde.training import write_atomically
+
+SHOWN = {"nfe": "calls", "seconds_per_sample": "s per sample", "endpoint_error": "endpoint error"}
+
+RULE = (
+    "A sampler is there when each metric is within 1.25 times its noise floor, within two standard errors of it, or within "
+    "1.25 times the best of any sampler on this model; excess: its worst metric over that goal; floors: its worst metric over "
+    "the noise floor; at: with so many calls; equals: others that are there too, or within a tenth of the best."
+)
+
+
+def heading(config: DictConfig, table: pd.DataFrame) -> tuple[str, str]:
+    what = f"run {config.run}" if config.run else f"{config.target._target_.rpartition('.')[2]}, exact score"
+    seeds = f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}"
+    count, good = len(table), int(table["status"].eq("ok").sum())
+    return (f"Samplers compared: {what}",
+            f"{table['sampler'].nunique()} samplers, budgets of {', '.join(map(str, config.budgets))} network calls, "
+            f"{seeds}, {config.num_samples} samples each: {count} runs, {good} without fault.")  # fmt: skip
+
+
+def write(
+    config: DictConfig, table: pd.DataFrame, summary: pd.DataFrame, reference: Any, folder: Path, absent: list[str]
+) -> None:
+    """report.html with all sections; every figure is also saved in the folder; samples are those of `output`."""
+    report = page.Page(*heading(config, table))
+    metrics = metrics_of(table)
+    report.add("What to take", page.bullets([*advice(table), *absent]),
+               page.table(winners(table), {"budget": "calls allowed"}, RULE),
+               page.folded("Every sampler: its fewest calls", page.table(ranking(table))))  # fmt: skip
+    drawn = [(name, *picture) for name, runs in table.groupby("model")
+             for picture in draw(runs, summary[summary["model"] == name], metrics)]  # fmt: skip
+    drawn += [(name, "samples", "Samples", "The first seed's samples: a row for each sampler, from the same starting noise, "
+               "below the data.", sheet)
+              for name, sheet in sheets(load_samples(config.output, table), reference, table)]  # fmt: skip
+    several = table["model"].nunique() > 1
+    for name, stem, title, caption, figure in tqdm(drawn, desc="figures", delay=2):
+        file = figures.save(figure, folder / (f"{name}_{stem}.png" if several else f"{stem}.png"))
+        report.add(f"{title}, {name} score" if several else title, page.picture(file, caption))
+    report.add("All numbers", page.text("Means over seeds. Click on a column's head to sort."),
+               page.table(shown(summary, metrics), SHOWN))  # fmt: skip
+    if len(faults(table)):
+        report.add("Refused, diverged, failed", page.table(faults(table)))
+    report.add("Settings", *settings(config))
+    write_atomically(folder / "report.html", report.html())
+
+
+def draw(runs: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Iterator[tuple[str, str, str, Figure]]:
+    """(file, title, caption, figure) for one model."""
+    points = " Points: means over seeds with their standard deviations." if runs["seed"].nunique() > 1 else ""
+    blue = f"Blue: deterministic samplers; orange: the others.{points}"
+    order = list(ranking(runs)["sampler"])
+    ordered = summary[summary["sampler"].isin(order)].sort_values(
+        "sampler", key=lambda names: names.map(order.index), kind="stable"
+    )
+    figure, axes = plotting.panels(
+        min(2, len(metrics)), -(-len(metrics) // 2), width=5.6, height=0.6 + 0.26 * len(order)
+    )
+    for ax, metric in zip(axes.flat, metrics, strict=False):
+        image = plotting.ratio_table(ax, ordered, metric=metric)
+        ax.set_title(plotting.METRIC_NAMES.get(metric, metric))
+    for ax in axes.flat[len(metrics) :]:
+        ax.set_axis_off()
+    plotting.colour_scale(image, axes, "noise floors", ticks=[1, 2, 5, 10])
+    yield ("ratios", "Over the noise floor", "Each metric divided by its value between exact draws; 1 is as good as exact "
+           "samples. Fewest calls first. ×: diverged or failed, –: refused. In brackets: calls of a solver that chooses "
+           "its own steps.", figure)  # fmt: skip
+    for metric in metrics:
+        name = plotting.METRIC_NAMES.get(metric, metric).replace("$", "").replace("_2", "2")
+        caption = f"{name}, lower is better. {blue} Band: the noise floor, between exact draws. Crosses: diverged."
+        yield (f"{metric}_calls", f"{name[0].upper()}{name[1:]} against calls", caption,
+               plotting.comparison_multiples(runs, metric=metric))  # fmt: skip
+        yield (f"{metric}_seconds", f"{name[0].upper()}{name[1:]} against seconds",
+               f"{blue} One thread; other work on the machine shows.",
+               plotting.comparison_multiples(runs, metric=metric, against="seconds_per_sample"))  # fmt: skip
+    if runs["endpoint_error"].notna().any():
+        yield ("endpoint_error", "Paired endpoint error", "Deterministic samplers: from the same starting noise, the root "
+               "mean square distance to where the converged probability-flow ODE ends, in standard deviations of the data. "
+               "The solver's error alone, without Monte Carlo noise.",
+               plotting.comparison_multiples(runs, metric="endpoint_error"))  # fmt: skip
+
+
+def sheets(
+    samples: Mapping[tuple[str, str, int], torch.Tensor], reference: Any, table: pd.DataFrame
+) -> Iterator[tuple[str, Figure]]:
+    """A sheet of panels for each model whose samples can be looked at: points in the plane, or images."""
+    for name in dict.fromkeys(model for model, _, _ in samples):
+        own = {(sampler, budget): x for (model, sampler, budget), x in samples.items() if model == name}
+        shape = tuple(next(iter(own.values())).shape[1:])
+        if shape == (2,) or (len(shape) == 3 and shape[0] in (1, 3)):
+            lost = table[(table["model"] == name) & (table["status"] != "ok")]
+            absent = {(r.sampler, r.budget): r.status.partition(":")[0] for r in lost.itertuples()}
+            yield name, plotting.sample_panels(own, reference, absent)
+
+
+def advice(table: pd.DataFrame) -> list[str]:
+    """What the table says to take, in words, for each model."""
+    lines = []
+    for name, runs in table.groupby("model", sort=False):
+        mark = f"{name} score: " if table["model"].nunique() > 1 else ""
+        order, verdicts = ranking(runs), judge(runs)
+        goal = "there" if verdicts["near"].any() else "within 1.25 times the best of them"
+        if goal != "there" and (verdicts["floors"] < math.inf).any():
+            lines.append(f"{mark}no sampler is near the noise floor: {nearest(verdicts)}.")
+        there = order.dropna(subset="calls")
+        if len(there) and (goal == "there" or len(order) > 1):
+            best = ", ".join(f"{r.sampler} ({r.calls:.0f})" for r in there.head(5).itertuples())
+            lines.append(f"{mark}{goal} with the fewest calls: {best}.")
+            quick = there.nsmallest(3, "seconds_per_sample")
+            listed = ", ".join(f"{r.sampler} ({duration(r.seconds_per_sample)} a sample)" for r in quick.itertuples())
+            lines.append(f"{mark}{goal} in the shortest time: {listed}.")
+        never = order[order["calls"].isna()]
+        if len(never):
+            listed = ", ".join(f"{r.sampler} (excess {r.excess:.3f}, by {r.worst})" for r in never.itertuples())
+            lines.append(f"{mark}not {goal} within any budget: {listed}.")
+        paired = verdicts.dropna(subset="endpoint_error")
+        paired = paired[paired["excess"] < math.inf]
+        budgets = sorted(set(runs["budget"]) - {0})
+        for budget in [b for b in (10, 20) if b in budgets] or budgets[:2]:
+            within = paired[paired["nfe"] <= budget]
+            if len(within):
+                best = within.loc[within["endpoint_error"].idxmin()]
+                lines.append(f"{mark}nearest to the converged ODE within {budget} calls: {best['sampler']}, "
+                             f"{best['endpoint_error']:.2g} data standard deviations with {best['nfe']:.0f}.")  # fmt: skip
+    return lines
+
+
+def nearest(verdicts: pd.DataFrame) -> str:
+    """Which of the runs comes nearest to the noise floor by its worst metric, and how near."""
+    best = verdicts.loc[verdicts["floors"].idxmin()]
+    worst = max(metrics_of(verdicts), key=lambda metric: best[f"{metric}_ratio"])
+    return f"the nearest, {best['sampler']} with {best['nfe']:.0f} calls, is at {best['floors']:.3g} floors by {worst}"
+
+
+def duration(seconds: float) -> str:
+    """Three digits in s, ms or µs."""
+    unit, size = next(((u, z) for u, z in (("s", 1.0), ("ms", 1e-3)) if seconds >= z), ("µs", 1e-6))
+    return f"{seconds / size:.3g} {unit}"
+
+
+def faults(table: pd.DataFrame) -> pd.DataFrame:
+    """What did not run, with its reason: model, sampler, budget, seeds and status."""
+    bad = table[table["status"] != "ok"]
+    return bad.groupby(["model", "sampler", "budget", "status"], sort=False)["seed"].size().reset_index(name="seeds")
+
+
+def shown(summary: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """The columns of the summary that a reader of the page wants."""
+    columns = ["sampler", "budget", "nfe", "seconds_per_sample", "endpoint_error", *metrics]
+    columns = [
+        *(["model"] if summary["model"].nunique() > 1 else []),
+        *columns,
+        *(f"{m}_ratio" for m in metrics),
+        "excess",
+    ]
+    return summary.loc[summary["seeds"] > 0, columns]
+
+
+def settings(config: DictConfig) -> list[str]:
+    versions = {name: version(name) for name in ("score_sde", "torch", "numpy", "scipy")}
+    machine = f"Python {platform.python_version()}, {platform.platform(terse=True)}, {platform.processor() or 'CPU'}"
+    listed = ", ".join(f"{name} {number}" for name, number in versions.items())
+    command = " ".join(["python", "scripts/compare.py", *map(shlex.quote, sys.argv[1:])])
+    own = dict(config) | ({"sde": configs.open_run(config).config.sde} if config.run else {})
+    return [page.code(command), page.text(f"{listed}; {machine}."), page.code(OmegaConf.to_yaml(own))]
