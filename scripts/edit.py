@@ -122,16 +122,21 @@ def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> E
     after, seen, shown = (column[rows.argsort()] for column in columns)
     name = method.func.__name__
     print(f"{name}: {calls} network calls a draw, {seconds:.1f} s")
+    tell(name, after, before, None if degraded else seen)
+    first = before.where(~before.isnan(), seen) if before.shape == seen.shape else shown
+    return before, after, {"input": first, "seen": shown} | numbered("draw", after)
+
+
+def tell(name: str, after: Tensor, before: Tensor, seen: Tensor | None) -> None:
+    """Prints whether draws (n, draws, ...) have diverged, and how near they are to inputs that were degraded to be `seen`."""
     far = (after.abs().flatten(2).amax(2) > 10 * max(1.0, float(before.nan_to_num().abs().max()))).sum()
     if far or not after.isfinite().all():
-        print(f"warning: {far} of {len(after) * config.draws} draws are far beyond the data: {name} has diverged; take a "
+        print(f"warning: {far} of {len(after) * after.shape[1]} draws are far beyond the data: {name} has diverged; take a "
               "weaker guidance, more steps (sampler.grid.steps=500), or guidance=mmps")  # fmt: skip
-    if not degraded:
+    if seen is not None:
         named = {"draws": after.flatten(0, 1), "their mean": after.mean(1), "pseudo-inverse": seen}
         for title, x in named.items():
             print(f"  PSNR of {title}: {psnr(x, before.repeat_interleave(len(x) // len(before), 0)):.2f} dB")
-    first = before.where(~before.isnan(), seen) if before.shape == seen.shape else shown
-    return before, after, {"input": first, "seen": shown} | numbered("draw", after)
 
 
 def method_of(config: DictConfig, run: Run, model: ScoreModel) -> partial[Any]:
