@@ -204,3 +204,10 @@ def test_wrong_inputs_are_refused_in_one_line(run: Path, arguments: list[str], m
         run_edit(run, *arguments)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_draws_that_are_not_finite_are_counted_as_diverged(capsys: pytest.CaptureFixture[str]) -> None:
+    after = torch.zeros(2, 3, 1, 4, 4)
+    after[0, 1], after[1, 2, 0, 0, 0] = 50, torch.nan
+    edit.tell("DPS", after, torch.zeros(2, 1, 4, 4), None)
+    assert "warning: 2 of 6 draws are far beyond the data: DPS has diverged" in capsys.readouterr().out
