@@ -162,8 +162,8 @@ def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:
             found[name] = contestant(node, config)
         except tuned_tables.NoTablesError as error:
             absent.append(f"{name} is left out: {error}")
-    if absent and not found:
-        raise ValueError(absent[0])
+    if not found:
+        raise ValueError(absent[0] if absent else "samplers=[] leaves nothing to compare: give names of conf/sampler")
     return found, absent
 
 

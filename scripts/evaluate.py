@@ -91,6 +91,8 @@ def write(
 def _sampler_nodes(config: DictConfig, run: Run) -> dict[str, DictConfig]:
     """Of the one `sampler` that is given, or of those that the settings name."""
     if "sampler" not in config:
+        if run.config.evaluation.samplers == []:
+            raise ValueError("there is no sampler to evaluate: give sampler=<name>, or several as samplers=[heun,ode]")
         return configs.sampler_nodes(run.config, run.path, config.step)
     if config.samplers is not None:
         raise ValueError("give either sampler=<one> with its settings, or samplers=[<names>]")

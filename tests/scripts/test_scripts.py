@@ -266,6 +266,12 @@ WRONG = {
     "no such checkpoint": ("sample", ["run={run}", "step=77"], "none of step 77"),
     "nothing to compare": ("compare", [], "either run=<directory> or target=<name>"),
     "no budget": ("compare", ["run={run}", "budgets=[0]"], "a whole number budgets >= 1, got budgets=0"),
+    "no sampler to compare": ("compare", ["run={run}", "samplers=[]"], "samplers=[] leaves nothing to compare"),
+    "no sampler to evaluate": (
+        "evaluate",
+        ["run={run}", "samplers=[]"],
+        "give sampler=<name>, or several as samplers=",
+    ),
     "no sweep": ("report", ["nowhere"], "folder 'nowhere' does not exist"),
     "no sweep named": ("report", [], "no folder is given: give the folder of a sweep"),
     "one beta": ("train", ["trainer.betas=[0.9]"], "betas=[0.9] must be two numbers in [0, 1)"),
