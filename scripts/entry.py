@@ -61,12 +61,12 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
 
 def _start(job: Callable[[DictConfig], Any], config_name: str, full_error: bool) -> None:
     """Hydra over the job, or over each job of a sweep."""
-    if {"-h", "--help"} & {*sys.argv[1:]}:
-        print((CONF / f"{config_name}.yaml").read_text())
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         with _environment():
             join()
+            if {"-h", "--help"} & {*sys.argv[1:]}:
+                print((CONF / f"{config_name}.yaml").read_text())
             if {"-m", "--multirun"} & {*sys.argv[1:]}:
                 idle(sys.argv[1:], ["hydra.run.dir"], "in a sweep, whose folder is hydra.sweep.dir")
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
@@ -168,6 +168,8 @@ def refusal(error: BaseException) -> str | int:
     Where nobody reads stdout any more, as after `| head`, there is nothing to say: the shell's status for that.
     """
     try:
+        if isinstance(error, BrokenPipeError):  # of a stdout without a buffer
+            raise error
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,3 +120,12 @@ def test_options_that_do_nothing_are_refused_by_their_first_part() -> None:
         with pytest.raises(ValueError, match="does nothing here: leave it out"):
             command_line.idle([override], ["target"], "here")
     command_line.idle(["targets=1", "evaluation.target=1"], ["target"], "here")
+
+
+def test_help_that_nobody_reads_ends_without_a_word() -> None:
+    end, pipe = os.pipe()
+    os.close(end)  # as `| head` does once it has its lines
+    command = [sys.executable, "-u", str(Path(entry.__file__).with_name("sample.py")), "--help"]
+    done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
