@@ -206,6 +206,12 @@ def _refuse_noiseless(sde: SDE, t: Tensor) -> None:
         raise ValueError(f"{sde!r} is not defined at t={t[lost][0]:g}: its times are {sde.t_min:g} to {sde.t_max:g}")
 
 
+def _event_shape(given: Sequence[int]) -> tuple[int, ...]:
+    if not len(given):
+        raise ValueError("an event has one dimension at least: numbers are vectors of length 1, event_shape=(1,)")
+    return tuple(given)
+
+
 def is_batched(t: Time) -> bool:
     """Whether t needs tensor arithmetic: a time per sample, one on a device, or one that gradients flow through."""
     return isinstance(t, Tensor) and (t.ndim > 0 or t.device.type != "cpu" or t.requires_grad)
@@ -256,15 +262,13 @@ class LearnedScore(nn.Module, ScoreModel):
     ) -> None:
         super().__init__()
         _check_sde(sde)
-        if isinstance(event_shape, Sequence) and not len(event_shape):
-            raise ValueError("an event has one dimension at least: numbers are vectors of length 1, event_shape=(1,)")
         if not isinstance(network, nn.Module) or not isinstance(event_shape, Sequence):
             raise TypeError("LearnedScore(network, sde, parameterization, event_shape) takes a torch.nn.Module and a tuple "
                             f"such as (2,), got {type(network).__name__} and {event_shape!r}")  # fmt: skip
         if not isinstance(parameterization, Parameterization):
             raise TypeError(f"a parameterization is an object, e.g. Karras(sigma_data=0.5); got {parameterization!r}")
         self.network, self.sde, self.parameterization = network, sde, parameterization
-        self.event_shape = tuple(event_shape)
+        self.event_shape = _event_shape(event_shape)
         forward = getattr(network, "_orig_mod", network).forward
         try:
             inspect.signature(forward).bind_partial(None, None)
@@ -380,6 +384,8 @@ class ExactScore(ScoreModel):
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(real("x", x).shape, condition)
+        if is_batched(t):
+            expand(as_time(t), x)  # refuses another shape
         alpha, sigma = _level(self.sde, t)
         return Prediction(x, self.target.denoise(x, alpha, sigma), alpha, sigma)
 
@@ -428,7 +434,7 @@ class FunctionScore(ScoreModel):
         if not callable(function):
             raise TypeError(f"FunctionScore(function, sde, event_shape) takes a function (x, t), got {function!r}")
         _check_sde(sde)
-        self.function, self.sde, self.event_shape = function, sde, tuple(event_shape)
+        self.function, self.sde, self.event_shape = function, sde, _event_shape(event_shape)
         self.gives = one_of("gives", gives, ("score", "denoised", "noise", "velocity"))
         self.data_std = number("data_std", data_std, above=0)
         self.condition_names = _named(function)

@@ -288,7 +288,9 @@ class Empirical(Target):
         if not data.is_floating_point():
             raise TypeError(f"Empirical takes real-valued data, got {data.dtype}: scale it (and dequantise it) first")
         if data.ndim < 2 or len(data) == 0:
-            raise ValueError(f"data has shape (n, *event_shape) with n >= 1, got {tuple(data.shape)}")
+            raise ValueError(
+                f"data has shape (n, *event_shape) with n >= 1, of numbers (n, 1); got {tuple(data.shape)}"
+            )
         if not torch.isfinite(data).all():
             raise ValueError("data has values that are not finite: remove them first")
         if not 0 <= bandwidth < math.inf:

@@ -273,6 +273,23 @@ def test_a_time_beyond_the_process_is_refused(make_model):
         make_model(RectifiedFlow())(torch.zeros(2, 2), 2.0)
 
 
+@pytest.mark.parametrize("model", [learned(VPSDE()), ExactScore(make("ring"), VPSDE())], ids=["learned", "exact"])
+def test_times_of_another_batch_are_refused(model):
+    for t in (torch.rand(4), torch.rand(3, 1)):
+        with pytest.raises(ValueError, match=r"per-sample value has shape \(\) or \(3,\) here, not"):
+            model(torch.zeros(3, 2), t)
+
+
+def test_a_number_is_a_vector_of_length_one():
+    """An event without dimensions would sample by some samplers and fail within others."""
+    for make_model in (
+        lambda: FunctionScore(torch.sin, VPSDE(), ()),
+        lambda: LearnedScore(Affine(), VPSDE(), Noise(), ()),
+    ):
+        with pytest.raises(ValueError, match=r"vectors of length 1, event_shape=\(1,\)"):
+            make_model()
+
+
 @pytest.mark.parametrize("gives", ["score", "denoised", "noise", "velocity"])
 def test_a_function_is_a_model_of_what_it_gives_with_one_time_or_one_for_each_sample(sde, gives):
     exact, x = (

@@ -281,7 +281,7 @@ def test_images_are_data_too():
         (lambda: GaussianMixture([1.0], [[0.0]], [[[math.nan]]]), "finite"),
         (lambda: GaussianMixture([1.0], [[0.0, 0.0]], [[[1.0, 0.5], [0.0, 1.0]]]), "symmetric"),
         (lambda: GaussianMixture([1.0], [[0.0]], [[[-1.0]]]), "semi-definite"),
-        (lambda: Empirical(torch.zeros(3)), r"\(n, \*event_shape\)"),
+        (lambda: Empirical(torch.zeros(3)), r"\(n, \*event_shape\) with n >= 1, of numbers \(n, 1\); got \(3,\)"),
         (lambda: Empirical(torch.zeros(0, 2)), "n >= 1"),
         (lambda: Empirical(torch.tensor([[math.inf]])), "not finite"),
         (lambda: Empirical(torch.zeros(1, 2), bandwidth=-1.0), "bandwidth"),

@@ -278,7 +278,9 @@ def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:
 def _check_scale(x: Tensor, dequantize: bool | None, levels: int) -> None:
     """Refuses, with ValueError, examples that no density or no model can be of, and a `dequantize` that does not fit them."""
     if x.ndim < 2 or x.numel() == 0:
-        raise ValueError(f"x of shape {tuple(x.shape)}: give (N, *event) with at least one example")
+        raise ValueError(
+            f"x of shape {tuple(x.shape)}: give (N, *event) with at least one example; of numbers, x[:, None]"
+        )
     if x.is_complex():
         raise ValueError(
             f"x is {x.dtype}: give real numbers, e.g. torch.view_as_real(x), parts in a dimension of their own"

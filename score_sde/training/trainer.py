@@ -248,6 +248,7 @@ class Trainer:
         self.check(model, data, time_sampler)
         _warn_of_cancellation(model)
         _warn_of_start(model)
+        _warn_of_end(model)
         _warn_of_scales(data, self.batch_size)
         if isinstance(objective, type) or not callable(objective):
             raise TypeError(f"objective is an Objective, such as DenoisingScoreMatching(), got {objective!r}")
@@ -383,6 +384,15 @@ def _warn_of_start(model: LearnedScore) -> None:
         warnings.warn(f"sampling starts with a spread of {sde.prior_std:.3g} at t_max, where data of standard deviation "
                       f"{model.data_std:.3g} have {spread:.3g}: samples will be too narrow; standardise the data, or raise "
                       "the greatest noise level", stacklevel=3)  # fmt: skip
+
+
+def _warn_of_end(model: LearnedScore) -> None:
+    """Warns where Tweedie's formula at t_min, which leaves v / sqrt(v + s^2) of a spread sqrt(v), takes over a twentieth."""
+    share = math.hypot(1, (least := model.sde.noise_level_range[1]) / model.data_std)
+    if share > 1.05:
+        warnings.warn(f"the least noise level is {least:.3g}, where data have a standard deviation of {model.data_std:.3g}: "
+                      f"samples will be {share:.3g} times too narrow, or with that noise too wide; standardise the data, or "
+                      "lower the least noise level", stacklevel=3)  # fmt: skip
 
 
 def _warn_of_scales(data: Data, count: int) -> None:

@@ -211,7 +211,7 @@ def test_digits_are_the_real_ones():
         ),
         (lambda: TensorData(torch.zeros(4, 2), torch.tensor([0, -1, 2, 1])), r"shape \(4,\), the least -1"),
         (lambda: TensorData(torch.zeros(0, 2)), "at least one example"),
-        (lambda: TensorData(torch.zeros(4)), r"give \(N, \*event\)"),
+        (lambda: TensorData(torch.zeros(4)), r"give \(N, \*event\) .* of numbers, x\[:, None\]"),
         (lambda: TensorData(torch.zeros(4, 2), torch.zeros(4)), "labels must be 4 integers"),
         (lambda: TensorData(torch.zeros(4, 2), torch.zeros(3, dtype=torch.long)), "labels must be 4 integers"),
         (lambda: TensorData(torch.zeros(4, 2), held_out=1.0), "held_out=1.0"),

@@ -467,6 +467,15 @@ def test_a_start_that_is_narrower_than_the_data_is_said_before_training():
         tiny.trainer(1).fit(usual, data, DenoisingScoreMatching(), UniformTimes())
 
 
+def test_data_narrower_than_the_least_noise_are_said_before_training():
+    """Tweedie's formula at s leaves v / sqrt(v + s^2) of a spread sqrt(v): VE's 0.01 over data of 0.01 leaves 1 / sqrt(2)."""
+    data, narrow = tiny.data(), LearnedScore(MLP((2,)), sdes.VESDE(), Karras(0.01), (2,))
+    with pytest.warns(
+        UserWarning, match=r"is 0.01, where data have a standard deviation of 0.01: samples will be 1.41 times"
+    ):
+        tiny.trainer(1).fit(narrow, data, DenoisingScoreMatching(), UniformTimes())
+
+
 @pytest.mark.parametrize(
     ("event", "scales", "says"),
     [
