@@ -109,8 +109,8 @@ def log_likelihood(
         model: the score model; a network should be in evaluation mode.
         x: real-valued data, shape (batch, *event_shape). Closed-form models deserve float64.
         divergence: "exact" (one vector-Jacobian product a dimension), "hutchinson" (Rademacher probes, unbiased but for
-            the truncation, which is not linear in the trace) or "hutch++" (the trace within a sketched range,
-            Hutchinson for the rest; Meyer et al. 2021, algorithm 1).
+            the truncation, which is not linear in the trace) or "hutch++" (the trace within a sketched range and
+            normalised probes for the rest: three products a probe, for less variance; Meyer et al. 2021, algorithm 1).
         probes: random vectors a sample, fixed along its path; two or more give a standard error.
         method: "dopri5", "tsit5" or "bosh3", on the device, with an error and a step size for each sample, which no
             companion changes; one of scipy's adaptive solvers (RK45, DOP853, ...), which control the error of the batch

@@ -59,17 +59,18 @@ class Hutchinson(Trace):
 
 
 class HutchPlusPlus(Trace):
-    """d - tr(Q^T B Q) - g^T P B P g, B = 1 - J, P = 1 - Q Q^T: for a J that is the identity but for a few directions.
+    """tr(Q^T J Q) + (d - k) g^T P J P g / |P g|^2, P = 1 - Q Q^T of rank d - k, for J near a multiple of 1.
 
-    Under strong noise the Jacobian of sigma n is such a J, with B the denoiser's own. Q spans B^T times the first half of
-    the standard normal probes (2 count, batch, d); g are the signs of the others. The sketch Q is not made of signs: in few
-    dimensions two of them may coincide, and Q would then hold a direction of round-off.
-    Source: Meyer et al. 2021, arXiv:2010.09649, algorithm 1.
+    The Jacobian of sigma n is 1 but for a few directions under strong noise, and 0 without noise. Q spans 1 - J^T, of the
+    denoiser, times the first half of the standard normal probes (2 count, batch, d); g are the others. P g / |P g| is
+    uniform on its sphere: unbiased, and without variance where J is a multiple of 1 on it. Signs would not be uniform, and
+    in few dimensions two of them may coincide, of which Q would hold a direction of round-off.
+    Source: Meyer et al. 2021, arXiv:2010.09649, algorithm 1; the norm: Epperly et al. 2024, arXiv:2301.07825.
     """
 
     def __init__(self, probes: Tensor) -> None:
         self.count = len(probes) // 2
-        self.sketch, self.g = probes[: min(self.count, probes.shape[2])], probes[self.count :].sign()
+        self.sketch, self.g = probes[: min(self.count, probes.shape[2])], probes[self.count :]
 
     def __call__(self, pull: Pull, ids: Tensor) -> Tensor:
         jacobian = torch.func.vmap(pull)
@@ -77,5 +78,6 @@ class HutchPlusPlus(Trace):
         q = torch.linalg.qr((sketch - jacobian(sketch)).movedim(0, 2))[0].movedim(2, 0)
         inside = (q * jacobian(q)).sum((0, 2), dtype=torch.float64)
         rest = g - torch.einsum("qbd,qbe,pbe->pbd", q, q, g)
-        outside = (rest * jacobian(rest)).sum(2, dtype=torch.float64) - rest.square().sum(2, dtype=torch.float64)
-        return (inside + g.shape[2] - len(q) + outside).T
+        squares = rest.square().sum(2, dtype=torch.float64).clamp_min(torch.finfo(rest.dtype).tiny)
+        outside = (g.shape[2] - len(q)) / squares * (rest * jacobian(rest)).sum(2, dtype=torch.float64)
+        return (inside + outside).T
