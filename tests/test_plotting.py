@@ -626,3 +626,7 @@ def test_refusals(ax: Axes) -> None:
         plotting.density(ax, torch.full((4, 2), math.nan))
     with pytest.raises(ValueError, match=r"a trajectory has shape .* got \(1, 4, 2\)"):
         plotting.trajectories(ax, torch.zeros(1, 4, 2))
+    with pytest.raises(TypeError, match=r"`result\.trajectory` of sample\(\.\.\., trajectory=True\), got NoneType"):
+        plotting.trajectories(ax, None)
+    with pytest.raises(TypeError, match=r"x is a tensor, got ndarray: torch\.as_tensor makes one"):
+        plotting.density(ax, np.zeros((4, 2)))

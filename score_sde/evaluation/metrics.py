@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from score_sde.checks import whole
+from score_sde.checks import tensor, whole
 from score_sde.targets import GaussianMixture, Target
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -333,7 +333,7 @@ def _draw_pair(reference: Target | Tensor, n: int, generator: torch.Generator) -
 
 def _flat(x: Tensor) -> Tensor:
     """Finite samples as float64 of shape (n, D)."""
-    if x.ndim < 2 or len(x) == 0:
+    if tensor("x", x).ndim < 2 or len(x) == 0:
         raise ValueError(f"samples have shape (n, *event_shape) with n >= 1, got {tuple(x.shape)}")
     x = x.detach().double().flatten(1)
     broken = int((~x.isfinite().all(dim=1)).sum())
@@ -344,7 +344,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Two sets of finite samples of one event shape, flat in float64 on one device."""
-    if x.shape[1:] != y.shape[1:]:
+    if tensor("x", x).shape[1:] != tensor("y", y).shape[1:]:
         raise ValueError(f"samples to compare have one event shape, got {tuple(x.shape[1:])} and {tuple(y.shape[1:])}")
     x = _flat(x)
     return x, _flat(y).to(x.device)

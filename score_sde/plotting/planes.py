@@ -18,6 +18,7 @@ from matplotlib.quiver import Quiver
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from score_sde.checks import tensor
 from score_sde.evaluation.diagnostics import field_error
 from score_sde.plotting.canvas import INK, LEGEND, LINES, TIME, Limits, colour_scale, frame, note, panels
 from score_sde.score import ExactScore, ScoreModel
@@ -270,9 +271,9 @@ def trajectory_comparison(
 
 def _points(x: Target | Tensor) -> Tensor:
     """Finite points (n, 2) on the CPU: those given, or 4,096 draws of a target."""
-    if not isinstance(x, Tensor):
+    if hasattr(x, "sample"):
         x = x.sample((4096,), generator=torch.Generator().manual_seed(0))
-    if x.shape[-1] != 2 or x.ndim < 2:
+    if tensor("x", x).ndim < 2 or x.shape[-1] != 2:
         raise ValueError(f"plane plots take points of shape (..., 2), got {tuple(x.shape)}")
     x = x.detach().float().cpu().reshape(-1, 2)
     x = x[x.isfinite().all(dim=1)]
@@ -294,6 +295,9 @@ def _number_of(x: Target | Tensor) -> str:
 
 
 def _trajectory(trajectory: Tensor) -> Tensor:
+    if not isinstance(trajectory, Tensor):
+        raise TypeError("a trajectory is the tensor `result.trajectory` of sample(..., trajectory=True), got "
+                        f"{type(trajectory).__name__}")  # fmt: skip
     if trajectory.ndim != 3 or trajectory.shape[-1] != 2 or len(trajectory) < 2:
         raise ValueError(f"a trajectory has shape (steps >= 2, batch, 2), got {tuple(trajectory.shape)}")
     return trajectory.detach().float().cpu()

@@ -252,6 +252,8 @@ def test_refusals_name_the_fix() -> None:
         metrics.sliced_w2(broken, x)
     with pytest.raises(ValueError, match="one event shape"):
         metrics.w2(x, x[:, :1])
+    with pytest.raises(TypeError, match=r"y is a tensor, got ndarray: torch\.as_tensor makes one"):
+        metrics.mmd(x, x.numpy())
     with pytest.raises(ValueError, match="unknown metric 'fid'; for this reference: sliced_w2"):
         Yardstick(x, 5, generator=generator(), metrics=["fid"])
     with pytest.raises(ValueError, match="unknown metric 'mode_spread'"):
