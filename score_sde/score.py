@@ -298,6 +298,10 @@ class LearnedScore(nn.Module, ScoreModel):
             vars(self)["_weight"] = next((p for p in value.parameters() if p.is_floating_point()), None)
         super().__setattr__(name, value)
 
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        self._levels.clear()  # of a schedule that is learnt
+        return super().load_state_dict(*args, **options)
+
     def compile(self, *args: Any, **options: Any) -> None:
         """Compiles the network, in place; what is around it looks coefficients up by time and is no work."""
         self.network.compile(*args, **options)

@@ -136,12 +136,12 @@ class SDE(ABC):
     @property
     def half_log_snr_range(self) -> tuple[float, float]:
         """lambda where sampling starts and where it ends: (lambda(t_max), lambda(t_min))."""
-        return float(self.half_log_snr(self.t_max)), float(self.half_log_snr(self.t_min))
+        return self.half_log_snr(self.t_max).item(), self.half_log_snr(self.t_min).item()
 
     @property
     def noise_level_range(self) -> tuple[float, float]:
         """s where sampling starts and where it ends: (s(t_max), s(t_min))."""
-        return float(self.noise_level(self.t_max)), float(self.noise_level(self.t_min))
+        return self.noise_level(self.t_max).item(), self.noise_level(self.t_min).item()
 
     def time_at(self, half_log_snr: Time) -> Tensor:
         """The time t at which lambda(t) takes the given value; the inverse of `half_log_snr`.
@@ -184,7 +184,7 @@ class SDE(ABC):
     @property
     def prior_std(self) -> float:
         """Standard deviation of the prior, by default sigma(t_max)."""
-        return float(self.sigma(self.t_max))
+        return self.sigma(self.t_max).item()
 
     def prior(self, event_shape: Sequence[int]) -> Independent:
         """The law N(0, prior_std^2 I) from which sampling starts, as a `torch.distributions` object."""

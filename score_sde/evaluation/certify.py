@@ -515,6 +515,7 @@ def counted_calls(step: Step, sde: SDE, moves: int = 4) -> tuple[float, bool]:
     return evaluate.calls / moves, bool(drawn)
 
 
+@torch.no_grad()
 def certify(
     step: Step, sde: SDE | None = None, name: str | None = None, budgets: Sequence[int] = BUDGETS
 ) -> Certificate:

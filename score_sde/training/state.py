@@ -59,6 +59,7 @@ def joined(parts: Sequence[Losses]) -> Losses:
     return Losses(torch.cat([part.loss for part in parts]), diagnostics)
 
 
+@torch.no_grad()
 def _coefficients(model: LearnedScore) -> Tensor:
     """What SDE and parameterization do at nine times: alpha, sigma, c_in, c_skip, c_out and c_noise."""
     sde = model.sde
@@ -247,16 +248,16 @@ class TrainingState:
                 raise ValueError(
                     f"{name}={given}, but the run was started with {state[name]}: resume it with that value"
                 )
-        own = _coefficients(self.model)
-        if not torch.allclose(state.get("coefficients", own), own, rtol=1e-6, atol=0):
-            was, now = " and ".join(state["process"]), f"{self.model.sde!r} and {self.model.parameterization!r}"
-            raise ValueError(f"the run was started with {was}, not with {now}: resume it so, or choose a new directory")
         if ("muon" in state) != (self.optimizer.muon is not None):
             was = "muon" if "muon" in state else "adamw"
             raise ValueError(f"optimizer={self.trainer.optimizer}, but the run was started with {was}: resume it so")
         for name, average in self.averages.items():
             self._load(average.tensors, checkpoints.weights(step, ema=name))
         self._load(self.place.held, checkpoints.weights(step, ema=False))  # last, for it fills the model itself
+        own = _coefficients(self.model)  # which may be learnt
+        if not torch.allclose(state.get("coefficients", own), own, rtol=1e-6, atol=0):
+            was, now = " and ".join(state["process"]), f"{self.model.sde!r} and {self.model.parameterization!r}"
+            raise ValueError(f"the run was started with {was}, not with {now}: resume it so, or choose a new directory")
         for name, part in self.optimizer.parts.items():
             part.load_state_dict(self._converted(state[name], self.place.part))
         if self.loss_scale is not None and "loss_scale" in state:

@@ -191,6 +191,14 @@ class Trainer:
                 raise TypeError(
                     f"{name} is a {kind.__name__}, got {part if isinstance(part, type) else type(part)!r}{fix}"
                 )
+        learnt = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if not learnt:
+            raise ValueError("no parameter of the model is trained: model.requires_grad_(True) first, as one that Run.model "
+                             "or load gives is frozen")  # fmt: skip
+        outside = [name for name in learnt if not name.startswith("network.")]
+        if outside and distributed.count() > 1:
+            raise ValueError(f"{outside[0]} is learnt outside the network, and several processes share the gradients of the "
+                             "network alone: train on one, or freeze it, .requires_grad_(False)")  # fmt: skip
         parts = distributed.count() * self.accumulate
         if self.batch_size % parts:
             raise ValueError(
@@ -368,9 +376,9 @@ class _Home:
 def _warn_of_cancellation(model: LearnedScore) -> None:
     """Warns where samples start at times at which D = c_skip x + c_out F is a small difference of large numbers."""
     t_max = torch.tensor(model.sde.t_max, dtype=torch.float64)
-    size = abs(float(model.parameterization.row(model.sde, t_max).c_skip)) * model.sde.prior_std / model.data_std
+    size = abs(model.parameterization.row(model.sde, t_max).c_skip.item()) * model.sde.prior_std / model.data_std
     if size > 1000:
-        kind, alpha = type(model.parameterization).__name__, float(model.sde.alpha(t_max))
+        kind, alpha = type(model.parameterization).__name__, model.sde.alpha(t_max).item()
         warnings.warn(f"where samples start (alpha={alpha:.2g} at t_max) an error of the {kind} prediction is {size:,.0f} "
                       "times as large in x_0, and some samples will end far away: take parameterization=velocity or karras",
                       stacklevel=3)  # fmt: skip
@@ -379,7 +387,7 @@ def _warn_of_cancellation(model: LearnedScore) -> None:
 def _warn_of_start(model: LearnedScore) -> None:
     """Warns where the prior lacks more than a twentieth of the spread that data of this size have at t_max."""
     sde = model.sde
-    spread = math.hypot(float(sde.alpha(sde.t_max)) * model.data_std, float(sde.sigma(sde.t_max)))
+    spread = math.hypot(sde.alpha(sde.t_max).item() * model.data_std, sde.sigma(sde.t_max).item())
     if spread > 1.05 * sde.prior_std:
         warnings.warn(f"sampling starts with a spread of {sde.prior_std:.3g} at t_max, where data of standard deviation "
                       f"{model.data_std:.3g} have {spread:.3g}: samples will be too narrow; standardise the data, or raise "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,3 +167,9 @@ def test_numbers_that_are_none_are_named() -> None:
     for build in (lambda: AdaptiveODE(rtol="a"), lambda: partial(grid.karras, steps=5, rho="a")(VPSDE())):
         with pytest.raises(ValueError, match="give a number"):
             build()
+
+
+def test_training_a_frozen_model_is_refused(tmp_path: Path) -> None:
+    """`Run.model` and `load` give one: for fine-tuning, requires_grad_ thaws it."""
+    with pytest.raises(ValueError, match="no parameter of the model is trained"):
+        tiny.train(tmp_path, model=tiny.model().requires_grad_(False))
