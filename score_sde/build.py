@@ -109,6 +109,7 @@ def trusted(target: Any, trust: Sequence[str] = ()) -> Callable[..., Any]:
 
     Raises ValueError for anything else, ImportError where there is nothing of that name.
     """
+    trust = (trust,) if isinstance(trust, str) else trust
     if isinstance(target, str) and _within(target, ("score_sde", "torch.nn", *trust)):
         found = _located(target)
         home = getattr(found, "__module__", None) or ""

@@ -45,7 +45,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path, trust: Sequence[str] = ()) -> None:
-        self.path, self.trust = Path(path), tuple(trust)
+        self.path, self.trust = Path(path), (trust,) if isinstance(trust, str) else tuple(trust)
         self.checkpoints = Checkpoints(self.path / "checkpoints")
 
     @classmethod

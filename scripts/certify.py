@@ -40,6 +40,9 @@ def main(config: DictConfig) -> None:
     found = discover()
     if config.steps is not None:
         found = {one_of("a step", name, found): found[name] for name in listed(config.steps)}
+    if isinstance(config.step, str):
+        raise ValueError(f"step={config.step!r} is the config of a step, of conf/sampler/predictor or corrector: give "
+                         f"+sampler/predictor@step={config.step}, or +step._target_=<a class>")  # fmt: skip
     if config.step is not None:
         found = {str(config.step.get("_target_")): build(config.step, trust)}
     result = certify_all(configs.sde_of(config), found, list(config.budgets), progress=True)

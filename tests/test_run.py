@@ -181,6 +181,8 @@ def test_the_users_own_module_is_trusted_by_name(tmp_path, monkeypatch):
     config = OmegaConf.create(CONFIG | {"sde": {"_target_": "my_sde.Mine"}})
     with pytest.raises(ValueError, match="if the code is yours, trust its module: 'my_sde'"):
         build_model(config)
-    assert type(build_model(config, trust=("my_sde",)).sde).__name__ == "Mine"
+    for trust in (("my_sde",), "my_sde"):
+        assert type(build_model(config, trust=trust).sde).__name__ == "Mine"
+    assert Run(tmp_path, "my_sde").trust == ("my_sde",)
     with pytest.raises(ValueError, match="refused"):
         build({"_target_": "my_sde.os.getcwd"}, trust=("my_sde",))

@@ -234,6 +234,7 @@ WRONG = {
         ["-m", "hydra.run.dir=x"],
         "does nothing in a sweep, whose folder is hydra.sweep.dir",
     ),
+    "a step by a name": ("certify", ["step=heun"], "give +sampler/predictor@step=heun, or"),
     "no such step": ("certify", ["steps=[Hen]"], "got 'Hen': did you mean 'Heun'?"),
     "no seed": ("train", ["seed=abc"], "seed='abc' is no number: give one such as 0"),
     "no path": ("train", ["data=file"], "data.path has no value yet: give data.path=<value>"),
