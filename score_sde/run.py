@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from omegaconf import DictConfig
 
-__all__ = ["TAKES", "Run", "does_without"]
+__all__ = ["TAKES", "Run", "does_without", "needed"]
 
 TAKES = {"label": "num_classes", "context": "context_width"}
 """Condition -> the key of a network's config which says that it takes one."""
@@ -33,6 +33,14 @@ TAKES = {"label": "num_classes", "context": "context_width"}
 def does_without(config: DictConfig) -> bool:
     """Whether the network of a run's config has learnt to do without conditions."""
     return bool((config.get("objective") or {}).get("label_dropout"))
+
+
+def needed(config: DictConfig) -> list[str]:
+    """The conditions that a run's network was told of each example and has not learnt to do without."""
+    if does_without(config):
+        return []
+    told = config.get("conditions")  # runs of before do not say
+    return [name for name, key in TAKES.items() if config.network.get(key) is not None] if told is None else [*told]
 
 
 class Run:
@@ -119,9 +127,7 @@ class Run:
             )
         model = build_model(self.config, self.trust)
         model.load_state_dict(weights)
-        if not does_without(self.config):
-            taken = {name for name, key in TAKES.items() if self.config.network.get(key) is not None}
-            model.needed = model.condition_names & taken
+        model.needed = model.condition_names & {*needed(self.config)}
         return model.eval().requires_grad_(False)
 
     def export(self, path: str | Path, step: int | None = None) -> Path:

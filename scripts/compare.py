@@ -121,7 +121,7 @@ def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
         return ExactScore(target, configs.sde_of(config, TargetStream(target))), target
     run = configs.open_run(config)
     data, model = run.data(), configs.model_of(run, config)
-    guiding.check_free(run, data)
+    guiding.check_free(run)
     reference = data.target if data.target is not None else data.reference(2 * config.num_samples).x
     if getattr(model.network, "num_classes", None) is not None:
         print(f"{run.path} knows {model.network.num_classes} labels: sampled without, against data of all of them")

@@ -44,7 +44,7 @@ def main(config: DictConfig) -> None:
     if labels and data.num_classes is None:
         print(f"{run.path} has data without labels: samples of label={config.label} are held against all of them")
     condition = {"label": guiding.natural(labels, data, count)} if labels else {}
-    condition |= guiding.contexts(None, run, count)
+    condition |= guiding.told({}, run, count)
     evaluation = evaluate(
         guiding.guided(config, run, model), data, samplers, num_samples=count, seed=config.seed,
         metrics=settings.metrics,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from score_sde.data import Data, TensorData
 from score_sde.evaluation.extractors import in_range
 from score_sde.guidance import Classifier, ClassifierFree, DynamicThreshold, Observed
 from score_sde.prediction import Prediction
-from score_sde.run import TAKES, Run, does_without
+from score_sde.run import Run, does_without, needed
 from score_sde.score import WrappedScore
 
 
@@ -41,26 +41,9 @@ def turns(labels: list[int], count: int) -> Tensor:
     return torch.tensor(labels)[torch.arange(count) % len(labels)]
 
 
-def needed(config: DictConfig, data: Callable[[], Data], name: str | None = None) -> list[str]:
-    """The conditions of the data, or the one of that name, that a run's network has not learnt to do without.
-
-    The data are made only where the network may take one: a run without its data can be sampled.
-    """
-    absent = {
-        known for known, key in TAKES.items() if OmegaConf.select(config, f"network.{key}", default="own") is None
-    }
-    if does_without(config) or name in absent or absent == {*TAKES}:
-        return []
-    given = data().batch(0, 1).condition.keys() - {"augment"} - absent
-    return sorted(given if name is None else given & {name})
-
-
-def check_free(run: Run, data: Data | None = None) -> None:
-    """Refuses, with ValueError, a run whose network has to be told of conditions, for uses that tell it of none.
-
-    `data` are the run's, where they are at hand.
-    """
-    if names := needed(run.config, run.data if data is None else lambda: data):
+def check_free(run: Run) -> None:
+    """Refuses, with ValueError, a run whose network has to be told of conditions, for uses that tell it of none."""
+    if names := needed(run.config):
         raise ValueError(f"{run.path} has not learnt to do without its {' and '.join(names)}, and is used without here: see "
                          "scripts/sample.py and evaluate.py, or train with objective.label_dropout=0.1")  # fmt: skip
 
@@ -73,22 +56,33 @@ def first_conditions(data: Data, names: Sequence[str], count: int) -> dict[str, 
     return {name: torch.cat([batch[name] for batch in batches])[:count] for name in names}
 
 
-def contexts(given: Any, run: Run, count: int) -> dict[str, Tensor]:
-    """`context` (count, ...) for samples: one vector, or the rows of a .npy file in turn; else as the data have it.
+def told(given: Mapping[str, Any], run: Run, count: int) -> dict[str, Tensor]:
+    """Conditions (count, ...) of samples, labels aside: each one number or vector, or the rows of a .npy file in turn.
 
-    Nothing where the network learnt to do without one, or the data have none.
+    What the network has to be told of and is not `given` is that of the first training examples.
     """
-    if given is None:
-        if not needed(run.config, run.data, "context"):
-            return {}
-        print("samples have the contexts of the first training examples: give context=<vector or .npy> for others")
-        return first_conditions(run.data(), ["context"], count)
-    rows = np.load(given) if isinstance(given, str) else np.asarray(listed(given))
+    missing = [name for name in needed(run.config) if name != "label" and name not in given]
+    conditions = first_conditions(run.data(), missing, count) if missing else {}
+    for name in missing:
+        key = name if name == "context" else f"+condition.{name}"
+        print(f"samples have the {name}s of the first training examples: give {key}=<vector or .npy> for others")
+    for name, value in given.items():
+        rows = _rows(name, value)
+        conditions[name] = rows[torch.arange(count) % len(rows)]
+    return conditions
+
+
+def _rows(name: str, given: Any) -> Tensor:
+    """The rows of a .npy file, or the one that is given; a context is a vector of floats, a number alone too."""
+    rows = (
+        np.load(given) if isinstance(given, str) else np.asarray([listed(given) if OmegaConf.is_list(given) else given])
+    )
     if rows.dtype.kind not in "fi" or rows.ndim not in (1, 2, 3):
-        raise ValueError(f"context={given} is no vector of numbers, nor a .npy file of such rows")
-    rows = torch.as_tensor(rows, dtype=torch.float32)
-    rows = rows[None] if rows.ndim == 1 else rows
-    return {"context": rows[torch.arange(count) % len(rows)]}
+        raise ValueError(f"{name}={given} is no number or vector of numbers, nor a .npy file of such rows")
+    if name == "context" and rows.ndim == 1:
+        rows = rows[None]
+    whole = rows.dtype.kind == "i" and name != "context"
+    return torch.as_tensor(rows, dtype=torch.int64 if whole else torch.float32)
 
 
 class OfExamples(WrappedScore):
@@ -105,7 +99,7 @@ class OfExamples(WrappedScore):
 
 def example_conditions(config: DictConfig, data: Data) -> Callable[[int], dict[str, Tensor]]:
     """count -> what a run's network has to be told of so many samples, as the first training examples are; perhaps nothing."""
-    return cache(partial(first_conditions, data, needed(config, lambda: data)))
+    return cache(partial(first_conditions, data, needed(config)))
 
 
 def of_examples(model: ScoreModel, conditions: Callable[[int], dict[str, Tensor]]) -> ScoreModel:

@@ -15,7 +15,6 @@ from typing import Any
 import configs
 import entry
 import figures
-import guiding
 import numpy as np
 import output
 import pandas as pd
@@ -31,6 +30,7 @@ from score_sde.data import Data, TensorData, load_images
 from score_sde.evaluation import continuous_bound
 from score_sde.likelihood import GaussianDequantizer, bits_per_dim, dequantize, discrete_log_likelihood, log_likelihood
 from score_sde.progress import tqdm
+from score_sde.run import needed
 from score_sde.training import DiscretisedDecoder, write_atomically
 
 
@@ -169,7 +169,7 @@ def integers(x: Tensor, levels: int) -> Tensor:
 
 def conditions_of(run: Run, data: Data, count: int) -> dict[str, Tensor]:
     """The conditions of those examples, which stand for the sets made of them too, of a network that needs some."""
-    names = guiding.needed(run.config, lambda: data)
+    names = needed(run.config)
     if not names:
         return {}
     print(f"densities given each example's {' and '.join(names)}, without which this network has not learnt to do")

@@ -113,7 +113,7 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     options["methods"] = {name: LEARNED[name] for name in options["methods"] if name in LEARNED}
     options["solvers"] = {name: OWN[name] for name in options["solvers"] if name in OWN}
     model, data = configs.model_of(run, config), run.data()
-    guiding.check_free(run, data)
+    guiding.check_free(run)
     operator = task_operator(config.task, model.event_shape, **node.operator)
     truth = data.reference(node.count).x
     observed = operator.observe(truth, node.noise_std, generator=generator(config.seed, "observed"))

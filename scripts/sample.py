@@ -34,7 +34,8 @@ def main(config: DictConfig) -> None:
     sampler.check(model.sde)
     labels = guiding.labels_of(config.label)
     guided = guiding.guided(config, run, model)
-    condition = guiding.contexts(config.context, run, config.num_samples)
+    given = dict(config.condition) | ({} if config.context is None else {"context": config.context})
+    condition = guiding.told(given, run, config.num_samples)
     condition |= {"label": guiding.turns(labels, config.num_samples)} if labels else {}
     guided.check((config.num_samples, *model.event_shape), condition)
     data = guiding.labelled(run) if config.agreement else None
@@ -53,6 +54,8 @@ def main(config: DictConfig) -> None:
     settings = {name: whole[name] for name in ("num_samples", "guidance", "threshold", "seed", "ema", "step")}
     settings |= {"label": labels, "context": output.content_of(config.context) or whole["context"],
                  "sampler": configs.plain(node), "table": output.content_of(node.get("table"))}  # fmt: skip
+    own = {name: output.content_of(value) or value for name, value in whole["condition"].items()}
+    settings |= {"condition": own} if own else {}
     folder = output.folder_of(settings, Path(config.output or run.samples / f"{name}{suffix}"))
     output.save_samples(folder, {"samples": samples})
     columns = max(1, 8 // len(labels)) * len(labels) if labels else 8

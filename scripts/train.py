@@ -44,7 +44,7 @@ FIXED = ("network", "sde", "parameterization", "data", "target", "event_shape", 
 
 @entry.main("train")
 def main(config: DictConfig) -> float:
-    idle(typed(), ["event_shape", "choices", "overrides"], "as it is filled in here")
+    idle(typed(), ["event_shape", "conditions", "choices", "overrides"], "as it is filled in here")
     if not 0 < number("sigma_max_quantile", config.sigma_max_quantile) <= 1:
         raise ValueError(f"sigma_max_quantile is a share in (0, 1], got {config.sigma_max_quantile}")
     run, resumes = opened(config)
@@ -194,11 +194,12 @@ def finish_classifier(run: Run, model: NoisyClassifier, data: Data, config: Dict
 
 
 def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str], overrides: Sequence[str] = ()) -> None:
-    """Writes into the config what the data decide, its event shape and `auto` scales, the groups chosen and overrides.
+    """Writes into the config what the data decide, event shape, conditions and `auto` scales, and the groups and overrides.
 
     Of overrides of one name the last stands, and `resume` is left out, which says nothing of the run.
     """
     config.event_shape = list(data.event_shape)
+    config.conditions = sorted(data.batch(0, 1).condition.keys() - {"augment"})
     if data.target is None:
         idle(overrides, ["target"], "with these data, which are drawn from no target")
         config.target = None
@@ -232,7 +233,7 @@ def check_labels(config: DictConfig, data: Data) -> None:
     given = data.batch(0, 1).condition
     if "label" not in given and (known := config.network.get("num_classes")):
         raise ValueError(f"network.num_classes={known}, and the data have no labels: leave it out, or give labels")
-    if not given.keys() & {"label", "context"} and (share := config.objective.get("label_dropout")):
+    if not given.keys() - {"augment"} and (share := config.objective.get("label_dropout")):
         raise ValueError(f"objective.label_dropout={share}, and the data have no labels: leave it out, or give labels")
 
 

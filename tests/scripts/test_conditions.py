@@ -104,3 +104,57 @@ def test_a_damaged_checkpoint_is_named_with_what_is_left(by_label: Path) -> None
     file.write_bytes(whole)
     assert "ema.safetensors is damaged: remove" in refused
     assert "Traceback" not in refused
+
+
+OWN = """
+import torch
+from torch import nn
+from score_sde.data import Batch, Data
+from score_sde.keyed import ALL, generator
+
+
+class Hot(Data):
+    event_shape = (2,)
+
+    def batch(self, step, batch_size, rows=ALL):
+        batch = self.draw(batch_size, generator(0, step))
+        return Batch(batch.x[rows], {"temperature": batch.condition["temperature"][rows]})
+
+    def reference(self, count):
+        return self.draw(count, generator(0, "reference"))
+
+    def draw(self, count, source):
+        temperature = 0.1 + 2 * torch.rand(count, generator=source)
+        return Batch(temperature[:, None] * torch.randn(count, 2, generator=source), {"temperature": temperature})
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 32), nn.SiLU(), nn.Linear(32, 2))
+
+    def forward(self, x, c_noise, temperature=None):
+        temperature = torch.zeros(len(x)) if temperature is None else temperature
+        return self.layers(torch.cat([x, c_noise[:, None], temperature[:, None]], 1))
+"""
+
+
+def test_a_condition_of_ones_own_name_is_told_as_it_was_in_training(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "hot.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["~data", "+data={_target_: hot.Hot}", "~network", "+network={_target_: hot.Network}", "trust=[hot]"]
+    options = [one for one in SHORT if not one.startswith(("network", "data"))]
+    script("train", f"hydra.run.dir={tmp_path / 'run'}", *own, *options, cwd=tmp_path)
+    asked = ["run=run", "sampler=ddim", "trust=[hot]"]
+    said = script("sample", *asked, cwd=tmp_path)
+    assert "temperatures of the first training examples: give +condition.temperature=" in said
+    np.save(tmp_path / "two.npy", np.array([0.1, 2.0]))
+    script("sample", *asked, "+condition.temperature=two.npy", "num_samples=1000", "output=two", cwd=tmp_path)
+    x = np.load(tmp_path / "two/samples.npy")
+    assert x[::2].std() < 0.75 * x[1::2].std()
+    for temperature, name in ((0.1, "low"), (2.0, "high")):
+        script("sample", *asked, f"+condition.temperature={temperature}", f"output={name}", cwd=tmp_path)
+    low, high = (np.load(tmp_path / name / "samples.npy").std() for name in ("low", "high"))
+    assert low < 0.75 * high
+    assert "temperatures of the first" in script("evaluate", *asked, "figures=false", cwd=tmp_path)
+    assert Run.open(tmp_path / "run", "hot").model().needed == {"temperature"}
