@@ -20,7 +20,7 @@ import pandas as pd
 import restoring
 import torch
 import tuned_tables
-from command_line import idle, listed, typed
+from command_line import idle, typed
 from omegaconf import DictConfig, OmegaConf
 
 from score_sde import ExactScore, ScoreModel
@@ -41,7 +41,7 @@ def main(config: DictConfig) -> None:
     models, reference = models_and_reference(config)
     fit_to(config, reference)
     known = [m for m in DEFAULT_METRICS if m in known_metrics(reference)]
-    metrics = known if config.metrics is None else listed(config.metrics)
+    metrics = configs.metrics_of(config.metrics, config.trust, known)
     folder = Path(config.output)
     samplers, absent = contestants(config)
     for line in absent:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from tuned_tables import take_table
 
 from score_sde import SDE, LearnedScore, distributed
-from score_sde.build import build
+from score_sde.build import build, trusted
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, measure_sigma_data, measure_sigma_max
 from score_sde.run import Run
@@ -111,6 +111,12 @@ def sde_of(config: DictConfig, data: Data | None = None) -> SDE:
         config.sde.sigma_max = 50.0
         print("sde.sigma_max: auto is 50, as nothing is trained here")
     return build(config.sde, config.trust)
+
+
+def metrics_of(given: Any, trust: Sequence[str], known: Sequence[str]) -> list[Any]:
+    """The metrics of a config, all that are known for null; a name with a dot is a function of a module of the user's."""
+    names = known if given is None else listed(given)
+    return [trusted(name, trust) if isinstance(name, str) and "." in name else name for name in names]
 
 
 def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:

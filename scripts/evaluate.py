@@ -20,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from score_sde import Run, distributed
 from score_sde.build import build
-from score_sde.data import Data
-from score_sde.evaluation import Evaluation, diagnose, evaluate
+from score_sde.data import Data, TensorData
+from score_sde.evaluation import Evaluation, diagnose, evaluate, known_metrics
 from score_sde.training import write_atomically
 
 OWN = ("samplers", "metrics", "features", "references", "memorization", "batch_size")
@@ -41,13 +41,13 @@ def main(config: DictConfig) -> None:
         sampler.check(model.sde)
     count = config.num_samples or run.config.num_samples
     labels, data = guiding.labels_of(config.label), run.data()
-    if labels and data.num_classes is None:
-        print(f"{run.path} has data without labels: samples of label={config.label} are held against all of them")
+    if labels and (data.num_classes is None or not isinstance(data, TensorData)):
+        print(f"samples of label={config.label} are held against data of all labels, which are not told apart here")
     condition = {"label": guiding.natural(labels, data, count)} if labels else {}
     condition |= guiding.told({}, run, count)
     evaluation = evaluate(
         guiding.guided(config, run, model), data, samplers, num_samples=count, seed=config.seed,
-        metrics=settings.metrics,
+        metrics=configs.metrics_of(settings.metrics, run.trust, known_metrics(data.target)),
         condition=condition, **configs.views_of(settings, run.trust),
     )  # fmt: skip
     if distributed.is_main():

@@ -21,7 +21,7 @@ import entry
 import figures
 import guiding
 import output
-from command_line import check_known, idle, key_of, listed, typed
+from command_line import check_known, idle, key_of, typed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -67,7 +67,7 @@ def main(config: DictConfig) -> float:
     for sampler in (preview, *samplers.values()):
         sampler.check(model.sde)
     views = configs.views_of(config.evaluation, trust)
-    check_metrics(config, data)
+    metrics = check_metrics(config, data)
     check_labels(config, data)
     check_references(config, data, views)
     periodic = config.evaluation.get("num_periodic") or config.num_samples
@@ -78,7 +78,7 @@ def main(config: DictConfig) -> float:
 
     def measure(model: LearnedScore, samplers: Mapping[str, Any], count: int, progress: bool) -> Evaluation:
         return evaluate(
-            model, data, samplers, num_samples=count, seed=config.seed, metrics=config.evaluation.metrics,
+            model, data, samplers, num_samples=count, seed=config.seed, metrics=metrics,
             condition=conditions(count), progress=progress, **views,
         )  # fmt: skip
 
@@ -209,10 +209,14 @@ def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str], override
     config.overrides = [override for (name, _), override in standing.items() if name != "resume"]
 
 
-def check_metrics(config: DictConfig, data: Data) -> None:
-    """Refuses, with ValueError, metrics that these data do not have and counts that show nothing; chooses the objective."""
-    known = known_metrics(data.target)
-    chosen = known if config.evaluation.metrics is None else listed(config.evaluation.metrics)
+def check_metrics(config: DictConfig, data: Data) -> Sequence[Any]:
+    """The metrics; refuses, with ValueError, those that these data do not have and counts that show nothing.
+
+    Chooses the objective.
+    """
+    metrics = configs.metrics_of(config.evaluation.metrics, config.trust, known_metrics(data.target))
+    chosen = [getattr(metric, "__name__", metric) for metric in metrics]
+    known = [*known_metrics(data.target), *(metric.__name__ for metric in metrics if callable(metric))]
     if not chosen:
         raise ValueError(f"evaluation.metrics is empty: give one or more of {', '.join(known)}, or null for all")
     if config.evaluation.objective is None:
@@ -226,6 +230,7 @@ def check_metrics(config: DictConfig, data: Data) -> None:
         count = OmegaConf.select(config, name)
         if count is not None:
             OmegaConf.update(config, name, whole(name, count, least))
+    return metrics
 
 
 def check_labels(config: DictConfig, data: Data) -> None:

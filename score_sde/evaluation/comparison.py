@@ -33,7 +33,7 @@ from score_sde.adaptive import AdaptiveODE
 from score_sde.checks import whole, wholes
 from score_sde.evaluation.budgets import Contestant, contest, reason
 from score_sde.evaluation.cells import Journal, fingerprint
-from score_sde.evaluation.metrics import Metric, Yardstick
+from score_sde.evaluation.metrics import Metrics, Yardstick
 from score_sde.keyed import generator, key
 from score_sde.noise import BatchNoise, NoiseSource, Stream
 from score_sde.progress import tqdm
@@ -59,7 +59,7 @@ Reference = Target | Tensor
 def compare(
     models: ScoreModel | Mapping[str, ScoreModel], samplers: Mapping[str, Contestant], *, budgets: Sequence[int],
     reference: Reference | Mapping[str, Reference], seeds: Sequence[int] = (0,), num_samples: int = 5000,
-    metrics: Sequence[str] | Mapping[str, Metric] | None = ("sliced_w2",), repeats: int = 8, seed: int = 0,
+    metrics: Metrics | None = ("sliced_w2",), repeats: int = 8, seed: int = 0,
     pairs: int = 2000, batch_size: int = 10_000, processes: int = 1, directory: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:  # fmt: skip

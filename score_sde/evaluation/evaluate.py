@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -17,7 +17,7 @@ from score_sde.data import Data, TensorData
 from score_sde.evaluation.convnet import ConvClassifier
 from score_sde.evaluation.extractors import Extractor, in_range
 from score_sde.evaluation.features import DigitClassifier, digit_report
-from score_sde.evaluation.metrics import Yardstick
+from score_sde.evaluation.metrics import Metrics, Yardstick
 from score_sde.evaluation.neighbours import Nearest, nearest
 from score_sde.evaluation.reference import FeatureView, Reference, check_count
 from score_sde.keyed import generator
@@ -72,7 +72,7 @@ class Evaluation:
 
 def evaluate(
     model: ScoreModel, data: Data, samplers: Mapping[str, Any], *, num_samples: int = 4000, seed: int = 0,
-    metrics: Sequence[str] | None = None, classifier_data: TensorData | None = None,
+    metrics: Metrics | None = None, classifier_data: TensorData | None = None,
     features: Mapping[str, Extractor] | None = None, references: Mapping[str, str] | None = None, memorization: bool = True,
     condition: Mapping[str, Tensor] | None = None, batch_size: int = 1000, progress: bool = True,
 ) -> Evaluation:  # fmt: skip
@@ -87,7 +87,7 @@ def evaluate(
         samplers: name -> sampler.
         num_samples: a sampler; sample i depends on (seed, i), not on the batches.
         seed: of samplers and exact draws.
-        metrics: names (see `Yardstick`); all that apply when left out.
+        metrics: names or functions (see `Yardstick`); all that apply when left out.
         classifier_data: labelled images, to add a classifier's view of the samples.
         features: name -> feature space in which images are compared; see `Reference`.
         references: name -> folder of its reference, in place of the cache's.
@@ -146,7 +146,7 @@ def check_counts(
         check_count(classifier_data, num_samples)
 
 
-def _yardstick(data: Data, num_samples: int, metrics: Sequence[str] | None, seed: int) -> Yardstick:
+def _yardstick(data: Data, num_samples: int, metrics: Metrics | None, seed: int) -> Yardstick:
     reference = data.target if data.target is not None else data.reference(2 * num_samples).x
     count = num_samples if data.target is not None else min(num_samples, len(reference) // 2)
     return Yardstick(reference, count, generator=generator(seed, "yardstick"), metrics=metrics)

@@ -27,6 +27,9 @@ from score_sde.targets import GaussianMixture, Target
 
 Metric = Callable[[Tensor, Tensor], float]
 
+Metrics = Sequence[str | Metric] | Mapping[str, Metric]
+"""Names and functions of two samples, (samples, exact draws) -> number, by their own names or by others."""
+
 
 def sliced_w2(x: Tensor, y: Tensor, *, directions: int = 128, seed: int = 0) -> float:
     """Sliced 2-Wasserstein distance: the root of the mean over directions of the squared W2 on a line.
@@ -236,7 +239,7 @@ class Yardstick:
         n: number of samples to be measured.
         generator: source of the exact draws.
         metrics: names in `METRICS` and, when the reference is a GaussianMixture, in `MODE_METRICS` (all of them when
-            left out), or a mapping from names to functions of two samples.
+            left out) and functions of two samples, or a mapping from names to such functions.
         repeats: how many draws; at 8 the floor of the sliced W2 is known to about a tenth.
 
     Raises:
@@ -249,7 +252,7 @@ class Yardstick:
         n: int,
         *,
         generator: torch.Generator,
-        metrics: Sequence[str] | Mapping[str, Metric] | None = None,
+        metrics: Metrics | None = None,
         repeats: int = 8,
     ) -> None:
         whole("repeats", repeats)
@@ -285,7 +288,7 @@ def score(
     reference: Target | Tensor,
     *,
     generator: torch.Generator,
-    metrics: Sequence[str] | Mapping[str, Metric] | None = None,
+    metrics: Metrics | None = None,
     repeats: int = 8,
 ) -> pd.DataFrame:
     """Every metric of the samples beside its floor and their ratio: `Yardstick` for one set of samples.
@@ -303,13 +306,16 @@ def known_metrics(reference: Target | Tensor | None) -> list[str]:
     return [*METRICS, *(MODE_METRICS if isinstance(reference, GaussianMixture) else ())]
 
 
-def _select(metrics: Sequence[str] | Mapping[str, Metric] | None, reference: Target | Tensor) -> dict[str, Metric]:
+def _select(metrics: Metrics | None, reference: Target | Tensor) -> dict[str, Metric]:
     if isinstance(metrics, Mapping):
         return dict(metrics)
     known = dict(METRICS)
     if isinstance(reference, GaussianMixture):
         known |= {name: _of_modes(metric, reference) for name, metric in MODE_METRICS.items()}
-    chosen = known if metrics is None else [metrics] if isinstance(metrics, str) else metrics
+    given = [*known] if metrics is None else [metrics] if isinstance(metrics, str) else metrics
+    own = {metric.__name__: metric for metric in given if callable(metric)}
+    chosen = [metric.__name__ if callable(metric) else metric for metric in given]
+    known |= own
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         what = f"unknown metric {', '.join(map(repr, unknown))}" if unknown else "no metric"

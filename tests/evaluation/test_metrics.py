@@ -270,3 +270,13 @@ def test_refusals_name_the_fix() -> None:
         metrics.mmd(x[:1], x, unbiased=True)
     with pytest.raises(ValueError, match="at least 2 samples"):
         metrics.frechet_distance(x[:1], x)
+
+
+def test_a_function_is_a_metric_beside_those_known_by_name() -> None:
+    def gap(x: torch.Tensor, y: torch.Tensor) -> float:
+        return (x.mean() - y.mean()).abs().item()
+
+    x = make("ring").sample((100,), generator=torch.Generator().manual_seed(0))
+    table = score(x + 3, make("ring"), generator=torch.Generator().manual_seed(1), metrics=["sliced_w2", gap])
+    assert table["metric"].tolist() == ["sliced_w2", "gap"]
+    assert table["value"][1] == pytest.approx(3, abs=0.5)

@@ -136,14 +136,18 @@ class Network(nn.Module):
     def forward(self, x, c_noise, temperature=None):
         temperature = torch.zeros(len(x)) if temperature is None else temperature
         return self.layers(torch.cat([x, c_noise[:, None], temperature[:, None]], 1))
+
+
+def gap(x, y):
+    return (x.std() - y.std()).abs().item()
 """
 
 
-def test_a_condition_of_ones_own_name_is_told_as_it_was_in_training(tmp_path: Path, monkeypatch) -> None:
+def test_a_condition_of_ones_own_name_is_told_and_a_metric_of_ones_own_measured(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "hot.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     own = ["~data", "+data={_target_: hot.Hot}", "~network", "+network={_target_: hot.Network}", "trust=[hot]"]
-    options = [one for one in SHORT if not one.startswith(("network", "data"))]
+    options = [one for one in SHORT if not one.startswith(("network", "data"))] + ["evaluation.metrics=[hot.gap]"]
     script("train", f"hydra.run.dir={tmp_path / 'run'}", *own, *options, cwd=tmp_path)
     asked = ["run=run", "sampler=ddim", "trust=[hot]"]
     said = script("sample", *asked, cwd=tmp_path)
@@ -157,4 +161,9 @@ def test_a_condition_of_ones_own_name_is_told_as_it_was_in_training(tmp_path: Pa
     low, high = (np.load(tmp_path / name / "samples.npy").std() for name in ("low", "high"))
     assert low < 0.75 * high
     assert "temperatures of the first" in script("evaluate", *asked, "figures=false", cwd=tmp_path)
+    assert json.loads((tmp_path / "run/result.json").read_text())["ddim/gap"] < 0.5
+    assert pd.read_csv(tmp_path / "run/evaluation/evaluation.csv")["metric"].tolist() == ["gap"]
+    few = ["samplers=[ddim]", "budgets=[5]", "seeds=[0]", "num_samples=20", "pairs=0", "trust=[hot]", "output=compared"]
+    script("compare", "target=ring", "metrics=[sliced_w2,hot.gap]", *few, cwd=tmp_path)
+    assert {"sliced_w2", "gap", "gap_floor"} <= {*pd.read_csv(tmp_path / "compared/comparison.csv")}
     assert Run.open(tmp_path / "run", "hot").model().needed == {"temperature"}
