@@ -99,7 +99,7 @@ class ParallelSampler:
             x, calls, rounds = last.denoised, calls + last.calls, rounds + 1
         nfe = math.ceil(calls.double().mean().item()) if len(calls) else 0
         seconds = time.perf_counter() - clock
-        warn_of_lost(x)
+        warn_of_lost(x, model, times[-1].item())
         return ParallelResult(x, nfe, seconds, run.path if trajectory else None, times, rounds)
 
     def _rows(self, sde: SDE) -> tuple[Tensor, list[LinearRow]]:

@@ -175,13 +175,22 @@ def begin(
     return Start(x, stream, CountedModel(model, condition))
 
 
-def warn_of_lost(x: Tensor) -> None:
-    """Warns where samples are not finite."""
-    if not math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()):
-        lost = int((~x.reshape(len(x), -1).isfinite().all(1)).sum())
-        if lost:
-            warnings.warn(f"{lost} of {len(x)} samples are not finite: the model's outputs are not, or the sampler diverged",
-                          stacklevel=4)  # fmt: skip
+def warn_of_lost(x: Tensor, model: ScoreModel, t: float) -> None:
+    """Warns where samples at t are not finite, or a hundred times as large as x_t is for the model's data."""
+    norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
+    (mean, std), at = model.clean_moments(), as_time(t)
+    clean = math.hypot(float(torch.as_tensor(mean).square().mean().sqrt()), std)
+    size, usual = (
+        norm / math.sqrt(max(x.numel(), 1)),
+        math.hypot(float(model.sde.alpha(at)) * clean, model.sde.sigma(at)),
+    )
+    if math.isfinite(size) and not size > 100 * usual:
+        return
+    lost = int((~x.reshape(len(x), -1).isfinite().all(1)).sum())
+    what = (f"{lost} of {len(x)} samples are not finite" if lost else
+            f"samples have a root mean square of {size:.2g}, where {usual:.2g} is what the model's data have")  # fmt: skip
+    warnings.warn(f"{what}: the model's outputs are wrong, or the sampler diverged; take more steps, or weaker guidance",
+                  stacklevel=4)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -320,7 +329,7 @@ class Sampler:
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
         seconds = time.perf_counter() - clock
-        warn_of_lost(x)
+        warn_of_lost(x, model, times[-1].item())
         return SampleResult(x, start.model.calls, seconds, torch.stack(states) if trajectory else None, times)
 
     def check(self, sde: SDE) -> None:

@@ -190,19 +190,26 @@ def _level(sde: SDE, t: Time) -> tuple[Coefficient, Coefficient]:
     if is_batched(t):
         times = as_time(t).double()
         return sde.alpha(times), sde.sigma(times)
-    alpha, sigma = _kernel(sde, float(t))
-    if not (alpha > 0 and sigma > 0):
-        _refuse_noiseless(sde, as_time(float(t)).reshape(1))
+    t = float(t)
+    alpha, sigma = _kernel(sde, t)
+    if not (alpha > 0 and sigma > 0) or _outside(sde, t):
+        _refuse_times(sde, as_time(t).reshape(1))
     return alpha, sigma
 
 
-def _refuse_noiseless(sde: SDE, t: Tensor) -> None:
+def _outside(sde: SDE, t: Any) -> Any:
+    """Whether times are later than t_max, or earlier than both 0 and t_min; rounding aside."""
+    slack = 1e-6 * (sde.t_max - sde.t_min)
+    return (t > sde.t_max + slack) | (t < min(0.0, sde.t_min) - slack)
+
+
+def _refuse_times(sde: SDE, t: Tensor) -> None:
     """Refuses, with ValueError, times at which there is no noise and so no score, or no process."""
     if (bare := ~(sde.sigma(t) > 0)).any():
         raise ValueError(
             f"at t={t[bare][0]:g} {sde!r} has no noise, and a score needs some: its least time is t_min={sde.t_min:g}"
         )
-    if (lost := sde.half_log_snr(t).isnan()).any():
+    if (lost := _outside(sde, t) | sde.half_log_snr(t).isnan()).any():
         raise ValueError(f"{sde!r} is not defined at t={t[lost][0]:g}: its times are {sde.t_min:g} to {sde.t_max:g}")
 
 
@@ -319,7 +326,7 @@ class LearnedScore(nn.Module, ScoreModel):
 
     def prepare(self, times: Iterable[float]) -> None:
         t = torch.as_tensor(list(times), dtype=torch.float64)
-        _refuse_noiseless(self.sde, t)
+        _refuse_times(self.sde, t)
         columns = (self.sde.alpha(t), self.sde.sigma(t), *self.parameterization.row(self.sde, t))
         rows = zip(*(column.tolist() for column in columns), strict=True)
         _remember(self._levels, dict(zip(t.tolist(), rows, strict=True)))

@@ -20,7 +20,7 @@ from score_sde.parallel import ParallelSampler
 from score_sde.parameterization import Karras
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
-from score_sde.score import ExactScore, LearnedScore, ScoreModel, reparameterize
+from score_sde.score import ExactScore, FunctionScore, LearnedScore, ScoreModel, reparameterize
 from score_sde.sde import VESDE, VPSDE, DiscreteSDE, KarrasSDE, RectifiedFlow
 from score_sde.steps import (
     DDIM,
@@ -489,6 +489,19 @@ def test_samples_that_are_lost_are_warned_of():
         ParallelSampler(DDIM(), FIVE).sample(model, x.shape, x_init=x)
     with warnings.catch_warnings(action="error"):
         Sampler(DDIM(), FIVE).sample(model, x.shape, seed=0)
+
+
+def test_finite_samples_that_have_run_off_are_warned_of_wherever_the_data_and_the_grid_end_lie():
+    """Against E x^2, of which an offset of the data is part, and the noise at the grid's end."""
+    far = GaussianMixture([1.0], [[1e4, -1e4]], [[[1e-4, 0.0], [0.0, 1e-4]]])
+    model, early = ExactScore(far, KarrasSDE()), lambda sde: torch.tensor([80.0, 75.0, 70.0], dtype=F64)
+    with warnings.catch_warnings(action="error"):
+        x = Sampler(DDIM(), FIVE).sample(model, (3, 2), seed=0).x
+        Sampler(DDIM(), early, final="none").sample(ExactScore(make("ring"), KarrasSDE()), (3, 2), seed=0)
+    for sampler in (Sampler(DDIM(), FIVE), ParallelSampler(DDIM(), FIVE)):
+        wild = FunctionScore(lambda x, t: 300 * x, KarrasSDE(), (2,), gives="denoised")
+        with pytest.warns(UserWarning, match=r"samples have a root mean square of .* where 1 is what"):
+            sampler.sample(wild, x.shape, seed=0)
 
 
 def through(step: Step) -> Sampler:

@@ -271,6 +271,11 @@ def test_a_time_without_noise_is_refused_with_the_least_one(model):
 def test_a_time_beyond_the_process_is_refused(make_model):
     with pytest.raises(ValueError, match=r"is not defined at t=2: its times are 0\.001 to 0\.999"):
         make_model(RectifiedFlow())(torch.zeros(2, 2), 2.0)
+    for t in (1.001, -0.5, 1000):
+        with pytest.raises(ValueError, match=rf"is not defined at t={t}: its times are 0.001 to 1"):
+            make_model(VPSDE())(torch.zeros(2, 2), t)
+    for t in (1 + 1e-12, 1e-8):
+        make_model(VPSDE())(torch.zeros(2, 2), t)
 
 
 @pytest.mark.parametrize("model", [learned(VPSDE()), ExactScore(make("ring"), VPSDE())], ids=["learned", "exact"])

@@ -349,7 +349,7 @@ def _sample(bench: Bench, model: ScoreModel, cell: Cell) -> tuple[Witness | None
         witness = Witness(noise) if watched else None
         source: dict[str, Any] = {"noise": witness} if watched else {"seed": noise.seed}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"\d+ of \d+ samples are not finite")  # which the status will say
+            warnings.filterwarnings("ignore", ".*the sampler diverged")  # which the status will say
             results.append(cell.solver.sample(model, (size, *model.event_shape), **source))
     seconds = sum(result.seconds for result in results)
     cost = {"nfe": max(result.nfe for result in results), "seconds": seconds,

@@ -116,7 +116,7 @@ class TwistedParticles:
             log_weights = log_weights - (move**2 / 2 + move * z).flatten(1).double().sum(1)
             x = row.a * x + row.b[0] * clean + row.c * (move + z)
         seconds = time.perf_counter() - clock
-        warn_of_lost(x)
+        warn_of_lost(x, model, times[-1].item())
         return SampleResult(x, calls, seconds, None, times)
 
     def _twisted(

@@ -81,7 +81,8 @@ class AdamsBashforth(LinearStep):
 
     Args:
         order: number of outputs interpolated, 1 to 4; the first moves use those there are.
-        prediction: "velocity", "noise", "denoised" or "score": what is extrapolated.
+        prediction: "velocity", "noise", "denoised" or "score": what is extrapolated. Velocity is dx/dt here, not
+            `Prediction.velocity`, alpha eps - sigma x_0.
         clock: "time", "level" or "log_snr"; the natural one if left out.
     """
 
