@@ -216,3 +216,18 @@ def test_attention_against_multihead_attention():
         out[..., head] = scores.softmax(-1) @ v[..., head]
     expected = x + attention.project(out.transpose(1, 2).reshape(x.shape))
     torch.testing.assert_close(attention(x), expected)
+
+
+def test_an_mlp_learns_what_is_finer_than_the_data():
+    """A fiftieth of the variance is left after 300 steps; with A x alone for a first layer two thirds are."""
+    torch.manual_seed(0)
+    network = MLP((2,), width=64, depth=2)
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(300):
+        x = torch.randn(256, 2)
+        found, truth = network(x, torch.zeros(256)), (5 * x).sin().prod(1, keepdim=True)
+        loss = (found - truth).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.15 * truth.square().mean()

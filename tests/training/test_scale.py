@@ -101,7 +101,8 @@ def test_muon_takes_hidden_matrices_and_leaves_what_faces_the_data():
         n for (n, p), hidden in zip(network.named_parameters(), hidden_matrices(network, 2), strict=True) if hidden
     }
     names = {name for name, p in network.named_parameters() if p.ndim > 1}
-    assert names - taken == {"embedding.label.weight", "first.weight", "last.weight"}
+    first = {f"first.{part}.weight" for part in ("linear", "wave", "gain", "out")}
+    assert names - taken == {"embedding.label.weight", "last.weight"} | first
     convolutions = images().network
     hidden = hidden_matrices(convolutions, 2)
     assert not any(h for h, p in zip(hidden, convolutions.parameters(), strict=True) if 2 in p.shape[:2])
