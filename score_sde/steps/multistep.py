@@ -249,11 +249,17 @@ class RectifiedAdams(LinearStep):
 
     With y = x / (alpha + sigma) and tau = sigma / (alpha + sigma) the probability-flow ODE of every SDE is
     dy/dtau = eps - D: along x = (1 - tau) x_0 + tau eps, straight where D and eps stay what they are. That velocity is
-    extrapolated in tau by the polynomial through its last `order` values. On `RectifiedFlow` it is `AdamsBashforth` in
-    the velocity. Source: Liu et al. 2023 (rectified flow), https://arxiv.org/abs/2209.03003, eq. 1.
+    extrapolated in tau by the polynomial through its last `order` values. Until there are so many, each move goes from
+    the first time t_0 anew, by the polynomial P_k through all k values so far:
+
+        y_{k+1} = y_0 + int_{tau_0}^{tau_{k+1}} P_{k+1} dtau = y_k + the same - int_{tau_0}^{tau_k} P_k dtau.
+
+    So of the first move's error, O(h^2), the next output leaves O(h^3), at no call; where noise begins near the data's
+    size it would keep the whole run at order 2. After the first moves it is, on `RectifiedFlow`, `AdamsBashforth` in the
+    velocity. Source: Liu et al. 2023 (rectified flow), https://arxiv.org/abs/2209.03003, eq. 1.
 
     Args:
-        order: number of outputs interpolated, 1 to 4; the first moves use those there are.
+        order: number of outputs interpolated, 1 to 4; beyond 3 it is the order where the velocity is constant at first.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -268,10 +274,17 @@ class RectifiedAdams(LinearStep):
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         nodes, end = (torch.sigmoid(-sde.half_log_snr(t)) for t in (times, s))
-        h, (scale_t, scale_s) = end - nodes[0], (sde.alpha(t) + sde.sigma(t) for t in (times[0], s))
+        scale_t, scale_s = (sde.alpha(t) + sde.sigma(t) for t in (times[0], s))
         fractions, gauss = quadrature(s, points=4)
-        b = [scale_s * h * (gauss * basis).sum(0) for basis in lagrange(nodes, nodes[0] + fractions * h)]
-        return scale_s / scale_t, b, torch.zeros_like(s)
+
+        def integral(of: Tensor, start: Tensor, stop: Tensor) -> Tensor:  # of each basis polynomial of these nodes
+            return (stop - start) * (gauss * lagrange(of, start + fractions * (stop - start))).sum(1)
+
+        first_moves = 1 < len(times) < self.memory
+        b = integral(nodes, nodes[-1] if first_moves else nodes[0], end)
+        if first_moves:
+            b[1:] -= integral(nodes[1:], nodes[-1], nodes[0])
+        return scale_s / scale_t, list(scale_s * b), torch.zeros_like(s)
 
 
 class IPNDM(LinearStep):

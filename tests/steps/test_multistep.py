@@ -23,6 +23,7 @@ from score_sde.steps import (
     AdamsBashforth,
     ExponentialAdams,
     LangevinCorrector,
+    RectifiedAdams,
     SASolver,
     Step,
     Tabulated,
@@ -112,6 +113,22 @@ def test_adams_velocity_on_the_rectified_path_weighs_the_network_output_itself()
     result = Sampler(AdamsBashforth(3), partial(grid.uniform, steps=5), final="none").sample(model, (3, 2), x_init=x)
     scale = (0.999 - 0.001) * 0.3  # dx/dt = F = eps - x_0, so x moves by -F (t_max - t_min)
     torch.testing.assert_close(result.x, x - scale, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [3, 4])
+def test_the_first_moves_of_rectified_adams_leave_order_three(order):
+    """Where noise begins near the data's size; a first move of order 1 that is left as it is leaves order 2."""
+    sde, target = VESDE(sigma_min=0.01, sigma_max=8.0), GaussianMixture([0.4, 0.6], [[-1.0], [1.5]], [[[0.2]], [[0.1]]])
+    x = torch.linspace(-8, 8, 9, dtype=torch.float64)[:, None]
+    runs = [
+        Sampler(RectifiedAdams(order), partial(grid.hyperbolic, steps=n), final="none")
+        .sample(ExactScore(target, sde), x.shape, x_init=x)
+        .x
+        for n in (80, 160, 320, 640)
+    ]
+    first, second, third = ((b - a).abs().max().item() for a, b in pairwise(runs))
+    assert math.log2(second / third) > 2.7
+    assert third < second < first
 
 
 @pytest.mark.parametrize(
