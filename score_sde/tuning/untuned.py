@@ -1,4 +1,4 @@
-"""The published deterministic solvers as tables: what a tuned one starts from, and is held against."""
+"""The deterministic solvers as tables: what a tuned one starts from, and is held against."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def _of_time(grid: Callable[..., Tensor], sde: SDE, steps: int) -> Tensor:
 
 RULES: dict[str, Callable[[Tensor], TunedTable]] = {
     **{f"exponential Adams {k}": partial(as_table, ExponentialAdams(k)) for k in (1, 2, 3)},
-    **{f"velocity Adams {k}": partial(as_table, RectifiedAdams(k), to_zero=True) for k in (2, 3)},
+    **{f"velocity Adams {k}": partial(as_table, AdamsBashforth(k), to_zero=True) for k in (2, 3)},
+    "rectified Adams 3": partial(as_table, RectifiedAdams(3), to_zero=True),
     **{f"noise Adams {k}": partial(as_table, AdamsBashforth(k, "noise")) for k in (2, 3)},
     **{f"UniPC {k}": partial(as_table, UniPC(k)) for k in (2, 3)},
     "iPNDM 4": partial(as_table, IPNDM(4)),
