@@ -26,7 +26,7 @@ from score_sde import LearnedScore, ProbabilityFlowODE, SampleNoise, ScoreModel
 from score_sde.build import build
 from score_sde.checks import one_of, whole
 from score_sde.data import load_images, measure_data_std
-from score_sde.data.files import SUFFIXES
+from score_sde.data.files import SUFFIXES, image_files
 from score_sde.evaluation.restoration import psnr
 from score_sde.guidance import (
     TASKS,
@@ -238,7 +238,7 @@ def check_observed(path: Path, task: str, shape: tuple[int, ...]) -> None:
     """
     from PIL import Image
 
-    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+    for file in [path] if path.is_file() else image_files(path):
         if file.suffix.lower() not in SUFFIXES:
             continue
         with Image.open(file) as image:

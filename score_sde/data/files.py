@@ -148,7 +148,7 @@ def image_folder(
 
 def _folder(root: Path, labels: bool, classes: Sequence[str] | None = None) -> tuple[Images, list[str]]:
     """The images of a folder, and the names of its classes, which for a test set are those of the training set."""
-    paths = _image_files(root)
+    paths = image_files(root)
     if labels and (loose := [file for file in paths if file.parent == root]):
         raise ValueError(f"{loose[0]} lies in no folder below {root}, and its folder there is an image's class: "
                          "move it into one, or leave out labels")  # fmt: skip
@@ -179,15 +179,17 @@ def load_images(path: str | Path, event_shape: Sequence[int]) -> np.ndarray:
         raise ValueError(f"events of shape {shape} are no images: give a .npy array")
     if not path.exists():
         raise FileNotFoundError(f"no image and no folder at {path}")
-    files = [path] if path.is_file() else _image_files(path)
+    files = [path] if path.is_file() else image_files(path)
     if files[0].suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path} holds no images: give {', '.join(sorted(SUFFIXES))} files")
     decoder = Decoder(shape[1], shape[2], shape[0])
     return np.stack([decoder(file, str(file))[0] for file in files]).astype(np.float32) * np.float32(2 / 255) - 1
 
 
-def _image_files(root: Path) -> list[Path]:
-    paths = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
+def image_files(root: Path) -> list[Path]:
+    """The images in a folder at any depth; none that is hidden, as macOS's ._001.png and what .ipynb_checkpoints holds."""
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
+    paths = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     if not paths:
         reason = "holds no images" if root.is_dir() else "does not exist"
         raise ValueError(f"{root} {reason}: give a folder with {', '.join(sorted(SUFFIXES))} files")

@@ -108,6 +108,13 @@ def test_with_labels_an_image_beside_the_folders_of_classes_is_refused(tmp_path)
     assert image_folder(tmp_path, 4).size == 2
 
 
+def test_what_is_hidden_is_no_image(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "001.png")
+    (tmp_path / "._001.png").write_bytes(b"what macOS keeps of a file on other disks")
+    saved(tmp_path, ".ipynb_checkpoints/001-checkpoint.png", Image.new("L", (4, 4)))
+    assert image_folder(tmp_path, 4).size == len(load_images(tmp_path, (1, 4, 4))) == 1
+
+
 def test_pictures_for_editing_may_be_oblong(tmp_path):
     file = saved(tmp_path, "a.png", Image.new("RGB", (40, 20), "white"))
     assert load_images(file, (3, 4, 8)).shape == (1, 3, 4, 8)
