@@ -81,7 +81,8 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
     settings = {name: value for name, value in configs.plain(config).items() if name not in left_out}
     folder = output.folder_of(settings, Path(config.output or run.path / "edits" / config.task))
     output.save_samples(folder, {"before": before, "after": after})
-    if before.ndim == 4 and before.shape[1] in (1, 3):
+    if figures.is_image(model):
+        output.save_images(folder, after)
         figures.save(figures.columns(columns), folder / "sheet.png")
     inputs = "pairs" if config.task == "interpolate" else "inputs"
     print(f"{config.task}: {after.shape[1]} results for each of {len(after)} {inputs}; in {folder}")

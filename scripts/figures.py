@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from score_sde import ExactScore, ProbabilityFlowODE, Sampler, ScoreModel, grid, plotting
+from score_sde import ExactScore, LearnedScore, ProbabilityFlowODE, Sampler, ScoreModel, grid, plotting
 from score_sde.data import Data
 from score_sde.evaluation import Diagnosis, Evaluation, starts
 from score_sde.guidance import LinearOperator
@@ -180,6 +180,6 @@ def in_plane(data: Data) -> bool:
     return tuple(data.event_shape) == (2,)
 
 
-def is_image(data: Data) -> bool:
+def is_image(of: Data | LearnedScore) -> bool:
     """Whether an example is an image in grey or in colour."""
-    return len(data.event_shape) == 3 and data.event_shape[0] in (1, 3)
+    return len(of.event_shape) == 3 and of.event_shape[0] in (1, 3)

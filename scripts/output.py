@@ -6,11 +6,15 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from score_sde.progress import tqdm
 from score_sde.training import write_atomically
 
 RATIOS = ("nfe: network calls a sample; ratio: value over floor, the same distance between two sets of exact samples of this "
@@ -43,6 +47,30 @@ def save_samples(folder: Path, samples: Mapping[str, Any]) -> None:
         partial = folder / f".partial-{os.getpid()}-{name}.npy"
         np.save(partial, x.numpy())
         partial.replace(folder / f"{name}.npy")
+
+
+def save_images(folder: Path, x: Tensor) -> None:
+    """Images in [-1, 1] as uint8, those beyond clipped: <folder>/images.npz and <folder>/png/00000.png, 00001.png, ...
+
+    Of (n, channels, height, width), or (n, draws, ...), whose files are 00000-1.png, 00000-2.png, ...; `arr_0` of the archive
+    has the channels last.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from score_sde.evaluation.extractors import quantized
+
+    pixels = quantized(x).movedim(-3, -1).numpy()
+    archive, pictures = (folder / f".partial-{os.getpid()}{name}" for name in (".npz", "-png"))
+    np.savez(archive, pixels)
+    pictures.mkdir(exist_ok=True)
+    shown = pixels if pixels.shape[-1] == 3 else pixels[..., 0]
+    for i, *draw in tqdm([*np.ndindex(x.shape[:-3])], desc="png", delay=2):
+        name = "-".join([f"{i:05d}", *(str(j + 1) for j in draw)])
+        Image.fromarray(shown[i, *draw]).save(pictures / f"{name}.png")
+    archive.replace(folder / "images.npz")
+    shutil.rmtree(folder / "png", ignore_errors=True)
+    pictures.rename(folder / "png")
 
 
 def show(table: Any, note: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Draws samples from a trained model.
+"""Draws samples from a trained model; images also as PNG files, and as images.npz for other tools' metrics.
 
 python scripts/sample.py run=<dir> sampler=heun num_samples=1000
 python scripts/sample.py run=<dir> label=3 guidance.scale=2                   labels, by classifier-free guidance
@@ -57,7 +57,9 @@ def main(config: DictConfig) -> None:
     own = {name: output.content_of(value) or value for name, value in whole["condition"].items()}
     settings |= {"condition": own} if own else {}
     folder = output.folder_of(settings, Path(config.output or run.samples / f"{name}{suffix}"))
-    output.save_samples(folder, {"samples": samples})
+    output.save_samples(folder, condition | {"samples": samples})
+    if figures.is_image(model):
+        output.save_images(folder, samples)
     columns = max(1, 8 // len(labels)) * len(labels) if labels else 8
     figures.save(plotting.sheet(samples, columns=columns), folder / "samples.png")
     print(f"{len(samples)} samples of {name}: {nfe} network calls each, {seconds:.2f} s; in {folder}")

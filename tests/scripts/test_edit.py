@@ -57,7 +57,11 @@ def test_tasks_leave_arrays_and_a_sheet(run: Path, tmp_path: Path, capsys: pytes
     folder = run_edit(run, "task=inpaint", f"mask={tmp_path / 'mask.png'}")
     assert folder == run / "edits/inpaint"
     assert "5 network calls a draw" in capsys.readouterr().out
-    assert np.load(folder / "after.npy").shape == (2, 3, 1, 8, 8)
+    after = np.load(folder / "after.npy")
+    assert after.shape == (2, 3, 1, 8, 8)
+    assert len(list((folder / "png").iterdir())) == 6
+    last = np.asarray(Image.open(folder / "png/00001-3.png"))
+    np.testing.assert_array_equal(last, np.clip(np.round((after[1, 2, 0] + 1) * 127.5), 0, 255))
     assert (folder / "sheet.png").exists()
     assert np.load(run_edit(run, "task=class", "label=3") / "after.npy").shape == (2, 3, 1, 8, 8)
 

@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from score_sde.build import build_model
 from score_sde.classifier import NoisyClassifier
-from score_sde.data import TensorData
+from score_sde.data import TensorData, load_images
 from score_sde.guidance import Autoguidance, Classifier, ClassifierFree, DynamicThreshold
 from score_sde.run import Run
 from score_sde.training import DenoisingScoreMatching, NoisyCrossEntropy, Trainer, UniformTimes
@@ -147,10 +148,30 @@ def test_as_a_user_types_it(runs, tmp_path):
         "sample", f"run={runs['labelled']}", "label=[3,4]", "guidance.scale=2", "batch_size=3", *few, cwd=tmp_path
     )
     assert "4 network calls each" in out
-    assert np.load(Path(runs["labelled"]) / "samples/default-labels/samples.npy").shape == (4, 1, 8, 8)
+    folder = Path(runs["labelled"]) / "samples/default-labels"
+    assert np.load(folder / "samples.npy").shape == (4, 1, 8, 8)
+    assert np.load(folder / "label.npy").tolist() == [3, 4, 3, 4]
+    assert len(list((folder / "png").iterdir())) == len(np.load(folder / "images.npz")["arr_0"]) == 4
     error = script("sample", f"run={runs['classifier']}", *few, cwd=tmp_path, code=1)
     assert "is a classifier of noisy data, which has no samples: give it as guidance.run=" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_saved_as_their_pixels(tmp_path, channels):
+    levels = torch.arange(256).repeat(channels).view(4, channels, 8, 8)
+    x = levels / 127.5 - 1 + 0.003 * (torch.rand(levels.shape, generator=torch.Generator().manual_seed(0)) - 0.5)
+    x[0, 0, 0, 0], x[-1, -1, -1, -1] = -1.5, 1.5
+    pixels = levels.movedim(1, -1).numpy()
+    for _ in range(2):  # over what another command left
+        output.save_images(tmp_path, x)
+    assert {file.name for file in tmp_path.iterdir()} == {"images.npz", "png"}
+    saved = np.load(tmp_path / "images.npz")["arr_0"]
+    assert saved.dtype == np.uint8
+    np.testing.assert_array_equal(saved, pixels)
+    read = [np.asarray(Image.open(tmp_path / f"png/0000{i}.png")) for i in range(4)]
+    np.testing.assert_array_equal(np.reshape(read, pixels.shape), pixels)
+    np.testing.assert_allclose(load_images(tmp_path / "png", x.shape[1:]), levels / 127.5 - 1, atol=1e-6)
 
 
 def test_nothing_lies_over_a_classifiers_accuracy():
