@@ -69,14 +69,17 @@ def main(config: DictConfig) -> None:
             row = {"index": places[name][rows_of]} | row
             rows.append(pd.DataFrame({"set": name, **{key: value.cpu().numpy() for key, value in row.items()}}))
     table = pd.concat(rows, ignore_index=True)
-    write_atomically(run.path / "likelihood.csv", table.to_csv(index=False))
+    left_out = {"run", "output", "device", "trust", "hydra"}
+    settings = {name: value for name, value in configs.plain(config).items() if name not in left_out}
+    folder = output.folder_of(settings, Path(config.output or run.path / "likelihood"))
+    write_atomically(folder / "likelihood.csv", table.to_csv(index=False))
     column, label = ("bits_per_dim", "bits per dimension") if bins else ("log_prob", "log-density in nats")
-    figures.save(histogram(table, column, label), run.figures / "likelihood.png")
+    figures.save(histogram(table, column, label), folder / "likelihood.png")
     output.show(summary(table))
     if bins and not data.dequantize:  # type: ignore[attr-defined]
         print("\nthe run was trained without dequantisation: its density has a spike at each grey level, and bits_per_dim is "
               "loose; take bound=64, or train with data.dequantize=true, as experiment=digits_likelihood does")  # fmt: skip
-    print(f"\n{run.path}: likelihood.csv, figures/likelihood.png")
+    print(f"\n{folder}: likelihood.csv, likelihood.png")
 
 
 def sets_of(config: DictConfig, data: Data) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -81,7 +81,7 @@ def test_densities_are_given_each_example_s_conditions(name: str, request: pytes
     run = Run.open(folder)
     held = run.data().reference(20)
     wanted = log_likelihood(run.model(), held.x, condition=held.condition, rtol=1e-4, atol=1e-4).log_prob
-    table = pd.read_csv(folder / "likelihood.csv")
+    table = pd.read_csv(folder / "likelihood/likelihood.csv")
     found = torch.tensor(table.loc[table["set"] == "held out", "log_prob"].to_numpy())
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-2)
 

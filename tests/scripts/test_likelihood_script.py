@@ -54,7 +54,7 @@ def test_bits_of_the_digits_under_a_gaussian(tmp_path: Path) -> None:
     run = untrained(tmp_path, DIGITS, [1, 8, 8])
     out = script("likelihood", f"run={run.path}", "count=8", "steps=60", "method=adams", "draws=2",
                  "dequantization=variational", "ood=[inverted]", "bound=64", cwd=tmp_path)  # fmt: skip
-    table = pd.read_csv(run.path / "likelihood.csv")
+    table = pd.read_csv(run.path / "likelihood/likelihood.csv")
     assert list(table["set"].unique()) == ["held out", "inverted"]
     x = run.data().reference(8).x.double()
     # A Gaussian bound by uniform dequantisation, another draw of which changes little over 64 dimensions.
@@ -65,13 +65,13 @@ def test_bits_of_the_digits_under_a_gaussian(tmp_path: Path) -> None:
     gap = table[table["set"] == "held out"]["bound_bits_per_dim"].to_numpy() - expected.numpy()
     assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(8) + 0.03
     assert "likelihood.csv" in out
-    assert (run.path / "figures/likelihood.png").stat().st_size > 1000
+    assert (run.path / "likelihood/likelihood.png").stat().st_size > 1000
 
 
 def test_densities_of_points_stand_beside_the_true_ones(tmp_path: Path) -> None:
     run = untrained(tmp_path, RING, [2])
     script("likelihood", f"run={run.path}", "count=6", "ood=[uniform]", "method=dopri5", cwd=tmp_path)
-    table = pd.read_csv(run.path / "likelihood.csv")
+    table = pd.read_csv(run.path / "likelihood/likelihood.csv")
     x = run.data().reference(6).x.double()
     found = table[table["set"] == "held out"]
     expected = torch.distributions.Normal(0.0, 0.5).log_prob(x).sum(1)
@@ -81,13 +81,24 @@ def test_densities_of_points_stand_beside_the_true_ones(tmp_path: Path) -> None:
     assert list(found["index"]) == [*range(6)]
 
 
+def test_other_settings_leave_likelihoods_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = untrained(tmp_path / "run", RING, [2])
+    monkeypatch.chdir(tmp_path)
+    for count, name in ((3, "own"), (4, "own-2"), (3, "own")):
+        monkeypatch.setattr(sys, "argv", ["likelihood.py", f"run={run.path}", f"count={count}", "ood=[]", "output=own"])
+        likelihood.main()
+        assert len(pd.read_csv(tmp_path / name / "likelihood.csv")) == count
+        assert (tmp_path / name / "likelihood.png").exists()
+    assert {folder.name for folder in tmp_path.iterdir()} == {"run", "own", "own-2"}
+
+
 def test_files_of_ones_own_stand_beside_held_out_data(tmp_path: Path) -> None:
     run = untrained(tmp_path, RING, [2])
     points = np.random.default_rng(0).normal(size=(3, 2))
     np.save(tmp_path / "mine.npy", points)
     np.save(tmp_path / "one.npy", points[0])
     script("likelihood", f"run={run.path}", "count=4", "input=[mine.npy,one.npy]", cwd=tmp_path)
-    table = pd.read_csv(run.path / "likelihood.csv")
+    table = pd.read_csv(run.path / "likelihood/likelihood.csv")
     assert table["set"].value_counts().to_dict() == {"held out": 4, "mine": 3, "one": 1}
     expected = torch.distributions.Normal(0.0, 0.5).log_prob(torch.from_numpy(points)).sum(1)
     np.testing.assert_allclose(table[table["set"] == "mine"]["log_prob"], expected, rtol=1e-3)
@@ -106,7 +117,7 @@ def test_the_index_is_the_row_of_the_array(test: str | None, tmp_path: Path, mon
     options = ["count=12", "batch_size=5", "ood=[uniform]", "input=mine.npy"]
     monkeypatch.setattr(sys, "argv", ["likelihood.py", f"run={run.path}", *options])
     likelihood.main()
-    table = pd.read_csv(run.path / "likelihood.csv").set_index("set")
+    table = pd.read_csv(run.path / "likelihood/likelihood.csv").set_index("set")
     held = table.loc["held out"]
     log_prob = torch.distributions.Normal(0.0, 0.5).log_prob(torch.from_numpy(arrays[test or "x"])).sum(1)
     np.testing.assert_allclose(held["log_prob"], log_prob[held["index"].to_numpy()], rtol=1e-3)
