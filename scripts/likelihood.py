@@ -33,6 +33,9 @@ from score_sde.progress import tqdm
 from score_sde.run import needed
 from score_sde.training import DiscretisedDecoder, write_atomically
 
+TWO_LAWS = ("bound_...: of the law of the reverse-time SDE; the others: of that of the probability-flow ODE; these are two "
+            "laws, and a bound may lie on either side of the others")  # fmt: skip
+
 
 @entry.main("likelihood")
 def main(config: DictConfig) -> None:
@@ -75,7 +78,7 @@ def main(config: DictConfig) -> None:
     write_atomically(folder / "likelihood.csv", table.to_csv(index=False))
     column, label = ("bits_per_dim", "bits per dimension") if bins else ("log_prob", "log-density in nats")
     figures.save(histogram(table, column, label), folder / "likelihood.png")
-    output.show(summary(table))
+    output.show(summary(table), TWO_LAWS if config.bound else "")
     if bins and not data.dequantize:  # type: ignore[attr-defined]
         print("\nthe run was trained without dequantisation: its density has a spike at each grey level, and bits_per_dim is "
               "loose; take bound=64, or train with data.dequantize=true, as experiment=digits_likelihood does")  # fmt: skip

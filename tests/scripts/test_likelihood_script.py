@@ -65,12 +65,14 @@ def test_bits_of_the_digits_under_a_gaussian(tmp_path: Path) -> None:
     gap = table[table["set"] == "held out"]["bound_bits_per_dim"].to_numpy() - expected.numpy()
     assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(8) + 0.03
     assert "likelihood.csv" in out
+    assert "two laws" in out
     assert (run.path / "likelihood/likelihood.png").stat().st_size > 1000
 
 
 def test_densities_of_points_stand_beside_the_true_ones(tmp_path: Path) -> None:
     run = untrained(tmp_path, RING, [2])
-    script("likelihood", f"run={run.path}", "count=6", "ood=[uniform]", "method=dopri5", cwd=tmp_path)
+    out = script("likelihood", f"run={run.path}", "count=6", "ood=[uniform]", "method=dopri5", cwd=tmp_path)
+    assert "two laws" not in out
     table = pd.read_csv(run.path / "likelihood/likelihood.csv")
     x = run.data().reference(6).x.double()
     found = table[table["set"] == "held out"]
