@@ -110,19 +110,20 @@ def main(config: DictConfig) -> float:
 
 def previews(
     run: Run, data: Data, sampler: Sampler, conditions: Callable[[int], dict[str, Tensor]], config: DictConfig
-) -> Callable[[int, LearnedScore, LearnedScore], None]:
-    """What draws samples of the raw and of the averaged weights of a step into run.samples."""
+) -> Callable[[int, LearnedScore, LearnedScore], dict[str, Path]]:
+    """What draws samples of the raw and of the averaged weights of a step into run.samples, and returns the files."""
     law = figures.law_of(data)
 
-    def draw(step: int, raw: LearnedScore, averaged: LearnedScore) -> None:
-        count = config.num_previews
+    def draw(step: int, raw: LearnedScore, averaged: LearnedScore) -> dict[str, Path]:
+        count, files = config.num_previews, {}
         for name, model in (("raw", raw), ("ema", averaged)):
             samples, *_ = distributed.sample(
                 sampler, model, count, seed=config.seed, batch_size=250, condition=conditions(count)
             )
             if distributed.is_main():
                 picture = plotting.sheet(samples, law, name=f"{name}, step {step}")
-                figures.save(picture, run.samples / f"step-{step:09d}-{name}.png")
+                files[f"samples/{name}"] = figures.save(picture, run.samples / f"step-{step:09d}-{name}.png")
+        return files
 
     return draw
 

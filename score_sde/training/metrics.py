@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class Window:
 class MetricsLog:
     """Rows of numbers, in `rows` and, where there is a directory, in its metrics.jsonl, one object a line; old ones first.
 
-    Where asked for they go to TensorBoard's event files in the folder `tensorboard` too.
+    Where asked for they go to TensorBoard's event files in the folder `tensorboard` too, and the pictures given to `show`.
 
     Lines beyond `step`, and one that a kill cut short, are removed on opening: a resumed run has each step once.
     """
@@ -118,8 +119,17 @@ class MetricsLog:
             self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
         if self._board is not None:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, row["step"])
+            for name in row.keys() - {"step"}:
+                self._board.add_scalar(name, row[name], row["step"])
+
+    def show(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Picture files by name, for TensorBoard."""
+        from PIL import Image
+
+        if self._board is not None:
+            for name, file in pictures.items():
+                with Image.open(file) as picture:
+                    self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -41,7 +41,7 @@ from score_sde.training.times import TimeSampler
 
 __all__ = ["DivergenceError", "Trainer", "TrainingResult"]
 
-SampleHook = Callable[[int, LearnedScore, LearnedScore], None]
+SampleHook = Callable[[int, LearnedScore, LearnedScore], Mapping[str, Path] | None]
 EvaluateHook = Callable[[int, LearnedScore, LearnedScore], Mapping[str, float]]
 
 
@@ -91,7 +91,7 @@ class Trainer:
         compile: run the network through `torch.compile`.
         channels_last: convolution weights in that memory format, which tensor cores like.
         peak_flops: FLOP/s of one device, for the utilisation in the log; taken from a table for known GPUs.
-        tensorboard: also write TensorBoard's event files.
+        tensorboard: also write TensorBoard's event files, with the pictures that `on_sample` returns.
         progress: show a progress bar.
 
     Raises:
@@ -239,8 +239,9 @@ class Trainer:
         """Trains `model` in place, leaving metrics.jsonl and checkpoints in `directory`, or nothing where it is None.
 
         `on_start()` is called once nothing is left to refuse, before the first step and before anything is written.
-        Every `sample_every` steps `on_sample(step, model, averaged_model)` is called, both models in evaluation mode;
-        every `evaluate_every` steps `on_evaluate(step, model, averaged_model)`, whose numbers join the row of metrics.
+        Every `sample_every` steps `on_sample(step, model, averaged_model)` is called, both models in evaluation mode, and
+        may return picture files by name, which TensorBoard shows if it is on; every `evaluate_every` steps
+        `on_evaluate(step, model, averaged_model)`, whose numbers join the row of metrics.
         Of several processes all train and call the hooks, and the main one writes. SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2
         end the run after the step at hand, with a checkpoint; a second one has its usual effect. With `resume` the run
         continues from the latest checkpoint, on any number of processes, or starts where none was written yet.
@@ -320,7 +321,8 @@ class Trainer:
                     if state.due(self.checkpoint_every):
                         home.checkpoint(state)
                     if on_sample is not None and state.due(self.sample_every):
-                        state.show(on_sample)
+                        pictures = state.show(on_sample)
+                        metrics.show(state.step, pictures or {})
             stopped = signalled()
             if self.snapshot_every and state.step == self.steps:
                 home.snapshot(state)

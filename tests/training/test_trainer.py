@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from PIL import Image
 from torch import nn
 
 from score_sde import grid
@@ -370,8 +372,20 @@ def test_mixed_precision_keeps_weights_in_float32(tmp_path):
 
 def test_tensorboard_files_are_written_on_demand(tmp_path):
     pytest.importorskip("tensorboard")
-    tiny.train(tmp_path, tiny.trainer(tensorboard=True))
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    colour = (10, 200, 30)
+    Image.new("RGB", (6, 4), colour).save(tmp_path / "sheet.png")
+    trainer = tiny.trainer(steps=10, tensorboard=True, sample_every=5)
+    tiny.train(tmp_path, trainer, on_sample=lambda step, raw, averaged: {"samples": tmp_path / "sheet.png"})
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) == rows(tmp_path)[0].keys() - {"step"}
+    assert [event.step for event in board.Scalars("loss")] == [5, 10]
+    pictures = board.Images("samples")
+    assert [event.step for event in pictures] == [5, 10]
+    shown = Image.open(io.BytesIO(pictures[0].encoded_image_string))
+    assert shown.size == (6, 4)
+    assert shown.getpixel((3, 2)) == colour
 
 
 @pytest.mark.parametrize(
