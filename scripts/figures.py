@@ -40,7 +40,7 @@ def draw(
     if len(run.metrics()):
         drawings["losses.png"] = _png(losses, run)
     if in_plane(data) or is_image(data):
-        drawings["noise_to_data.gif"] = partial(animate, model, next(iter(samplers.values())), seed)
+        drawings["noise_to_data.gif"] = partial(animate, model, next(iter(samplers.values())), data, seed)
     return write(drawings, folder, progress)
 
 
@@ -153,12 +153,13 @@ def trajectories(model: ScoreModel, target: Target, seed: int, count: int = 300)
     )
 
 
-def animate(model: ScoreModel, sampler: Any, seed: int, path: Path) -> Path:
+def animate(model: ScoreModel, sampler: Any, data: Data, seed: int, path: Path) -> Path:
     """Noise becoming data, as a GIF: images by the run's sampler, points along the reverse-time SDE."""
     points = len(model.event_shape) == 1
     sampler = Sampler(EulerMaruyama(), partial(grid.log_snr, steps=200)) if points else sampler
     x = starts(model, 1500 if points else 16, seed).to(model.device)
-    return plotting.animation(_path(sampler, model, x, seed), path)
+    scale = 1.0 if points else max(1.0, float(data.reference(5000).x.abs().max()))  # as sheets of samples have it
+    return plotting.animation(_path(sampler, model, x, seed) / scale, path)
 
 
 def _path(sampler: Any, model: ScoreModel, x: Tensor, seed: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from score_sde import plotting
 from score_sde.evaluation import certify_all, diagnose, variational_bound
 from score_sde.grid import log_snr
-from score_sde.plotting.images import _point_frames
+from score_sde.plotting.images import _image_frames, _point_frames
 from score_sde.score import ExactScore
 from score_sde.sde import VESDE, VPSDE
 from score_sde.steps import DDIM, EulerMaruyama, LangevinCorrector
@@ -598,6 +598,19 @@ def test_animation_of_points_zooms_in_and_never_out() -> None:
         widths.append(np.diff(ax.get_xlim())[0])
     assert np.array(widths) / widths[-1] == pytest.approx([10, 2, 2, 1, 1], rel=1e-3)
     assert np.allclose(dots.get_offsets(), unit)
+
+
+def test_animation_of_images_ends_in_their_own_contrast_and_shows_noise_with_it() -> None:
+    ax = plotting.panels(1)[1][0, 0]
+    unit = torch.randn(6, 1, 30, 30, generator=torch.Generator().manual_seed(0))
+    images = unit.sign() * 0.6
+    images[0, 0, 0, 0] = 3  # a pixel far away makes no other darker
+    draw = _image_frames(ax, torch.stack([50 * unit, 2 * images, 1.01 * images, 0.5 * images, images]))
+    noise, twice, nearly, half, last = ((2 * draw(i).get_array()[:30, :30, 0] - 1).std() for i in range(5))
+    assert last == pytest.approx(0.6, rel=0.01)
+    assert half == pytest.approx(0.3, rel=0.02)
+    assert [twice, nearly] == pytest.approx([last, last], rel=0.02)
+    assert noise == pytest.approx(last, rel=0.15)
 
 
 def test_animation_of_images(tmp_path: Path) -> None:

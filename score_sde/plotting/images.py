@@ -44,7 +44,8 @@ def animation(
     """Noise becoming data, as a GIF.
 
     Args:
-        trajectory: states (steps, batch, 2), or images (steps, batch, channels, height, width) in [-1, 1] at the end.
+        trajectory: states (steps, batch, 2), or images (steps, batch, channels, height, width) in [-1, 1] at the end,
+            where those beyond are clipped; before it noise is shown with the contrast of the end.
         path: of the file to write.
         levels: a caption for each state.
         frames: at most so many states are shown, evenly chosen; the last always is.
@@ -89,11 +90,13 @@ def _point_frames(ax: Axes, states: Tensor) -> Any:
 
 
 def _image_frames(ax: Axes, states: Tensor) -> Any:
+    """Draws state i into the axes; one of more contrast than the last state fades with the noise, without going back."""
     image = image_grid(ax, states[-1])
+    size = states.flatten(1).square().mean(1).sqrt()
+    fade = (size / size[-1]).cummin(dim=0).values.clamp_min(1)
 
     def draw(index: int) -> AxesImage:
-        state = states[index]
-        image.set_data(_mosaic(state / state.abs().amax().clamp_min(1), None))
+        image.set_data(_mosaic(states[index] / fade[index], None))
         return image
 
     return draw
