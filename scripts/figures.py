@@ -126,14 +126,19 @@ def draw_diagnosis(model: ScoreModel, data: Data, found: Diagnosis, folder: Path
     return write(drawings, folder)
 
 
-def accuracy(table: pd.DataFrame) -> Figure:
-    """A noisy classifier's accuracy and cross-entropy at each noise level."""
+def accuracy(table: pd.DataFrame, labels: Tensor) -> Figure:
+    """A noisy classifier's accuracy and cross-entropy at each noise level, and those of what is known without looking."""
     figure, axes = plotting.panels(2, width=4, height=3.5)
+    shares = labels.bincount().double() / len(labels)
+    chance = {"accuracy": shares.max(), "cross_entropy": torch.special.entr(shares).sum()}
     for ax, name, unit in zip(axes[0], ("accuracy", "cross_entropy"), ("on held-out examples", "in nats"), strict=True):
         ax.plot(table["level"], table[name], "o-", markersize=4, clip_on=False, zorder=3)
+        ax.axhline(float(chance[name]), color=plotting.INK, linestyle="--", linewidth=1,
+                   label="chance: the labels' shares")  # fmt: skip
         ax.set(xscale="log", ylim=(0, None))
-        plotting.curves(ax, plotting.NOISE_LEVEL, f"{name.replace('_', '-')} {unit}")
+        plotting.curves(ax, plotting.NOISE_LEVEL, f"{name.replace('_', '-')} {unit}", legend=None)
     axes[0, 0].set_ylim(top=1.02)
+    plotting.legend_below(figure)
     return figure
 
 

@@ -188,7 +188,7 @@ def finish_classifier(run: Run, model: NoisyClassifier, data: Data, config: Dict
     output.show(table)
     drawn = drawing(config)
     if drawn:
-        figures.save(figures.accuracy(table), run.figures / "accuracy.png")
+        figures.save(figures.accuracy(table, held_out.condition["label"]), run.figures / "accuracy.png")
         figures.save(figures.losses(run), run.figures / "losses.png")
     print(f"\n{run.path}: {'figures/, ' if drawn else ''}metrics.jsonl, result.json")
     return score

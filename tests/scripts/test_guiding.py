@@ -176,11 +176,13 @@ def test_images_are_saved_as_their_pixels(tmp_path, channels):
 
 def test_nothing_lies_over_a_classifiers_accuracy():
     table = pd.DataFrame({"level": [0.1, 1.0, 10.0], "accuracy": [0.9, 0.6, 0.1], "cross_entropy": [0.3, 1.1, 2.3]})
-    left, right = figures.accuracy(table).axes
+    left, right = figures.accuracy(table, torch.tensor([0] * 5 + [1] * 3 + [2] * 2)).axes
     assert [ax.get_ylabel() for ax in (left, right)] == ["accuracy on held-out examples", "cross-entropy in nats"]
     assert [ax.lines[0].get_ydata().tolist() for ax in (left, right)] == [[0.9, 0.6, 0.1], [0.3, 1.1, 2.3]]
+    chance = [ax.lines[1].get_ydata()[0] for ax in (left, right)]
+    assert chance == pytest.approx([0.5, -0.5 * np.log(0.5) - 0.3 * np.log(0.3) - 0.2 * np.log(0.2)])
     assert left.get_legend() is right.get_legend() is None
-    assert not any(line.get_clip_on() for ax in (left, right) for line in ax.lines)  # whole dots at 0 and 1
+    assert not any(ax.lines[0].get_clip_on() for ax in (left, right))  # whole dots at 0 and 1
 
 
 def test_labels_to_be_measured_have_the_shares_of_the_data():
