@@ -61,7 +61,8 @@ def main(config: DictConfig) -> None:
     if figures.is_image(model):
         output.save_images(folder, samples)
     columns = max(1, 8 // len(labels)) * len(labels) if labels else 8
-    figures.save(plotting.sheet(samples, columns=columns), folder / "samples.png")
+    names = guiding.turns(labels, columns).tolist() if 1 < len(labels) <= 20 else []
+    figures.save(plotting.sheet(samples, columns=columns, names=names), folder / "samples.png")
     print(f"{len(samples)} samples of {name}: {nfe} network calls each, {seconds:.2f} s; in {folder}")
     if data is not None:
         agreement(data, samples, condition["label"]).to_csv(folder / "agreement.csv", index=False)

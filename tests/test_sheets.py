@@ -57,6 +57,16 @@ def test_marginals_are_densities_of_all_samples() -> None:
     assert ax.get_xlabel() == "$x_{3}$"
 
 
+def test_names_stand_over_the_columns_of_images() -> None:
+    x = torch.full((3, 1, 4, 5), -1.0)
+    x[1] = 1
+    (ax,) = plotting.sheet(x, columns=8, names=range(7, 15)).axes
+    pixels = ax.images[0].get_array()
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["7", "8", "9"]
+    assert [pixels[2, round(place), 0] for place in ax.get_xticks()] == [0, 1, 0]
+    assert not len(plotting.sheet(x).axes[0].get_xticks())
+
+
 def test_signals_are_the_lines_of_their_channels() -> None:
     x = torch.arange(2 * 3 * 5.0).reshape(2, 3, 5)
     figure = plotting.signals(x, -x)

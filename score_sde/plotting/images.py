@@ -20,14 +20,18 @@ from score_sde.plotting.canvas import INK, panels
 from score_sde.plotting.planes import limits_of, plane, samples
 
 
-def image_grid(ax: Axes, images: Tensor, *, columns: int | None = None) -> AxesImage:
+def image_grid(ax: Axes, images: Tensor, *, columns: int | None = None, names: Sequence[object] = ()) -> AxesImage:
     """Images (n, 1 or 3, height, width) in [-1, 1] as one mosaic, row by row; values beyond are clipped.
+
+    `names` stand over the columns.
 
     Raises:
         ValueError: the shape is another.
     """
     mosaic = _mosaic(images, columns)
     ax.set(xticks=[], yticks=[], aspect="equal")
+    ax.set_xticks([(images.shape[-1] + 1) * (i + 0.5) - 1 for i in range(len(names))], [*map(str, names)])
+    ax.tick_params(top=False, bottom=False, labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False)
     return ax.imshow(mosaic, interpolation="nearest")
 

@@ -20,8 +20,9 @@ from score_sde.targets import Target
 
 
 def sheet(
-    samples: Tensor, data: Target | Tensor | None = None, *, name: str = "samples", count: int = 64, columns: int = 8
-) -> Figure:
+    samples: Tensor, data: Target | Tensor | None = None, *, name: str = "samples", count: int = 64, columns: int = 8,
+    names: Sequence[object] = (),
+) -> Figure:  # fmt: skip
     """Samples of any event shape, beside examples of the data where these are given and the picture has room for them.
 
     Points of the plane are shown as densities (without data as dots), other vectors by `pair_plot`, signals (channels,
@@ -32,7 +33,7 @@ def sheet(
         samples: (n, *event).
         data: examples (m, *event), or their law.
         name: of the samples.
-        count, columns: of images, how many are shown, to whole rows of so many.
+        count, columns, names: of images, how many are shown, to whole rows of so many, and what stands over these columns.
 
     Raises:
         ValueError: there is no sample, or none that is finite.
@@ -58,7 +59,7 @@ def sheet(
     shown = samples[: -(-count // columns) * columns] / size
     columns = min(columns, len(shown))
     figure, axes = panels(1, width=5, height=5 * -(-len(shown) // columns) / columns)
-    image_grid(axes[0, 0], shown, columns=columns)
+    image_grid(axes[0, 0], shown, columns=columns, names=names[:columns])
     return figure
 
 
