@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from score_sde import Run, distributed
 from score_sde.build import build
-from score_sde.data import Data, TensorData
+from score_sde.data import Data
 from score_sde.evaluation import Evaluation, diagnose, evaluate, known_metrics
 from score_sde.training import write_atomically
 
@@ -41,7 +41,7 @@ def main(config: DictConfig) -> None:
         sampler.check(model.sde)
     count = config.num_samples or run.config.num_samples
     labels, data = guiding.labels_of(config.label), run.data()
-    if labels and (data.num_classes is None or not isinstance(data, TensorData)):
+    if labels and (data.num_classes is None or data.target is not None):
         print(f"samples of label={config.label} are held against data of all labels, which are not told apart here")
     condition = {"label": guiding.natural(labels, data, count)} if labels else {}
     condition |= guiding.told({}, run, count)

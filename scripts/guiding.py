@@ -109,7 +109,7 @@ def of_examples(model: ScoreModel, conditions: Callable[[int], dict[str, Tensor]
 
 def natural(labels: list[int], data: Data, count: int) -> Tensor:
     """`count` of the labels in the shares that they have in the data, to be held against those; in turn without any."""
-    if not isinstance(data, TensorData) or data.num_classes is None:
+    if data.num_classes is None:
         return turns(labels, count)
     return first_conditions(data.of_classes(labels), ["label"], count)["label"]
 

@@ -7,8 +7,9 @@ processes read one global batch, each its own rows: batch(n, B, rows) -> to(devi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ class Batch:
             return pinned.to(device, non_blocking=on_cuda)
 
         return Batch(moved(self.x), {name: moved(value) for name, value in self.condition.items()})
+
+    def rows(self, rows: slice | Tensor) -> Batch:
+        """Some of the examples, with their conditions."""
+        return Batch(self.x[rows], {name: value[rows] for name, value in self.condition.items()})
 
 
 class Data(ABC):
@@ -69,6 +74,44 @@ class Data(ABC):
     @abstractmethod
     def reference(self, count: int) -> Batch:
         """Up to `count` real examples to compare samples with, prepared, the same at every call; see the subclass."""
+
+    def of_classes(self, classes: Collection[int]) -> Data:
+        """The examples of these classes, training and held-out ones. Raises ValueError where examples have no labels."""
+        if self.num_classes is None:
+            raise ValueError("these data have no labels: give num_classes and the condition `label`")
+        return OfClasses(self, classes)
+
+
+class OfClasses(Data):
+    """The examples of some classes of other data: the first with their labels, among as many more as it takes."""
+
+    def __init__(self, data: Data, classes: Collection[int]) -> None:
+        self.data, self.classes = data, torch.tensor(sorted({int(label) for label in classes}))
+        self.event_shape, self.num_classes = data.event_shape, data.num_classes
+
+    def batch(self, step: int, batch_size: int, rows: slice = ALL) -> Batch:
+        found = self._first(partial(self.data.batch, step), batch_size)
+        if len(found.x) < batch_size:
+            raise ValueError(f"hardly a training example has label {' or '.join(map(str, self.classes.tolist()))}")
+        return found.rows(rows)
+
+    def prepare(self, batch: Batch, draws: Draws) -> Batch:
+        return self.data.prepare(batch, draws)
+
+    def reference(self, count: int) -> Batch:
+        return self._first(self.data.reference, count)
+
+    def _first(self, examples: Callable[[int], Batch], count: int) -> Batch:
+        for doublings in range(11):
+            among = examples(count << doublings)
+            if "label" not in among.condition:
+                raise ValueError(
+                    f"{type(self.data).__name__} has examples without label: give Batch(x, {{'label': ...}})"
+                )
+            found = torch.isin(among.condition["label"], self.classes).nonzero()[:, 0][:count]
+            if len(found) == count or len(among.x) < count << doublings:
+                break
+        return among.rows(found)
 
 
 class TargetStream(Data):

@@ -153,8 +153,8 @@ def _yardstick(data: Data, num_samples: int, metrics: Metrics | None, seed: int)
 
 
 def _of_labels(data: Any, labels: Tensor | None) -> Any:
-    """The examples of these labels alone, where the data have labels; all of them where a sample is without (-1)."""
-    labelled = isinstance(data, TensorData) and data.num_classes is not None
+    """The examples of these labels alone, where there are labels and no law; all where a sample is without one (-1)."""
+    labelled = data is not None and data.num_classes is not None and data.target is None
     if not labelled or labels is None or int(labels.min()) < 0:
         return data
     chosen = labels.unique().tolist()

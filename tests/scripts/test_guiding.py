@@ -14,9 +14,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from score_sde import targets
 from score_sde.build import build_model
 from score_sde.classifier import NoisyClassifier
-from score_sde.data import TensorData, load_images
+from score_sde.data import Batch, Data, TargetStream, TensorData, load_images
 from score_sde.guidance import Autoguidance, Classifier, ClassifierFree, DynamicThreshold
 from score_sde.run import Run
 from score_sde.training import DenoisingScoreMatching, NoisyCrossEntropy, Trainer, UniformTimes
@@ -185,12 +186,35 @@ def test_nothing_lies_over_a_classifiers_accuracy():
     assert not any(ax.lines[0].get_clip_on() for ax in (left, right))  # whole dots at 0 and 1
 
 
+class Striped(Data):
+    """Data of a user's own, of which one in ten examples has label 1, one in 100 label 2 and none label 3."""
+
+    event_shape, num_classes = (2,), 4
+
+    def batch(self, step, batch_size, rows=slice(None)):
+        at = step * batch_size + torch.arange(batch_size)[rows]
+        return Batch(at[:, None].expand(-1, 2).float(), {"label": (at % 10 == 0).long() + (at % 100 == 0).long()})
+
+    def reference(self, count):
+        return self.batch(0, min(count, 1000))
+
+
 def test_labels_to_be_measured_have_the_shares_of_the_data():
     x, labels = torch.zeros(200, 2), (torch.arange(200) % 10 == 0).long()
-    data = TensorData(x, labels)
-    assert guiding.natural([0, 1], data, 200).sum() == 20
-    assert guiding.natural([1], data, 50).tolist() == [1] * 50
+    for data, ones in ((TensorData(x, labels), 20), (Striped(), 18)):
+        assert guiding.natural([0, 1], data, 200).sum() == ones
+        assert guiding.natural([1], data, 50).tolist() == [1] * 50
     assert guiding.natural([0, 1], TensorData(x), 6).tolist() == [0, 1] * 3
+
+
+def test_of_data_of_ones_own_the_examples_of_some_classes_are_picked():
+    part = Striped().of_classes([2])
+    assert part.reference(20).x[:, 0].tolist() == list(range(0, 1000, 100))
+    assert part.batch(1, 3, slice(1, None)).x.shape == (2, 2)
+    with pytest.raises(ValueError, match="hardly a training example has label 3"):
+        part.of_classes([3]).batch(0, 1)
+    with pytest.raises(ValueError, match="have no labels"):
+        TargetStream(targets.make("ring")).of_classes([0])
 
 
 def test_a_launcher_can_send_what_the_script_does_to_another_process():
