@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ import torch
 import tuned_tables
 from command_line import idle, typed
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from score_sde import ExactScore, ScoreModel
 from score_sde.build import build
 from score_sde.data import TargetStream
 from score_sde.evaluation import compare, judge, known_metrics, ranking
 from score_sde.training import write_atomically
+
+Conditions = Callable[[int], dict[str, Tensor]]
+"""What so many samples are told of."""
 
 DEFAULT_METRICS = ("energy", "sliced_w2", "mode_weights", "mode_spread")
 
@@ -38,7 +43,7 @@ def main(config: DictConfig) -> None:
     if config.task:
         restoring.run_task(config)
         return
-    models, reference = models_and_reference(config)
+    models, reference, conditions = models_and_reference(config)
     fit_to(config, reference)
     known = [m for m in DEFAULT_METRICS if m in known_metrics(reference)]
     metrics = configs.metrics_of(config.metrics, config.trust, known)
@@ -49,8 +54,8 @@ def main(config: DictConfig) -> None:
     try:
         table = compare(
             models, samplers, budgets=list(config.budgets), reference=reference, seeds=list(config.seeds),
-            num_samples=config.num_samples, metrics=metrics, seed=config.seed, pairs=config.pairs,
-            batch_size=config.batch_size, processes=config.processes, directory=folder,
+            num_samples=config.num_samples, metrics=metrics, seed=config.seed, condition=conditions(config.num_samples),
+            pairs=config.pairs, batch_size=config.batch_size, processes=config.processes, directory=folder,
         )  # fmt: skip
     except KeyboardInterrupt:
         sys.exit(entry.interrupted(f"; what was computed is kept: go on with the same command and output={folder}"))
@@ -95,7 +100,18 @@ def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
     if not config.task:
         idle(overrides, ["restoration"], "without a task")
     else:
-        others = ["samplers", "own", "tables", "target", "exact", "pairs", "metrics", "processes", "batch_size"]
+        others = [
+            "samplers",
+            "own",
+            "tables",
+            "target",
+            "exact",
+            "pairs",
+            "metrics",
+            "processes",
+            "batch_size",
+            "label",
+        ]
         idle(overrides, others, f"in task={config.task}, which has the options of restoration")
         if config.run:
             idle(overrides, ["num_samples", "restoration.prior"], f"with run={config.run}, whose images are restored")
@@ -105,11 +121,11 @@ def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
     if config.run:
         idle(overrides, ["sde"], f"with run={config.run}, which has its own")
     else:
-        idle(overrides, ["exact", "ema", "step"], "with a target, whose score is exact")
+        idle(overrides, ["exact", "ema", "step", "label"], "with a target, whose score is exact")
 
 
-def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
-    """The model to sample from and the law or the real examples to compare with.
+def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any, Conditions]:
+    """The model to sample from, the law or the real examples to compare with, and what samples are told of.
 
     Raises ValueError unless one of run= and target= is given.
     """
@@ -118,14 +134,20 @@ def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any]:
         raise ValueError("compare what? give either run=<directory> or target=<name>, e.g. target=ring")
     if target:
         target = build(target, config.trust)
-        return ExactScore(target, configs.sde_of(config, TargetStream(target))), target
+        return ExactScore(target, configs.sde_of(config, TargetStream(target))), target, lambda count: {}
     run = configs.open_run(config)
     data, model = run.data(), configs.model_of(run, config)
-    guiding.check_free(run)
+    labels, names = guiding.labels_of(config.get("label")), {*model.needed}
+    if labels:
+        guiding.check_labels(labels, model)
+        data, names = data.of_classes(labels), names | {"label"}
+    if names:
+        whose = f", of label {' or '.join(map(str, labels))}" if labels else ""
+        print(f"samples have the {' and '.join(sorted(names))} of the first training examples{whose}")
+    elif model.num_classes is not None:
+        print(f"{run.path} knows {model.num_classes} labels: sampled without, against data of all of them")
     reference = data.target if data.target is not None else data.reference(2 * config.num_samples).x
-    if getattr(model.network, "num_classes", None) is not None:
-        print(f"{run.path} knows {model.network.num_classes} labels: sampled without, against data of all of them")
-    return model, reference
+    return model, reference, partial(guiding.first_conditions, data, sorted(names))
 
 
 def fit_to(config: DictConfig, reference: Any) -> None:
@@ -139,14 +161,14 @@ def fit_to(config: DictConfig, reference: Any) -> None:
         config.num_samples = most
 
 
-def models_and_reference(config: DictConfig) -> tuple[dict[str, ScoreModel], Any]:
-    """The model by name, beside it the exact one where it is asked for, and what samples are held against."""
-    model, reference = model_and_reference(config)
+def models_and_reference(config: DictConfig) -> tuple[dict[str, ScoreModel], Any, Conditions]:
+    """The model by name, beside it the exact one where it is asked for, what samples are held against and are told of."""
+    model, reference, conditions = model_and_reference(config)
     if not config.exact or isinstance(model, ExactScore):
-        return {"exact" if isinstance(model, ExactScore) else "learned": model}, reference
+        return {"exact" if isinstance(model, ExactScore) else "learned": model}, reference, conditions
     if isinstance(reference, torch.Tensor):
         raise ValueError("exact=true needs a run on a target of closed form: these data have no exact score")
-    return {"learned": model, "exact": ExactScore(reference, model.sde)}, reference
+    return {"learned": model, "exact": ExactScore(reference, model.sde)}, reference, conditions
 
 
 def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import configs
 import entry
 import figures
+import guiding
 import output
 import pandas as pd
 import torch
@@ -40,6 +41,7 @@ def main(config: DictConfig) -> None:
         raise ValueError("tune for what? give either run=<directory> or target=<name>, e.g. target=ring")
     if config.run:
         idle(typed(), ["sde"], f"with run={config.run}, which has its own")
+        guiding.check_free(configs.open_run(config))
     else:
         idle(typed(), ["ema", "step"], "with a target, whose score is exact")
     if config.spectrum:
@@ -52,7 +54,7 @@ def main(config: DictConfig) -> None:
     whole("num_samples", config.num_samples, 2)
     for calls in steps:
         check(calls, **{name: config[name] for name in FITTING if name != "seed"})
-    model, reference = model_and_reference(config)
+    model, reference, _ = model_and_reference(config)
     folder = Path(config.output or tuned_tables.tuned_folder(config))
     folder.mkdir(parents=True, exist_ok=True)
     settings = settings_of(config)

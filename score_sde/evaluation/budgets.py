@@ -34,10 +34,11 @@ Contestant = Samples | Mapping[int, Samples] | Callable[[int], Samples]
 """A sampler, a sampler for each number of calls, or a function from a budget to a sampler."""
 
 
-def at_budget(sampler: Sampler, model: ScoreModel, calls: int) -> Sampler:
+def at_budget(sampler: Sampler, model: ScoreModel, calls: int, condition: Mapping[str, Any] | None = None) -> Sampler:
     """The sampler with as many grid steps as `calls` network calls a sample allow, the last denoising included.
 
-    Two-stage steps, correctors, churned grids and guidance that asks twice are counted as what they cost.
+    Two-stage steps, correctors, churned grids and guidance that asks twice are counted as what they cost; for that the model
+    is called once, on one sample, under the `condition`.
 
     Raises:
         ValueError: the grid has no `steps` (as in `partial(grid.karras, steps=18)`), or one step costs more.
@@ -46,7 +47,8 @@ def at_budget(sampler: Sampler, model: ScoreModel, calls: int) -> Sampler:
         raise ValueError(f"{type(sampler).__name__}'s grid has no steps to set: bind them by name, as in "
                          "partial(grid.karras, steps=18)")  # fmt: skip
     start = model.start(torch.zeros(1, *model.event_shape, device=model.device))
-    unknown = model(start, model.sde.t_max).calls / model.calls_at(model.sde.t_max)  # 1 where `calls_at` knows them
+    spent = model(start, model.sde.t_max, **(condition or {})).calls
+    unknown = spent / model.calls_at(model.sde.t_max)  # 1 where `calls_at` knows them
 
     def cost(steps: int) -> float:
         try:
@@ -109,19 +111,21 @@ def _regridded(grid: Any, steps: int) -> Grid:
     return partial(grid.func, *grid.args, **{**grid.keywords, **new})
 
 
-def contest(contestant: Any, model: ScoreModel, budgets: Sequence[int]) -> Iterator[tuple[int, Any]]:
+def contest(
+    contestant: Any, model: ScoreModel, budgets: Sequence[int], condition: Mapping[str, Any]
+) -> Iterator[tuple[int, Any]]:
     """(budget, sampler) for each budget, or (budget, "refused: ...") where there is none."""
     budgeted = isinstance(contestant, Mapping) or callable(contestant) or has_steps(contestant)
     for budget in map(int, budgets) if budgeted else (UNBUDGETED,):
         try:
-            solver = _of_budget(contestant, model, budget) if budgeted else contestant
+            solver = _of_budget(contestant, model, budget, condition) if budgeted else contestant
             getattr(solver, "check", lambda sde: None)(model.sde)
         except Exception as error:
             solver = reason(error)
         yield budget, solver
 
 
-def _of_budget(contestant: Any, model: ScoreModel, budget: int) -> Samples:
+def _of_budget(contestant: Any, model: ScoreModel, budget: int, condition: Mapping[str, Any]) -> Samples:
     if isinstance(contestant, Mapping):
         within = [calls for calls in contestant if calls <= budget]
         if not within:
@@ -129,7 +133,7 @@ def _of_budget(contestant: Any, model: ScoreModel, budget: int) -> Samples:
                 f"there are tables of {', '.join(map(str, sorted(contestant)))} calls, none within {budget}"
             )
         return contestant[max(within)]
-    return at_budget(contestant, model, budget) if isinstance(contestant, Sampler) else contestant(budget)
+    return at_budget(contestant, model, budget, condition) if isinstance(contestant, Sampler) else contestant(budget)
 
 
 def reason(error: Exception) -> str:

@@ -60,8 +60,8 @@ def compare(
     models: ScoreModel | Mapping[str, ScoreModel], samplers: Mapping[str, Contestant], *, budgets: Sequence[int],
     reference: Reference | Mapping[str, Reference], seeds: Sequence[int] = (0,), num_samples: int = 5000,
     metrics: Metrics | None = ("sliced_w2",), repeats: int = 8, seed: int = 0,
-    pairs: int = 2000, batch_size: int = 10_000, processes: int = 1, directory: str | Path | None = None,
-    progress: bool = True,
+    condition: Mapping[str, Tensor] | None = None, pairs: int = 2000, batch_size: int = 10_000, processes: int = 1,
+    directory: str | Path | None = None, progress: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
     """Samples with every model, sampler, budget and seed, and measures all against the same exact draws.
 
@@ -80,6 +80,7 @@ def compare(
         num_samples: drawn each time.
         metrics, repeats: see `Yardstick`.
         seed: of the exact draws.
+        condition: tensors (num_samples, ...) by name, for the models that know the name.
         pairs: how many starts the paired endpoint error follows; 0 leaves it out.
         batch_size: samples at a time.
         processes: how many to spread over.
@@ -95,7 +96,8 @@ def compare(
         exception); all but the first leave the figures NaN.
 
     Raises:
-        ValueError: a number is out of range, a reference is missing or of another shape, a metric is unknown.
+        ValueError: a number is out of range, a reference is missing or of another shape, a metric or a condition is
+            unknown.
     """
     named = dict(models) if isinstance(models, Mapping) else {"model": models}
     laws: dict[str, Any] = dict(reference) if isinstance(reference, Mapping) else dict.fromkeys(named, reference)
@@ -104,13 +106,15 @@ def compare(
                                ("processes", processes, 1), ("repeats", repeats, 1)):  # fmt: skip
         whole(name, count, least)
     _check(named, samplers, laws)
+    told = _told(named, condition or {}, num_samples)
     settings = (num_samples, batch_size, pairs, torch.__version__, CONVERGED, _measure)
     rules = (metrics, repeats, seed, num_samples, Yardstick)
     floors = {name: fingerprint("floor", law, rules) for name, law in laws.items()}
-    who = {name: fingerprint(model, model.device, settings) for name, model in named.items()}
+    who = {name: fingerprint(model, model.device, told[name], settings) for name, model in named.items()}
+    first = {name: {key: value[:1] for key, value in known.items()} for name, known in told.items()}
     cells = [Cell(name, label, budget, s, solver, fingerprint(who[name], floors[name], s, solver), s == seeds[0])
              for name, model in named.items() for label, contestant in samplers.items()
-             for budget, solver in contest(contestant, model, budgets) for s in seeds]  # fmt: skip
+             for budget, solver in contest(contestant, model, budgets, first[name]) for s in seeds]  # fmt: skip
     refused = all(isinstance(cell.solver, str) for cell in cells)
     home = None if directory is None or refused else Path(directory)
     journal = Journal(None if home is None else home / "cells.jsonl")
@@ -125,7 +129,7 @@ def compare(
                 journal.add(floor, {m: [value, stick.spreads[m]] for m, value in stick.floors.items()})
         with _folder(home) as folder:
             yardsticks = {name: sticks[floor] for name, floor in floors.items()}
-            bench = Bench(named, yardsticks, who, num_samples, batch_size, pairs, folder)
+            bench = Bench(named, told, yardsticks, who, num_samples, batch_size, pairs, folder)
             _run(bench, list(missing.values()), journal, processes, progress)
     return _table(cells, journal, floors)
 
@@ -148,6 +152,19 @@ def _check(models: Mapping[str, ScoreModel], samplers: Mapping[str, Any], laws: 
         shape = tuple(law.shape[1:]) if isinstance(law, Tensor) else tuple(law.event_shape)
         if shape != expected:
             raise ValueError(f"model {name!r} makes samples of shape {expected}, its reference has shape {shape}")
+
+
+def _told(
+    models: Mapping[str, ScoreModel], condition: Mapping[str, Tensor], num_samples: int
+) -> dict[str, dict[str, Tensor]]:
+    """By model what it knows of the condition, on its device."""
+    for name, value in condition.items():
+        if not any(name in model.condition_names for model in models.values()):
+            raise ValueError(f"condition {name!r} is known to none of the models {', '.join(models)}")
+        if len(value) != num_samples:
+            raise ValueError(f"condition {name!r} has {len(value)} rows, for num_samples={num_samples}")
+    return {name: {key: condition[key].to(model.device) for key in sorted(model.condition_names & condition.keys())}
+            for name, model in models.items()}  # fmt: skip
 
 
 @contextmanager
@@ -188,6 +205,7 @@ class Bench:
     """What all cells share; a worker reads it once."""
 
     models: Mapping[str, ScoreModel]
+    told: Mapping[str, Mapping[str, Tensor]]
     yardsticks: Mapping[str, Yardstick]
     who: Mapping[str, str]
     num_samples: int
@@ -202,6 +220,10 @@ class Bench:
         """Sizes of the batches."""
         whole, rest = divmod(self.num_samples, self.batch_size)
         return [self.batch_size] * whole + [rest] * (rest > 0)
+
+    def condition(self, model: str, first: int, size: int) -> dict[str, Tensor]:
+        """What the model is told of so many samples, from a first one on."""
+        return {name: value[first : first + size] for name, value in self.told[model].items()}
 
 
 class Witness(NoiseSource):
@@ -283,9 +305,10 @@ def _read(path: str) -> Bench:
 
 def _warm(bench: Bench) -> None:
     """Calls each model once: the first call of a process is slow, and no sampler's fault."""
-    for model in bench.models.values():
+    for name, model in bench.models.items():
         with suppress(Exception):  # a model that cannot be called gets its status in its cells
-            model(model.start(torch.zeros(2, *model.event_shape, device=model.device)), model.sde.t_max)
+            z = torch.zeros(2, *model.event_shape, device=model.device)
+            model(model.start(z), model.sde.t_max, **bench.condition(name, 0, 2))
 
 
 @contextmanager
@@ -312,8 +335,9 @@ def _converge(bench: Bench, limit: Limit) -> None:
         with torch.no_grad():
             z = BatchNoise(limit.seed).open((size, *model.event_shape), model.dtype, model.device)(0, 0)
             start = model.start(z)[: bench.pairs]
-            end = CONVERGED.sample(model, tuple(start.shape), x_init=start).x
-            both = torch.stack([end, model(end, model.sde.t_min).denoised])
+            condition = bench.condition(limit.model, 0, len(start))
+            end = CONVERGED.sample(model, tuple(start.shape), x_init=start, condition=condition).x
+            both = torch.stack([end, model(end, model.sde.t_min, **condition).denoised])
     except Exception:
         return
     _save(bench.limit_path(limit.model, limit.seed), both)
@@ -347,10 +371,12 @@ def _sample(bench: Bench, model: ScoreModel, cell: Cell) -> tuple[Witness | None
     for part, size in enumerate(bench.parts()):
         noise = BatchNoise(_seed_of(cell.seed, part))
         witness = Witness(noise) if watched else None
-        source: dict[str, Any] = {"noise": witness} if watched else {"seed": noise.seed}
+        given: dict[str, Any] = {"noise": witness} if watched else {"seed": noise.seed}
+        if condition := bench.condition(cell.model, part * bench.batch_size, size):
+            given["condition"] = condition
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*the sampler diverged")  # which the status will say
-            results.append(cell.solver.sample(model, (size, *model.event_shape), **source))
+            results.append(cell.solver.sample(model, (size, *model.event_shape), **given))
     seconds = sum(result.seconds for result in results)
     cost = {"nfe": max(result.nfe for result in results), "seconds": seconds,
             "seconds_per_sample": seconds / bench.num_samples}  # fmt: skip

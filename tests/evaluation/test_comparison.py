@@ -38,7 +38,7 @@ from score_sde.guidance import MMPS, Autoguidance, Matrix
 from score_sde.keyed import generator
 from score_sde.noise import NoiseSource
 from score_sde.sampler import SampleResult
-from score_sde.score import ExactScore, ScoreModel
+from score_sde.score import ExactScore, FunctionScore, ScoreModel
 from score_sde.sde import VPSDE
 from score_sde.steps import AnnealedLangevin, Step, UniPC, multistep
 from score_sde.targets import GaussianMixture, make
@@ -336,6 +336,34 @@ def test_processes_change_nothing(tmp_path: Path) -> None:
 
 
 # --- hashes and journals ----------------------------------------------------------------------------------------------
+
+
+def sided(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """E[x_0 | x_t] of N(-3, 0.1^2) for label 0, of N(3, 0.1^2) for label 1."""
+    alpha, sigma, mean = VPSDE().alpha(t), VPSDE().sigma(t), (6.0 * label - 3)[:, None]
+    return mean + 0.01 * alpha / (0.01 * alpha**2 + sigma**2) * (x - alpha * mean)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_sample_has_its_own_condition_with_every_solver(tmp_path: Path, processes: int) -> None:
+    """Also with those whose calls leave out samples that have arrived; labels that wander would end between the sides."""
+    law = GaussianMixture([0.5, 0.5], [[-3.0], [3.0]], [[[0.01]]] * 2)
+    models = {"learned": FunctionScore(sided, VPSDE(), (1,), gives="denoised"), "exact": ExactScore(law, VPSDE())}
+    samplers = {"ddim": on(DDIM()), "ode": AdaptiveODE()}
+    label = torch.arange(50) // 7 % 2
+    options = {"budgets": [20], "reference": law, "num_samples": 50, "pairs": 20, "batch_size": 20}
+    options |= {"directory": tmp_path, "processes": processes, "progress": False}
+    table = compare(models, samplers, condition={"label": label}, **options).set_index(["model", "sampler"])
+    assert (table["status"] == "ok").all()
+    assert (table.loc["learned", "endpoint_error"] < 0.01).all()
+    for x in (x for (model, *_), x in load_samples(tmp_path, table.reset_index()).items() if model == "learned"):
+        assert torch.equal(x[:, 0] > 0, label == 1)
+        assert (x.abs() - 3).abs().max() < 0.5
+    other = compare(models, samplers, condition={"label": 1 - label}, **options).set_index(["model", "sampler"])
+    assert (other["cell"] == table["cell"]).groupby("model").all().to_dict() == {"learned": False, "exact": True}
+    for condition, message in (({"side": label}, "known to none of the models"), ({"label": label[:9]}, "has 9 rows")):
+        with pytest.raises(ValueError, match=message):
+            compare(models, samplers, condition=condition, **options)
 
 
 class Named(list):

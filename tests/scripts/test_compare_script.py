@@ -188,7 +188,7 @@ class Own(RectifiedFlow): pass
     own = ["~sde", "+sde={_target_: own_law.Own}", "~target", "+target={_target_: own_law.law}"]
     with pytest.raises(ValueError, match="trust its module: 'own_law'"):
         compare.model_and_reference(composed(*own))
-    model, law = compare.model_and_reference(composed(*own, "trust=[own_law]"))
+    model, law, _ = compare.model_and_reference(composed(*own, "trust=[own_law]"))
     assert (type(model.sde).__name__, model.target) == ("Own", law)
     options = ["task=linear", "restoration.prior=ring", "restoration.methods=[exact]", "restoration.samplers=[ddim]"]
     few = ["budgets=[3]", "seeds=[0]", "num_samples=50", f"output={tmp_path / 'out'}"]

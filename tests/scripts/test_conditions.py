@@ -91,8 +91,31 @@ def test_what_only_an_unconditional_score_can_do_is_refused(by_label: Path) -> N
     script("sample", f"run={by_label}", *asked, cwd=by_label)
     refused = script("sample", f"run={by_label}", *asked, "guidance.scale=3", cwd=by_label, code=1)
     assert "has not learnt to do without" in refused
-    refused = script("compare", f"run={by_label}", cwd=by_label, code=1)
+    refused = script("tune", f"run={by_label}", cwd=by_label, code=1)
     assert "has not learnt to do without its label" in refused
+
+
+@pytest.mark.parametrize("name", ["by_context", "by_label"])
+def test_samplers_are_compared_under_the_conditions_of_the_data(name: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    quick = ["samplers=[heun,adaptive_ode]", "budgets=[25]", "seeds=[0]", "num_samples=300", "metrics=[sliced_w2]"]
+    said = script("compare", f"run={folder}", *quick, "pairs=100", "output=compared", cwd=folder)
+    assert f"samples have the {name[3:]} of the first training examples\n" in said
+    table = pd.read_csv(folder / "compared/comparison.csv")
+    assert (table["sliced_w2"] < 2 * table["sliced_w2_floor"]).all()
+    assert (table["endpoint_error"] < 0.05).all()
+
+
+def test_samplers_are_compared_on_the_labels_that_are_asked_for(by_label: Path, by_context: Path) -> None:
+    quick = ["samplers=[heun]", "budgets=[15]", "seeds=[0]", "num_samples=100", "metrics=[sliced_w2]", "pairs=0"]
+    said = script("compare", f"run={by_label}", *quick, "label=[0,2]", "output=two", cwd=by_label)
+    assert "label of the first training examples, of label 0 or 2" in said
+    table = pd.read_csv(by_label / "two/comparison.csv")
+    assert table["sliced_w2"].item() < 2 * table["sliced_w2_floor"].item()
+    x = np.load(by_label / "two/samples" / f"{table['cell'].item()}.npy")
+    assert np.abs(x[:, 1]).max() < 2
+    for run, label, message in ((by_label, 7, "knows the classes 0 to 3"), (by_context, 1, "knows no classes")):
+        assert message in script("compare", f"run={run}", f"label={label}", cwd=by_label, code=1)
 
 
 def test_a_damaged_checkpoint_is_named_with_what_is_left(by_label: Path) -> None:
