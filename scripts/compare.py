@@ -134,6 +134,7 @@ def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any, Conditions
         raise ValueError("compare what? give either run=<directory> or target=<name>, e.g. target=ring")
     if target:
         target = build(target, config.trust)
+        configs.check_own(target)
         return ExactScore(target, configs.sde_of(config, TargetStream(target))), target, lambda count: {}
     run = configs.open_run(config)
     data, model = run.data(), configs.model_of(run, config)

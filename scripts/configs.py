@@ -19,6 +19,7 @@ from score_sde import SDE, LearnedScore, distributed
 from score_sde.build import build, trusted
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, measure_sigma_data, measure_sigma_max
+from score_sde.evaluation import check_target
 from score_sde.run import Run
 
 
@@ -89,6 +90,12 @@ def sampler_nodes(config: DictConfig, folder: Path | None = None, step: int | No
 def samplers_of(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
     """name -> sampler, likewise."""
     return {name: build(node, trust) for name, node in sampler_nodes(config).items()}
+
+
+def check_own(target: Any) -> None:
+    """Refuses, with ValueError, a law of the user's own that contradicts itself (`evaluation.check_target`)."""
+    if target is not None and not type(target).__module__.startswith("score_sde."):
+        check_target(target)
 
 
 def fill_auto(config: DictConfig, data: Data) -> None:

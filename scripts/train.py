@@ -53,6 +53,7 @@ def main(config: DictConfig) -> float:
     if not isinstance(data, Data):
         raise TypeError(f"data are a score_sde.data.Data, {config.data._target_} gives {type(data).__name__}: "
                         "wrap arrays, e.g. return TensorData(x)")  # fmt: skip
+    configs.check_own(data.target)
     trainer = build(config.trainer, trust)
     if not resumes:
         fill_in(config, data, HydraConfig.get().runtime.choices, typed())

@@ -12,6 +12,7 @@ from score_sde import targets
 from score_sde.evaluation.diagnostics import (
     asymmetry,
     calibration,
+    check_target,
     diagnose,
     field_error,
     fokker_planck_residual,
@@ -166,3 +167,28 @@ def test_the_error_of_a_slope_is_its_spread_over_repeats():
     spread = torch.stack([one.slope for one in found]).std(0)
     claimed = torch.stack([one.slope_error for one in found]).mean(0)
     assert ((claimed / spread).log().abs() < math.log(1.4))[:2].all()  # of 60 repeats it is known to a tenth
+
+
+class Contradicting(targets.GaussianMixture):
+    """A law whose denoiser gives half of what its density says, or takes sigma for its square."""
+
+    def __init__(self, halved: bool) -> None:
+        super().__init__([0.3, 0.7], [[-2.0, 0.0], [2.0, 1.0]], [[[0.1, 0.0], [0.0, 0.4]]] * 2)
+        self.halved = halved
+
+    def denoise(self, x, alpha, sigma):
+        return super().denoise(x, alpha, sigma) / 2 if self.halved else super().denoise(x, alpha, sigma**0.5)
+
+
+@pytest.mark.parametrize("halved", [True, False])
+def test_a_denoiser_that_contradicts_its_density_is_refused(halved):
+    says = r"Contradicting.denoise contradicts .* at alpha=0.8, sigma=[\d.]+ it is up to [\d.]+ data standard deviations from"
+    with pytest.raises(ValueError, match=says):
+        check_target(Contradicting(halved))
+
+
+@pytest.mark.parametrize(
+    "law", [*targets.TOYS.values(), targets.anisotropic, targets.digits], ids=lambda law: law.__name__
+)
+def test_the_package_s_laws_do_not_contradict_themselves(law):
+    check_target(law(), tolerance=1e-6)

@@ -182,6 +182,9 @@ def test_a_law_and_an_sde_of_the_user_s_own_are_trusted_by_name(tmp_path: Path, 
 from score_sde import RectifiedFlow, targets
 def law(): return targets.make("ring")
 class Own(RectifiedFlow): pass
+class Half(targets.GaussianMixture):
+    def __init__(self): super().__init__([1.0], [[1.0, 2.0]], [[[1.0, 0.0], [0.0, 1.0]]])
+    def denoise(self, x, alpha, sigma): return super().denoise(x, alpha, sigma) / 2
 """
     (tmp_path / "own_law.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -190,6 +193,9 @@ class Own(RectifiedFlow): pass
         compare.model_and_reference(composed(*own))
     model, law, _ = compare.model_and_reference(composed(*own, "trust=[own_law]"))
     assert (type(model.sde).__name__, model.target) == ("Own", law)
+    half = ["~target", "+target={_target_: own_law.Half}", "trust=[own_law]"]
+    for name in ("train", "compare"):
+        assert "Half.denoise contradicts" in script(name, *half, cwd=tmp_path, code=1)
     options = ["task=linear", "restoration.prior=ring", "restoration.methods=[exact]", "restoration.samplers=[ddim]"]
     few = ["budgets=[3]", "seeds=[0]", "num_samples=50", f"output={tmp_path / 'out'}"]
     restoring.run_task(composed(*own, "trust=[own_law]", *options, *few))
