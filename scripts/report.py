@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def main(config: DictConfig) -> None:
         print(f"{row['status']}: {row['run']} ({row['setting']}, seed {row['seed']}): {row['error']}")
     pictures = ["report.png"] if draw(summary, folder / "report.png") else []
     print(f"\n{folder}: {', '.join(['report.csv (means)', 'runs.csv (every run)', *pictures])}")
+
+
+def with_folder(argv: Sequence[str]) -> list[str]:
+    """The arguments, a plain one as folder=; what follows an option is its value."""
+    return [given if "=" in given or given.startswith("-") or before.startswith("-") else f"folder={given}"
+            for before, given in itertools.pairwise(argv)]  # fmt: skip
 
 
 def print_means(summary: pd.DataFrame, label: str) -> None:
@@ -126,5 +133,5 @@ def _natural(path: Path) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = [a if "=" in a or a.startswith("-") else f"folder={a}" for a in sys.argv[1:]]
+    sys.argv[1:] = with_folder(sys.argv)
     main()

@@ -164,6 +164,13 @@ def test_a_report_says_what_each_of_unlike_means_is_of(tmp_path: Path) -> None:
     assert "report.png" in out
 
 
+def test_a_report_takes_a_folder_of_configs_as_the_other_scripts_do(tmp_path: Path) -> None:
+    folder = swept(tmp_path / "sweep", finished(FLOOR, 1.1))
+    (tmp_path / "conf").mkdir()
+    script("report", "--config-dir", "conf", str(folder), "metric=metric", cwd=tmp_path)
+    assert (folder / "report.csv").exists()
+
+
 def test_a_report_of_failed_runs_alone_has_no_figure(tmp_path: Path) -> None:
     folder = swept(tmp_path / "sweep", *[{"status": "failed", "error": "why"}] * 2)
     out = script("report", str(folder), cwd=tmp_path)
