@@ -177,6 +177,11 @@ def _check_sde(sde: SDE) -> None:
     sde.check()
 
 
+def _is_learnt(sde: SDE) -> bool:
+    """Whether a schedule may change with every step of an optimiser, so that no coefficients are kept."""
+    return isinstance(sde, nn.Module) and any(parameter.requires_grad for parameter in sde.parameters())
+
+
 def _kernel(sde: SDE, t: float) -> tuple[float, float]:
     """alpha and sigma at t."""
     return sde.alpha(t).item(), sde.sigma(t).item()
@@ -336,7 +341,7 @@ class LearnedScore(nn.Module, ScoreModel):
             t = as_time(t).double()
             return self.sde.alpha(t), self.sde.sigma(t), self.parameterization.row(self.sde, t)
         t = float(t)
-        if t not in self._levels:
+        if t not in self._levels or _is_learnt(self.sde):
             self.prepare([t])
         alpha, sigma, *row = self._levels[t]
         return alpha, sigma, Row(*row)  # type: ignore[arg-type]
@@ -580,7 +585,7 @@ class ReparameterizedScore(WrappedScore):
             inside = (t >= self._range[0]) & (t <= self._range[1])
             return self._map(torch.where(inside, t, torch.nan))
         t = float(t)
-        if t not in self._levels:
+        if t not in self._levels or _is_learnt(self.model.sde):
             self.prepare([t])
         return self._levels[t]
 

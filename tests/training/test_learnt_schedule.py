@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import nn
 
-from score_sde import DDIM, LearnedScore, Sampler, distributed, grid
+from score_sde import DDIM, LearnedScore, Sampler, distributed, grid, reparameterize
 from score_sde.evaluation import certify
 from score_sde.parameterization import Noise
 from score_sde.sde import SDE
@@ -59,6 +59,17 @@ def test_loaded_weights_are_those_of_the_schedule_too() -> None:
     own(x, 0.5)
     own.load_state_dict(other.state_dict())
     assert own(x, 0.5).alpha == other.sde.alpha(0.5).item() != model().sde.alpha(0.5).item()
+
+
+def test_a_schedule_that_is_learnt_is_asked_anew_after_every_step() -> None:
+    own, x = model(), torch.ones(1, 2)
+    elsewhere = reparameterize(own, Learnt())  # at the noise levels of a schedule that stays
+    before = elsewhere(x, 0.5).denoised
+    own(x, 0.5)
+    with torch.no_grad():
+        own.sde.log_p.fill_(0.5)
+    assert own(x, 0.5).alpha == own.sde.alpha(0.5).item() != Learnt().alpha(0.5).item()
+    torch.testing.assert_close(elsewhere(x, 0.5).denoised, before)
 
 
 def test_a_schedule_that_is_learnt_is_sampled_and_certified_while_it_is() -> None:
