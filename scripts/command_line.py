@@ -136,7 +136,9 @@ def unknown_key(key: str, node: DictConfig) -> str:
     name = key.rpartition(".")[2]
     root = OmegaConf.to_container(node._get_root(), resolve=False)
     elsewhere = ["hydra.run.dir"] if name == "output" else [*_places(root, name)]
-    return unknown("key", key, [str(one) for one in node], elsewhere)
+    line = unknown("key", key, [str(one) for one in node], elsewhere)
+    takes = str(node.get("_target_", "")).rpartition(".")[2]
+    return f"{line}; another argument of {takes} is given as +{key}=<value>" if takes else line
 
 
 def _places(node: Any, name: str, home: str = "") -> Iterator[str]:

@@ -105,6 +105,17 @@ def test_what_hydra_does_not_take_is_told_with_what_to_type(argument: str, messa
     assert message in entry.one_line(caught.value)
 
 
+def test_an_argument_that_a_config_does_not_name_is_given_with_a_plus() -> None:
+    with hydra.initialize_config_dir(str(entry.CONF), version_base="1.3"):
+        with pytest.raises(entry.REFUSALS) as caught:
+            hydra.compose("sample", ["guidance.point=[3,0]"])
+        assert hydra.compose("sample", ["+guidance.point=[3,0]"]).guidance.point == [3, 0]
+        with pytest.raises(entry.REFUSALS) as of_no_class:
+            hydra.compose("train", ["evaluation.foo=7"])
+    assert "; another argument of ClassifierFree is given as +guidance.point=<value>" in entry.one_line(caught.value)
+    assert "argument" not in entry.one_line(of_no_class.value)
+
+
 def test_the_configs_there_are_are_named() -> None:
     with pytest.raises(entry.REFUSALS) as caught, hydra.initialize_config_dir(str(entry.CONF), version_base="1.3"):
         hydra.compose("trian")
