@@ -122,8 +122,8 @@ def hyperbolic(sde: SDE, steps: int, width: float = 1.0) -> Tensor:
 
     There, within some `width` of lambda = 0, steps are equal in lambda; far from it they grow in proportion to |lambda|. A
     width far above |lambda| gives `log_snr`. Found here, for data with a standard deviation of some 0.5 to 3: with
-    `RectifiedAdams(3)` the strongest untuned solver at 10 calls on every SDE of this package whose noise reaches well
-    beyond the data (docs/choosing_a_sampler.md).
+    `RectifiedAdams(3)` the strongest untuned solver at 10 calls on every SDE of this package
+    (docs/choosing_a_sampler.md).
     """
     if not 0 < width < math.inf:
         raise ValueError(f"the hyperbolic grid needs a finite width > 0, got width={width}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -72,7 +73,9 @@ def planned_calls(sampler: Sampler, model: ScoreModel) -> int:
     """Network calls a sample of one run, counted in a run without the network."""
     plain = copy.copy(sampler)
     plain.cuda_graph = False
-    return plain.sample(_Silent(model), (1, *model.event_shape), seed=0).nfe
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*the sampler diverged")  # as it may where no denoiser holds it
+        return plain.sample(_Silent(model), (1, *model.event_shape), seed=0).nfe
 
 
 class _Silent(WrappedScore):
