@@ -186,7 +186,7 @@ def warn_of_lost(x: Tensor, model: ScoreModel, t: float) -> None:
     )
     if math.isfinite(size) and not size > 100 * usual:
         return
-    lost = int((~x.reshape(len(x), -1).isfinite().all(1)).sum())
+    lost = 0 if math.isfinite(size) else int((~x.reshape(len(x), -1).isfinite().all(1)).sum())
     what = (f"{lost} of {len(x)} samples are not finite" if lost else
             f"samples have a root mean square of {size:.2g}, where {usual:.2g} is what the model's data have")  # fmt: skip
     warnings.warn(f"{what}: the model's outputs are wrong, or the sampler diverged; take more steps, or weaker guidance",
