@@ -180,10 +180,8 @@ def warn_of_lost(x: Tensor, model: ScoreModel, t: float) -> None:
     norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
     (mean, std), at = model.clean_moments(), as_time(t)
     clean = math.hypot(float(torch.as_tensor(mean).square().mean().sqrt()), std)
-    size, usual = (
-        norm / math.sqrt(max(x.numel(), 1)),
-        math.hypot(float(model.sde.alpha(at)) * clean, model.sde.sigma(at)),
-    )
+    usual = math.hypot(float(model.sde.alpha(at)) * clean, float(model.sde.sigma(at)))
+    size = norm / math.sqrt(max(x.numel(), 1))
     if math.isfinite(size) and not size > 100 * usual:
         return
     lost = 0 if math.isfinite(size) else int((~x.reshape(len(x), -1).isfinite().all(1)).sum())

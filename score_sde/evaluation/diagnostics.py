@@ -152,7 +152,8 @@ def check_target(target: Target, *, count: int = 64, tolerance: float = 1e-3) ->
 
         E[x_0 | x] = (x + sigma^2 grad log p(x)) / alpha,    p the `marginal(alpha, sigma)`,
 
-    on `count` draws of x in float64 at four noise levels. Nothing is asked of a law without `marginal`.
+    on `count` draws of x in float64 at four noise levels. Nothing is asked of a law without `marginal`. Source: Efron 2011,
+    Tweedie's formula and selection bias, https://doi.org/10.1198/jasa.2011.tm11181.
 
     Raises ValueError where the two are farther apart than `tolerance` standard deviations of the data.
     """

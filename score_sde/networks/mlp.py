@@ -68,7 +68,10 @@ class MLP(nn.Module):
 
 
 class Waves(nn.Module):
-    """A x + C ((1 + g(e)) sin(W x + w)); W starts with random directions of 1/10 to 1 waves in a standard deviation of x."""
+    """A x + C ((1 + g(e)) sin(W x + w)) of x (batch, features) and e (batch, width): (batch, width).
+
+    W starts with random directions, of 1/10 to 1 waves in a standard deviation of x.
+    """
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
