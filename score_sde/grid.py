@@ -261,6 +261,38 @@ def churn(
     return torch.stack([times, raised], 1).flatten()[torch.stack([torch.ones_like(grown), grown], 1).flatten()]
 
 
+def ancestral(sde: SDE, base: Callable[..., Tensor], eta: float = 1.0, steps: int | None = None) -> Tensor:
+    """k-diffusion's "ancestral" sampling as a grid: each move of the base grid but the last goes further down than it is to
+    end, and up again by noise.
+
+    From level l to m the descent ends at m_down, where m_down^2 = m^2 (1 - eta^2 (1 - m^2 / l^2)), and the exact forward
+    transition leads back to m: that with DDIM is DDIM(eta), with one-step methods of a higher order what k-diffusion's
+    samplers ending in _ancestral do. No descent goes below the grid's end. Upward moves end every history, as in `churn`,
+    and `steps` are the base's.
+    Source: Song, Meng & Ermon 2021, https://arxiv.org/abs/2010.02502, eq. 16; the split is Crowson's in k-diffusion.
+
+    Args:
+        sde: the forward process.
+        base: a grid without upward moves.
+        eta: share of the ancestral noise, in [0, 1]; 0 is the base grid.
+        steps: of the base grid, where given.
+
+    Raises:
+        ValueError: eta is out of range, or the base grid goes up.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"ancestral's eta lies in [0, 1], got {eta}")
+    times = check(_based(base, steps)(sde), sde)
+    if not (times.diff() < 0).all():
+        raise ValueError("ancestral needs a base grid that goes down only: noise is added in one way or in the other")
+    level = sde.noise_level(times)
+    share = eta**2 * -torch.expm1(2 * level.log().diff())
+    down = sde.time_at_noise_level(level[1:] * (1 - share).sqrt()).clamp(min=times[-1].item())
+    lower = (down < times[1:]) & (times[1:] > times[-1])
+    moves = torch.stack([down, times[1:]], 1)[torch.stack([lower, torch.ones_like(lower)], 1)]
+    return torch.cat([times[:1], moves])
+
+
 def restart(
     sde: SDE, base: Callable[..., Tensor], intervals: Sequence[tuple[float, float, int, int]] = ((0.06, 0.3, 3, 2),),
     steps: int | None = None,

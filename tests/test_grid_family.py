@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from closed_forms import affine_run, log_snr_between, propagate
+from closed_forms import moments as gaussian_moments
 from scipy import stats
 
 from score_sde import (
@@ -138,8 +141,9 @@ def test_churn_raises_edms_levels_by_gamma():
     assert capped[4].item() == pytest.approx(capped[3].item() * 2**0.5)
 
 
-def test_without_churn_the_grid_is_its_base():
+def test_without_noise_the_grid_is_its_base():
     base = partial(grid.karras, steps=5)
+    assert torch.equal(grid.ancestral(KarrasSDE(), base, eta=0.0), base(KarrasSDE()))
     assert torch.equal(grid.churn(KarrasSDE(), base, S_churn=0.0), base(KarrasSDE()))
 
 
@@ -158,13 +162,41 @@ def test_restart_goes_up_and_comes_down_again():
     assert times[jump : jump + 4].tolist() == pytest.approx(rho.tolist(), rel=1e-9)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ancestral_goes_down_and_up_as_k_diffusion_does(eta):
+    base = partial(grid.karras, steps=6)
+    sigmas = base(KarrasSDE()).tolist()
+    expected = sigmas[:1]
+    for start, end in pairwise(sigmas[:-1]):
+        up = min(end, eta * (end**2 * (start**2 - end**2) / start**2) ** 0.5)
+        expected += [(end**2 - up**2) ** 0.5, end] if eta else [end]
+    times = grid.ancestral(KarrasSDE(), base, eta).tolist()
+    expected = [max(level, sigmas[-1]) for level in expected]  # the last move but one would go below the end
+    assert times == pytest.approx([*expected, sigmas[-1]], rel=1e-9)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), VESDE(), RectifiedFlow()], ids=repr)
+def test_ddim_on_an_ancestral_grid_is_ddim_with_noise(sde):
+    base = log_snr_between(-2.0, 1.0, 8)
+    split = Sampler(DDIM(), partial(grid.ancestral, base=base, eta=0.8), final="none")
+    start = gaussian_moments(sde, float(base(sde)[0]), 0.3, 0.5)
+    whole = propagate(affine_run(Sampler(DDIM(0.8), base, final="none"), sde, 0.3, 0.5), *start)
+    parts = propagate(affine_run(split, sde, 0.3, 0.5), *start)
+    for ours, theirs in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(ours[2:-1:2], theirs[1:-1], rtol=1e-9)  # after each move up
+
+
 @pytest.mark.parametrize("sde", [VPSDE(), KarrasSDE(), RectifiedFlow(), DiscreteSDE.ddpm()], ids=repr)
 def test_upward_moves_leave_the_law_as_it_is(sde):
     # Data N(0, 1) through Heun with restarts and with churn: pooled variance at the end within 4.5 standard errors and
     # the solver's own error (0.01). 20,000 samples: standard error of the std 0.5 %.
     model = ExactScore(GaussianMixture([1.0], [[0.0]], [[[1.0]]]), sde)
     base = partial(grid.log_snr, steps=60)
-    for f in (partial(grid.churn, base=base, S_churn=6.0), partial(grid.restart, base=base)):
+    for f in (
+        partial(grid.churn, base=base, S_churn=6.0),
+        partial(grid.restart, base=base),
+        partial(grid.ancestral, base=base),
+    ):
         result = Sampler(Heun(), f, final="none").sample(model, (20_000, 1), seed=0)
         t = result.times[-1]
         true = sde.alpha(t).hypot(sde.sigma(t)).item()
@@ -200,6 +232,8 @@ def test_moments_follow_the_recursion_of_the_std():
         (lambda: grid.respaced(DiscreteSDE.ddpm(10, 1e-4, 5e-3), 10), "at most steps=9"),
         (lambda: grid.churn(VPSDE(), partial(grid.uniform, steps=3), S_churn=-1), "S_churn >= 0"),
         (lambda: grid.restart(VPSDE(), partial(grid.uniform, steps=3), [(1.0, 0.5, 2, 1)]), "low < high"),
+        (lambda: grid.ancestral(VPSDE(), partial(grid.uniform, steps=3), 1.1), "eta lies in"),
+        (lambda: grid.ancestral(KarrasSDE(), partial(grid.churn, base=grid.karras, steps=3)), "goes down only"),
         (lambda: grid.every(VPSDE(), torch.ones(3), 0), "period >= 1, got period=0"),
     ],
 )
@@ -208,7 +242,7 @@ def test_what_makes_no_grid_is_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("grown", [grid.churn, grid.restart])
+@pytest.mark.parametrize("grown", [grid.churn, grid.restart, grid.ancestral])
 def test_steps_are_the_bases(grown):
     own = grown(KarrasSDE(), partial(grid.karras, steps=9, rho=5.0))
     assert torch.equal(grown(KarrasSDE(), partial(grid.karras, steps=4, rho=5.0), steps=9), own)

@@ -88,7 +88,9 @@ class Certificate:
     def faults(self) -> list[str]:
         """What contradicts the class's declarations."""
         faults = []
-        if not math.isnan(self.declared) and not abs(self.measured - self.declared) <= 0.3:
+        excess = self.measured - self.declared
+        # Of little noise the term that leads in a weak error may be too small to be seen on these grids.
+        if not math.isnan(self.declared) and not -0.3 <= excess <= (math.inf if self.stochastic else 0.3):
             faults.append(f"order {self.measured:.2f}, declared {self.declared:g}")
         if self.claims_point_mass and self.point_mass > EXACT:
             faults.append(f"a point mass is missed by {self.point_mass:.2g}, declared exact (point_mass)")

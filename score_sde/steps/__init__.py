@@ -1,6 +1,7 @@
 """Steps: how to get from grid time t to s. Correctors are steps with s = t."""
 
 from score_sde.steps.corrected import CorrectedStep, SASolver, UniPC
+from score_sde.steps.extended import ERSDESolver
 from score_sde.steps.langevin import AnnealedLangevin, LangevinCorrector
 from score_sde.steps.linear import (
     DDIM,
@@ -34,6 +35,7 @@ __all__ = [
     "CorrectedStep",
     "DPMSolverSDE",
     "DPMSolverSinglestep",
+    "ERSDESolver",
     "EulerMaruyama",
     "ExponentialAdams",
     "Heun",

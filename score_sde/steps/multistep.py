@@ -60,7 +60,8 @@ def output_of(prediction: str, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
     return {"denoised": (one, zero), "noise": (zero, one), "score": (zero, -1 / sde.sigma(t))}[prediction]
 
 
-def _check_order(step: object, order: int) -> int:
+def check_order(step: object, order: int) -> int:
+    """`order` itself, or a ValueError that says which there are."""
     if order not in (1, 2, 3, 4):
         raise ValueError(f"{type(step).__name__} has orders 1 to 4, got order={order}")
     return int(order)
@@ -98,7 +99,7 @@ class AdamsBashforth(LinearStep):
     }
 
     def __init__(self, order: int = 3, prediction: str = "velocity", clock: str | None = None) -> None:
-        self.memory = self.order = _check_order(self, order)
+        self.memory = self.order = check_order(self, order)
         self.prediction = _check_prediction(self, prediction, PREDICTIONS)
         self.point_mass = prediction in ("denoised", "noise")  # the others vary along a point mass's path
         self.clock = self.natural[prediction] if clock is None else one_of("AdamsBashforth's clock", clock, CLOCKS)
@@ -199,7 +200,7 @@ class ExponentialAdams(LinearStep):
     }
 
     def __init__(self, order: int = 3, eta: float = 0.0, prediction: str = "denoised", weights: str = "exact") -> None:
-        self.memory = _check_order(self, order)
+        self.memory = check_order(self, order)
         if not 0 <= eta < float("inf"):
             raise ValueError(f"ExponentialAdams needs a noise strength eta >= 0, got eta={eta}")
         if weights not in ("exact", "midpoint") or (weights == "midpoint" and order > 2):
@@ -267,7 +268,7 @@ class RectifiedAdams(LinearStep):
     }
 
     def __init__(self, order: int = 3) -> None:
-        self.memory = self.order = _check_order(self, order)
+        self.memory = self.order = check_order(self, order)
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
         return -torch.ones_like(t), torch.ones_like(t)
@@ -305,7 +306,7 @@ class IPNDM(LinearStep):
     )  # fmt: skip
 
     def __init__(self, order: int = 4) -> None:
-        self.memory = _check_order(self, order)
+        self.memory = check_order(self, order)
         self.order = min(self.memory, 2)
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:

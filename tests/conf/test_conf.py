@@ -116,7 +116,7 @@ def test_every_sampler_runs_on_every_grid(sampler: str) -> None:
         model = models["ddpm" if grid == "respaced" else "vp"]  # a sub-ladder is of a ladder
         node.grid = OmegaConf.merge(chosen, own, {"steps": 2})  # a sampler's own values stand, as with sampler/grid=
         built = build(node)
-        if sampler == "parallel" and grid in ("churn", "restart"):  # works on all times at once
+        if sampler == "parallel" and grid in ("ancestral", "churn", "restart"):  # works on all times at once
             with pytest.raises(ValueError, match="only decreases"):
                 built.check(model.sde)
         else:

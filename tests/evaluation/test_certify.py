@@ -33,8 +33,10 @@ def known() -> dict[str, Certificate]:
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_keeps_what_its_class_declares(name, known):
     # Order within 0.3, the point mass, calls a move, no coupling of samples: the published batch norm alone couples, and
-    # says so.
+    # says so. The little noise of ER-SDE-Solvers leaves its third order, as an ODE solver, in sight.
     assert known[name].faults == []
+    better = known[name].measured > known[name].declared + 0.3
+    assert better == (name in ("ERSDESolver", "ER-SDE-Solver 3"))
     assert known[name].batch_independent == (name != "Langevin norms per batch")
 
 
