@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from score_sde.build import build_model
+from score_sde.checks import differing
 from score_sde.score import LearnedScore
 
 __all__ = ["PARTS", "load", "save"]
@@ -81,11 +82,9 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> LearnedScore:
         weights = load_file(path / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS} is damaged: {error}") from None
-    known = model.state_dict()
-    wrong = sorted(known.keys() ^ weights.keys()) or [k for k in known if known[k].shape != weights[k].shape]
-    if wrong:
+    if wrong := differing(model.state_dict(), weights):
         raise ValueError(
-            f"{path / WEIGHTS} has other weights than the model of {CONFIG}: {wrong[0]} among {len(wrong)}"
+            f"{path / WEIGHTS} has other weights than the model of {CONFIG}: {wrong[0]}, one of {len(wrong)}"
         )
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)

@@ -3,6 +3,7 @@
 python scripts/train.py [experiment=digits] [sde=ve] [trainer.steps=2000] ...    see conf/train.yaml
 python scripts/train.py resume=outputs/toy/2026-01-01_12-00-00                   continues a run
 python scripts/train.py resume=auto hydra.run.dir=runs/mine ...                  starts it, or continues it where it was
+python scripts/train.py init=runs/mine data.path=others ...                      a new run from another's weights
 torchrun --nproc-per-node 8 scripts/train.py ...                                 eight GPUs, to the weights of one
 
 SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2 end a run after the step at hand, with a checkpoint.
@@ -20,6 +21,7 @@ import configs
 import entry
 import figures
 import guiding
+import initial
 import output
 from command_line import check_known, idle, key_of, typed
 from hydra.core.hydra_config import HydraConfig
@@ -39,7 +41,8 @@ from score_sde.run import Run
 from score_sde.training.interrupt import hand_on
 
 # On which the weights and the order of examples depend: a resumed run keeps its own.
-FIXED = ("network", "sde", "parameterization", "data", "target", "event_shape", "seed", "trainer.batch_size")
+FIXED = ("network", "sde", "parameterization", "data", "target", "event_shape", "seed", "trainer.batch_size", "init",
+         "init_new")  # fmt: skip
 
 
 @entry.main("train")
@@ -58,6 +61,10 @@ def main(config: DictConfig) -> float:
     if not resumes:
         fill_in(config, data, HydraConfig.get().runtime.choices, typed())
     model = build_model(config, trust)
+    if not config.get("init"):
+        idle(typed(), ["init_new"], "without init=<run>")
+    elif run.checkpoints.latest() is None:
+        initial.start_from(config, model)
     if isinstance(model.network, MLP) and 2 <= len(data.event_shape) <= 4 and not resumes:
         print(f"network=mlp takes events {tuple(data.event_shape)} for vectors; network=unet, dit_s and ncsn know what is "
               "near: they are made for signals (channels, length), images and volumes")  # fmt: skip
