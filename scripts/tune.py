@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from omegaconf import DictConfig
 
 from score_sde import SDE, ScoreModel, plotting
 from score_sde.checks import whole, wholes
-from score_sde.evaluation.coupled import Course, best_of_each, course_table
+from score_sde.evaluation.coupled import RANKED, Course, best_of_each, course_table
 from score_sde.keyed import generator
 from score_sde.targets import Target
 from score_sde.training import write_atomically
@@ -75,6 +76,7 @@ def main(config: DictConfig) -> None:
             print(f"{path}: use it with sampler={kind} sampler.table={path}")
     if config.report:
         law = reference if isinstance(reference, Target) and not config.run else None
+        foretell(model, tables, config.num_samples, len(seeds))
         course = Course(model, law, num_samples=config.num_samples, seeds=seeds)
         report(course_table(course, tables).assign(step=config.step or 0, num_samples=config.num_samples), folder)
 
@@ -109,6 +111,21 @@ def earlier_table(path: Path, sde: SDE) -> TunedTable | None:
         TunedSampler(path).check(sde)
         return TunedTable.load(path)
     return None
+
+
+def foretell(model: ScoreModel, tables: Mapping[tuple[str, int], TunedTable], num_samples: int, seeds: int) -> None:
+    """Prints how long the report will take, where that is minutes: it measures more than a fit does, and no limit ends it."""
+    (_, calls), table = next(iter(tables.items()))
+    budgets, count = {calls for _, calls in tables}, min(num_samples, 1024)
+    began = time.monotonic()
+    TunedSampler(table).sample(model, (count, *model.event_shape), seed=0)
+    a_call = (time.monotonic() - began) / (count * calls)
+    # Of about eight solvers of every budget, and of twice the last; of the converged one, of a hundred calls; of the ranking.
+    every = sum(budgets) + 2 * max(budgets)
+    minutes = a_call * (num_samples * seeds * (8 * every + 100) + 132 * RANKED * every) / 60
+    if minutes > 2:
+        print(f"the report will take about {minutes:.0f} minutes: fewer num_samples={num_samples} or seeds={seeds} take less, "
+              "report=false none; the tables are written", flush=True)  # fmt: skip
 
 
 def spectrum_of(reference: Any, config: DictConfig) -> torch.Tensor:

@@ -287,6 +287,27 @@ def test_a_search_ends_with_its_time(model: ExactScore, method: str) -> None:
     assert table.record["validation"][table.record["chosen"]] == min(table.record["validation"].values())
 
 
+def test_no_iteration_begins_that_would_end_too_late(model: ExactScore, monkeypatch) -> None:
+    """On a clock that only losses and iterations move: the ranking of 132 solvers has its share of the minute."""
+    clock, spent = [0.0], []
+    loss, equations = Pairs.loss, Pairs.normal_equations
+
+    def timed(work, seconds):
+        def told(*arguments):
+            clock[0] += seconds
+            spent.append(seconds)
+            return work(*arguments)
+
+        return told
+
+    monkeypatch.setattr("score_sde.tuning.fitting.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(Pairs, "loss", timed(loss, 0.2))
+    monkeypatch.setattr(Pairs, "normal_equations", timed(equations, 7.0))
+    tune(model, 3, samples=64, iterations=10**6, starts=1, minutes=1, progress=False)
+    assert spent.count(7.0) > 3
+    assert 55 < clock[0] < 60 + 7 + 3
+
+
 def test_a_fit_ends_where_the_loss_is_least_whatever_its_start(model: ExactScore) -> None:
     (fit, _), span, losses = converged_pairs(model, samples=512, progress=False), Span.of(model.sde), []
     for rule in ("velocity Adams 2", "UniPC 2"):

@@ -55,8 +55,9 @@ def tune(
         robust: below this many data standard deviations per dimension the loss is quadratic in the error, above it
             grows as the root.
         batch_size: points at a time; by default 2^14 numbers' worth, 64 to 2048.
-        minutes: begin no iteration after so long, for large networks; the converged solution comes before. The machine's
-            speed then decides how many there are; None gives the same table everywhere.
+        minutes: begin no iteration that would end later, by the time of the one before it, for large networks; the converged
+            solution comes before, the ranking of untuned solvers takes its share. The machine's speed then decides how many
+            there are; None gives the same table everywhere.
         pairs: what `converged_pairs` returned, which serves every number of calls; samples, seed, teacher, robust and
             batch_size are its own then.
         earlier: a table of as many calls to be held against the others, and returned where it validates best.
@@ -70,16 +71,17 @@ def tune(
     fit, validation = pairs or converged_pairs(
         model, samples=samples, seed=seed, teacher=teacher, robust=robust, batch_size=batch_size, progress=progress
     )
+    end = deadline(minutes)
     losses = losses_of(known | late, validation, progress)
     best, *_ = promising = sorted(late, key=losses.__getitem__)
     if method == "grid":
         with searching(iterations, progress) as bar:
-            search = Search(bar, iterations, deadline(minutes))
+            search = Search(bar, iterations, end)
             tuned = {f"tuned from {best}": search_levels(fit, late[best], RULES[rule_of(best)], search)}
     else:
         ranked = {name: late[name] for name in promising[: (starts + 1) // 2]}
         tables = ranked | _random(Span.of(model.sde), int(steps), starts // 2, seed)
-        tuned = _fitted(fit, validation, tables, iterations, minutes, progress)
+        tuned = _fitted(fit, validation, tables, iterations, end, progress)
     if earlier is not None:
         if len(earlier.weights) != steps:
             raise ValueError(
@@ -133,13 +135,14 @@ FINALISTS = 2
 
 
 def _fitted(
-    fit: Pairs, validation: Pairs, tables: dict[str, TunedTable], iterations: int, minutes: float | None, progress: bool
+    fit: Pairs, validation: Pairs, tables: dict[str, TunedTable], iterations: int, end: float, progress: bool
 ) -> dict[str, TunedTable]:
     """Short fits of each on few points, by each path; of the two that validate best then, longer ones on a quarter of the
-    points; of the better one, on all. Where the time is limited, each has a third of it.
+    points; of the better one, on all. Where the time is limited, each has a third of what is left.
     """
     few, points = min(GLANCE[0], iterations), min(GLANCE[1], max(64, 2**14 // fit.x[0].numel()))
-    ends = [deadline(minutes and minutes * part / 3) for part in (1, 2, 3)]
+    now = time.monotonic()
+    ends = [now + (end - now) * part / 3 for part in (1, 2, 3)]
     total = len(tables) * few * sum(1 + len(path) for path in PATHS.values()) + (FINALISTS + 1) * iterations
     part, candidates = fit.first(points), dict[str, TunedTable]()
     with searching(total, progress) as bar:
@@ -194,9 +197,10 @@ class Search:
     iterations: int
     end: float = math.inf
 
-    @property
-    def over(self) -> bool:
-        return time.monotonic() > self.end
+    def over(self, began: float = math.inf) -> bool:
+        """Whether the time is over, or would be after another iteration like the one that `began` then."""
+        now = time.monotonic()
+        return now + max(0.0, now - began) > self.end
 
     def count(self, loss: float) -> None:
         """Shows an iteration that is done."""
@@ -213,10 +217,11 @@ def fit_all(pairs: Pairs, start: TunedTable, search: Search, enough: float = 1e-
     """
     span, calls = Span.of(pairs.model.sde), len(start.weights)
     z, damping, idle = span.vector(start), 1e-2, 0
-    loss = pairs.loss(span.table(z, calls))
+    loss, began = pairs.loss(span.table(z, calls)), math.inf
     for _ in range(search.iterations):
-        if search.over or idle == 2:
+        if search.over(began) or idle == 2:
             break
+        began = time.monotonic()
         matrix, slope = pairs.normal_equations(span, z, calls)
         diagonal = matrix.diagonal() + 1e-10 * matrix.diagonal().mean() + 1e-300
         for _ in range(8):
@@ -245,7 +250,7 @@ def search_levels(
 
     def callback(intermediate_result: Any) -> None:
         search.count(math.exp(intermediate_result.fun))
-        if search.over:
+        if search.over():
             raise StopIteration
 
     logits = span.vector(start)[: len(start.weights)].numpy()
