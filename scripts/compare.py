@@ -128,7 +128,7 @@ def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any, Conditions
         return ExactScore(target, configs.sde_of(config, TargetStream(target))), target, lambda count: {}
     run = configs.open_run(config)
     data, model = run.data(), configs.model_of(run, config)
-    labels, names = guiding.labels_of(config.get("label")), {*model.needed}
+    labels, names = guiding.labels_of(config.get("label"), run), {*model.needed}
     if labels:
         guiding.check_labels(labels, model)
         data, names = data.of_classes(labels), names | {"label"}

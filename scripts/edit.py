@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
     folder = output.folder_of(settings, Path(config.output or run.path / "edits" / config.task))
     output.save_samples(folder, {"before": before, "after": after})
     if figures.is_image(model):
-        output.save_images(folder, after)
+        output.save_images(folder, after, names_of(config))
         figures.save(figures.columns(columns), folder / "sheet.png")
     inputs = "pairs" if config.task == "interpolate" else "inputs"
     print(f"{config.task}: {after.shape[1]} results for each of {len(after)} {inputs}; in {folder}")
@@ -161,7 +162,7 @@ def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) 
     """Inputs noised up to `time` and sampled from there under the label."""
     if config.label is None:
         raise ValueError("task=class needs the label to bring the input to: give label=<number>")
-    labels = guiding.labels_of(config.label)
+    labels = guiding.labels_of(config.label, run)
     if len(labels) > 1:
         raise ValueError(f"task=class brings inputs to one label, got label={labels}")
     guiding.check_labels(labels, model)
@@ -232,6 +233,20 @@ def inputs(config: DictConfig, run: Run, shape: tuple[int, ...]) -> Tensor:
     return torch.cat([torch.from_numpy(load_images(path, shape)) for path in paths])[: config.count]
 
 
+def files_of(given: Any) -> list[Path]:
+    """The image files that an input stands for, or the .npy file that it is."""
+    return [path] if (path := Path(given)).is_file() else image_files(path)
+
+
+def names_of(config: DictConfig) -> list[str]:
+    """What the inputs, or pairs of them, are called by their image files; of arrays and held-out examples nothing."""
+    files = [file for given in (listed(config.input) if config.input else []) for file in files_of(given)]
+    names = [file.stem for file in files][: config.count]
+    if any(file.suffix == ".npy" for file in files):
+        return []
+    return [f"{a}-{b}" for a, b in pairwise(names)] if config.task == "interpolate" else names
+
+
 def check_observed(path: Path, task: str, shape: tuple[int, ...]) -> None:
     """Refuses image files that are not the observation they are said to be, but a clean image.
 
@@ -239,7 +254,7 @@ def check_observed(path: Path, task: str, shape: tuple[int, ...]) -> None:
     """
     from PIL import Image
 
-    for file in [path] if path.is_file() else image_files(path):
+    for file in files_of(path):
         if file.suffix.lower() not in SUFFIXES:
             continue
         with Image.open(file) as image:

@@ -40,7 +40,7 @@ def main(config: DictConfig) -> None:
     for sampler in samplers.values():
         sampler.check(model.sde)
     count = config.num_samples or run.config.num_samples
-    labels, data = guiding.labels_of(config.label), run.data()
+    labels, data = guiding.labels_of(config.label, run), run.data()
     if labels and (data.num_classes is None or data.target is not None):
         print(f"samples of label={config.label} are held against data of all labels, which are not told apart here")
     condition = {"label": guiding.natural(labels, data, count)} if labels else {}
@@ -59,6 +59,8 @@ def main(config: DictConfig) -> None:
                               **own}}  # fmt: skip
         folder = output.folder_of(asked, Path(config.output or run.path / "evaluation"))
         told = guiding.of_examples(model, guiding.example_conditions(run.config, data))
+        (folder / "samples").mkdir(exist_ok=True)
+        output.save_samples(folder / "samples", condition | evaluation.samples)
         write(run, config, data, told, samplers, asked, evaluation, folder)
 
 
@@ -66,9 +68,7 @@ def write(
     run: Run, config: DictConfig, data: Data, model: Any, samplers: dict[str, Any], asked: dict[str, Any],
     evaluation: Evaluation, folder: Path,
 ) -> None:  # fmt: skip
-    """evaluation.json with all that was `asked` for, the same as a table, the samples and their figures."""
-    (folder / "samples").mkdir(exist_ok=True)
-    output.save_samples(folder / "samples", evaluation.samples)
+    """evaluation.json with all that was `asked` for, the same as a table, and the figures."""
     report = {"run": str(run.path), **asked, **evaluation.report()}
     write_atomically(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     write_atomically(folder / "evaluation.csv", evaluation.table.to_csv(index=False))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import listed
+from command_line import listed, unknown
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -23,17 +23,31 @@ from score_sde.run import Run, does_without, needed
 from score_sde.score import WrappedScore
 
 
-def labels_of(label: Any) -> list[int]:
-    """One label or several as a list; nothing for null."""
+def labels_of(label: Any, run: Run) -> list[int]:
+    """One label or several as a list, by their numbers or by the names of the run's classes; nothing for null.
+
+    Raises ValueError for what is neither, and for a number that is the name of another class.
+    """
     if label is None:
         return []
     chosen = listed(label)
     if not chosen:
         raise ValueError("label=[] names no class: give one or more, or leave it out")
-    for value in chosen:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"label={value!r} is no class: give a whole number, or several as label=[0,1,2]")
-    return chosen
+    names = list(run.config.get("class_names") or [])
+    return [_number(value, names) for value in chosen]
+
+
+def _number(label: Any, names: list[str]) -> int:
+    if isinstance(label, str) and names:
+        if label not in names:
+            raise ValueError(unknown("label", label, names))
+        return names.index(label)
+    if isinstance(label, bool) or not isinstance(label, int):
+        raise ValueError(f"label={label!r} is no class: give a whole number, or several as label=[0,1,2]")
+    if str(label) in names and names.index(str(label)) != label:
+        raise ValueError(f"label={label} is the name of class {names.index(str(label))}, and no number here: quote names that "
+                         f"are numerals, label='[\"{label}\"]'")  # fmt: skip
+    return label
 
 
 def turns(labels: list[int], count: int) -> Tensor:
@@ -147,7 +161,7 @@ def guided(config: DictConfig, run: Run, model: LearnedScore) -> ScoreModel:
 
     Raises ValueError for an unknown label, a guidance without its label or run, and one that restores observations.
     """
-    labels = labels_of(config.label)
+    labels = labels_of(config.label, run)
     if not labels and "label" in model.condition_names and not does_without(run.config):
         raise ValueError("this network knows nothing without labels (objective.label_dropout=0 in its run): "
                          "give label=<number>, or several as label=[0,1,2]")  # fmt: skip
@@ -165,8 +179,8 @@ def _by_method(guidance: DictConfig, labels: list[int], run: Run, model: Learned
     """The model under a method of guidance; the model itself for one by label that nothing was asked of."""
     node: dict[str, Any] = OmegaConf.to_container(guidance, resolve=False)  # type: ignore[assignment]
     others = [_other(node, run, model)] if "run" in node else []
-    if isinstance(node.get("negative"), int):
-        node["negative"] = {"label": node["negative"]}
+    if isinstance(node.get("negative"), int | str):
+        node["negative"] = {"label": labels_of(node["negative"], run)[0]}
     method = build(node, run.trust)
     kind = method.func if isinstance(method.func, type) else object  # a function guides too
     name = method.func.__name__

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,12 @@ def save_samples(folder: Path, samples: Mapping[str, Any]) -> None:
         partial.replace(folder / f"{name}.npy")
 
 
-def save_images(folder: Path, x: Tensor) -> None:
+def save_images(folder: Path, x: Tensor, names: Sequence[str] = ()) -> None:
     """Images in [-1, 1] as uint8, those beyond clipped: <folder>/images.npz and <folder>/png/00000.png, 00001.png, ...
 
-    Of (n, channels, height, width), or (n, draws, ...), whose files are 00000-1.png, 00000-2.png, ...; `arr_0` of the archive
-    has the channels last.
+    Of (n, channels, height, width), or (n, draws, ...), whose files are 00000-1.png, 00000-2.png, ..., and 00000-<name>-1.png
+    where the n have names. `arr_0` of the archive has the channels last, of grey images three that are equal: evaluators of
+    FID take no others.
     """
     import numpy as np
     from PIL import Image
@@ -62,11 +63,11 @@ def save_images(folder: Path, x: Tensor) -> None:
 
     pixels = quantized(x).movedim(-3, -1).numpy()
     archive, pictures = (folder / f".partial-{os.getpid()}{name}" for name in (".npz", "-png"))
-    np.savez(archive, pixels)
+    np.savez(archive, np.broadcast_to(pixels, (*pixels.shape[:-1], 3)))
     pictures.mkdir(exist_ok=True)
     shown = pixels if pixels.shape[-1] == 3 else pixels[..., 0]
     for i, *draw in tqdm([*np.ndindex(x.shape[:-3])], desc="png", delay=2):
-        name = "-".join([f"{i:05d}", *(str(j + 1) for j in draw)])
+        name = "-".join([f"{i:05d}", *names[i : i + 1], *(str(j + 1) for j in draw)])
         Image.fromarray(shown[i, *draw]).save(pictures / f"{name}.png")
     archive.replace(folder / "images.npz")
     shutil.rmtree(folder / "png", ignore_errors=True)

@@ -1,7 +1,7 @@
 """Draws samples from a trained model; images also as PNG files, and as images.npz for other tools' metrics.
 
 python scripts/sample.py run=<dir> sampler=heun num_samples=1000
-python scripts/sample.py run=<dir> label=3 guidance.scale=2                   labels, by classifier-free guidance
+python scripts/sample.py run=<dir> label=3 guidance.scale=2                   labels, or names of classes: classifier-free
 torchrun --nproc-per-node 2 scripts/sample.py run=<dir> num_samples=50000     on several GPUs, to the same samples
 """
 
@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
     node = configs.sampler_config(config.sampler, run.path, config.step)
     sampler = build(node, run.trust)
     sampler.check(model.sde)
-    labels = guiding.labels_of(config.label)
+    labels = guiding.labels_of(config.label, run)
     guided = guiding.guided(config, run, model)
     given = dict(config.condition) | ({} if config.context is None else {"context": config.context})
     condition = guiding.told(given, run, config.num_samples)
@@ -61,7 +61,8 @@ def main(config: DictConfig) -> None:
     if figures.is_image(model):
         output.save_images(folder, samples)
     columns = max(1, 8 // len(labels)) * len(labels) if labels else 8
-    names = guiding.turns(labels, columns).tolist() if 1 < len(labels) <= 20 else []
+    named = run.config.get("class_names") or range(max(labels, default=-1) + 1)
+    names = [named[i] for i in guiding.turns(labels, columns).tolist()] if 1 < len(labels) <= 20 else []
     figures.save(plotting.sheet(samples, columns=columns, names=names), folder / "samples.png")
     print(f"{len(samples)} samples of {name}: {nfe} network calls each, {seconds:.2f} s; in {folder}")
     if data is not None:

@@ -47,7 +47,7 @@ FIXED = ("network", "sde", "parameterization", "data", "target", "event_shape", 
 
 @entry.main("train")
 def main(config: DictConfig) -> float:
-    idle(typed(), ["event_shape", "conditions", "choices", "overrides"], "as it is filled in here")
+    idle(typed(), ["event_shape", "conditions", "class_names", "choices", "overrides"], "as it is filled in here")
     if not 0 < number("sigma_max_quantile", config.sigma_max_quantile) <= 1:
         raise ValueError(f"sigma_max_quantile is a share in (0, 1], got {config.sigma_max_quantile}")
     run, resumes = opened(config)
@@ -113,7 +113,8 @@ def main(config: DictConfig) -> float:
     if not samplers:
         return finish_unmeasured(run, config)
     evaluation = measure(averaged, samplers, config.num_samples, config.trainer.progress)
-    return finish(run, guiding.of_examples(averaged, conditions), data, evaluation, samplers, config)
+    told = guiding.of_examples(averaged, conditions)
+    return finish(run, told, data, evaluation, samplers, config, conditions(config.num_samples))
 
 
 def previews(
@@ -137,13 +138,14 @@ def previews(
 
 
 def finish(
-    run: Run, model: ScoreModel, data: Data, evaluation: Evaluation, samplers: dict[str, Any], config: DictConfig
-) -> float:
+    run: Run, model: ScoreModel, data: Data, evaluation: Evaluation, samplers: dict[str, Any], config: DictConfig,
+    conditions: Mapping[str, Tensor],
+) -> float:  # fmt: skip
     """Samples, figures and result.json; returns the number that a sweep minimises."""
     score = evaluation.mean_ratio(config.evaluation.objective)
     if not distributed.is_main():
         return score
-    output.save_samples(run.samples, evaluation.samples)
+    output.save_samples(run.samples, {**conditions, **evaluation.samples})
     more = {} if data.target is None else {"fisher": score_error(model, data.target, seed=config.seed).mean}
     meaning = f"{config.evaluation.objective} over its noise floor, mean over samplers"
     record(run, config, score, meaning, **more, **evaluation.flat())
@@ -209,6 +211,7 @@ def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str], override
     """
     config.event_shape = list(data.event_shape)
     config.conditions = sorted(data.batch(0, 1).condition.keys() - {"augment"})
+    config.class_names = list(data.class_names) if data.class_names else None
     if data.target is None:
         idle(overrides, ["target"], "with these data, which are drawn from no target")
         config.target = None

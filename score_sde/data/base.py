@@ -7,7 +7,7 @@ processes read one global batch, each its own rows: batch(n, B, rows) -> to(devi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -52,12 +52,14 @@ class Data(ABC):
         event_shape: shape of one example.
         size: number of training examples, None for an endless stream.
         num_classes: number of classes where examples carry a `label`, else None.
+        class_names: their names, where they have any.
         target: the closed-form law of the examples where it is known (see `score_sde.targets`), else None.
     """
 
     event_shape: tuple[int, ...]
     size: int | None = None
     num_classes: int | None = None
+    class_names: Sequence[str] | None = None
     target: Any = None
 
     @abstractmethod

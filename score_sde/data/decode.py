@@ -165,6 +165,7 @@ class Images:
         read: gives (source, name) of each, in order.
         labels: their classes, or None.
         made_of: what keys the cache entry beside the rules, e.g. the hash of the files.
+        names: of the classes, where they have any.
     """
 
     title: str
@@ -172,6 +173,7 @@ class Images:
     read: Callable[[], Iterable[tuple[Source, str]]]
     labels: np.ndarray[Any, Any] | None
     made_of: Any
+    names: Sequence[str] | None = None
 
 
 def image_data(
@@ -180,7 +182,9 @@ def image_data(
     """`TensorData` with these options of training images, and of held-out ones in their size; decoded once, see `decoded`."""
     known = decoded(kind, train, Decoder.of(size, channels, fit))
     held = None if test is None else decoded(kind, test, Decoder.of(known.x.shape[-2:], channels, fit))
-    return TensorData(known.x, known.labels, test=held, fingerprint=known.fingerprint, **options)
+    data = TensorData(known.x, known.labels, test=held, fingerprint=known.fingerprint, **options)
+    data.class_names = train.names
+    return data
 
 
 def decoded(kind: str, images: Images, decoder: Decoder) -> Examples:

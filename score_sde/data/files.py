@@ -125,7 +125,7 @@ def image_folder(
     """Every image under a folder as (channels, height, width) in [-1, 1], by the rules of `score_sde.data.decode`.
 
     The first call decodes them into the cache. With `labels` the class of an image is its first folder below `path`,
-    numbered in alphabetical order.
+    numbered in alphabetical order; `class_names` has their names.
 
     Args:
         path: the folder; images may lie at any depth.
@@ -140,14 +140,14 @@ def image_folder(
     Raises ValueError where there are no images, for the first one that cannot be read, for sizes that are mixed, and for
     an image in no class.
     """
-    train, classes = _folder(Path(path), labels)
-    held = _folder(Path(test), labels, classes)[0] if test else None
+    train = _folder(Path(path), labels)
+    held = _folder(Path(test), labels, train.names) if test else None
     return image_data("folder", train, held, size, channels, fit, dequantize=dequantize, held_out=held_out, flip=flip,
                       augment=augment, seed=seed)  # fmt: skip
 
 
-def _folder(root: Path, labels: bool, classes: Sequence[str] | None = None) -> tuple[Images, list[str]]:
-    """The images of a folder, and the names of its classes, which for a test set are those of the training set."""
+def _folder(root: Path, labels: bool, classes: Sequence[str] | None = None) -> Images:
+    """The images of a folder; the names of its classes are for a test set those of the training set."""
     paths = image_files(root)
     if labels and (loose := [file for file in paths if file.parent == root]):
         raise ValueError(f"{loose[0]} lies in no folder below {root}, and its folder there is an image's class: "
@@ -159,7 +159,7 @@ def _folder(root: Path, labels: bool, classes: Sequence[str] | None = None) -> t
     number = {name: i for i, name in enumerate(names)}
     given = np.array([number[folder] for folder in folders]) if labels else None
     pairs = [(file, str(file)) for file in paths]
-    return Images(str(root), len(paths), lambda: pairs, given, {"files": content(paths)}), names
+    return Images(str(root), len(paths), lambda: pairs, given, {"files": content(paths)}, names or None)
 
 
 def load_images(path: str | Path, event_shape: Sequence[int]) -> np.ndarray:

@@ -177,7 +177,8 @@ def _dataset_images(dataset: Any, image: str, label: str | None, title: str) -> 
         "fingerprint": dataset._fingerprint,
         "files": content([Path(f["filename"]) for f in dataset.cache_files]),
     }
-    return Images(title, len(dataset), read, _integers(classes, label, title), {**made_of, "image": image})
+    names = getattr(dataset.features[label], "names", None) if label else None
+    return Images(title, len(dataset), read, _integers(classes, label, title), {**made_of, "image": image}, names)
 
 
 def _needed(module: str) -> Any:

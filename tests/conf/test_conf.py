@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from score_sde import ExactScore, sde, steps, targets
 from score_sde.build import build, build_model, trusted
 from score_sde.classifier import NoisyClassifier
-from score_sde.data import TargetStream
+from score_sde.data import TargetStream, TensorData
 from score_sde.tuning import untuned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -265,6 +265,11 @@ def test_auto_scales_are_measured_from_the_data() -> None:
     train.fill_in(config, TargetStream(targets.make("ring")), config.choices)
     assert config.parameterization.sigma_data == pytest.approx((0.2**2 + 8.0) ** 0.5, rel=0.02)
     assert config.sde.sigma_max == pytest.approx(8.0 + 6 * 0.2, abs=0.5)
+    assert config.class_names is None
+    named = TensorData(torch.randn(8, 2), torch.arange(8) % 2)
+    named.class_names = ["cat", "dog"]
+    train.fill_in(config, named, config.choices)
+    assert config.class_names == ["cat", "dog"]
     median = compose("sde=ve", "sigma_max_quantile=0.5")
     train.fill_in(median, TargetStream(targets.make("ring")), median.choices)
     assert median.sde.sigma_max == pytest.approx(8.0 * 0.5**0.5, abs=0.6)  # two of eight modes, a quarter turn apart

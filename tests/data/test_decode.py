@@ -92,6 +92,7 @@ def test_test_folder_and_classes(tmp_path):
     saved(tmp_path, "test/dog/1.png", Image.new("RGB", (8, 8), "white"))
     data = image_folder(tmp_path / "train", 4, labels=True, test=tmp_path / "test")
     assert (data.size, data.count("test")) == (2, 1)
+    assert (data.class_names, image_folder(tmp_path / "train", 4).class_names) == (["cat", "dog"], None)
     assert data.reference(5).condition["label"].tolist() == [1]
     assert (data.reference(5).x == 1).all()
     saved(tmp_path, "test/cow/1.png", Image.new("RGB", (8, 8)))

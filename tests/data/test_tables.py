@@ -94,6 +94,7 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     assert_these(data.reference(9), [4, 5])
     again = huggingface(tmp_path / "saved", label="label", test_split="test")
     assert again.fingerprint == data.fingerprint
+    assert data.class_names == ["a", "b", "c"]
     dataset([0, 1]).save_to_disk(tmp_path / "single")
     assert_these(huggingface(tmp_path / "single", label="label").examples(), [0, 1])
     with pytest.raises(ValueError, match="has no split 'validation', only train, test"):

@@ -53,6 +53,10 @@ def test_a_model_of_contexts_is_measured_and_sampled_under_those_of_its_data(by_
     script("evaluate", f"run={by_context}", "sampler=ddim", "figures=false", cwd=by_context)
     ratio = pd.read_csv(by_context / "evaluation/evaluation.csv")["ratio"].item()
     assert own < 2 > ratio
+    for samples in (by_context / "samples", by_context / "evaluation/samples"):
+        context, x = (np.load(samples / f"{name}.npy") for name in ("context", "ddim"))
+        assert len(x) == len(context)
+        assert np.median(np.abs(x - 4 * context)) < 0.5
     said = script("sample", f"run={by_context}", "sampler=ddim", "num_samples=100", cwd=by_context)
     assert "contexts of the first training examples" in said
     script(

@@ -101,6 +101,16 @@ def test_an_observation_is_taken_as_it_is(run: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(pooled, np.repeat(small[:, None], 3, 1), atol=1e-5)
 
 
+def test_pictures_of_draws_are_called_after_their_inputs(run: Path, tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        Image.fromarray(np.full((8, 8), 90, np.uint8)).save(tmp_path / f"{name}.png")
+    folder = run_edit(run, "task=inpaint", f"input={tmp_path}", f"output={tmp_path / 'out'}")
+    expected = {f"0000{i}-{name}-{draw}.png" for i, name in enumerate("ab") for draw in (1, 2, 3)}
+    assert {file.name for file in (folder / "png").iterdir()} == expected
+    between = run_edit(run, "task=interpolate", f"input=[{tmp_path / 'b.png'},{tmp_path / 'a.png'}]", "draws=1")
+    assert [file.name for file in (between / "png").iterdir()] == ["00000-b-a-1.png"]
+
+
 def untrained(folder: Path, shape: tuple[int, ...]) -> Path:
     """An MLP starts at F = 0: with Karras(1 / 2) that is the exact denoiser of N(0, I / 4)."""
     np.save(folder / "x.npy", np.random.default_rng(0).normal(size=(20, *shape)) / 2)

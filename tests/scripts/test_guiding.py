@@ -169,7 +169,7 @@ def test_images_are_saved_as_their_pixels(tmp_path, channels):
     assert {file.name for file in tmp_path.iterdir()} == {"images.npz", "png"}
     saved = np.load(tmp_path / "images.npz")["arr_0"]
     assert saved.dtype == np.uint8
-    np.testing.assert_array_equal(saved, pixels)
+    np.testing.assert_array_equal(saved, np.repeat(pixels, 3 // channels, 3))  # FID's networks take three channels
     read = [np.asarray(Image.open(tmp_path / f"png/0000{i}.png")) for i in range(4)]
     np.testing.assert_array_equal(np.reshape(read, pixels.shape), pixels)
     np.testing.assert_allclose(load_images(tmp_path / "png", x.shape[1:]), levels / 127.5 - 1, atol=1e-6)
@@ -224,6 +224,17 @@ def test_a_launcher_can_send_what_the_script_does_to_another_process():
         assert cloudpickle.dumps(sample.main)
     finally:
         cloudpickle.unregister_pickle_by_value(sample)
+
+
+def test_labels_go_by_the_names_of_the_runs_classes(tmp_path):
+    run = Run.create(tmp_path / "animals", {"class_names": ["cat", "dog", "10"]})
+    assert guiding.labels_of(OmegaConf.create(["dog", 0, "10"]), run) == [1, 0, 2]
+    for label, message in (("dgo", "unknown label 'dgo': did you mean 'dog'"), (10, "label=10 is the name of class 2")):
+        with pytest.raises(ValueError, match=message):
+            guiding.labels_of(label, run)
+    nameless = Run.create(tmp_path / "digits", {"class_names": None})
+    with pytest.raises(ValueError, match="label='dog' is no class: give a whole number"):
+        guiding.labels_of("dog", nameless)
 
 
 def test_results_of_other_settings_take_another_folder(tmp_path):
