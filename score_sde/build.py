@@ -95,13 +95,14 @@ def _check_arguments(target: str, make: Callable[..., Any], given: Mapping[str, 
         (signature.bind_partial if partial else signature.bind)(**given)
     except TypeError as error:
         known = [*signature.parameters]
-        wrong = next((name for name in given if name not in known), None)
-        if wrong is None:
+        wrong = [name for name in given if name not in known]
+        if not wrong:
             raise TypeError(f"{target}: {error}; the keys beside its _target_ are its arguments") from None
-        near = difflib.get_close_matches(wrong, known, n=1)
+        near = difflib.get_close_matches(wrong[0], known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise TypeError(f"{target}: unknown argument {wrong!r}: {hint}known: {', '.join(known) or 'none'}; '~<key>' leaves "
-                        "a key out") from None  # fmt: skip
+        left_out, known = " ".join(f"'~<...>.{name}'" for name in wrong), known or ["none"]
+        raise TypeError(f"{target}: unknown argument {', '.join(map(repr, wrong))}: {hint}known: {', '.join(known)}; what "
+                        f"another class took is left out by {left_out}") from None  # fmt: skip
 
 
 def trusted(target: Any, trust: Sequence[str] = ()) -> Callable[..., Any]:

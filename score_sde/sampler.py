@@ -166,8 +166,8 @@ def begin(
         raise ValueError(f"x_init has shape {tuple(x_init.shape)}, but samples of shape {tuple(shape)} are asked for")
     if x_init is not None and not x_init.is_floating_point():
         raise TypeError(f"x_init is a floating-point tensor, got {x_init.dtype}")
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype is one of torch's, such as torch.float64, got {dtype!r}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is one of torch's floating-point types, such as torch.float64, got {dtype!r}")
     dtype = dtype or (model.dtype if x_init is None else x_init.dtype)
     stream = (noise or BatchNoise(seed)).open(shape, dtype, device)
     t = model.sde.t_max if t is None else t

@@ -92,6 +92,7 @@ WRONG = {
     "no shape": (lambda: draw(model=Answering(lambda x: x, sde=VPSDE())), TypeError, "has no event_shape"),
     "numpy": (lambda: MODEL([[0.0, 0.0]], 0.5), TypeError, "x is a tensor, got list"),
     "dtype": (lambda: draw(dtype="float64"), TypeError, "such as torch.float64"),
+    "a dtype of integers": (lambda: draw(dtype=torch.int64), TypeError, "floating-point types, such as torch.float64"),
     "a function as network": (lambda: LearnedScore(max, VPSDE(), Noise(), (2,)), TypeError, "takes a torch.nn.Module"),
     "an int as shape": (lambda: LearnedScore(MLP((2,)), VPSDE(), Noise(), 2), TypeError, "a tuple such as"),
     "nothing to guide towards": (lambda: ClassifierFree(MODEL, 2.0), ValueError, "this one knows none"),
