@@ -86,7 +86,7 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
         output.save_images(folder, after, names_of(config))
         figures.save(figures.columns(columns), folder / "sheet.png")
     inputs = "pairs" if config.task == "interpolate" else "inputs"
-    print(f"{config.task}: {after.shape[1]} results for each of {len(after)} {inputs}; in {folder}")
+    print(f"{output.member()}{config.task}: {after.shape[1]} results for each of {len(after)} {inputs}; in {folder}")
     return folder
 
 

@@ -51,7 +51,10 @@ def main(config: DictConfig) -> None:
         condition=condition, **configs.views_of(settings, run.trust),
     )  # fmt: skip
     if distributed.is_main():
-        own = {name: configs.plain(settings)[name] for name in ("metrics", "features", "references", "memorization")}
+        own = {
+            name: configs.plain(settings)[name]
+            for name in ("metrics", "features", "references", "memorization")
+        }
         asked = {"step": config.step, "ema": config.ema, "seed": config.seed, "label": labels, "num_samples": count,
                  "settings": {"samplers": {name: configs.plain(node) for name, node in nodes.items()},
                               "tables": {name: output.content_of(node.get("table")) for name, node in nodes.items()},
@@ -85,7 +88,7 @@ def write(
         if found:
             figures.draw_diagnosis(model, data, found, folder / "figures")
     written = ["evaluation.json", "evaluation.csv"] + ["diagnostics.csv"] * bool(found) + ["samples/"]
-    print(f"\n{folder}: {', '.join(written + ['figures/'] * bool(config.figures))}")
+    print(f"\n{output.member()}{folder}: {', '.join(written + ['figures/'] * bool(config.figures))}")
 
 
 def _sampler_nodes(config: DictConfig, run: Run) -> dict[str, DictConfig]:

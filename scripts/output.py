@@ -12,6 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from command_line import typed
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from torch import Tensor
 
 from score_sde.progress import tqdm
@@ -32,6 +35,12 @@ def folder_of(settings: Mapping[str, Any], home: Path) -> Path:
         if json.loads(record.read_text()) == own:
             return folder
         folder = home.with_name(f"{home.name}-{next(others)}")
+
+
+def member() -> str:
+    """What tells this job from the others of a sweep, to stand before the folder of its results; nothing outside of one."""
+    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return f"{' '.join(typed())}: " if in_sweep else ""
 
 
 def content_of(file: Any) -> str | None:

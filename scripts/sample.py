@@ -64,7 +64,7 @@ def main(config: DictConfig) -> None:
     named = run.config.get("class_names") or range(max(labels, default=-1) + 1)
     names = [named[i] for i in guiding.turns(labels, columns).tolist()] if 1 < len(labels) <= 20 else []
     figures.save(plotting.sheet(samples, columns=columns, names=names), folder / "samples.png")
-    print(f"{len(samples)} samples of {name}: {nfe} network calls each, {seconds:.2f} s; in {folder}")
+    print(f"{output.member()}{len(samples)} samples of {name}: {nfe} network calls each, {seconds:.2f} s; in {folder}")
     if data is not None:
         agreement(data, samples, condition["label"]).to_csv(folder / "agreement.csv", index=False)
 

@@ -102,6 +102,15 @@ def test_samples_do_not_depend_on_the_batch_size(run: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(*drawn, atol=1e-5)
 
 
+def test_members_of_a_sweep_say_where_their_samples_are(run: Path, tmp_path: Path) -> None:
+    said = script(
+        "sample", "-m", f"run={run}", "sampler=ddim", "num_samples=5", "seed=3,4", "output=mine", cwd=tmp_path
+    )
+    for seed, folder in ((3, "mine"), (4, "mine-2")):
+        assert f"num_samples=5 seed={seed} output=mine: 5 samples of ddim" in said
+        assert json.loads((tmp_path / folder / "settings.json").read_text())["seed"] == seed
+
+
 def test_a_resumed_run_goes_on_where_it_was(run: Path, tmp_path: Path) -> None:
     short = tmp_path / "short"
     script("train", f"hydra.run.dir={short}", *TINY, "trainer.schedule=constant", "trainer.steps=2", cwd=tmp_path)
@@ -269,7 +278,12 @@ WRONG = {
     "a key that a class does not take": (
         "sample",
         ["run={run}", "sampler=heun", "+sampler.predictor.eta=1"],
-        "Heun: unknown argument 'eta': known: none; '~<key>' leaves a key out",
+        "Heun: unknown argument 'eta': known: none; what another class took is left out by '~<...>.eta'",
+    ),
+    "keys of the class that was there": (
+        "sample",
+        ["run={run}", "sampler=heun", "sampler._target_=score_sde.ProbabilityFlowODE"],
+        "what another class took is left out by '~<...>.predictor' '~<...>.corrector' '~<...>.corrector_first'",
     ),
     "no such checkpoint": ("sample", ["run={run}", "step=77"], "none of step 77"),
     "nothing to compare": ("compare", [], "either run=<directory> or target=<name>"),
