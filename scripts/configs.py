@@ -135,6 +135,7 @@ def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
         "classifier_data": build(labelled, trust) if labelled else None,
         "features": {name: build(named("extractor", name), trust) for name in listed(settings.features)},
         "references": dict(settings.references),
+        "whole_reference": settings.whole_reference,
         "memorization": settings.memorization,
         "batch_size": settings.batch_size,
     }

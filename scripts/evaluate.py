@@ -24,7 +24,7 @@ from score_sde.data import Data
 from score_sde.evaluation import Evaluation, diagnose, evaluate, known_metrics
 from score_sde.training import write_atomically
 
-OWN = ("samplers", "metrics", "features", "references", "memorization", "batch_size")
+OWN = ("samplers", "metrics", "features", "references", "whole_reference", "memorization", "batch_size")
 
 
 @entry.main("evaluate")
@@ -53,7 +53,7 @@ def main(config: DictConfig) -> None:
     if distributed.is_main():
         own = {
             name: configs.plain(settings)[name]
-            for name in ("metrics", "features", "references", "memorization")
+            for name in ("metrics", "features", "references", "whole_reference", "memorization")
         }
         asked = {"step": config.step, "ema": config.ema, "seed": config.seed, "label": labels, "num_samples": count,
                  "settings": {"samplers": {name: configs.plain(node) for name, node in nodes.items()},

@@ -265,7 +265,7 @@ def check_references(config: DictConfig, data: Data, views: Mapping[str, Any]) -
     if references and config.evaluation.get("num_periodic"):
         raise ValueError("evaluation.references hold num_samples images: leave them or evaluation.num_periodic out")
     for name, path in references.items():
-        Reference.of(data, features[name], config.num_samples, path=path)
+        Reference.of(data, features[name], config.num_samples, whole=views.get("whole_reference", False), path=path)
 
 
 def opened(config: DictConfig) -> tuple[Run, bool]:

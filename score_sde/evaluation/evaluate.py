@@ -73,8 +73,9 @@ class Evaluation:
 def evaluate(
     model: ScoreModel, data: Data, samplers: Mapping[str, Any], *, num_samples: int = 4000, seed: int = 0,
     metrics: Metrics | None = None, classifier_data: TensorData | None = None,
-    features: Mapping[str, Extractor] | None = None, references: Mapping[str, str] | None = None, memorization: bool = True,
-    condition: Mapping[str, Tensor] | None = None, batch_size: int = 1000, progress: bool = True,
+    features: Mapping[str, Extractor] | None = None, references: Mapping[str, str] | None = None,
+    whole_reference: bool = False, memorization: bool = True, condition: Mapping[str, Tensor] | None = None,
+    batch_size: int = 1000, progress: bool = True,
 ) -> Evaluation:  # fmt: skip
     """Draws `num_samples` with each sampler and measures them against exact draws or real examples.
 
@@ -91,6 +92,7 @@ def evaluate(
         classifier_data: labelled images, to add a classifier's view of the samples.
         features: name -> feature space in which images are compared; see `Reference`.
         references: name -> folder of its reference, in place of the cache's.
+        whole_reference: hold features against those of all training images, not of as many as samples.
         memorization: for a finite set of images, also how near samples are to training images.
         condition: tensors (num_samples, ...) by name, for a conditional model.
         batch_size: how many samples are drawn at once.
@@ -108,8 +110,8 @@ def evaluate(
     views: list[View] = [lambda x: yardstick(x[: yardstick.n]).assign(count=list(yardstick.counts.values()))]
     if classifier_data is not None:
         views.append(_classifier_view(classifier_data, num_samples, model.device))
-    made = [Reference.of(_finite(data, name), extractor, num_samples, path=(references or {}).get(name),
-                         device=model.device, progress=progress)
+    made = [Reference.of(_finite(data, name), extractor, num_samples, whole=whole_reference,
+                         path=(references or {}).get(name), device=model.device, progress=progress)
             for name, extractor in (features or {}).items()]  # fmt: skip
     views += [_on_plain(data, FeatureView(reference)) for reference in made]
     neighbours = _MemorizationView(data, model.device) if memorization and _is_set_of_images(data) else None

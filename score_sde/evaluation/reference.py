@@ -3,6 +3,7 @@
 value = d(samples, train) of n each, n as asked for (papers take 50,000), and floor = d(test, train) of m <= n each, as
 many as are held out. Most distances depend on the count: every figure states its own, and where m < n the value at m
 stands beside the floor. Where no test set is held out, two disjoint parts of the training set give the floor.
+Of a `whole` reference n samples, and m test images, are held against all training images, as published FIDs are.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Reference:
 
     @classmethod
     def of(
-        cls, data: TensorData, extractor: Extractor, count: int, *, path: str | Path | None = None,
+        cls, data: TensorData, extractor: Extractor, count: int, *, whole: bool = False, path: str | Path | None = None,
         device: torch.device | str = "cpu", progress: bool = True,
     ) -> Reference:  # fmt: skip
         """The reference of these data: from `path`, from the cache, or computed, which the cache then keeps.
@@ -54,6 +55,7 @@ class Reference:
             data: what training and test images come from.
             extractor: fitted to the training images where it has to be, those of `data.whole`.
             count: of training and of test images, at most; fewer where the data have fewer.
+            whole: take all training images, but for those that the floor takes where nothing is held out.
             path: a folder that `save` wrote.
             device: where features are computed.
 
@@ -61,7 +63,7 @@ class Reference:
             ValueError: the data are no images, or the reference in `path` was made of other data, with another
                 extractor or count.
         """
-        made_of = _made_of(data, extractor, count)
+        made_of = _made_of(data, extractor, count, whole)
         if path is None:
             title = f"{extractor.title}: real images" if progress else None
             path = cached(
@@ -86,23 +88,31 @@ class Reference:
     def compare(self, features: Tensor) -> pd.DataFrame:
         """Every metric of features of samples: the columns metric, value, floor, ratio (value / floor) and count.
 
-        As many samples as training images are compared, n; where fewer test images are at hand, m, the rows of count n
-        have no floor, and rows "<metric> @ m" have the value and the floor of count m. KID, which is 0 in the mean for
-        exact samples, has no ratio.
+        As many samples as training images are compared, n, of a whole reference all samples with all images; where fewer
+        test images are at hand, m, the rows of count n have no floor, and rows "<metric> @ m" have the value and the floor
+        of count m. KID, which is 0 in the mean for exact samples, has no ratio.
         """
-        n = min(len(features), len(self.train))
+        n = len(features) if self._whole else min(len(features), len(self.train))
         m = min(n, len(self.test))
         if m not in self._floors:
-            self._floors[m] = feature_metrics(self.test[:m], self.train[:m], self.extractor)
+            self._floors[m] = feature_metrics(self.test[:m], self._real(m), self.extractor)
         if m == n:
             return self._rows(features[:n], self._floors[n])
         beside = self._rows(features[:m], self._floors[m])
         beside["metric"] += f" @ {m}"
         return pd.concat([self._rows(features[:n], {}), beside], ignore_index=True)
 
+    @property
+    def _whole(self) -> bool:
+        return bool(self.made_of.get("whole"))
+
+    def _real(self, count: int) -> Tensor:
+        """The training images that so many samples or test images are held against."""
+        return self.train if self._whole else self.train[:count]
+
     def _rows(self, features: Tensor, floors: Mapping[str, float]) -> pd.DataFrame:
         count = len(features)
-        values = pd.Series(feature_metrics(features, self.train[:count], self.extractor))
+        values = pd.Series(feature_metrics(features, self._real(count), self.extractor))
         table = pd.DataFrame({"value": values, "floor": pd.Series(floors, values.index, dtype=float)})
         table["ratio"] = (table["value"] / table["floor"]).where(~table.index.str.startswith("KID"))
         return table.assign(count=count).rename_axis("metric").reset_index()
@@ -150,10 +160,13 @@ def check_count(data: TensorData, count: int) -> int:
     return found
 
 
-def _made_of(data: TensorData, extractor: Extractor, count: int) -> dict[str, Any]:
+def _made_of(data: TensorData, extractor: Extractor, count: int, whole: bool) -> dict[str, Any]:
     train, test = data.count("train"), check_count(data, count)
+    part = {"count": min(count, train)}
+    if whole:
+        part = {"count": train if data.has_test else train - test, "whole": True}
     return {"data": data.fingerprint, "event_shape": list(data.event_shape), **extractor.settings(), "floor_count": test,
-            "count": min(count, train),
+            **part,
             "floor": "held-out images" if data.has_test else "another part of the training set", "version": 2}  # fmt: skip
 
 
@@ -169,9 +182,10 @@ def _compute(
     title: str | None,
 ) -> None:  # fmt: skip
     extractor.to(device).fit(data.whole)
-    m = made_of["floor_count"]
-    rest = ("test", slice(m)) if data.has_test else ("train", slice(m, 2 * m))
-    parts = ("train", slice(made_of["count"])), rest
+    m, n = made_of["floor_count"], made_of["count"]
+    parts = ("train", slice(n)), ("test", slice(m)) if data.has_test else ("train", slice(m, 2 * m))
+    if made_of.get("whole") and not data.has_test:
+        parts = ("train", slice(m, None)), ("train", slice(m))
     train, test = (extract(extractor, stored_images(data, *rows), title=title) for rows in parts)
     _write(folder, extractor, train, test)
 

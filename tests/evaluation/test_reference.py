@@ -119,6 +119,22 @@ def test_a_reference_gives_value_and_floor_at_one_count():
         FeatureView(made)(torch.zeros(9, 3, 16, 16))
 
 
+def test_a_whole_reference_holds_any_number_against_all_training_images():
+    given, samples = data(), data(50, 6, seed=5).plain("train").x
+    made = Reference.of(given, PCA(8), 50, whole=True)
+    x, train, test = (extract(made.extractor, quantized(part)) for part in
+                      (samples, given.plain("train").x, given.plain("test", slice(50)).x))  # fmt: skip
+    row = FeatureView(made)(samples).set_index("metric").loc["FD (8 principal components)"]
+    assert row["value"] == pytest.approx(frechet_distance(x, train))
+    assert row["floor"] == pytest.approx(frechet_distance(test, train))
+    alone = TensorData(bars(300, 0)[0], dequantize=False)  # nothing held out
+    made = Reference.of(alone, Pixels(), 50, whole=True)
+    every = stored_images(alone, "train", slice(None))
+    torch.testing.assert_close(made.train, extract(Pixels(), every[50:]))
+    torch.testing.assert_close(made.test, extract(Pixels(), every[:50]))
+    assert Reference.of(alone, Pixels(), 50).train.shape == (50, 256)
+
+
 def test_the_test_set_s_size_bounds_the_floor_and_not_the_samples():
     """CIFAR-10 has 10,000 test images, and the papers' FID is of 50,000 samples."""
     given = data()
