@@ -81,12 +81,12 @@ def told(given: Mapping[str, Any], run: Run, count: int) -> dict[str, Tensor]:
         key = name if name == "context" else f"+condition.{name}"
         print(f"samples have the {name}s of the first training examples: give {key}=<vector or .npy> for others")
     for name, value in given.items():
-        rows = _rows(name, value)
+        rows = rows_of(name, value)
         conditions[name] = rows[torch.arange(count) % len(rows)]
     return conditions
 
 
-def _rows(name: str, given: Any) -> Tensor:
+def rows_of(name: str, given: Any) -> Tensor:
     """The rows of a .npy file, or the one that is given; a context is a vector of floats, a number alone too."""
     rows = (
         np.load(given) if isinstance(given, str) else np.asarray([listed(given) if OmegaConf.is_list(given) else given])
@@ -126,6 +126,24 @@ def natural(labels: list[int], data: Data, count: int) -> Tensor:
     if data.num_classes is None:
         return turns(labels, count)
     return first_conditions(data.of_classes(labels), ["label"], count)["label"]
+
+
+def told_alike(model: LearnedScore, run: Run, config: DictConfig) -> ScoreModel:
+    """The model under the one `label` and the one `context` that every sample is to have, or as it is without any.
+
+    Raises ValueError for several, and where the network has to be told of what is not given.
+    """
+    labels = labels_of(config.label, run)
+    check_labels(labels, model)
+    own = {"label": torch.tensor(labels)} if labels else {}
+    own |= {} if config.context is None else {"context": rows_of("context", config.context)}
+    for name, rows in own.items():
+        if len(rows) != 1:
+            raise ValueError(f"{name}={config[name]}: give one, which all samples have")
+    if missing := [name for name in needed(run.config) if name not in own]:
+        raise ValueError(f"{run.path} has not learnt to do without its {' and '.join(missing)}: give the one that all samples "
+                         f"are to have, {' '.join(f'{name}=<value>' for name in missing)}")  # fmt: skip
+    return of_examples(model, lambda count: {name: rows.expand(count, *rows.shape[1:]) for name, rows in own.items()})
 
 
 def check_labels(labels: list[int], model: LearnedScore) -> None:

@@ -31,6 +31,7 @@ from score_sde.tuning import EARLIER, Pairs, TunedSampler, TunedTable, check, co
 
 TEACHING = ("samples", "seed", "robust", "batch_size")
 FITTING = ("method", "iterations", "starts", "seed", "minutes")
+CONDITIONS = ("label", "context")
 LABELS = {"endpoint": "endpoint error / data std", "median": "median endpoint error / data std",
           "energy": "energy distance to converged", "frechet": "Fréchet distance to converged",
           "sliced_w2": "sliced W2 / noise floor"}  # fmt: skip
@@ -42,9 +43,8 @@ def main(config: DictConfig) -> None:
         raise ValueError("tune for what? give either run=<directory> or target=<name>, e.g. target=ring")
     if config.run:
         idle(typed(), ["sde"], f"with run={config.run}, which has its own")
-        guiding.check_free(configs.open_run(config))
     else:
-        idle(typed(), ["ema", "step"], "with a target, whose score is exact")
+        idle(typed(), ["ema", "step", *CONDITIONS], "with a target, whose score is exact")
     if config.spectrum:
         idle(
             typed(),
@@ -55,7 +55,7 @@ def main(config: DictConfig) -> None:
     whole("num_samples", config.num_samples, 2)
     for calls in steps:
         check(calls, **{name: config[name] for name in FITTING if name != "seed"})
-    model, reference, _ = model_and_reference(config)
+    model, reference = of_run(config) if config.run else model_and_reference(config)[:2]
     folder = Path(config.output or tuned_tables.tuned_folder(config))
     folder.mkdir(parents=True, exist_ok=True)
     settings = settings_of(config)
@@ -81,9 +81,20 @@ def main(config: DictConfig) -> None:
         report(course_table(course, tables).assign(step=config.step or 0, num_samples=config.num_samples), folder)
 
 
+def of_run(config: DictConfig) -> tuple[ScoreModel, Any]:
+    """The run's model under the conditions that all samples are to have, and its law or real examples of that label."""
+    run = configs.open_run(config)
+    model, data = configs.model_of(run, config), run.data()
+    if labels := guiding.labels_of(config.label, run):
+        data = data.of_classes(labels)
+    reference = data.target if data.target is not None else data.reference(2 * config.num_samples).x
+    return guiding.told_alike(model, run, config), reference
+
+
 def settings_of(config: DictConfig) -> dict[str, Any]:
     """All that a fit depends on, for its table's record."""
     given, law = configs.plain(config), ("ema",) if config.run else ("target", "sde")
+    law += tuple(name for name in CONDITIONS if given[name] is not None)
     return {name: given[name] for name in (*TEACHING, *FITTING, "step", *law)}
 
 

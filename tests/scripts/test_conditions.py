@@ -99,6 +99,24 @@ def test_what_only_an_unconditional_score_can_do_is_refused(by_label: Path) -> N
     assert "has not learnt to do without its label" in refused
 
 
+@pytest.mark.parametrize(("name", "condition"), [("by_label", "label=1"), ("by_context", "context=[0,1]")])
+def test_a_table_is_fitted_under_one_condition(name: str, condition: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    quick = ["steps=4", "iterations=5", "starts=2", "samples=64", "report=false", "output=tables"]
+    script("tune", f"run={folder}", condition, *quick, cwd=folder)
+    table = folder / "tables/tuned-4.json"
+    settings = json.loads(table.read_text())["record"]["settings"]
+    assert {name: settings[name] for name in ("label", "context") if name in settings} in (
+        {"label": 1},
+        {"context": [0, 1]},
+    )
+    asked = ["sampler=tuned", f"sampler.table={table}", condition, "num_samples=200", "output=tuned"]
+    script("sample", f"run={folder}", *asked, cwd=folder)
+    assert np.abs(np.load(folder / "tuned/samples.npy").mean(0) - [0, 4]).max() < 0.5
+    if name == "by_label":
+        assert "give one, which all samples have" in script("tune", f"run={folder}", "label=[0,1]", cwd=folder, code=1)
+
+
 @pytest.mark.parametrize("name", ["by_context", "by_label"])
 def test_samplers_are_compared_under_the_conditions_of_the_data(name: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
