@@ -14,8 +14,9 @@ from torch import Tensor
 
 from score_sde.networks.energy import Conservative
 from score_sde.parameterization import Parameterization
-from score_sde.score import LearnedScore, at_least_single
-from score_sde.sde import SDE, Time, as_time, expand
+from score_sde.prediction import affine
+from score_sde.score import LearnedScore
+from score_sde.sde import SDE, Time
 
 __all__ = ["EnergyScore"]
 
@@ -38,11 +39,9 @@ class EnergyScore(LearnedScore):
     def log_prob(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
         """log p_t(x) up to a constant that depends on t alone (and on the condition), shape (batch,)."""
         self.check(x.shape, condition)
-        t = as_time(t).double()
-        row, alpha, sigma = self.parameterization.row(self.sde, t), self.sde.alpha(t), self.sde.sigma(t)
-        c_noise = row.c_noise.to(x.device, at_least_single(x.dtype)).expand(x.shape[0])
         assert isinstance(self.network, Conservative)
-        potential = self.network.potential(expand(row.c_in, x) * x, c_noise, **condition)
+        alpha, sigma, row = self._level(t)
+        scaled, c_noise, told = self._inputs(x, row, condition)
+        potential = self.network.potential(scaled, c_noise, **told).to(x.dtype)
         square = x.square().flatten(1).sum(1) / 2
-        of_square, of_potential = (alpha * row.c_skip - 1) / sigma**2, alpha * row.c_out / (row.c_in * sigma**2)
-        return expand(of_square, square) * square + expand(of_potential, square) * potential
+        return affine((alpha * row.c_skip - 1) / sigma**2, square, alpha * row.c_out / (row.c_in * sigma**2), potential)

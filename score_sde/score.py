@@ -163,11 +163,11 @@ def checked_condition(
     return given
 
 
-def _named(function: Callable[..., Any]) -> frozenset[str]:
+def named(function: Callable[..., Any]) -> frozenset[str]:
     """The named parameters of a function beyond its first two."""
     parameters = list(inspect.signature(function).parameters.values())
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(p.name for p in parameters[2:] if p.kind in named)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(p.name for p in parameters[2:] if p.kind in kinds)
 
 
 def _check_sde(sde: SDE) -> None:
@@ -287,7 +287,7 @@ class LearnedScore(nn.Module, ScoreModel):
         except TypeError as error:
             raise TypeError(f"{type(network).__name__}.forward takes {inspect.signature(forward)}: a score network takes (x, "
                             "c_noise, **conditions), c_noise of shape (batch,)") from error  # fmt: skip
-        self.condition_names = _named(forward)
+        self.condition_names = named(forward)
         if getattr(network, "num_classes", 0) is None:
             self.condition_names -= {"label"}
         self.num_classes = getattr(network, "num_classes", None)
@@ -351,8 +351,8 @@ class LearnedScore(nn.Module, ScoreModel):
         batch, *event = x.shape
         return (batch, 2 * event[0], *event[1:]) if self._learns_variance else (batch, *event)
 
-    def _network(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """F, and the weight w of a learnt variance."""
+    def _inputs(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """What the network is given: c_in x, c_noise (batch,) and the conditions, in the dtype of its weights."""
         dtype = x.dtype if self._weight is None else self._weight.dtype
         if isinstance(row.c_in, Tensor):
             scaled = expand(row.c_in, x) * x
@@ -362,12 +362,17 @@ class LearnedScore(nn.Module, ScoreModel):
         told = {
             name: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for name, v in condition.items()
         }
-        output = self.network(scaled.to(dtype), c_noise, **told)
+        return scaled.to(dtype), c_noise, told
+
+    def _network(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """F, and the weight w of a learnt variance."""
+        scaled, c_noise, told = self._inputs(x, row, condition)
+        output = self.network(scaled, c_noise, **told)
         if not isinstance(output, Tensor) or output.shape != self._output_shape(x):
             given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise ValueError(f"{type(self.network).__name__} gives {given} for x of shape "
                              f"{tuple(x.shape)}: it must be {self._output_shape(x)}")  # fmt: skip
-        if dtype != x.dtype:
+        if scaled.dtype != x.dtype:
             output = output.to(x.dtype)
         if not self._learns_variance:
             return output, None
@@ -453,7 +458,7 @@ class FunctionScore(ScoreModel):
         self.function, self.sde, self.event_shape = function, sde, _event_shape(event_shape)
         self.gives = one_of("gives", gives, ("score", "denoised", "noise", "velocity"))
         self.data_std = number("data_std", data_std, above=0)
-        self.condition_names = _named(function)
+        self.condition_names = named(function)
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(real("x", x).shape, condition)

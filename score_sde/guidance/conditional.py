@@ -11,7 +11,6 @@ but these densities are not each other's noisy versions: what is sampled differs
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,7 +23,7 @@ from score_sde.classifier import NoisyClassifier
 from score_sde.copies import Copies
 from score_sde.guidance.base import check_alike, denoised, extrapolated, pushed
 from score_sde.prediction import Prediction
-from score_sde.score import ScoreModel, WrappedScore, checked_condition
+from score_sde.score import ScoreModel, WrappedScore, checked_condition, named
 from score_sde.sde import Time, expand
 
 
@@ -207,9 +206,8 @@ class Classifier(WrappedScore):
         if isinstance(log_prob, NoisyClassifier):
             check_alike(type(self).__name__, model, log_prob)
             log_prob = log_prob.log_prob
-        signature = inspect.signature(getattr(log_prob, "forward", log_prob))
         self.log_prob, self.scale = log_prob, float(scale)
-        self._named = frozenset(list(signature.parameters)[2:])
+        self._named = named(getattr(log_prob, "forward", log_prob))
         self.condition_names = model.condition_names | self._named
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:

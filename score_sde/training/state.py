@@ -317,6 +317,6 @@ class TrainingState:
         except RuntimeError as error:
             first = str(error).partition("\n\t")[2].partition("\n")[0]
             raise ValueError(f"the checkpoint is of another network than this model's: {first}") from error
-        for i, (tensor, value) in enumerate(zip(held, list(self.model.parameters()), strict=True)):
-            if tensor is not value:
-                tensor.copy_(self.place.part(i, value.detach()))
+        for i, (tensor, (name, parameter)) in enumerate(zip(held, self.model.named_parameters(), strict=True)):
+            if tensor is not parameter:  # from the file: the model may hold fewer digits
+                tensor.copy_(self.place.part(i, weights[name]))

@@ -282,3 +282,11 @@ def test_a_classifier_gives_one_number_a_sample():
     wrong = Classifier(Labelled(RING, SDE), lambda x, t: torch.stack([x[:, 0], x[:, 1]], 1).log_softmax(1))
     with pytest.raises(ValueError, match=r"one number a sample, shape \(4,\); got \(4, 2\)"):
         wrong(points(), 0.3)
+
+
+def test_a_classifier_s_conditions_are_its_named_parameters():
+    """Those that **rest swallows have no name: a misspelt condition would vanish in it."""
+    guided = Classifier(Labelled(RING, SDE), lambda x, t, weight, **rest: -weight * x.square().sum(1))
+    assert guided.condition_names == {"label", "weight"}
+    with pytest.raises(TypeError, match="unknown condition 'rest'"):
+        guided(points(), 0.3, weight=1.0, rest=2.0)

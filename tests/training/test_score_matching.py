@@ -149,6 +149,16 @@ def test_an_energy_s_log_density_has_the_model_s_score_as_gradient(parameterizat
     torch.testing.assert_close(single, model(x, 0.2, label=label).score)
 
 
+def test_an_energy_in_single_precision_takes_points_in_double_as_its_score_does():
+    model = energy_model(Karras(0.7)).float()
+    x, label = torch.tensor([[0.4, -1.1], [2.0, 0.3]], dtype=torch.float64, requires_grad=True), torch.tensor([0, -1])
+    for t in (0.5, torch.tensor([0.2, 0.9], dtype=torch.float64)):
+        log_prob = model.log_prob(x, t, label=label)
+        assert log_prob.dtype == torch.float64
+        slope = torch.autograd.grad(log_prob.sum(), x)[0]
+        torch.testing.assert_close(slope, model(x, t, label=label).score, rtol=1e-5, atol=1e-5)
+
+
 def test_an_energy_trains_by_every_objective():
     model = energy_model(Noise()).float()
     times = UniformTimes()(model.sde, 8, torch.Generator().manual_seed(0))

@@ -94,6 +94,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, uninterrupted, die
     assert [row["step"] for row in rows(tmp_path)] == [row["step"] for row in rows(uninterrupted)]
 
 
+def test_a_network_in_half_precision_resumes_with_every_digit_of_its_average(tmp_path):
+    """The average is kept in single precision, which the network itself cannot hold."""
+    half = {"model": tiny.model().to(torch.bfloat16), "data": Interrupting(18)}
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(tmp_path / "killed", **half)
+    for name, resume in (("killed", True), ("whole", False)):
+        tiny.train(tmp_path / name, model=tiny.model().to(torch.bfloat16), resume=resume)
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("number", NOTED)
 def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, uninterrupted, number):
     before = signal.getsignal(number)
