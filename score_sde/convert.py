@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from score_sde.checks import one_of
 from score_sde.networks.blocks import Block, Resample
 from score_sde.networks.unet import UNet
 from score_sde.parameterization import Parameterization, Published
@@ -69,14 +70,13 @@ class SongConfig:
     num_scales: int = 1000
 
     def __post_init__(self) -> None:
-        known: dict[str, tuple[object, ...]] = {
+        known = {
             "network": ("ddpm", "ncsnpp"), "sde": ("vp", "subvp", "ve"), "embedding_type": ("positional", "fourier"),
             "progressive": ("none", "output_skip"), "progressive_input": ("none", "input_skip", "residual"),
             "progressive_combine": ("sum",),
         }  # fmt: skip
         for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, allowed))}")
+            one_of(name, getattr(self, name), allowed)
         if self.progressive_input == "residual" and not self.fir:
             raise ValueError("progressive_input='residual' is only known with fir=True")
         if (self.embedding_type == "fourier") != (self.sde == "ve" and self.continuous and self.network == "ncsnpp"):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from score_sde.checks import number, whole
+from score_sde.checks import number, one_of, whole
 from score_sde.sde import SDE
 
 Grid = Callable[[SDE], Tensor]
@@ -187,9 +187,7 @@ def tabulated(sde: SDE, steps: int, levels: str | Sequence[float], stretch: bool
             keeps the levels, which then lie in the SDE's range.
     """
     if isinstance(levels, str):
-        if levels not in ALIGN_YOUR_STEPS:
-            raise ValueError(f"unknown list of levels {levels!r}; known: {', '.join(ALIGN_YOUR_STEPS)}")
-        levels = ALIGN_YOUR_STEPS[levels]
+        levels = ALIGN_YOUR_STEPS[one_of("levels", levels, ALIGN_YOUR_STEPS)]
     table = torch.as_tensor(list(levels), dtype=torch.float64)
     if len(table) < 2 or not (table > 0).all() or not (table.diff() < 0).all():
         raise ValueError(f"levels are at least two positive numbers that decrease, got {table.tolist()[:8]}")
@@ -218,10 +216,8 @@ def respaced(sde: SDE, steps: int, spacing: str = "trailing") -> Tensor:
     levels = getattr(sde, "num_steps", None)
     if levels is None:
         raise ValueError(f"respaced takes a DiscreteSDE's ladder, got {sde!r}: use grid.uniform on a continuous SDE")
-    if spacing == "linspace":
+    if one_of("spacing", spacing, ("leading", "trailing", "linspace")) == "linspace":
         return uniform(sde, steps)
-    if spacing not in ("leading", "trailing"):
-        raise ValueError(f"spacing is 'leading', 'trailing' or 'linspace', got {spacing!r}")
     count = len(_fractions(steps))
     if count > levels:
         raise ValueError(f"a ladder of {levels} levels has at most steps={levels - 1}, got steps={steps}")

@@ -299,8 +299,7 @@ def discrete_log_likelihood(
         TypeError: codes are not integers.
     """
     _check_codes(codes)
-    if draws < 1:
-        raise ValueError(f"draws is a positive number of dequantisations, got {draws}")
+    whole("draws", draws)
     source = generator(seed, "dequantisation", device=codes.device)
     terms = []
     for _ in range(draws):

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from score_sde.checks import one_of
 from score_sde.copies import Copies
 from score_sde.prediction import Coefficient
 from score_sde.sde import expand
@@ -552,9 +553,7 @@ def make(name: str, **options: Any) -> Target:
     Raises:
         ValueError: the name or an option is unknown.
     """
-    if name not in TOYS:
-        raise ValueError(f"unknown target {name!r}; known: {', '.join(TOYS)}")
-    known = inspect.signature(TOYS[name]).parameters
+    known = inspect.signature(TOYS[one_of("target", name, TOYS)]).parameters
     if unknown := options.keys() - known.keys():
         raise ValueError(f"target {name!r} has no option {', '.join(sorted(unknown))!r}; it has: {', '.join(known)}")
     return TOYS[name](**options)

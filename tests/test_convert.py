@@ -145,7 +145,7 @@ def test_files_and_configs_that_are_none_are_refused(tmp_path) -> None:
         convert.score_sde_pytorch(tmp_path / "missing.pth", CONFIG)
     with pytest.raises(ValueError, match="unknown config 'cifar'"):
         convert.score_sde_pytorch(tmp_path / "text.pth", "cifar")
-    with pytest.raises(ValueError, match="progressive='residual' must be one of none, output_skip"):
+    with pytest.raises(ValueError, match="progressive is one of none, output_skip; got 'residual'"):
         SongConfig(progressive="residual")
     with pytest.raises(ValueError, match="'fourier' is that of continuous VE alone"):
         SongConfig(embedding_type="fourier")

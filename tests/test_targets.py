@@ -288,7 +288,7 @@ def test_images_are_data_too():
         (lambda: Empirical(torch.zeros(1, 2)).log_prob(torch.zeros(1, 2)), "no density"),
         (lambda: UniformBoxes([[1.0]], [[0.0]]), "low < high"),
         (lambda: UniformBoxes([[0.0]], [[1.0]], bandwidth=-1.0), "bandwidth"),
-        (lambda: targets.make("rings"), "known: ring, grid"),
+        (lambda: targets.make("rings"), "got 'rings': did you mean 'ring'"),
         (lambda: targets.make("ring", sdt=0.1), "no option 'sdt'; it has: components, radius, std, weights"),
         (lambda: targets.make("ring", std=0.0), "std is positive"),
         (lambda: targets.make("ring", components=3, weights=[1.0, 1.0]), "weights are 3"),

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
+from score_sde.checks import one_of
 from score_sde.data.cache import stored
 from score_sde.data.tensor import Examples, TensorData
 from score_sde.progress import tqdm
@@ -60,10 +61,7 @@ class Decoder:
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise ValueError(f"channels={self.channels}: 1 for grey, 3 for colour")
-        if self.fit not in ("crop", "stretch", "exact"):
-            raise ValueError(
-                f"fit={self.fit!r} must be 'crop' (the central part), 'stretch' (the whole image) or 'exact'"
-            )
+        one_of("fit", self.fit, ("crop", "stretch", "exact"))
         if any(length is not None and length < 1 for length in (self.height, self.width)):
             raise ValueError(f"size={self.height}x{self.width} must be positive: an edge, or [height, width]")
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from score_sde.checks import whole
 from score_sde.keyed import generator
 from score_sde.score import ScoreModel, checked_condition
 from score_sde.sde import expand
@@ -131,6 +132,5 @@ def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
 def _checked(model: ScoreModel, x: Tensor, draws: int, condition: Mapping[str, Any] | None) -> dict[str, Any]:
     if not x.is_floating_point():
         raise TypeError(f"{x.dtype} data: scale them to the units of the model (and give DiscretisedDecoder)")
-    if draws < 1:
-        raise ValueError(f"draws is a positive number, got {draws}")
+    whole("draws", draws)
     return checked_condition(model, x.shape, condition, x.device)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from score_sde import distributed
+from score_sde.checks import whole
 from score_sde.data import Batch, TensorData
 from score_sde.evaluation.extractors import Extractor, extract, quantized
 from score_sde.keyed import generator, key, seeded
@@ -43,9 +44,7 @@ class ConvClassifier(Extractor):
 
     def __init__(self, examples: int = 120_000, seed: int = 0) -> None:
         super().__init__()
-        if examples < 1:
-            raise ValueError(f"examples={examples} must be positive: how many images the classifier is trained on")
-        self.examples, self.seed = examples, seed
+        self.examples, self.seed = whole("examples", examples), seed
         self.body = nn.Sequential()
         self.head = nn.Linear(self.hidden, 1)
         self.register_buffer("accuracy", torch.tensor(float("nan")))

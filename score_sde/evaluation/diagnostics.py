@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from score_sde.checks import whole
 from score_sde.keyed import generator
 from score_sde.progress import tqdm
 from score_sde.score import ExactScore, ScoreModel
@@ -293,10 +294,9 @@ def diagnose(
 
 
 def _levels(sde: SDE, count: int) -> Tensor:
-    if count < 2:
-        raise ValueError(f"levels is at least 2, got {count}")
     first, last = sde.half_log_snr_range
-    return sde.time_at(torch.linspace(last, first, count, dtype=torch.float64)).clamp(sde.t_min, sde.t_max)
+    levels = torch.linspace(last, first, whole("levels", count, 2), dtype=torch.float64)
+    return sde.time_at(levels).clamp(sde.t_min, sde.t_max)
 
 
 def _draw(model: ScoreModel, target: Target, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

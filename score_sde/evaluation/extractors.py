@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from score_sde import distributed
+from score_sde.checks import whole
 from score_sde.data import TensorData
 from score_sde.keyed import seeded
 from score_sde.progress import tqdm
@@ -115,9 +116,7 @@ class PCA(Extractor):
 
     def __init__(self, components: int = 64, count: int = 10_000) -> None:
         super().__init__()
-        if components < 1:
-            raise ValueError(f"components={components} must be positive")
-        self.components, self.count = components, count
+        self.components, self.count = whole("components", components), count
         self.title = f"{components} principal components"
         self.register_buffer("axes", torch.zeros(0, components))
         self.register_buffer("centre", torch.zeros(0))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_sde.checks import number, whole
+from score_sde.checks import number, one_of, whole
 from score_sde.guidance.base import Pull, moved, pushed, scaled, with_pull
 from score_sde.guidance.operators import LinearOperator, Operator
 from score_sde.prediction import Coefficient, Prediction
@@ -186,9 +186,7 @@ class DPS(Observed):
         self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0, zeta: float = 1.0,
         rule: str = "likelihood",
     ) -> None:  # fmt: skip
-        if rule not in ("likelihood", "residual"):
-            raise ValueError(f"DPS's rule is 'likelihood' or 'residual', got {rule!r}")
-        self.needs_noise = rule == "likelihood"
+        self.needs_noise = one_of("DPS's rule", rule, ("likelihood", "residual")) == "likelihood"
         super().__init__(model, operator, y, noise_std)
         if not 0 < zeta < math.inf:
             raise ValueError(f"DPS's zeta is positive, got {zeta}")

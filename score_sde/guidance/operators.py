@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_sde.checks import tensor
+from score_sde.checks import one_of, tensor
 from score_sde.copies import Copies, outside_transforms
 
 Spectral = Callable[[Tensor], Tensor]
@@ -292,8 +292,7 @@ class Mask(_Isometric):
     @classmethod
     def half(cls, event_shape: Sequence[int], observed: str = "top") -> Mask:
         """Shows one half: "top" or "bottom" of the last dimension but one, "left" or "right" of the last."""
-        if observed not in ("top", "bottom", "left", "right"):
-            raise ValueError(f"the observed half is 'top', 'bottom', 'left' or 'right', got {observed!r}")
+        one_of("the observed half", observed, ("top", "bottom", "left", "right"))
         shape = tuple(event_shape)
         axis = -1 if observed in ("left", "right") else -2
         if len(shape) < -axis:
@@ -510,8 +509,7 @@ def task_operator(task: str, event_shape: Sequence[int], **options: Any) -> Line
     Raises:
         ValueError: the task is unknown, or does not fit the images.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    one_of("task", task, TASKS)
     if len(event_shape) != 3:
         raise ValueError(f"task {task!r} is for images (channels, height, width), these events have shape "
                          f"{tuple(event_shape)}: give an operator such as Matrix or Mask instead")  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from score_sde.checks import one_of
 from score_sde.networks.dropout import Dropout
 from score_sde.networks.embedding import zeroed
 from score_sde.networks.resample import BlurredConv, Double, Halve, conv
@@ -48,10 +49,8 @@ class Style:
     context_width: int | None = None
 
     def __post_init__(self) -> None:
-        known = {"modulation": ("scale_shift", "shift"), "resample": ("conv", "strided", "residual")}
-        for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        one_of("modulation", self.modulation, ("scale_shift", "shift"))
+        one_of("resample", self.resample, ("conv", "strided", "residual"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be a probability below 1")
 

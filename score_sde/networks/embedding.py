@@ -13,27 +13,24 @@ The frequencies w_k of the noise level c:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from score_sde.checks import tensor
+from score_sde.checks import one_of, tensor
 
 __all__ = ["Embedding", "check_shape", "context_of", "grid_shape", "image_shape", "positive", "rows", "zeroed"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def _frequencies(kind: str, number: int) -> Tensor:
-    if kind == "waves":
-        return torch.logspace(-1, 6, number, base=2.0)
-    if kind == "positional":
-        return torch.exp(torch.arange(number) * (-math.log(10_000) / max(number - 1, 1)))
-    if kind == "fourier":
-        return torch.randn(number) * (2 * math.pi * 16)
-    raise ValueError(f"embedding is 'waves', 'positional' or 'fourier', got {kind!r}")
+FREQUENCIES: dict[str, Callable[[int], Tensor]] = {
+    "waves": lambda n: torch.logspace(-1, 6, n, base=2.0),
+    "positional": lambda n: torch.exp(torch.arange(n) * (-math.log(10_000) / max(n - 1, 1))),
+    "fourier": lambda n: torch.randn(n) * (2 * math.pi * 16),
+}
 
 
 class Embedding(nn.Module):
@@ -69,7 +66,8 @@ class Embedding(nn.Module):
         positive(width=width, frequencies=frequencies, **{k: v for k, v in given.items() if v is not None})
         self.num_classes, self.kind = num_classes, kind
         # Random frequencies belong to the weights, the others follow from their number.
-        self.register_buffer("frequencies", _frequencies(kind, frequencies), persistent=kind == "fourier")
+        made = FREQUENCIES[one_of("embedding", kind, FREQUENCIES)](frequencies)
+        self.register_buffer("frequencies", made, persistent=kind == "fourier")
         self.noise = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, width)
         self.augment = None if augment_width is None else nn.Linear(augment_width, width, bias=False)

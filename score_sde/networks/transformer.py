@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from score_sde.checks import one_of
 from score_sde.networks.blocks import attend, caller, glorot
 from score_sde.networks.dropout import Dropout
 from score_sde.networks.embedding import Embedding, check_shape, context_of, grid_shape, positive, zeroed
@@ -118,10 +119,8 @@ class DiT(nn.Module):
 
         A change of None leaves what the size has.
         """
-        if size not in SIZES:
-            raise ValueError(f"size={size!r} must be one of {', '.join(SIZES)}")
         given = {name: value for name, value in changes.items() if value is not None}
-        return cls(event_shape, patch, **{**SIZES[size], **given})
+        return cls(event_shape, patch, **{**SIZES[one_of("size", size, SIZES)], **given})
 
 
 class DiTBlock(nn.Module):

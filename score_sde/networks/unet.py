@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from score_sde.checks import one_of
 from score_sde.networks.blocks import Block, Head, PyramidIn, PyramidOut, Resample, Style, caller
 from score_sde.networks.blocks import glorot as glorot_weights
 from score_sde.networks.embedding import Embedding, check_attention, check_shape, context_of, grid_shape, positive
@@ -247,8 +248,7 @@ class UNet(nn.Module):
 
         A width that is given takes the place of the size's.
         """
-        if size not in EDM2_WIDTHS:
-            raise ValueError(f"size={size!r} must be one of {', '.join(EDM2_WIDTHS)}")
+        one_of("size", size, EDM2_WIDTHS)
         usual = _EDM2 | {"width": EDM2_WIDTHS[size] if width is None else width}
         return _preset(cls, event_shape, usual, changes, features=1.0)
 

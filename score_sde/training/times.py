@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from score_sde.checks import number
 from score_sde.sde import SDE
 
 __all__ = ["ImportanceTimes", "LadderTimes", "LogNormalTimes", "OneLevelTimes", "TimeSampler", "Times", "UniformTimes"]
@@ -73,16 +74,14 @@ class UniformTimes(TimeSampler):
 
 
 class OneLevelTimes(TimeSampler):
-    """Always the time at which sigma / alpha = level: score matching at one noise level, not annealed over all.
+    """Always the time at which sigma / alpha = level, in units of the data: score matching at one noise level.
 
     Raises ValueError where the level is not positive; `check` where the SDE does not have it.
     """
 
     def __init__(self, level: float) -> None:
         super().__init__()
-        if level <= 0:
-            raise ValueError(f"level={level} must be positive: the noise sigma / alpha in units of the data")
-        self.level = level
+        self.level = number("level", level, above=0)
 
     def quantile(self, sde: SDE, u: Tensor) -> Tensor:
         t = float(sde.time_at_noise_level(self.level))
@@ -104,9 +103,7 @@ class LogNormalTimes(TimeSampler):
 
     def __init__(self, mean: float = -1.2, std: float = 1.2, stratified: bool = True) -> None:
         super().__init__(stratified)
-        if std <= 0:
-            raise ValueError(f"std={std} must be positive: the standard deviation of ln(sigma / alpha)")
-        self.mean, self.std = mean, std
+        self.mean, self.std = number("mean", mean), number("std", std, above=0)
 
     def quantile(self, sde: SDE, u: Tensor) -> Tensor:
         low, high = self._range(sde)

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from score_sde.checks import one_of
+from score_sde.checks import one_of, whole
 from score_sde.data import Batch
 from score_sde.keyed import generator
 from score_sde.prediction import Prediction
@@ -195,10 +195,8 @@ class LossAwareTimes(TimeSampler):
 
     def __init__(self, num_steps: int, history: int = 10, stratified: bool = True) -> None:
         super().__init__(stratified)
-        if num_steps < 1 or history < 1:
-            raise ValueError(f"num_steps and history are positive, got {num_steps=} and {history=}")
-        self.losses = torch.zeros((num_steps, history), dtype=torch.float64)
-        self.counts = torch.zeros(num_steps, dtype=torch.int64)
+        self.losses = torch.zeros((whole("num_steps", num_steps), whole("history", history)), dtype=torch.float64)
+        self.counts = torch.zeros(len(self.losses), dtype=torch.int64)
 
     @property
     def probabilities(self) -> Tensor:

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from score_sde.checks import number
 from score_sde.sde import SDE
 
 __all__ = [
@@ -69,13 +70,12 @@ class LikelihoodWeighting(Weighting):
 class KarrasWeighting(Weighting):
     """lambda = (s^2 + sigma_data^2) / (s sigma_data)^2: with the Karras parameterization lambda c_out^2 = 1.
 
-    Karras et al. 2022, https://arxiv.org/abs/2206.00364, section 5. Raises ValueError where sigma_data is not positive.
+    sigma_data is the root mean square of the data. Karras et al. 2022, https://arxiv.org/abs/2206.00364, section 5.
+    Raises ValueError where it is not positive.
     """
 
     def __init__(self, sigma_data: float = 0.5) -> None:
-        if sigma_data <= 0:
-            raise ValueError(f"sigma_data={sigma_data} must be positive: the RMS of the data")
-        self.sigma_data = sigma_data
+        self.sigma_data = number("sigma_data", sigma_data, above=0)
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
         return sde.snr(t) + self.sigma_data**-2
@@ -88,11 +88,7 @@ class MinSNRWeighting(Weighting):
     """
 
     def __init__(self, gamma: float = 5.0) -> None:
-        if gamma <= 0:
-            raise ValueError(
-                f"gamma={gamma} must be positive: the signal-to-noise ratio above which weights are constant"
-            )
-        self.gamma = gamma
+        self.gamma = number("gamma", gamma, above=0)
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
         return sde.snr(t).clamp(max=self.gamma)

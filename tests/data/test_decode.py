@@ -172,7 +172,7 @@ REFUSED = {
     "npz of words": (words, r"a\.npz holds no arrays of numbers"),
     "no folder": (lambda folder: image_folder(folder / "none", 8), "none does not exist"),
     "channels": (lambda folder: Decoder(4, 4, 2), "channels=2"),
-    "fit": (lambda folder: Decoder(4, 4, fit="pad"), "fit='pad' must be"),
+    "fit": (lambda folder: Decoder(4, 4, fit="pad"), "fit is one of crop, stretch, exact; got 'pad'"),
     "size": (lambda folder: Decoder.of([4]), r"size=\[4\] must be an edge"),
     "zero": (lambda folder: Decoder.of(0), "size=0x0 must be positive"),
 }

@@ -154,7 +154,7 @@ def test_a_diagnosis_finds_nothing_wrong_with_an_exact_model_and_the_turn_of_ano
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(ValueError, match="levels is at least 2"):
+    with pytest.raises(ValueError, match="levels >= 2"):
         score_error(ExactScore(RING, VPSDE()), RING, levels=1)
 
 

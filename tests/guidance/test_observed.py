@@ -225,7 +225,7 @@ MASK = Mask((D,), torch.tensor([True, False, True, False]))
         (lambda m: PiGDM(m, Mask((3,), torch.ones(3) > 0), torch.zeros(3)), ValueError, "the model's is (4,)"),
         (lambda m: PiGDM(m, Nonlinear(torch.sin, (D,)), torch.zeros(D)), TypeError, "DPS takes any Operator"),
         (lambda m: DPS(m, MASK, torch.zeros(2)), ValueError, "noise_std is one number > 0 for all of y, got 0.0"),
-        (lambda m: DPS(m, MASK, torch.zeros(2), 0.1, rule="norm"), ValueError, "'likelihood' or 'residual'"),
+        (lambda m: DPS(m, MASK, torch.zeros(2), 0.1, rule="norm"), ValueError, "rule is one of likelihood, residual"),
         (lambda m: MMPS(m, MASK, torch.zeros(2), 0.1, 0), ValueError, "iterations >= 1, got iterations=0"),
         (lambda m: PiGDM(m, MASK, torch.zeros(3, 2))(points(), 0.5), ValueError, "3 observations for 5 samples"),
         (lambda m: PiGDM(m, MASK)(points(), 0.5), ValueError, "give condition={'y': ...}"),

@@ -129,7 +129,7 @@ def test_checkpointing_changes_no_gradient() -> None:
         (lambda: DiT((1, 8, 8), patch=(2, 2, 2)), "one side for each axis"),
         (lambda: DiT((1, 8, 8), width=10, heads=4), "width=10 must be a multiple of heads=4"),
         (lambda: DiT((1, 8, 8), patch=0), r"patch\[0\]=0 must be a positive integer"),
-        (lambda: DiT.preset((1, 8, 8), "h"), "must be one of s, b, l, xl"),
+        (lambda: DiT.preset((1, 8, 8), "h"), "size is one of s, b, l, xl; got 'h'"),
     ],
 )
 def test_impossible_transformers_are_refused(build, message) -> None:

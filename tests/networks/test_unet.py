@@ -239,9 +239,9 @@ def test_a_context_of_another_width_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modulation": "scale"}, "modulation='scale' must be one of scale_shift, shift"),
-        ({"resample": "fir"}, "resample='fir' must be one of conv, strided, residual"),
-        ({"embedding": "sinus"}, "embedding is 'waves', 'positional' or 'fourier'"),
+        ({"modulation": "scale"}, "modulation is one of scale_shift, shift; got 'scale'"),
+        ({"resample": "fir"}, "resample is one of conv, strided, residual; got 'fir'"),
+        ({"embedding": "sinus"}, "embedding is one of waves, positional, fourier; got 'sinus'"),
         ({"filter": (1, 2, 1)}, "must be symmetric, of even length"),
         ({"filter": (1, 3, 3, 1), "resample": "strided"}, "has no filter"),
         ({"progressive_input": "sum"}, "must be null, 'skip' or 'residual'"),
@@ -259,7 +259,7 @@ def test_impossible_options_are_refused(options, message) -> None:
 
 
 def test_an_unknown_size_of_edm2_and_a_misspelt_option_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be one of xs, s, m, l, xl, xxl"):
+    with pytest.raises(ValueError, match="size is one of xs, s, m, l, xl, xxl"):
         UNet.edm2((1, 8, 8), "tiny")
     with pytest.raises(TypeError, match="widht"):
         UNet.ddpm((1, 8, 8), widht=8)
