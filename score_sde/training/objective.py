@@ -9,7 +9,7 @@ divergence E|n - n*|^2 / d, is what a network can lower. Vincent 2011; Song et a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -38,6 +38,12 @@ class Losses:
 
     loss: Tensor
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Losses]) -> Losses:
+        """Those of parts of a batch as one."""
+        diagnostics = {name: torch.cat([part.diagnostics[name] for part in parts]) for name in parts[0].diagnostics}
+        return cls(torch.cat([part.loss for part in parts]), diagnostics)
 
 
 class Objective(Protocol):

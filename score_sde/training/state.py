@@ -53,12 +53,6 @@ def channels_last(module: nn.Module) -> None:
             weight.data = weight.data.contiguous(memory_format=formats[weight.ndim])
 
 
-def joined(parts: Sequence[Losses]) -> Losses:
-    """The losses of a process's micro-batches as one."""
-    diagnostics = {name: torch.cat([part.diagnostics[name] for part in parts]) for name in parts[0].diagnostics}
-    return Losses(torch.cat([part.loss for part in parts]), diagnostics)
-
-
 @torch.no_grad()
 def _coefficients(model: LearnedScore) -> Tensor:
     """What SDE and parameterization do at nine times: alpha, sigma, c_in, c_skip, c_out and c_noise."""
@@ -128,13 +122,14 @@ class TrainingState:
             self.view = self._connected(batches[0], rows[0], times, source)
         self._seed_dropout(key(self.seed, "dropout", self.step, *([distributed.rank()] if distributed.rank() else [])))
         keys = self._dropout_keys()
-        found = []
+        parts = []
         for batch, part in zip(batches, rows, strict=True):
             with keyed(self.dropouts, keys[:, part]):
-                found.append(self._differentiated(batch, part, times, source, last=part is rows[-1]))
-        self._update(joined(found), times.u[distributed.share(size)])
+                parts.append(self._differentiated(batch, part, times, source, last=part is rows[-1]))
+        found = Losses.joined(parts)
+        self._update(found, times.u[distributed.share(size)])
         if type(self.time_sampler).update is not TimeSampler.update:  # gathering waits for the device
-            self.time_sampler.update(times, distributed.gather(joined(found).loss))
+            self.time_sampler.update(times, distributed.gather(found.loss))
         for average in self.averages.values():
             average.update(self.place.held, size, self.step * size)
         self.step += 1
@@ -220,19 +215,19 @@ class TrainingState:
             "coefficients": _coefficients(self.model),
             "nonfinite": self.nonfinite + self.window.nonfinite,
             "times": self.time_sampler.state_dict(),
-            **{name: self._converted(part.state_dict(), self._whole) for name, part in self.optimizer.parts.items()},
+            **{name: self.place.whole_moments(part.state_dict()) for name, part in self.optimizer.parts.items()},
         }
         if self.loss_scale is not None:
             state |= {"loss_scale": float(self.loss_scale.scale), "good_steps": float(self.loss_scale.good_steps)}
-        weights = {"weights": self._state_dict(self.place.held)}
-        weights |= {name: self._state_dict(average.tensors) for name, average in self.averages.items()}
+        weights = {"weights": self.place.state_dict(self.place.held)}
+        weights |= {name: self.place.state_dict(average.tensors) for name, average in self.averages.items()}
         if distributed.is_main():
             checkpoints.save(self.step, weights, state)
 
     def snapshot(self, snapshots: Checkpoints) -> None:
         """Stores the power-function averages, from which `posthoc` reconstructs others. All processes call it."""
         known = {name: average for name, average in self.averages.items() if isinstance(average.decay, PowerFunction)}
-        weights = {name: self._state_dict(average.tensors) for name, average in known.items()}
+        weights = {name: self.place.state_dict(average.tensors) for name, average in known.items()}
         if distributed.is_main():
             snapshots.save(self.step, weights)
 
@@ -252,14 +247,14 @@ class TrainingState:
             was = "muon" if "muon" in state else "adamw"
             raise ValueError(f"optimizer={self.trainer.optimizer}, but the run was started with {was}: resume it so")
         for name, average in self.averages.items():
-            self._load(average.tensors, checkpoints.weights(step, ema=name))
-        self._load(self.place.held, checkpoints.weights(step, ema=False))  # last, for it fills the model itself
+            self.place.load_state_dict(average.tensors, checkpoints.weights(step, ema=name))
+        self.place.load_state_dict(self.place.held, checkpoints.weights(step, ema=False))  # last: it fills the model
         own = _coefficients(self.model)  # which may be learnt
         if not torch.allclose(state.get("coefficients", own), own, rtol=1e-6, atol=0):
             was, now = " and ".join(state["process"]), f"{self.model.sde!r} and {self.model.parameterization!r}"
             raise ValueError(f"the run was started with {was}, not with {now}: resume it so, or choose a new directory")
         for name, part in self.optimizer.parts.items():
-            part.load_state_dict(self._converted(state[name], self.place.part))
+            part.load_state_dict(self.place.own_moments(state[name]))
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.scale.fill_(state["loss_scale"])
             self.loss_scale.good_steps.fill_(state["good_steps"])
@@ -272,10 +267,8 @@ class TrainingState:
         if self._averaged is None:
             self._averaged = copy.deepcopy(self.model).requires_grad_(False)
         average = next(iter(self.averages.values()))
-        for model, held in ((self.model, self.place.held), (self._averaged, average.tensors)):
-            for i, (weight, tensor) in enumerate(zip(model.parameters(), held, strict=True)):
-                if weight is not tensor:
-                    weight.data = self.place.full(i, tensor.detach()).to(self.device, weight.dtype)
+        self.place.fill(self.model, self.place.held)
+        self.place.fill(self._averaged, average.tensors)
         for shown, current in zip(self._averaged.buffers(), self.model.buffers(), strict=True):
             shown.copy_(current)
         return self.model.to(self.device).eval(), self._averaged.to(self.device).eval()
@@ -286,37 +279,3 @@ class TrainingState:
             answer = hook(self.step, *self.shown())
         self.model.train()
         return answer
-
-    def _converted(self, state: dict[str, Any], convert: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
-        """An optimiser's state with its tensors, but for scalars, made whole or cut; beside Muon nothing is sharded."""
-
-        def converted(i: int, value: Any) -> Any:
-            return value if not isinstance(value, Tensor) or value.ndim == 0 else convert(i, value)
-
-        if self.optimizer.muon is not None:
-            return state
-        moments = {i: {name: converted(i, v) for name, v in held.items()} for i, held in state["state"].items()}
-        return state | {"state": moments}
-
-    def _whole(self, i: int, part: Tensor) -> Tensor:
-        """The whole of a tensor like parameter i on the main process, which alone has a use for it."""
-        whole = self.place.full(i, part.detach())
-        return whole if distributed.is_main() else whole.new_empty(0)
-
-    def _state_dict(self, held: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Whole tensors by the names of the model's state, in the place of its parameters those of `held`."""
-        known = {id(parameter): i for i, parameter in enumerate(self.model.parameters())}
-        state = self.model.state_dict(keep_vars=True)
-        whole = [self._whole(i, tensor) for i, tensor in enumerate(held)]
-        return {name: whole[known[id(value)]] if id(value) in known else value for name, value in state.items()}
-
-    @torch.no_grad()
-    def _load(self, held: Sequence[Tensor], weights: dict[str, Tensor]) -> None:
-        try:
-            self.model.load_state_dict(weights)  # checks names and shapes, and fills buffers
-        except RuntimeError as error:
-            first = str(error).partition("\n\t")[2].partition("\n")[0]
-            raise ValueError(f"the checkpoint is of another network than this model's: {first}") from error
-        for i, (tensor, (name, parameter)) in enumerate(zip(held, self.model.named_parameters(), strict=True)):
-            if tensor is not parameter:  # from the file: the model may hold fewer digits
-                tensor.copy_(self.place.part(i, weights[name]))

@@ -2,7 +2,7 @@
 
 A process holds `held[i]` of parameter i: all of it, or its shard. Optimisers and averages that work element by element
 see held tensors alone; `full` and `part` convert, so that checkpoints hold whole tensors and any number of processes
-can take them up.
+can take them up. What converts is called by all processes together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ class Single:
     """
 
     def __init__(self, model: LearnedScore, device: torch.device) -> None:
-        self.device, self.network = device, model.to(device).network
+        self.device, self.model, self.network = device, model, model.to(device).network
         self.parameters = list(model.parameters())
         self.held = self.parameters
 
@@ -61,12 +62,60 @@ class Single:
         return contextlib.nullcontext()
 
     def full(self, i: int, part: Tensor) -> Tensor:
-        """The whole of a tensor like parameter i, of which this process holds `part`; asked for by all together."""
+        """The whole of a tensor like parameter i, of which this process holds `part`."""
         return part
 
     def part(self, i: int, full: Tensor) -> Tensor:
         """What this process holds of a tensor like parameter i."""
         return full
+
+    def fill(self, model: LearnedScore, held: Sequence[Tensor]) -> None:
+        """Gives the weights of a model like this one the whole of what is held."""
+        for i, (weight, tensor) in enumerate(zip(model.parameters(), held, strict=True)):
+            if weight is not tensor:
+                weight.data = self.full(i, tensor.detach()).to(self.device, weight.dtype)
+
+    def state_dict(self, held: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Whole tensors by the names of the model's state, in the place of its parameters those of `held`."""
+        known = {id(parameter): i for i, parameter in enumerate(self.model.parameters())}
+        state = self.model.state_dict(keep_vars=True)
+        whole = [self._kept(i, tensor) for i, tensor in enumerate(held)]
+        return {name: whole[known[id(value)]] if id(value) in known else value for name, value in state.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, held: Sequence[Tensor], weights: dict[str, Tensor]) -> None:
+        """Takes up what `state_dict` gave, into `held` and the model; ValueError where it is another network's."""
+        try:
+            self.model.load_state_dict(weights)  # checks names and shapes, and fills buffers
+        except RuntimeError as error:
+            first = str(error).partition("\n\t")[2].partition("\n")[0]
+            raise ValueError(f"the checkpoint is of another network than this model's: {first}") from error
+        for i, (tensor, (name, parameter)) in enumerate(zip(held, self.model.named_parameters(), strict=True)):
+            if tensor is not parameter:  # from the file: the model may hold fewer digits
+                tensor.copy_(self.part(i, weights[name]))
+
+    def whole_moments(self, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimiser's state with its tensors whole."""
+        return _converted(state, self._kept)
+
+    def own_moments(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What this process holds of an optimiser's whole state."""
+        return _converted(state, self.part)
+
+    def _kept(self, i: int, part: Tensor) -> Tensor:
+        """The whole of a tensor like parameter i on the main process, which alone has a use for it."""
+        whole = self.full(i, part.detach())
+        return whole if distributed.is_main() else whole.new_empty(0)
+
+
+def _converted(state: dict[str, Any], convert: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
+    """An optimiser's state with its tensors, but for scalars, made whole or cut."""
+
+    def converted(i: int, value: Any) -> Any:
+        return convert(i, value) if isinstance(value, Tensor) and value.ndim else value
+
+    moments = {i: {name: converted(i, value) for name, value in held.items()} for i, held in state["state"].items()}
+    return state | {"state": moments}
 
 
 class Replicated(Single):
@@ -120,7 +169,7 @@ class Sharded(Single):
         # A warning meant for those who write into a network's output, which nothing here does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(device.type, (distributed.count(),))
-        self.device, self.network = device, copy.deepcopy(model.network).to(device)
+        self.device, self.model, self.network = device, model, copy.deepcopy(model.network).to(device)
         blocks = [block for parent in self.network.modules() if isinstance(parent, nn.ModuleList) for block in parent]
         for block in (*reversed(blocks), self.network):
             if any(True for _ in block.parameters()):
