@@ -25,11 +25,12 @@ import torch
 from score_sde import distributed
 from score_sde.brief import Brief
 from score_sde.checks import number, one_of, whole
-from score_sde.data import Data, TensorData
+from score_sde.data import Data
 from score_sde.progress import tqdm
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
 from score_sde.training.ema import decays
+from score_sde.training.foresight import warn_of_samples
 from score_sde.training.interrupt import interrupts
 from score_sde.training.metrics import MetricsLog
 from score_sde.training.objective import Objective
@@ -48,6 +49,13 @@ EvaluateHook = Callable[[int, LearnedScore, LearnedScore], Mapping[str, float]]
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0, "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2
 }  # fmt: skip
+
+
+COUNTS = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1,
+          "warmup": 0, "sample_every": 0, "evaluate_every": 0, "snapshot_every": 0, "max_nonfinite": 0}  # fmt: skip
+"""The settings that are whole numbers, and the least of each."""
+
+CHOICES = {"device": ("auto", "cpu", "cuda"), "precision": PRECISIONS, "optimizer": OPTIMIZERS, "strategy": STRATEGIES}
 
 
 class DivergenceError(RuntimeError):
@@ -128,16 +136,12 @@ class Trainer:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
-            setattr(self, name, whole(name, getattr(self, name)))
-        for name in ("warmup", "sample_every", "evaluate_every", "snapshot_every", "max_nonfinite"):
-            setattr(self, name, whole(name, getattr(self, name), 0))
+        for name, least in COUNTS.items():
+            setattr(self, name, whole(name, getattr(self, name), least))
+        for name, known in CHOICES.items():
+            one_of(name, getattr(self, name), known)
+        number("learning_rate", self.learning_rate, above=0)
         number("weight_decay", self.weight_decay, 0)
-        for name in ("learning_rate", "ema_ramp"):
-            number(name, getattr(self, name), above=0)
-        _require("ema_half_life", self.ema_half_life, bool(self.half_lives), "one number or more")
-        for half_life in self.half_lives:
-            number("ema_half_life", half_life, above=0)
         for name in ("gradient_clip", "peak_flops"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), above=0)
@@ -145,23 +149,34 @@ class Trainer:
             self.rate(0)
         else:
             one_of("schedule", self.schedule, SCHEDULES)
-        for name, known in (("device", ("auto", "cpu", "cuda")), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS),
-                            ("strategy", STRATEGIES)):  # fmt: skip
-            one_of(name, getattr(self, name), known)
-        _require("evaluate_every", self.evaluate_every, self.evaluate_every % self.log_every == 0,
-                 f"a multiple of log_every={self.log_every}, whose rows it joins")  # fmt: skip
+        pair = isinstance(self.betas, Sequence) and len(self.betas) == 2
+        if not pair or not all(0 <= number("betas", beta) < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas!r} must be two numbers in [0, 1)")
+        self.betas = (float(self.betas[0]), float(self.betas[1]))  # plain numbers, whatever list a config gives
+        if self.evaluate_every % self.log_every:
+            raise ValueError(f"evaluate_every={self.evaluate_every} must be a multiple of log_every={self.log_every}, whose "
+                             "rows it joins")  # fmt: skip
+        self._check_averages()
+        self._check_machine()
+
+    def _check_averages(self) -> None:
+        number("ema_ramp", self.ema_ramp, above=0)
+        if not self.half_lives:
+            raise ValueError(f"ema_half_life={self.ema_half_life!r} must be one number or more")
+        for half_life in self.half_lives:
+            number("ema_half_life", half_life, above=0)
         if self.snapshot_every and not self.power_emas:
             raise ValueError(
                 f"snapshot_every={self.snapshot_every} stores power_emas, and there are none: give e.g. [0.05, 0.1]"
             )
         decays(self.half_lives, self.ema_ramp, self.power_emas)  # refuses what cannot be
-        pair = isinstance(self.betas, Sequence) and len(self.betas) == 2
-        _require("betas", self.betas, pair and all(0 <= number("betas", beta) < 1 for beta in self.betas),
-                 "two numbers in [0, 1)")  # fmt: skip
-        self.betas = (float(self.betas[0]), float(self.betas[1]))  # plain numbers, whatever list a config gives
-        if self.device == "cuda" and not torch.cuda.is_available():
+
+    def _check_machine(self) -> None:
+        """Refuses what this machine, or an option beside it, does not allow."""
+        cuda = torch.cuda.is_available()
+        if self.device == "cuda" and not cuda:
             raise ValueError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")
-        if self.precision == "16-mixed" and (self.device == "cpu" or not torch.cuda.is_available()):
+        if self.precision == "16-mixed" and (self.device == "cpu" or not cuda):
             raise ValueError("precision='16-mixed' needs a CUDA device: use 'bf16-mixed' or '32-true' on a CPU")
         if self.strategy == "fsdp" and self.optimizer == "muon":
             raise ValueError("optimizer='muon' needs whole matrices, strategy='fsdp' cuts them: use 'ddp' or 'adamw'")
@@ -255,10 +270,7 @@ class Trainer:
         """
         distributed.start()
         self.check(model, data, time_sampler)
-        _warn_of_cancellation(model)
-        _warn_of_start(model)
-        _warn_of_end(model)
-        _warn_of_scales(data, self.batch_size)
+        warn_of_samples(model, data, self.batch_size)
         if isinstance(objective, type) or not callable(objective):
             raise TypeError(f"objective is an Objective, such as DenoisingScoreMatching(), got {objective!r}")
         for name, hook, every in (("sample", on_sample, self.sample_every),
@@ -375,61 +387,8 @@ class _Home:
             state.snapshot(self.snapshots)
 
 
-def _warn_of_cancellation(model: LearnedScore) -> None:
-    """Warns where samples start at times at which D = c_skip x + c_out F is a small difference of large numbers."""
-    t_max = torch.tensor(model.sde.t_max, dtype=torch.float64)
-    size = abs(model.parameterization.row(model.sde, t_max).c_skip.item()) * model.sde.prior_std / model.data_std
-    if size > 1000:
-        kind, alpha = type(model.parameterization).__name__, model.sde.alpha(t_max).item()
-        warnings.warn(f"where samples start (alpha={alpha:.2g} at t_max) an error of the {kind} prediction is {size:,.0f} "
-                      "times as large in x_0, and some samples will end far away: take parameterization=velocity or karras",
-                      stacklevel=3)  # fmt: skip
-
-
-def _warn_of_start(model: LearnedScore) -> None:
-    """Warns where the prior lacks more than a twentieth of the spread that data of this size have at t_max."""
-    sde = model.sde
-    spread = math.hypot(sde.alpha(sde.t_max).item() * model.data_std, sde.sigma(sde.t_max).item())
-    if spread > 1.05 * sde.prior_std:
-        warnings.warn(f"sampling starts with a spread of {sde.prior_std:.3g} at t_max, where data of standard deviation "
-                      f"{model.data_std:.3g} have {spread:.3g}: samples will be too narrow; standardise the data, or raise "
-                      "the greatest noise level", stacklevel=3)  # fmt: skip
-
-
-def _warn_of_end(model: LearnedScore) -> None:
-    """Warns where Tweedie's formula at t_min, which leaves v / sqrt(v + s^2) of a spread sqrt(v), takes over a twentieth."""
-    share = math.hypot(1, (least := model.sde.noise_level_range[1]) / model.data_std)
-    if share > 1.05:
-        warnings.warn(f"the least noise level is {least:.3g}, where data have a standard deviation of {model.data_std:.3g}: "
-                      f"samples will be {share:.3g} times too narrow, or with that noise too wide; standardise the data, or "
-                      "lower the least noise level", stacklevel=3)  # fmt: skip
-
-
-def _warn_of_scales(data: Data, count: int) -> None:
-    """Warns where coordinates of vectors, or channels of other events, vary less than a twentieth of the widest.
-
-    Of a set of floats, by `count` examples, more where they are small; what does not vary at all is left out.
-    """
-    if not isinstance(data, TensorData) or data.dequantize is not None:
-        return
-    x = data.plain("train", slice(max(count, 10_000 // math.prod(data.event_shape)))).x.double()
-    others = (0, *range(2, x.ndim))
-    std = x.std(others, correction=0) * (x.amax(others) > x.amin(others))
-    if narrow := ((std > 0) & (std < std.max() / 20)).nonzero().flatten().tolist():
-        which = f"{narrow[:8]}" + f" and {len(narrow) - 8} more" * (len(narrow) > 8)
-        parts, over = ("coordinates", "0") if x.ndim == 2 else ("channels", f"{others}, keepdims=True")
-        warnings.warn(f"the data's {parts} {which} vary less than a twentieth of the widest (standard deviation "
-                      f"{float(std[narrow].min()):.2g} beside {float(std.max()):.2g}) and will be learnt badly: standardise, "
-                      f"x = (x - x.mean({over})) / x.std({over})", stacklevel=3)  # fmt: skip
-
-
 @contextmanager
 def own_global_generator(device: torch.device) -> Iterator[None]:
     """Dropout draws from torch's global generator, which each step seeds: the caller's is restored afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-
-
-def _require(name: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={value!r} must be {allowed}")

@@ -1,0 +1,69 @@
+"""What can be foreseen of a run's samples before its first step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+
+from score_sde.data import Data, TensorData
+from score_sde.score import LearnedScore
+
+__all__ = ["warn_of_samples"]
+
+
+def warn_of_samples(model: LearnedScore, data: Data, count: int) -> None:
+    """Warns, in the name of the caller's caller, of what will spoil samples; `count` training examples are looked at."""
+    _warn_of_cancellation(model)
+    _warn_of_start(model)
+    _warn_of_end(model)
+    _warn_of_scales(data, count)
+
+
+def _warn_of_cancellation(model: LearnedScore) -> None:
+    """Warns where samples start at times at which D = c_skip x + c_out F is a small difference of large numbers."""
+    t_max = torch.tensor(model.sde.t_max, dtype=torch.float64)
+    size = abs(model.parameterization.row(model.sde, t_max).c_skip.item()) * model.sde.prior_std / model.data_std
+    if size > 1000:
+        kind, alpha = type(model.parameterization).__name__, model.sde.alpha(t_max).item()
+        warnings.warn(f"where samples start (alpha={alpha:.2g} at t_max) an error of the {kind} prediction is {size:,.0f} "
+                      "times as large in x_0, and some samples will end far away: take parameterization=velocity or karras",
+                      stacklevel=4)  # fmt: skip
+
+
+def _warn_of_start(model: LearnedScore) -> None:
+    """Warns where the prior lacks more than a twentieth of the spread that data of this size have at t_max."""
+    sde = model.sde
+    spread = math.hypot(sde.alpha(sde.t_max).item() * model.data_std, sde.sigma(sde.t_max).item())
+    if spread > 1.05 * sde.prior_std:
+        warnings.warn(f"sampling starts with a spread of {sde.prior_std:.3g} at t_max, where data of standard deviation "
+                      f"{model.data_std:.3g} have {spread:.3g}: samples will be too narrow; standardise the data, or raise "
+                      "the greatest noise level", stacklevel=4)  # fmt: skip
+
+
+def _warn_of_end(model: LearnedScore) -> None:
+    """Warns where Tweedie's formula at t_min, which leaves v / sqrt(v + s^2) of a spread sqrt(v), takes over a twentieth."""
+    share = math.hypot(1, (least := model.sde.noise_level_range[1]) / model.data_std)
+    if share > 1.05:
+        warnings.warn(f"the least noise level is {least:.3g}, where data have a standard deviation of {model.data_std:.3g}: "
+                      f"samples will be {share:.3g} times too narrow, or with that noise too wide; standardise the data, or "
+                      "lower the least noise level", stacklevel=4)  # fmt: skip
+
+
+def _warn_of_scales(data: Data, count: int) -> None:
+    """Warns where coordinates of vectors, or channels of other events, vary less than a twentieth of the widest.
+
+    Of a set of floats, by `count` examples, more where they are small; what does not vary at all is left out.
+    """
+    if not isinstance(data, TensorData) or data.dequantize is not None:
+        return
+    x = data.plain("train", slice(max(count, 10_000 // math.prod(data.event_shape)))).x.double()
+    others = (0, *range(2, x.ndim))
+    std = x.std(others, correction=0) * (x.amax(others) > x.amin(others))
+    if narrow := ((std > 0) & (std < std.max() / 20)).nonzero().flatten().tolist():
+        which = f"{narrow[:8]}" + f" and {len(narrow) - 8} more" * (len(narrow) > 8)
+        parts, over = ("coordinates", "0") if x.ndim == 2 else ("channels", f"{others}, keepdims=True")
+        warnings.warn(f"the data's {parts} {which} vary less than a twentieth of the widest (standard deviation "
+                      f"{float(std[narrow].min()):.2g} beside {float(std.max()):.2g}) and will be learnt badly: standardise, "
+                      f"x = (x - x.mean({over})) / x.std({over})", stacklevel=4)  # fmt: skip
