@@ -39,6 +39,7 @@ from score_sde.noise import BatchNoise, NoiseSource, Stream
 from score_sde.progress import tqdm
 from score_sde.score import ScoreModel
 from score_sde.targets import Target
+from score_sde.training import write_array
 
 COLUMNS = ["model", "sampler", "budget", "seed", "status", "nfe", "seconds", "seconds_per_sample", "endpoint_error",
            "deterministic"]  # fmt: skip
@@ -109,29 +110,25 @@ def compare(
     told = _told(named, condition or {}, num_samples)
     settings = (num_samples, batch_size, pairs, torch.__version__, CONVERGED, _measure)
     rules = (metrics, repeats, seed, num_samples, Yardstick)
-    floors = {name: fingerprint("floor", law, rules) for name, law in laws.items()}
-    who = {name: fingerprint(model, model.device, told[name], settings) for name, model in named.items()}
-    first = {name: {key: value[:1] for key, value in known.items()} for name, known in told.items()}
-    cells = [Cell(name, label, budget, s, solver, fingerprint(who[name], floors[name], s, solver), s == seeds[0])
-             for name, model in named.items() for label, contestant in samplers.items()
-             for budget, solver in contest(contestant, model, budgets, first[name]) for s in seeds]  # fmt: skip
-    refused = all(isinstance(cell.solver, str) for cell in cells)
-    home = None if directory is None or refused else Path(directory)
+    entrants = {
+        name: Entrant(model, told[name], who=fingerprint(model, model.device, told[name], settings),
+                      floor=fingerprint("floor", laws[name], rules)) for name, model in named.items()
+    }  # fmt: skip
+    cells = [*_cells(entrants, samplers, budgets, seeds)]
+    home = None if directory is None or all(cell.refused for cell in cells) else Path(directory)
     journal = Journal(None if home is None else home / "cells.jsonl")
-    missing = {cell.key: cell for cell in cells if not isinstance(cell.solver, str) and not _is_done(journal, cell.key)}
-    if missing or not all(floor in journal for floor in floors.values()):
+    missing = {cell.key: cell for cell in cells if not cell.refused and not _is_done(journal, cell.key)}
+    needed = {entrant.floor: laws[name] for name, entrant in entrants.items()}
+    if missing or not needed.keys() <= journal.rows.keys():
         make = partial(Yardstick, n=num_samples, metrics=metrics, repeats=repeats)
-        sticks = {floors[name]: make(law, generator=generator(seed, "compare")) for name, law in laws.items()}
-        if home is not None:  # all is known to be in order by now
-            (home / "samples").mkdir(parents=True, exist_ok=True)
-        for floor, stick in sticks.items():
-            if floor not in journal:
-                journal.add(floor, {m: [value, stick.spreads[m]] for m, value in stick.floors.items()})
-        with _folder(home) as folder:
-            yardsticks = {name: sticks[floor] for name, floor in floors.items()}
-            bench = Bench(named, told, yardsticks, who, num_samples, batch_size, pairs, folder)
+        sticks = {floor: make(law, generator=generator(seed, "compare")) for floor, law in needed.items()}
+        with _folder(home) as folder:  # all is known to be in order by now
+            for floor, stick in sticks.items():
+                if floor not in journal:
+                    journal.add(floor, {m: [value, stick.spreads[m]] for m, value in stick.floors.items()})
+            bench = Bench(entrants, sticks, num_samples, batch_size, pairs, folder)
             _run(bench, list(missing.values()), journal, processes, progress)
-    return _table(cells, journal, floors)
+    return _table(cells, journal, entrants)
 
 
 def _is_done(journal: Journal, key: str) -> bool:
@@ -172,11 +169,27 @@ def _folder(home: Path | None) -> Iterator[Path]:
     """The comparison's folder, or one that lasts as long as the comparison."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = home or Path(temporary)
-        (folder / "limits").mkdir(exist_ok=True)
+        for name in ("limits", "samples"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
         yield folder
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A model and what it is told of the condition; the hash of all that its samples follow from (`who`), and that of the
+    noise floor they are held against (`floor`)."""
+
+    model: ScoreModel
+    told: Mapping[str, Tensor]
+    who: str
+    floor: str
+
+    def condition(self, first: int, size: int) -> dict[str, Tensor]:
+        """What the model is told of so many samples, from a first one on."""
+        return {name: value[first : first + size] for name, value in self.told.items()}
 
 
 @dataclass(frozen=True)
@@ -191,6 +204,22 @@ class Cell:
     key: str
     keep: bool
 
+    @property
+    def refused(self) -> bool:
+        return isinstance(self.solver, str)
+
+
+def _cells(
+    entrants: Mapping[str, Entrant], samplers: Mapping[str, Contestant], budgets: Sequence[int], seeds: Sequence[int]
+) -> Iterator[Cell]:
+    """Every run, in the order of the table."""
+    for name, entrant in entrants.items():
+        for label, contestant in samplers.items():
+            for budget, solver in contest(contestant, entrant.model, budgets, entrant.condition(0, 1)):
+                for seed in seeds:
+                    key = fingerprint(entrant.who, entrant.floor, seed, solver)
+                    yield Cell(name, label, budget, seed, solver, key, keep=seed == seeds[0])
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -204,26 +233,20 @@ class Limit:
 class Bench:
     """What all cells share; a worker reads it once."""
 
-    models: Mapping[str, ScoreModel]
-    told: Mapping[str, Mapping[str, Tensor]]
+    entrants: Mapping[str, Entrant]
     yardsticks: Mapping[str, Yardstick]
-    who: Mapping[str, str]
     num_samples: int
     batch_size: int
     pairs: int
     folder: Path
 
     def limit_path(self, model: str, seed: int) -> Path:
-        return self.folder / "limits" / f"{fingerprint(self.who[model], seed)}.npy"
+        return self.folder / "limits" / f"{fingerprint(self.entrants[model].who, seed)}.npy"
 
     def parts(self) -> list[int]:
         """Sizes of the batches."""
         whole, rest = divmod(self.num_samples, self.batch_size)
         return [self.batch_size] * whole + [rest] * (rest > 0)
-
-    def condition(self, model: str, first: int, size: int) -> dict[str, Tensor]:
-        """What the model is told of so many samples, from a first one on."""
-        return {name: value[first : first + size] for name, value in self.told[model].items()}
 
 
 class Witness(NoiseSource):
@@ -305,10 +328,11 @@ def _read(path: str) -> Bench:
 
 def _warm(bench: Bench) -> None:
     """Calls each model once: the first call of a process is slow, and no sampler's fault."""
-    for name, model in bench.models.items():
+    for entrant in bench.entrants.values():
         with suppress(Exception):  # a model that cannot be called gets its status in its cells
+            model = entrant.model
             z = torch.zeros(2, *model.event_shape, device=model.device)
-            model(model.start(z), model.sde.t_max, **bench.condition(name, 0, 2))
+            model(model.start(z), model.sde.t_max, **entrant.condition(0, 2))
 
 
 @contextmanager
@@ -330,25 +354,27 @@ def _do(bench: Bench, task: Any) -> tuple[str, dict[str, Any]]:
 
 def _converge(bench: Bench, limit: Limit) -> None:
     """Stores x(t_min) and D(x(t_min), t_min) of the first `pairs` starts; nothing where the ODE cannot be solved."""
-    model, size = bench.models[limit.model], bench.parts()[0]
+    entrant, size = bench.entrants[limit.model], bench.parts()[0]
+    model = entrant.model
     try:
         with torch.no_grad():
             z = BatchNoise(limit.seed).open((size, *model.event_shape), model.dtype, model.device)(0, 0)
             start = model.start(z)[: bench.pairs]
-            condition = bench.condition(limit.model, 0, len(start))
+            condition = entrant.condition(0, len(start))
             end = CONVERGED.sample(model, tuple(start.shape), x_init=start, condition=condition).x
             both = torch.stack([end, model(end, model.sde.t_min, **condition).denoised])
     except Exception:
         return
-    _save(bench.limit_path(limit.model, limit.seed), both)
+    write_array(bench.limit_path(limit.model, limit.seed), both.cpu().numpy())
 
 
 def _measure(bench: Bench, cell: Cell) -> dict[str, Any]:
     """The row of a cell; whatever goes wrong is its status."""
     row: dict[str, Any] = {"status": "ok"}
-    model, stick = bench.models[cell.model], bench.yardsticks[cell.model]
+    entrant = bench.entrants[cell.model]
+    stick = bench.yardsticks[entrant.floor]
     try:
-        witness, x, cost = _sample(bench, model, cell)
+        witness, x, cost = _sample(bench, entrant, cell)
         row |= cost | {"deterministic": witness is not None and not witness.drawn}
         broken = _broken(x, stick)
         if broken:
@@ -360,11 +386,11 @@ def _measure(bench: Bench, cell: Cell) -> dict[str, Any]:
         return row | {"status": reason(error)}
     if cell.keep:
         shown = x if x.ndim == 2 else x[:16]
-        _save(bench.folder / "samples" / f"{cell.key}.npy", shown)
+        write_array(bench.folder / "samples" / f"{cell.key}.npy", shown.numpy())
     return row
 
 
-def _sample(bench: Bench, model: ScoreModel, cell: Cell) -> tuple[Witness | None, Tensor, dict[str, Any]]:
+def _sample(bench: Bench, entrant: Entrant, cell: Cell) -> tuple[Witness | None, Tensor, dict[str, Any]]:
     """All parts, what they cost, and a witness of their noise where the sampler takes a noise source."""
     watched = "noise" in inspect.signature(cell.solver.sample).parameters
     results, witness = [], None
@@ -372,11 +398,11 @@ def _sample(bench: Bench, model: ScoreModel, cell: Cell) -> tuple[Witness | None
         noise = BatchNoise(_seed_of(cell.seed, part))
         witness = Witness(noise) if watched else None
         given: dict[str, Any] = {"noise": witness} if watched else {"seed": noise.seed}
-        if condition := bench.condition(cell.model, part * bench.batch_size, size):
+        if condition := entrant.condition(part * bench.batch_size, size):
             given["condition"] = condition
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*the sampler diverged")  # which the status will say
-            results.append(cell.solver.sample(model, (size, *model.event_shape), **given))
+            results.append(cell.solver.sample(entrant.model, (size, *entrant.model.event_shape), **given))
     seconds = sum(result.seconds for result in results)
     cost = {"nfe": max(result.nfe for result in results), "seconds": seconds,
             "seconds_per_sample": seconds / bench.num_samples}  # fmt: skip
@@ -409,30 +435,17 @@ def _endpoint_error(path: Path, x: Tensor, stick: Yardstick) -> dict[str, float]
     return {"endpoint_error": error / _spread_of(stick)[1]}
 
 
-def _save(path: Path, x: Tensor) -> None:
-    """Writes a tensor as .npy in one instant."""
-    partly = path.with_name(f".{path.name}.{time.monotonic_ns()}.npy")
-    path.parent.mkdir(exist_ok=True)
-    np.save(partly, x.detach().cpu().numpy())
-    partly.replace(path)
-
-
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _table(cells: Sequence[Cell], journal: Journal, floors: Mapping[str, str]) -> pd.DataFrame:
-    names = list(dict.fromkeys(m for floor in floors.values() for m in journal[floor]))
+def _table(cells: Sequence[Cell], journal: Journal, entrants: Mapping[str, Entrant]) -> pd.DataFrame:
+    floors = {name: journal[entrant.floor] for name, entrant in entrants.items()}
+    names = list(dict.fromkeys(m for floor in floors.values() for m in floor))
     rows = []
     for cell in cells:
-        row = {"status": cell.solver} if isinstance(cell.solver, str) else journal[cell.key]
-        known = {
-            "model": cell.model,
-            "sampler": cell.sampler,
-            "budget": cell.budget,
-            "seed": cell.seed,
-            "cell": cell.key,
-        }
-        floor = {f"{m}_floor{end}": value for m, pair in journal[floors[cell.model]].items()
+        row = {"status": cell.solver} if cell.refused else journal[cell.key]
+        known = {name: getattr(cell, name) for name in ("model", "sampler", "budget", "seed")} | {"cell": cell.key}
+        floor = {f"{m}_floor{end}": value for m, pair in floors[cell.model].items()
                  for end, value in zip(("", "_std"), pair, strict=True)}  # fmt: skip
         rows.append(known | row | floor)
     columns = [*COLUMNS, *(f"{m}{end}" for m in names for end in ("", "_floor", "_floor_std")), "cell"]

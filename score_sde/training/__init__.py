@@ -1,6 +1,6 @@
 """From a network and data to a trained score model: objective, time sampling, averaging, checkpoints, the trainer."""
 
-from score_sde.training.checkpoint import Checkpoints, write_atomically
+from score_sde.training.checkpoint import Checkpoints, write_array, write_atomically
 from score_sde.training.classification import NoisyCrossEntropy
 from score_sde.training.draws import draw
 from score_sde.training.ema import EMA, HalfLife, PowerFunction, ema_decay
@@ -77,5 +77,6 @@ __all__ = [
     "draw",
     "ema_decay",
     "reconstruct",
+    "write_array",
     "write_atomically",
 ]

@@ -18,12 +18,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["Checkpoints", "write_atomically", "write_weights"]
+__all__ = ["Checkpoints", "write_array", "write_atomically", "write_weights"]
 
 T = TypeVar("T")
 
@@ -126,6 +127,13 @@ def write_atomically(path: Path, text: str, new: bool = False) -> None:
     else:
         partial.replace(path)
     _flush(path.parent)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Replaces a .npy file in one instant, whichever of several processes writes it first."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    np.save(partial, array)
+    partial.replace(path)
 
 
 def write_weights(file: Path, tensors: Mapping[str, Tensor]) -> None:
