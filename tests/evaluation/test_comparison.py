@@ -24,6 +24,7 @@ from score_sde.evaluation import (
     by_metric,
     cells,
     compare,
+    comparison,
     judge,
     load_samples,
     ranking,
@@ -93,6 +94,21 @@ def on(step: Any, **options: Any) -> Sampler:
 @pytest.fixture(autouse=True)
 def _count_anew() -> None:
     Shifted.runs.clear()
+
+
+def test_models_of_one_law_are_held_against_one_yardstick(monkeypatch):
+    made = []
+
+    class Counted(comparison.Yardstick):
+        def __init__(self, *given: Any, **options: Any) -> None:
+            made.append(given)
+            super().__init__(*given, **options)
+
+    monkeypatch.setattr(comparison, "Yardstick", Counted)
+    table = compare({"one": MODEL, "two": ExactScore(RING, VPSDE(0.2))}, {"off": Shifted}, budgets=[4], reference=RING,
+                    num_samples=20, pairs=0)  # fmt: skip
+    assert len(made) == 1
+    assert table["sliced_w2_floor"].nunique() == 1
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
