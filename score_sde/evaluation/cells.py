@@ -48,43 +48,77 @@ def _describe(thing: Any, path: tuple[int, ...]) -> Iterator[bytes]:
             yield from [part] if isinstance(part, bytes) else _describe(part, (*path, id(thing)))
 
 
+@functools.singledispatch
 def _parts(thing: Any) -> Iterator[Any]:
     """What a compound value is made of: bytes, or values to be described in turn."""
-    if isinstance(thing, Tensor):
-        yield from (thing.dtype, tuple(thing.shape))
-        plain = thing.detach().cpu().to_dense().resolve_conj().resolve_neg()
-        yield plain.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    elif isinstance(thing, np.ndarray):
-        yield from (thing.dtype.str, thing.shape, np.ascontiguousarray(thing).tobytes())
-    elif isinstance(thing, torch.Generator):
-        yield thing.get_state()
-    elif isinstance(thing, (Mapping, set, frozenset, list, tuple)):
-        yield from _elements(thing)
-        if getattr(thing, "__dict__", None):  # of a kind of one's own
-            yield _attributes(thing)
-    elif isinstance(thing, functools.partial):
-        yield from (thing.func, thing.args, thing.keywords)
-    elif isinstance(thing, MethodType):
-        yield from (thing.__self__, thing.__func__)
-    elif isinstance(thing, FunctionType):
-        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-        yield from (thing.__qualname__, thing.__code__, cells, thing.__defaults__, thing.__kwdefaults__)
-        source = _source(thing.__module__)
-        yield source
-        if not source and not _is_steady(thing.__module__):
-            yield from ((name, thing.__globals__[name]) for name in sorted(_names(thing.__code__))
-                        if _is_telling(thing.__globals__.get(name)))  # fmt: skip
-    elif isinstance(thing, CodeType):
-        yield from (thing.co_code, thing.co_names, thing.co_consts)
-    elif isinstance(thing, type):
-        yield from (thing.__module__, thing.__qualname__)
-        for base in thing.__mro__:
-            yield _source(base.__module__)
-            yield from _of_class(base)
-    elif isinstance(thing, BuiltinFunctionType):
-        yield from (thing.__module__, thing.__qualname__)
-    else:
-        yield from (type(thing), _attributes(thing))
+    yield from (type(thing), _attributes(thing))
+
+
+@_parts.register
+def _of_tensor(thing: Tensor) -> Iterator[Any]:
+    yield from (thing.dtype, tuple(thing.shape))
+    plain = thing.detach().cpu().to_dense().resolve_conj().resolve_neg()
+    yield plain.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@_parts.register
+def _of_array(thing: np.ndarray) -> Iterator[Any]:
+    yield from (thing.dtype.str, thing.shape, np.ascontiguousarray(thing).tobytes())
+
+
+@_parts.register
+def _of_generator(thing: torch.Generator) -> Iterator[Any]:
+    yield thing.get_state()
+
+
+@_parts.register(Mapping)
+@_parts.register(set)
+@_parts.register(frozenset)
+@_parts.register(list)
+@_parts.register(tuple)
+def _of_collection(thing: Any) -> Iterator[Any]:
+    yield from _elements(thing)
+    if getattr(thing, "__dict__", None):  # of a kind of one's own
+        yield _attributes(thing)
+
+
+@_parts.register
+def _of_partial(thing: functools.partial) -> Iterator[Any]:
+    yield from (thing.func, thing.args, thing.keywords)
+
+
+@_parts.register
+def _of_method(thing: MethodType) -> Iterator[Any]:
+    yield from (thing.__self__, thing.__func__)
+
+
+@_parts.register
+def _of_function(thing: FunctionType) -> Iterator[Any]:
+    cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+    yield from (thing.__qualname__, thing.__code__, cells, thing.__defaults__, thing.__kwdefaults__)
+    source = _source(thing.__module__)
+    yield source
+    if not source and not _is_steady(thing.__module__):
+        known = {name: thing.__globals__.get(name) for name in sorted(_names(thing.__code__))}
+        yield from ((name, value) for name, value in known.items() if _is_telling(value))
+
+
+@_parts.register
+def _of_code(thing: CodeType) -> Iterator[Any]:
+    yield from (thing.co_code, thing.co_names, thing.co_consts)
+
+
+@_parts.register
+def _of_type(thing: type) -> Iterator[Any]:
+    yield from (thing.__module__, thing.__qualname__)
+    for base in thing.__mro__:
+        yield _source(base.__module__)
+        yield from _own(base)
+
+
+@_parts.register
+def _of_builtin(thing: BuiltinFunctionType) -> Iterator[Any]:
+    yield from (thing.__module__, thing.__qualname__)
 
 
 def _elements(thing: Any) -> Any:
@@ -110,7 +144,7 @@ def _attributes(thing: Any) -> Any:
 _REGISTERS = {*vars(nn.Module())} - {"_parameters", "_buffers", "_modules", "training"} | {"_compiled_call_impl"}
 
 
-def _of_class(kind: type) -> Iterator[Any]:
+def _own(kind: type) -> Iterator[Any]:
     """A class's own constants, which a program may change, and where it has no source file the code of its methods."""
     if _is_steady(kind.__module__):
         return
