@@ -25,7 +25,7 @@ from score_sde import (
     Sampler,
     grid,
 )
-from score_sde.evaluation.certify import moments
+from score_sde.evaluation.exact_laws import moments
 
 FAMILY = [
     grid.exponential, partial(grid.poly_exponential, rho=2.0), grid.cosine, grid.hyperbolic, grid.beta,

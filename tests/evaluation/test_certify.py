@@ -11,7 +11,10 @@ import torch
 
 from score_sde import DDIM, VPSDE, EulerMaruyama, ExponentialAdams, Heun, KarrasSDE, LinearStep, RectifiedFlow, grid
 from score_sde.evaluation import Certificate, Certificates, certify, certify_all
-from score_sde.evaluation.certify import _mixture_paths, bias, discover, measured_order, moments, ode_error, uneven
+from score_sde.evaluation.certify import discover
+from score_sde.evaluation.exact_laws import bias, moments
+from score_sde.evaluation.orders import _mixture_paths, measured_order, ode_error
+from score_sde.evaluation.trials import uneven
 from score_sde.steps import AdamsBashforth, LangevinCorrector
 from score_sde.steps.linear import Coefficients, noise_ratio
 from score_sde.steps.multistep import lagrange, quadrature

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from score_sde import DDIM, VPSDE, ExactScore, GaussianMixture, LearnedScore, Sampler, grid
-from score_sde.evaluation.certify import stationary_variance
+from score_sde.evaluation.exact_laws import stationary_variance
 from score_sde.guidance import Classifier
 from score_sde.parameterization import Denoised
 from score_sde.steps import KineticLangevin, LangevinCorrector, MetropolisLangevin, UnadjustedLangevin

@@ -1,0 +1,67 @@
+r"""Running a step by hand, in float64, on models chosen so that the answer is known.
+
+Nothing here looks inside a step: its own `plan` and `advance` are run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_sde.prediction import Prediction
+from score_sde.sde import SDE
+from score_sde.steps import Step
+
+Draws = Callable[[int, int], Tensor]
+"""(move, k) -> the k-th draw of a move."""
+
+Denoiser = Callable[[Tensor, float, float, float], Tensor]
+"""(x, t, alpha, sigma) -> D."""
+
+
+class Evaluator:
+    """A denoiser as a sampler's `evaluate`: counted, in one SDE."""
+
+    def __init__(self, sde: SDE, denoiser: Denoiser) -> None:
+        self.sde, self.denoiser, self.calls = sde, denoiser, 0
+        self.levels: dict[float, tuple[float, float]] = {}
+
+    def __call__(self, x: Tensor, t: float) -> Prediction:
+        self.calls += 1
+        if t not in self.levels:
+            self.levels[t] = self.sde.alpha(t).item(), self.sde.sigma(t).item()
+        alpha, sigma = self.levels[t]
+        return Prediction(x, self.denoiser(x, t, alpha, sigma), alpha, sigma)
+
+
+def travel(
+    step: Step, sde: SDE, times: Tensor, x: Tensor, evaluate: Any, draws: Draws, exact: Tensor | None = None
+) -> Iterator[Tensor]:
+    """The states of a predictor over a grid, or of a corrector at the times of a grid.
+
+    `exact` has the states with which the first len(exact) moves begin, whatever the moves before them gave.
+    """
+    rows = step.plan(sde, times[:-1], times[1:] if step.role == "predictor" else times[:-1])
+    history: tuple[Tensor, ...] = ()
+    for i, row in enumerate(rows):
+        x = exact[i] if exact is not None and i < len(exact) else x
+        x, history = step.advance(row, x, history, evaluate, partial(draws, i))
+        yield x
+
+
+def end(states: Iterator[Tensor]) -> Tensor:
+    *_, x = states
+    return x
+
+
+def uneven(sde: SDE, steps: int) -> Tensor:
+    """A smooth grid whose steps are equal in none of t, lambda and sigma / alpha, over noise levels 5 to 0.35."""
+    first, last = sde.half_log_snr_range
+    low, high = (min(max(-math.log(level), first), last) for level in (5.0, 0.35))
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    return sde.time_at(low + (high - low) * (u + 0.3 * u * (1 - u)))
