@@ -239,9 +239,9 @@ def churn(
 ) -> Tensor:  # fmt: skip
     """EDM's stochastic sampler as a grid: before each move from a level in [S_min, S_max], up to (1 + gamma) times it.
 
-    gamma = min(S_churn / N, sqrt(2) - 1), N the levels of the base grid; upward moves are the exact forward transition
-    (S_noise = 1) and no level exceeds the SDE's noisiest. Use a one-step predictor: an upward move ends every history.
-    `steps`, where given, are the base's.
+    gamma = min(S_churn / N, sqrt(2) - 1), N the levels of the base grid; upward moves are the exact forward transition, but
+    for `Sampler`'s S_noise, and no level exceeds the SDE's noisiest. Use a one-step predictor: an upward move ends
+    every history. `steps`, where given, are the base's.
     Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 2; the defaults are table 5's for
     ImageNet-64.
     """

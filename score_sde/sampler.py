@@ -9,6 +9,7 @@ device. Where a grid goes up (towards noise) the move is a draw of the exact for
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import time
 import warnings
@@ -236,6 +237,8 @@ class Sampler:
             `functools.partial(grid.within, low=0.1, high=10.0)`; everywhere if left out.
         cuda_graph: replay the moves as CUDA graphs (see `score_sde.cuda_graph`): less work for the host where the
             network is small. The model must not look at values on the host.
+        S_noise: factor of the noise in moves that go up, slightly above 1 to make good what a network smooths away (Karras
+            et al. 2022, https://arxiv.org/abs/2206.00364, section 4); 1 is the exact forward transition.
 
     Raises:
         ValueError: neither predictor nor corrector, a step in the other's place, an unknown `final`, or a CUDA graph
@@ -245,7 +248,7 @@ class Sampler:
     def __init__(
         self, predictor: Step | None, grid: Grid, corrector: Step | None = None, final: str = "denoise",
         corrector_first: bool = True, corrector_where: Callable[[SDE, Tensor], Tensor] | None = None,
-        cuda_graph: bool = False,
+        cuda_graph: bool = False, S_noise: float = 1.0,
     ) -> None:  # fmt: skip
         if predictor is None and corrector is None:
             raise ValueError("a sampler needs a predictor, a corrector or both; got neither")
@@ -267,11 +270,12 @@ class Sampler:
         if cuda_graph and any(step is not None and step.needs_density for step in (predictor, corrector)):
             raise ValueError("cuda_graph=True takes no step that compares densities: leave it out")
         self.predictor, self.grid, self.corrector, self.cuda_graph = predictor, grid, corrector, cuda_graph
-        self.final = one_of("final", final, FINALS)
+        self.final, self.S_noise = one_of("final", final, FINALS), number("S_noise", S_noise, above=0)
         self.corrector_first, self.corrector_where = corrector_first, corrector_where
 
     def __repr__(self) -> str:
-        parts = {name: value for name, value in vars(self).items() if value not in (None, False)}
+        usual = inspect.signature(type(self)).parameters
+        parts = {name: value for name, value in vars(self).items() if name in usual and value != usual[name].default}
         return f"Sampler({', '.join(f'{name}={_shown(value)}' for name, value in parts.items())})"
 
     @classmethod
@@ -338,7 +342,7 @@ class Sampler:
         """The rows of a run over a checked grid, in the order in which they are carried out."""
         t, s = times[:-1], times[1:]
         down = s < t
-        travel = _rows(self.predictor or Carry(), sde, t, s, down) | _rows(Renoise(), sde, t, s, ~down)
+        travel = _rows(self.predictor or Carry(), sde, t, s, down) | _rows(Renoise(self.S_noise), sde, t, s, ~down)
         if self.corrector is None:
             return [Move(*travel[i], key=2 * i + 1, arrives=True) for i in range(len(t))]
         acts = torch.ones_like(times, dtype=torch.bool) if self.corrector_where is None else self._mask(sde, times)

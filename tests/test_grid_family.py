@@ -26,6 +26,7 @@ from score_sde import (
     grid,
 )
 from score_sde.evaluation.exact_laws import moments
+from score_sde.noise import NoiseSource
 
 FAMILY = [
     grid.exponential, partial(grid.poly_exponential, rho=2.0), grid.cosine, grid.hyperbolic, grid.beta,
@@ -139,6 +140,39 @@ def test_churn_raises_edms_levels_by_gamma():
     assert capped[1] < 80  # no level above the noisiest
     assert capped[2] == 80  # 57.6 sqrt(2) would exceed it
     assert capped[4].item() == pytest.approx(capped[3].item() * 2**0.5)
+
+
+class Same(NoiseSource):
+    """The same draw, whatever the move."""
+
+    def open(self, shape, dtype, device):
+        z = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
+        return lambda step, draw: z
+
+
+@pytest.mark.parametrize("S_noise", [1.0, 1.007])
+def test_heun_on_a_churned_grid_is_edms_algorithm_2(S_noise):
+    S_churn, S_min, S_max, N = 30.0, 0.05, 50.0, 18
+    sde = KarrasSDE()
+    model = ExactScore(GaussianMixture([0.5, 0.5], [[-1.0], [0.6]], [[[0.09]], [[0.04]]]), sde)
+    start = 80 * torch.randn(5, 1, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    base = partial(grid.karras, steps=N - 1)
+    sampler = Sampler(Heun(), partial(grid.churn, base=base, S_churn=S_churn), S_noise=S_noise)
+    ours = sampler.sample(model, start.shape, x_init=start, noise=Same())
+
+    z, x = Same().open(start.shape, torch.float64, "cpu")(0, 0), start
+    levels = [*base(sde).tolist(), 0.0]
+    for level, end in pairwise(levels):
+        gamma = min(S_churn / N, 2**0.5 - 1) if S_min <= level <= S_max else 0.0
+        raised = level + gamma * level
+        x = x + (raised**2 - level**2) ** 0.5 * S_noise * z
+        slope = (x - model(x, raised).denoised) / raised
+        trial = x + (end - raised) * slope
+        if end > 0:
+            slope = (slope + (trial - model(trial, end).denoised) / end) / 2
+        x = x + (end - raised) * slope
+    torch.testing.assert_close(ours.x, x, rtol=1e-9, atol=1e-9)
+    assert ours.nfe == 2 * N - 1
 
 
 def test_without_noise_the_grid_is_its_base():

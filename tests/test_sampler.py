@@ -464,7 +464,7 @@ def test_results_are_printed_on_one_line():
 
 def test_a_sampler_is_shown_as_one_writes_it():
     sampler = Sampler(Heun(), functools.partial(grid.churn, base=functools.partial(grid.karras, steps=5)), final="none")
-    shown = "Sampler(predictor=Heun(), grid=partial(churn, base=partial(karras, steps=5)), final='none', corrector_first=True)"
+    shown = "Sampler(predictor=Heun(), grid=partial(churn, base=partial(karras, steps=5)), final='none')"
     assert repr(sampler) == shown
 
 

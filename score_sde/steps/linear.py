@@ -150,13 +150,15 @@ class Carry(LinearStep):
 
 
 class Renoise(Carry):
-    """x_s = alpha_s / alpha_t x + G z for s noisier than t: the exact forward transition."""
+    """x_s = alpha_s / alpha_t x + S_noise G z for s noisier than t: the exact forward transition where S_noise = 1."""
 
-    point_mass = True
+    def __init__(self, S_noise: float = 1.0) -> None:
+        self.S_noise = S_noise
+        self.point_mass = S_noise == 1
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         scale, std = sde.transition_kernel(times[0], s)
-        return scale, [], std
+        return scale, [], self.S_noise * std
 
 
 class EulerMaruyama(LinearStep):
