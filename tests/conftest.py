@@ -24,6 +24,10 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and for processes that tests start: sums of two threads have other bits
 
 
+few_steps = pytest.mark.filterwarnings("ignore:.*the sampler diverged")
+"""Of tests that run any sampler on any model in a few steps, in which samples may well run off."""
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Decoded data and reference statistics go to a folder of the session's own."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import few_steps
 
 from score_sde import DDIM, Ancestral, RectifiedFlow, Sampler, convert, grid, guidance
 from score_sde.convert import CONFIGS, SongConfig
@@ -416,6 +417,7 @@ def test_other_classes_are_refused_by_name(library, tmp_path) -> None:
         convert.diffusers(DDPM, scheduler)  # no network of random weights
 
 
+@few_steps
 def test_folders_are_sampled_by_our_samplers(library, tmp_path) -> None:
     for config, scheduler in (
         (DDPM, library.DDPMScheduler(clip_sample=False)),

@@ -232,6 +232,7 @@ def test_the_last_ancestral_step_of_ddpm_is_the_mean():
     torch.testing.assert_close(run.x, model(sde)(run.trajectory[-1], 0.0).denoised)
 
 
+@conftest.few_steps
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_the_state_keeps_the_callers_dtype(dtype):
     assert Sampler(Ancestral(), FIVE).sample(model(), (3, 2), seed=0, dtype=dtype).x.dtype == dtype

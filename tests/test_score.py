@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from conftest import few_steps
 from torch import nn
 
 from score_sde import grid
@@ -99,6 +100,7 @@ def test_a_network_in_half_precision_is_told_exact_times():
         assert (c_noise == 999).all()
 
 
+@few_steps
 def test_samples_are_made_in_the_dtype_of_the_weights_but_never_in_half_precision():
     for weights, dtype in ((F64, F64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
         model = learned(VPSDE()).to(weights)

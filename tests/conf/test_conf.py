@@ -11,6 +11,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
+from conftest import few_steps
 from omegaconf import DictConfig, OmegaConf
 
 from score_sde import ExactScore, sde, steps, targets
@@ -26,6 +27,8 @@ import configs  # noqa: E402
 import entry  # noqa: E402
 import train  # noqa: E402
 import tuned_tables  # noqa: E402
+
+pytestmark = few_steps
 
 AUTO = {"sigma_max": 10.0, "sigma_data": 2.0}
 # Sizes at which every network that has them trains on 8x8 digits in no time.

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import few_steps
 from exact_models import Labelled, Shrink
 
 from score_sde import grid
@@ -69,6 +70,7 @@ def test_guided_score_is_that_of_the_tilted_density_at_each_noise_level():
         torch.testing.assert_close(classified(x, 0.3, label=LABEL).score, gradient)
 
 
+@few_steps
 def test_a_label_beyond_the_classes_is_refused_and_no_null_class():
     network = MLP((2,), width=8, depth=1, frequencies=4, num_classes=3)
     model = LearnedScore(network, SDE, Noise(), (2,))
@@ -247,6 +249,7 @@ def test_the_last_denoising_counts_the_calls_that_it_makes():
     assert denoised.nfe == plain.nfe + 2
 
 
+@few_steps
 def test_a_model_under_one_condition_needs_none():
     model, x = Labelled(RING, SDE), points()
     for t in (0.3, torch.full((4,), 0.3)):

@@ -29,6 +29,8 @@ from score_sde.steps import Ancestral, Step
 for _module in pkgutil.iter_modules(score_sde.guidance.__path__, "score_sde.guidance."):
     importlib.import_module(_module.name)
 
+pytestmark = conftest.few_steps
+
 SDE, SHAPE, BATCH = VPSDE(), (1, 2, 4), 3
 OPERATOR = Downsample(SHAPE, 2)
 Y = torch.linspace(-0.5, 0.5, BATCH * 2).view(BATCH, 1, 1, 2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
+from conftest import few_steps
 from exact_models import Shrink
 
 from score_sde import grid
@@ -173,6 +174,7 @@ def test_works_with_every_predictor(name, predictor):
     assert result.nfe <= 5 * predictor.calls + 6
 
 
+@few_steps
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("shape", [(7,), (2, 4, 4)])
 def test_a_sample_does_not_know_its_companions(name, shape):

@@ -26,7 +26,7 @@ from closed_forms import (
     propagate,
     quantiles,
 )
-from conftest import CORRECTORS, LINEAR, PREDICTORS, SDES, STEPS
+from conftest import CORRECTORS, LINEAR, PREDICTORS, SDES, STEPS, few_steps
 
 import score_sde
 from score_sde.noise import BatchNoise, SampleNoise
@@ -217,12 +217,14 @@ def same_in_any_batch(sampler: Sampler, model: ScoreModel) -> bool:
     )
 
 
+@few_steps
 @each({name: step for name, step in PREDICTORS.items() if name != "Renoise"})
 def test_a_predictors_sample_is_bitwise_the_same_in_any_batch(step):
     for sde, shape in ((VPSDE(), (3,)), (VESDE(), (2, 2, 3))):
         assert same_in_any_batch(Sampler(step, log_snr_between(-3.0, 2.0, 4)), Bumpy(sde, shape))
 
 
+@few_steps
 @each({name: step for name, step in CORRECTORS.items() if getattr(step, "norm", "sample") != "batch"})
 def test_a_correctors_sample_is_bitwise_the_same_in_any_batch(step):
     for sde, shape in ((VPSDE(), (3,)), (VESDE(), (2, 2, 3))):
@@ -230,6 +232,7 @@ def test_a_correctors_sample_is_bitwise_the_same_in_any_batch(step):
         assert same_in_any_batch(sampler, Bumpy(sde, shape))
 
 
+@few_steps
 def test_batch_norms_couple_the_samples_as_documented():
     step = next(step for step in CORRECTORS.values() if getattr(step, "norm", "") == "batch")
     assert not same_in_any_batch(Sampler(None, log_snr_between(-3.0, 2.0, 4), step), Bumpy(VPSDE(), (3,)))
@@ -242,6 +245,7 @@ def first_of_each_class(steps: dict[str, Step]) -> dict[str, Step]:
     return {type(step).__name__: step for step in reversed(steps.values())}
 
 
+@few_steps
 def test_every_pairing_samples_two_finite_steps_or_is_refused(sde, predictor):
     """The classes with every class of corrector, in both orders, and their presets with none; network calls are counted
     and as declared."""
@@ -262,6 +266,7 @@ def test_every_pairing_samples_two_finite_steps_or_is_refused(sde, predictor):
             assert run.nfe == 2 * (predictor.calls + (corrector.calls if corrector else 0)) + 1, name
 
 
+@few_steps
 def test_the_pairings_of_an_sde_and_a_corrector_alone(sde, corrector):
     run = Sampler(None, log_snr_between(-3.0, 2.0, 2), corrector).sample(ExactScore(gaussian(), sde), (3, 1), seed=0)
     assert run.x.isfinite().all()

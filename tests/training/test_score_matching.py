@@ -99,8 +99,8 @@ def test_estimates_have_the_spread_of_their_formulas():
     x = torch.tensor([[0.4, -0.9]], dtype=torch.float64).expand(4000, 2)
     t = torch.full((4000,), 0.3).double()
     sigma = VPSDE().sigma(0.3)
-    n1, n2 = model(x[:1], t[:1]).noise[0]
-    jacobian = torch.func.jacrev(lambda v: model(v[None], t[:1]).noise[0])(x[0])
+    n1, n2 = model(x[:1], t[:1]).noise[0].detach()
+    jacobian = torch.func.jacrev(lambda v: model(v[None], t[:1]).noise[0])(x[0]).detach()
     trace, cross = 2 * sigma * jacobian.trace(), 2 * sigma * (jacobian[0, 1] + jacobian[1, 0])
     spread = {"exact": (ImplicitScoreMatching(), 0.0), "reduced": (ImplicitScoreMatching(probes=1), cross),
               "one": (SlicedScoreMatching(), 2 * n1 * n2 - cross),

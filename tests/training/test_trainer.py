@@ -104,6 +104,7 @@ def test_a_network_in_half_precision_resumes_with_every_digit_of_its_average(tmp
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.filterwarnings("ignore:training was interrupted")
 @pytest.mark.parametrize("number", NOTED)
 def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, uninterrupted, number):
     before = signal.getsignal(number)
@@ -115,6 +116,7 @@ def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, uninterrupted, 
     assert_same_weights(tmp_path, uninterrupted)
 
 
+@pytest.mark.filterwarnings("ignore:training was interrupted")
 def test_a_launcher_s_own_handler_has_its_signal_once_the_run_has_ended(tmp_path):
     heard, usual = [], signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
     try:
@@ -137,6 +139,7 @@ def test_what_follows_a_refusal_has_not_begun(tmp_path):
     assert begun == [1]
 
 
+@pytest.mark.filterwarnings("ignore:training was interrupted")
 def test_a_signal_while_samples_are_drawn_also_writes_a_checkpoint(tmp_path):
     result = tiny.train(
         tmp_path,
@@ -281,6 +284,7 @@ def test_too_many_non_finite_steps_stop_the_run_with_the_last_checkpoint_kept(tm
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:training was interrupted")
 def test_the_count_of_non_finite_steps_survives_a_resume(tmp_path):
     poison = Poisoned(4, 12, interrupted_at=13)
     tiny.train(tmp_path, data=poison)
