@@ -408,11 +408,12 @@ class ExactScore(ScoreModel):
         if is_batched(t):
             expand(as_time(t), x)  # refuses another shape
         alpha, sigma = _level(self.sde, t)
-        return Prediction(x, self.target.denoise(x, alpha, sigma), alpha, sigma)
+        clean = self.target.denoise(x.to(at_least_single(x.dtype)), alpha, sigma)
+        return Prediction(x, clean.to(x.dtype), alpha, sigma)
 
     def log_prob(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
-        """log p_t(x) in nats, shape (batch,), for a time shared by the batch."""
-        return self.target.marginal(*_kernel(self.sde, float(t))).log_prob(x)
+        """log p_t(x) in nats, shape (batch,), for a time shared by the batch; in single precision at least."""
+        return self.target.marginal(*_kernel(self.sde, float(t))).log_prob(x.to(at_least_single(x.dtype)))
 
     def start(self, z: Tensor) -> Tensor:
         """alpha E[x_0] + sqrt(alpha^2 Var x_0 + sigma^2) z at t_max."""

@@ -116,6 +116,16 @@ def test_a_thousand_steps_of_a_network_in_half_precision_have_the_right_spread()
     assert x.std().item() == pytest.approx(0.994, abs=0.025)  # three standard errors
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exact_scores_of_states_in_half_precision_are_computed_in_single(dtype):
+    for name in ("ring", "two_moons", "checkerboard"):  # a mixture, points, boxes
+        model, x = ExactScore(make(name), VPSDE()), x_of().to(dtype)
+        said = model(x, 0.1)
+        assert said.denoised.dtype == dtype
+        assert torch.equal(said.denoised, model(x.float(), 0.1).denoised.to(dtype))
+        assert torch.equal(model.log_prob(x, 0.1), model.log_prob(x.float(), 0.1))
+
+
 def test_a_network_takes_states_of_another_dtype():
     model, x = learned(VPSDE()), x_of()
     assert model(x, 0.4).score.dtype == F64

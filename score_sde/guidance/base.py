@@ -10,12 +10,14 @@ and moves every other view with it. The move is made in the model's own raw outp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from score_sde.networks.blocks import twice_differentiable
 from score_sde.prediction import Coefficient, Prediction
 from score_sde.score import ScoreModel
 from score_sde.sde import Time, expand
@@ -63,6 +65,11 @@ def denoised(prediction: Prediction, clean: Tensor) -> Prediction:
     return replace(prediction, raw=clean, c_skip=0.0, c_out=1.0)
 
 
+def perhaps_twice() -> AbstractContextManager[None]:
+    """`twice_differentiable`, where derivatives may flow through the gradient that guidance takes."""
+    return twice_differentiable() if torch.is_grad_enabled() else nullcontext()
+
+
 def with_pull(model: ScoreModel, x: Tensor, t: Time, condition: Mapping[str, Any]) -> tuple[Prediction, Tensor, Pull]:
     """The prediction at x, its denoiser D and v -> J^T v; works under no_grad and inside torch.func transforms."""
     seen: list[Prediction] = []
@@ -71,5 +78,6 @@ def with_pull(model: ScoreModel, x: Tensor, t: Time, condition: Mapping[str, Any
         seen.append(model(v, t, **condition))
         return seen[0].denoised, seen[0].raw
 
-    clean, pull, raw = torch.func.vjp(denoise, x, has_aux=True)  # type: ignore[misc]
+    with perhaps_twice():
+        clean, pull, raw = torch.func.vjp(denoise, x, has_aux=True)  # type: ignore[misc]
     return replace(seen[0], x=x, raw=raw), clean, lambda v: pull(v)[0]

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -146,6 +148,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """softmax(Q K^T / sqrt d) V in `heads` heads: q (batch, heads d, n), k and v (batch, heads d, m) -> like q."""
     q, k, v = (part.unflatten(1, (heads, -1)).transpose(-1, -2) for part in (q, k, v))
     return scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Within it attention takes the one kernel whose derivative can be differentiated again."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 class Resample(nn.Module):

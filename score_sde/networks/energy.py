@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from score_sde.networks.blocks import twice_differentiable
+
 __all__ = ["Conservative"]
 
 
@@ -34,4 +36,5 @@ class Conservative(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         # A functional transform: it works under no_grad, and derivatives of F flow through it.
-        return torch.func.grad(lambda v: self.potential(v, c_noise, label).sum())(x)
+        with twice_differentiable():
+            return torch.func.grad(lambda v: self.potential(v, c_noise, label).sum())(x)

@@ -61,6 +61,13 @@ exact_score: Callable[[Any, SDE], ExactScore] = lru_cache(8)(ExactScore)
 
 
 @torch.no_grad()
+def exact_noise(target: ClosedForm, sde: SDE, x_t: Tensor, t: Tensor) -> Tensor:
+    """E[eps | x_t] under a closed-form law of the data, in float32 where the network computes in half precision."""
+    with torch.autocast(x_t.device.type, enabled=False):
+        return exact_score(target, sde)(x_t, t).noise
+
+
+@torch.no_grad()
 def excess(
     target: ClosedForm | None, model: LearnedScore, x_t: Tensor, t: Tensor, eps: Tensor, noise: Tensor
 ) -> dict[str, Tensor]:
@@ -72,8 +79,7 @@ def excess(
     """
     if target is None:
         return {}
-    with torch.autocast(x_t.device.type, enabled=False):
-        truth = exact_score(target, model.sde)(x_t, t).noise.float()
+    truth = exact_noise(target, model.sde, x_t, t).float()
     pairs = {"fisher": noise.float() - truth, "irreducible": eps.float() - truth}
     return {name: error.square().flatten(1).mean(1) for name, error in pairs.items()}
 

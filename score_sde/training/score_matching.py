@@ -20,11 +20,12 @@ from torch import Tensor
 
 from score_sde.checks import number, whole
 from score_sde.data import Batch
+from score_sde.networks.blocks import twice_differentiable
 from score_sde.score import ClosedForm, LearnedScore
 from score_sde.sde import expand
 from score_sde.trace import ExactTrace, Hutchinson, Trace
 from score_sde.training.draws import draw
-from score_sde.training.objective import Losses, exact_score, excess
+from score_sde.training.objective import Losses, exact_noise, excess
 from score_sde.training.times import Times
 from score_sde.training.weighting import SimpleWeighting, Weighting
 
@@ -88,7 +89,8 @@ class ImplicitScoreMatching(ScoreMatching):
     ) -> tuple[Tensor, Tensor]:
         probes = None if self.probes is None else _rademacher(self.probes, x, generator)
         trace: Trace = ExactTrace(x.flatten(1)) if probes is None else Hutchinson(probes)
-        noise, pull = torch.func.vjp(field, x)  # type: ignore[misc]
+        with twice_differentiable():
+            noise, pull = torch.func.vjp(field, x)  # type: ignore[misc]
         ids = torch.arange(len(x), device=x.device)
         divergence = trace(lambda v: pull(v.unflatten(1, x.shape[1:]))[0].flatten(1), ids).mean(1)
         return self.square(noise.flatten(1), probes) - 2 * model.sde.sigma(t) * divergence, noise
@@ -158,7 +160,7 @@ class ExplicitScoreMatching(ScoreMatching):
     ) -> tuple[Tensor, Tensor]:
         assert self.target is not None
         noise = field(x)
-        return (noise - exact_score(self.target, model.sde)(x, t).noise).square().flatten(1).sum(1), noise
+        return (noise - exact_noise(self.target, model.sde, x, t)).square().flatten(1).sum(1), noise
 
 
 def _rademacher(probes: int, x: Tensor, generator: torch.Generator) -> Tensor:

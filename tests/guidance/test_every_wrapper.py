@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,13 @@ from score_sde.adaptive import AdaptiveODE
 from score_sde.adaptive_sde import AdaptiveSDE
 from score_sde.guidance import Conditioned, Downsample
 from score_sde.likelihood import log_likelihood
+from score_sde.networks import DiT
 from score_sde.noise import SampleNoise
 from score_sde.ode import ProbabilityFlowODE
+from score_sde.parameterization import Karras
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
-from score_sde.score import ScoreModel, WrappedScore
+from score_sde.score import LearnedScore, ScoreModel, WrappedScore
 from score_sde.sde import VPSDE, expand
 from score_sde.steps import Ancestral, Step
 
@@ -64,13 +67,13 @@ OBSERVED_STEPS = {
 }
 
 
-def build(cls: type, rows: slice) -> Any:
+def build(cls: type, rows: slice, others: Mapping[str, Any] | None = None) -> Any:
     """An instance for the samples in `rows`, its arguments chosen by their names."""
     known = {"model": Elementwise(), "bad_model": Elementwise(0.5), "operator": OPERATOR, "y": Y[rows], "scale": 2.0,
-             "log_prob": log_prob, "noise_std": 0.3}  # fmt: skip
+             "log_prob": log_prob, "noise_std": 0.3, **(others or {})}  # fmt: skip
     wanted = [p for p in inspect.signature(cls).parameters.values() if p.kind is not p.VAR_KEYWORD]
     if cls is Conditioned:
-        return cls(Elementwise(), label=2)
+        return cls(known["model"], label=2)
     missing = [p.name for p in wanted if p.default is p.empty and p.name not in known]
     assert not missing, f"{cls.__name__} needs {missing}: say in `known` what to build it with"
     arguments = {p.name: known[p.name] for p in wanted if p.name in known}
@@ -160,3 +163,31 @@ def test_every_wrapper_has_a_likelihood(name):
     result = log_likelihood(model, torch.zeros(BATCH, *SHAPE), method="adams", steps=12, condition=condition,
                             truncation="none")  # fmt: skip
     assert result.log_prob.isfinite().all()
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_derivatives_flow_through_every_wrapper_around_attention(name):
+    """gradient=True through guidance that is itself a gradient, against finite differences."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network = DiT(SHAPE, width=8, depth=1, heads=2, frequencies=4, num_classes=3).double()
+        for part in network.parameters():
+            torch.nn.init.normal_(part, std=0.3)
+    learned = LearnedScore(network, SDE, Karras(1.0), SHAPE).requires_grad_(False)
+    sampler = Sampler(Ancestral(), partial(grid.log_snr, steps=2))
+    model = build(
+        WRAPPERS[name], slice(0, BATCH), {"model": learned, "log_prob": lambda x, t, label: attended(x, label)}
+    )
+    condition = {"label": LABEL} if "label" in model.condition_names else {}
+
+    def attended(x, label):
+        return -(learned(x, 0.5, label=label).denoised ** 2).flatten(1).sum(1)
+
+    def run(x, **options):
+        return sampler.sample(model, x.shape, x_init=x, seed=0, condition=condition, **options).x.sin().sum()
+
+    x = torch.randn(BATCH, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    (found,) = torch.autograd.grad(run(x, gradient=True), x)
+    step = 1e-5 * found.sign()
+    slope = (run(x.detach() + step) - run(x.detach() - step)) / 2e-5
+    torch.testing.assert_close(found.abs().sum(), slope, rtol=1e-5, atol=1e-7)
