@@ -13,7 +13,7 @@ from score_sde import DDIM, VPSDE, EulerMaruyama, ExponentialAdams, Heun, Karras
 from score_sde.evaluation import Certificate, Certificates, certify, certify_all
 from score_sde.evaluation.certify import discover
 from score_sde.evaluation.exact_laws import bias, moments
-from score_sde.evaluation.orders import _mixture_paths, measured_order, ode_error
+from score_sde.evaluation.orders import _mixture_paths, measured_order, ode_error, polynomial_exactness
 from score_sde.evaluation.trials import uneven
 from score_sde.steps import AdamsBashforth, LangevinCorrector
 from score_sde.steps.linear import Coefficients, noise_ratio
@@ -283,6 +283,15 @@ def test_the_bias_is_that_of_facts():
     for step, factor in ((DDIM(), 2), (Heun(), 4)):
         coarse, fine = bias(step, SDE, budgets=(400, 800))["std"].abs()
         assert coarse / fine == pytest.approx(factor, rel=0.05)
+
+
+def test_a_step_that_gives_no_number_integrates_nothing_exactly():
+    class Lost(DDIM):
+        def advance(self, *given):
+            x, history = super().advance(*given)
+            return x * math.nan, history
+
+    assert polynomial_exactness(Lost(), SDE) is None
 
 
 def test_a_step_that_is_not_affine_has_no_moments():
