@@ -31,7 +31,7 @@ from score_sde.memory import keep_freed_memory
 from score_sde.noise import BatchNoise, NoiseSource, Stream
 from score_sde.prediction import Prediction
 from score_sde.progress import tqdm
-from score_sde.score import ScoreModel, checked_condition
+from score_sde.score import ScoreModel, at_least_single, checked_condition
 from score_sde.sde import SDE, as_time
 from score_sde.steps.linear import Carry, LinearRow, Renoise
 from score_sde.steps.step import Draw, History, Step
@@ -170,6 +170,9 @@ def begin(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is one of torch's floating-point types, such as torch.float64, got {dtype!r}")
     dtype = dtype or (model.dtype if x_init is None else x_init.dtype)
+    if dtype != at_least_single(dtype):
+        warnings.warn(f"a state in {dtype} is rounded at every step, a thousand of which may spread it 20 % too far: give "
+                      "dtype=torch.float32, whatever the weights are, and round the samples", stacklevel=4)  # fmt: skip
     stream = (noise or BatchNoise(seed)).open(shape, dtype, device)
     t = model.sde.t_max if t is None else t
     x = model.start_at(stream(0, 0), t) if x_init is None else x_init.to(dtype, copy=True)  # a step may write into it

@@ -114,6 +114,10 @@ def test_a_thousand_steps_of_a_network_in_half_precision_have_the_right_spread()
     model = LearnedScore(MLP((2,)).bfloat16(), VPSDE(), Karras(1.0), (2,)).eval()
     x = Sampler(Ancestral(), functools.partial(grid.uniform, steps=1000)).sample(model, (4000, 2), seed=0).x
     assert x.std().item() == pytest.approx(0.994, abs=0.025)  # three standard errors
+    with pytest.warns(
+        UserWarning, match=r"a state in torch\.bfloat16 is rounded at every step.*give dtype=torch\.float32"
+    ):
+        Sampler(DDIM(), functools.partial(grid.uniform, steps=2)).sample(model, (1, 2), seed=0, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
