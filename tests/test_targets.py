@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from score_sde import VPSDE, DiscreteSDE, ExactScore, targets
-from score_sde.targets import Empirical, GaussianMixture, UniformBoxes
+from score_sde.targets import Empirical, GaussianMixture, UniformBoxes, from_log_density
 
 F64 = torch.float64
 
@@ -31,6 +31,8 @@ LAWS = {
     "flat mixture": GaussianMixture([1.0, 3.0], [[0.0, 0.0], [2.0, 1.0]], [[[1.0, 0.0], [0.0, 0.0]], [[0.0] * 2] * 2]),
     "points": Empirical(points()),
     "kernels": Empirical(points(), bandwidth=0.3),
+    "weighted kernels": Empirical(points(), 0.3, [3.0, 0.0, 1.0, 1.0, 2.0, 0.5, 0.5]),
+    "density": from_log_density(mixture().log_prob, (-4.0, -3.0), (4.0, 4.0), 64),
     "boxes": boxes(),
     "soft boxes": UniformBoxes([[0.0, 0.0]], [[1.0, 2.0]], bandwidth=0.4),
     **{name: targets.make(name) for name in targets.TOYS},
@@ -286,6 +288,12 @@ def test_images_are_data_too():
         (lambda: Empirical(torch.tensor([[math.inf]])), "not finite"),
         (lambda: Empirical(torch.zeros(1, 2), bandwidth=-1.0), "bandwidth"),
         (lambda: Empirical(torch.zeros(1, 2)).log_prob(torch.zeros(1, 2)), "no density"),
+        (lambda: Empirical(torch.zeros(2, 2), weights=[1.0]), "weights are 2"),
+        (lambda: from_log_density(lambda x: x[:, 0], (1.0, 0.0), (0.0, 1.0)), "corners low < high"),
+        (lambda: from_log_density(lambda x: x, (0.0, 0.0), (1.0, 1.0)), r"got shape \(4096, 2\)"),
+        (lambda: from_log_density(lambda x: x[:, 0].log(), (-1.0,), (1.0,)), r"below \+inf.*nan"),
+        (lambda: from_log_density(lambda x: x[:, 0] - math.inf, (-1.0,), (1.0,)), "not all -inf"),
+        (lambda: from_log_density(lambda x: x[:, 0], [0.0] * 4, [1.0] * 4), "at most 4 million"),
         (lambda: UniformBoxes([[1.0]], [[0.0]]), "low < high"),
         (lambda: UniformBoxes([[0.0]], [[1.0]], bandwidth=-1.0), "bandwidth"),
         (lambda: targets.make("rings"), "got 'rings': did you mean 'ring'"),
@@ -299,6 +307,37 @@ def test_what_is_no_law_is_refused(build, message):
     with pytest.raises(ValueError, match=message) as refusal:
         build()
     assert "\n" not in str(refusal.value)
+
+
+def test_weighted_kernels_are_a_mixture_of_gaussians():
+    weights = [3.0, 0.0, 1.0, 1.0, 2.0, 0.5, 0.5]
+    law, x = LAWS["weighted kernels"], points(3)
+    mixture = GaussianMixture(weights, points(), (0.09 * torch.eye(2)).expand(7, -1, -1))
+    torch.testing.assert_close(law.log_prob(x), mixture.log_prob(x))
+    torch.testing.assert_close(law.denoise(x, 0.8, 0.6), mixture.denoise(x, 0.8, 0.6))
+    torch.testing.assert_close(law.marginal(0.8, 0.6).log_prob(x), mixture.marginal(0.8, 0.6).log_prob(x))
+    torch.testing.assert_close(law.mean, mixture.mean)
+    assert law.std == pytest.approx(mixture.std, rel=1e-6)
+    nearest = torch.cdist(draw(Empirical(points(), 0.0, weights), 4000), points()).argmin(1)
+    shares = torch.bincount(nearest, minlength=7) / 4000
+    torch.testing.assert_close(shares, torch.tensor(weights) / 8, rtol=0, atol=0.03)  # 4 standard deviations
+
+
+def test_a_law_of_a_log_density_known_up_to_a_constant_is_that_law():
+    exact = mixture()
+    law = from_log_density(lambda x: exact.log_prob(x) + 5.0, (-7.0, -6.0), (7.0, 7.0), 128)
+    assert law.std == pytest.approx(exact.std, rel=1e-4)  # kernels that widened it would add 1.4e-3
+    torch.testing.assert_close(law.mean, exact.mean, rtol=0, atol=1e-4)
+    x = draw(exact, 500)
+    assert (law.log_prob(x) - exact.log_prob(x)).abs().mean() < 0.01
+    for alpha, sigma in LEVELS:
+        y = noisy(exact, alpha, sigma, 200)
+        torch.testing.assert_close(law.denoise(y, alpha, sigma), exact.denoise(y, alpha, sigma), rtol=0, atol=0.02)
+
+
+def test_a_density_finer_than_its_lattice_is_warned_of():
+    with pytest.warns(UserWarning, match="lattice is coarse.*more cells than cells=16"):
+        from_log_density(mixture().log_prob, (-20.0, -20.0), (20.0, 20.0), 16)
 
 
 def test_integer_data_are_refused():
