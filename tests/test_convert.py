@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import few_steps
 
-from score_sde import DDIM, Ancestral, RectifiedFlow, Sampler, convert, grid, guidance
+from score_sde import DDIM, Ancestral, BatchNoise, RectifiedFlow, Sampler, convert, grid, guidance
 from score_sde.convert import CONFIGS, SongConfig
 from score_sde.networks import UNet
 
@@ -281,6 +281,23 @@ def test_ten_ddim_steps_are_those_of_diffusers_whatever_is_predicted(library, tm
         theirs = scheduler.step(unet(theirs, step).sample, step, theirs).prev_sample
     ours = Sampler(DDIM(), partial(grid.respaced, steps=9, spacing="leading")).sample(model, x.shape, x_init=x).x
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("fixed_small", "posterior"), ("fixed_large", "forward")])
+@torch.no_grad()
+def test_a_whole_ddpm_chain_is_that_of_diffusers(library, theirs, ours) -> None:
+    scheduler = exact(library.DDPMScheduler(num_train_timesteps=20, clip_sample=False, variance_type=theirs))
+    scheduler.betas, scheduler.one = scheduler.betas.double(), scheduler.one.double()
+    unet = network(library, DDPM).double()
+    model, x = convert.diffusers(unet, scheduler=scheduler), images().double()
+    start, z = x, torch.Generator().manual_seed(5)
+    for step in scheduler.timesteps:
+        x = scheduler.step(unet(x, step).sample, step, x, generator=z).prev_sample
+
+    # Batches of noise from one generator are theirs, for theirs begins at x_init and draws none at the last level.
+    sampler = Sampler(Ancestral(ours), partial(grid.uniform, steps=19))
+    result = sampler.sample(model, start.shape, x_init=start, noise=BatchNoise(5))
+    torch.testing.assert_close(result.x, x, rtol=1e-9, atol=1e-9 * x.abs().max().item())
 
 
 @torch.no_grad()
