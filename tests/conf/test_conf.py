@@ -211,6 +211,16 @@ def test_an_experiments_values_stand(experiment: str) -> None:
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))
+def test_another_sampler_or_network_keeps_nothing_that_a_recipe_gave_its_own(experiment: str) -> None:
+    chosen = ("sampler=heun", "network=dit_s")
+    config, plain = compose(f"experiment={experiment}", *chosen), compose(*chosen)
+    assert config.sampler == plain.sampler
+    assert config.network.keys() == plain.network.keys()
+    what_any_can = {"augment_width", "dropout", "learned_variance", "num_classes"}
+    assert {key for key in plain.network if config.network[key] != plain.network[key]} <= what_any_can
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
 def test_every_experiment_trains_and_samples_for_two_steps(experiment: str, tmp_path: Path) -> None:
     config = compose(f"experiment={experiment}", "trainer.steps=2", "trainer.batch_size=8", "trainer.progress=false")
     if "path" in list(config.data):  # of real images, `???` too
@@ -282,4 +292,6 @@ def test_every_config_file_names_what_it_builds() -> None:
     for file in CONF.rglob("*.yaml"):
         group = file.parent.relative_to(CONF).parts
         if group and group[-1] != "base" and group[0] not in ("experiment", "debug", "hydra", "evaluation"):
-            assert "_target_: " in file.read_text() or "  - base/fixed_grid@_here_" in file.read_text(), file
+            text = file.read_text()
+            of_another = any(f"\n  - {other.stem}\n" in text for other in file.parent.glob("*.yaml"))
+            assert "_target_: " in text or "  - base/fixed_grid@_here_" in text or of_another, file
