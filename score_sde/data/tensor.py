@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from score_sde.data.augment import Augment, mirrored
 from score_sde.data.base import Batch, Data
@@ -64,7 +65,8 @@ class TensorData(Data):
 
     Args:
         x, labels: the examples, tensors or what numpy takes for an array (also a pandas DataFrame of numbers), perhaps
-            mapped from a file: batches read no more than their rows.
+            mapped from a file: batches read no more than their rows. A torch Dataset of examples x, or of pairs
+            (x, label), is read through once.
         context: what a network of that context_width is told of each example, a vector (N, width) or tokens (N, tokens,
             width) to attend to; NaN for an example without.
         test: held-out examples of the same kind.
@@ -260,8 +262,23 @@ def _tensor(name: str, values: Any) -> Any:
                          "e.g. df.select_dtypes('number')") from error  # fmt: skip
 
 
+def _read_through(given: Examples, dataset: Dataset[Any]) -> Examples:
+    """The examples of a torch Dataset, one by one, and its labels unless others are given."""
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"{type(dataset).__name__} has no length: write a score_sde.data.Data for an endless stream")
+    items = [dataset[i] for i in range(len(dataset))]
+    if not items or not isinstance(items[0], (tuple, list)):
+        return given._replace(x=_tensor("x", [np.asarray(item) for item in items]))
+    if len(items[0]) != 2:
+        raise ValueError(f"{type(dataset).__name__} has items of {len(items[0])} parts: x, or (x, label), is read")
+    x, labels = (_tensor(name, [np.asarray(item[i]) for item in items]) for i, name in enumerate(("x", "labels")))
+    return given._replace(x=x, labels=labels if given.labels is None else given.labels)
+
+
 def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:
     """The examples as tensors, float32 or integers, once their scale and labels are found to fit."""
+    if isinstance(given.x, Dataset):
+        given = _read_through(given, given.x)
     given = given._replace(**{name: _tensor(name, getattr(given, name)) for name in ("x", "labels", "context")})
     _check_scale(given.x, dequantize, levels)
     labels = None if given.labels is None else _checked_labels(given.labels, len(given.x))

@@ -312,3 +312,29 @@ def test_measured_scales_against_direct_computation():
         measure_sigma_max(data, quantile=0.0)
     with pytest.raises(ValueError, match="do not vary"):
         measure_sigma_max(TensorData(torch.ones(5, 2)))
+
+
+class Pairs(torch.utils.data.Dataset):
+    """As most are written: nothing says where the items end but the length."""
+
+    def __init__(self, parts: int = 2) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int):
+        item = (torch.full((1, 2, 2), float(index)), index % 3, "more")[: self.parts]
+        return item if self.parts > 1 else item[0]
+
+
+def test_a_torch_dataset_is_read_through_with_its_labels():
+    batch = TensorData(Pairs()).examples()
+    assert sorted(batch.x[:, 0, 0, 0].tolist()) == list(range(6))
+    assert torch.equal(batch.condition["label"], batch.x[:, 0, 0, 0].long() % 3)
+    assert TensorData(Pairs(1)).examples().condition == {}
+    assert TensorData(Pairs(), torch.zeros(6, dtype=int)).num_classes == 1
+    with pytest.raises(ValueError, match=r"items of 3 parts"):
+        TensorData(Pairs(3))
+    with pytest.raises(ValueError, match="no length"):
+        TensorData(torch.utils.data.Dataset())
