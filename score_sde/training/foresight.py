@@ -38,8 +38,8 @@ def _warn_of_start(model: LearnedScore) -> None:
     spread = math.hypot(sde.alpha(sde.t_max).item() * model.data_std, sde.sigma(sde.t_max).item())
     if spread > 1.05 * sde.prior_std:
         warnings.warn(f"sampling starts with a spread of {sde.prior_std:.3g} at t_max, where data of standard deviation "
-                      f"{model.data_std:.3g} have {spread:.3g}: samples will be too narrow; standardise the data, or raise "
-                      "the greatest noise level", stacklevel=4)  # fmt: skip
+                      f"{model.data_std:.3g} (the model's data_std) have {spread:.3g}: samples will be too narrow; "
+                      "standardise the data, or raise the greatest noise level", stacklevel=4)  # fmt: skip
 
 
 def _warn_of_end(model: LearnedScore) -> None:

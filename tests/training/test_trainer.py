@@ -487,7 +487,10 @@ def test_missing_checkpoints_are_named(tmp_path):
 def test_a_start_that_is_narrower_than_the_data_is_said_before_training():
     """Data of standard deviation 50 have a spread of 70.7 at VE's greatest noise level of 50."""
     data, wide = tiny.data(), LearnedScore(MLP((2,)), sdes.VESDE(), Karras(50.0), (2,))
-    with pytest.warns(UserWarning, match=r"spread of 50 at t_max, where data of standard deviation 50 have 70.7"):
+    with pytest.warns(
+        UserWarning,
+        match=r"spread of 50 at t_max, where data of standard deviation 50 \(the model's data_std\) have 70.7",
+    ):
         tiny.trainer(1).fit(wide, data, DenoisingScoreMatching(), UniformTimes())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
