@@ -553,6 +553,16 @@ def test_certificates_stand_in_rows() -> None:
     ]  # fmt: skip
 
 
+def test_the_first_picture_has_its_titles_whole(tmp_path: Path) -> None:
+    figure, axes = plotting.panels(3)
+    for ax in axes[0]:
+        plotting.density(ax, GAUSSIAN, limits=SQUARE)
+        ax.set_title("a title")
+    figure.savefig(tmp_path / "panels.png")
+    pixels = np.asarray(Image.open(tmp_path / "panels.png").convert("L"))
+    assert (pixels[:3] == 255).all()
+
+
 def test_panels_have_one_look_whatever_is_drawn(ax: Axes) -> None:
     ax.set(title="title", xlabel="x", ylabel="y")
     assert {text.get_fontsize() for text in (ax.title, ax.xaxis.label, ax.yaxis.label)} == {10}

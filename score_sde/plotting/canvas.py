@@ -16,6 +16,7 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from matplotlib.ticker import Formatter, Locator, LogLocator, MaxNLocator, NullLocator
 
@@ -40,6 +41,14 @@ class Panel(Axes):
         return super().set_title(label, *args, **{"fontsize": 10, "color": INK, **options})
 
 
+class Layout(ConstrainedLayoutEngine):
+    """Constrained layout in two passes: the first leaves out the titles of panels that keep their aspect."""
+
+    def execute(self, fig: Figure) -> None:
+        for _ in range(2):
+            super().execute(fig)
+
+
 def panels(
     columns: int, rows: int = 1, *, width: float = 3.0, height: float = 3.0, sharey: bool = False,
     height_ratios: Sequence[float] | None = None,
@@ -48,7 +57,7 @@ def panels(
 
     `height_ratios` share the rows' height out otherwise than alike.
     """
-    figure = Figure(figsize=(columns * width, rows * height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(columns * width, rows * height), dpi=150, layout=Layout())
     FigureCanvasAgg(figure)
     axes = figure.subplots(
         rows, columns, squeeze=False, sharey=sharey, height_ratios=height_ratios, subplot_kw={"axes_class": Panel}

@@ -12,7 +12,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from score_sde.plotting.canvas import INK, LINES, curves, frame, legend_below, panels
+from score_sde.plotting.canvas import INK, LINES, Layout, curves, frame, legend_below, panels
 from score_sde.plotting.images import image_grid
 from score_sde.plotting.planes import DENSITY, density_comparison
 from score_sde.plotting.planes import samples as dots
@@ -148,7 +148,7 @@ def frames(samples: Tensor, data: Tensor | None = None, *, name: str = "samples"
     for ax, (title, strip) in zip(axes[0], strips.items(), strict=True):
         image_grid(ax, strip.flatten(0, 1), columns=length)
         ax.set_title(title)
-    figure.set_layout_engine("constrained", wspace=0.06)
+    figure.set_layout_engine(Layout(wspace=0.06))
     return figure
 
 
