@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import configs
-import entry
-import output
 from omegaconf import DictConfig
+from scripting import configs, entry, output
 
 from score_sde.checks import one_of
 from score_sde.evaluation.benchmark import PARTS, Sizes, benchmark, machine

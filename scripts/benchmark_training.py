@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import configs
-import entry
 import torch
 import train
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from scripting import configs, entry
 
 from score_sde.build import build, build_model
 from score_sde.checks import whole

@@ -9,12 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import configs
-import entry
-import figures
-import output
-from command_line import listed
 from omegaconf import DictConfig
+from scripting import configs, entry, figures, output
+from scripting.command_line import listed
 
 from score_sde import plotting
 from score_sde.build import build

@@ -12,17 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import comparison_page
-import configs
-import entry
-import guiding
-import output
 import pandas as pd
-import restoring
 import torch
-import tuned_tables
-from command_line import idle, typed
 from omegaconf import DictConfig, OmegaConf
+from scripting import comparison_report, configs, entry, guiding, output, restoring, tuned_tables
+from scripting.command_line import idle, typed
 from torch import Tensor
 
 from score_sde import ExactScore, ScoreModel
@@ -65,12 +59,12 @@ def main(config: DictConfig) -> None:
     home.mkdir(exist_ok=True)
     write_atomically(home / "comparison.csv", table.to_csv(index=False))
     write_atomically(home / "summary.csv", summary.to_csv(index=False))
-    comparison_page.write(config, table, summary, reference, home, absent)
+    comparison_report.write(config, table, summary, reference, home, absent)
     output.show(ranking(table))
-    print(comparison_page.RULE)
-    for line in comparison_page.advice(table):
+    print(comparison_report.RULE)
+    for line in comparison_report.advice(table):
         print(line)
-    for row in comparison_page.faults(table).to_dict("records"):
+    for row in comparison_report.faults(table).to_dict("records"):
         mark = f"{row['model']} score, " if table["model"].nunique() > 1 else ""
         print(f"{mark}{row['sampler']} within {row['budget']} calls, {row['seeds']} seeds: {row['status']}")
     pictures = ", ".join(sorted(file.name for file in home.glob("*.png")))

@@ -12,15 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import configs
-import entry
-import figures
-import guiding
 import numpy as np
-import output
 import torch
-from command_line import idle, listed, typed
 from omegaconf import DictConfig
+from scripting import configs, entry, figures, guiding, output
+from scripting.command_line import idle, listed, typed
 from torch import Tensor
 
 from score_sde import LearnedScore, ProbabilityFlowODE, SampleNoise, ScoreModel

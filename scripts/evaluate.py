@@ -10,13 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import configs
-import entry
-import figures
-import guiding
-import output
-from command_line import chosen
 from omegaconf import DictConfig, OmegaConf
+from scripting import configs, entry, figures, guiding, output
+from scripting.command_line import chosen
 
 from score_sde import Run, distributed
 from score_sde.build import build

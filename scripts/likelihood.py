@@ -12,16 +12,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import configs
-import entry
-import figures
 import numpy as np
-import output
 import pandas as pd
 import torch
-from command_line import listed
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from scripting import configs, entry, figures, output
+from scripting.command_line import listed
 from torch import Tensor
 
 from score_sde import Run, plotting

@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import entry
-import figures
-import output
 import pandas as pd
-from command_line import unknown
 from omegaconf import DictConfig
+from scripting import entry, figures, output
+from scripting.command_line import unknown
 
 from score_sde import Run, plotting
 

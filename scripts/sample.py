@@ -9,14 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import configs
-import entry
-import figures
-import guiding
-import output
 import pandas as pd
-from command_line import chosen
 from omegaconf import DictConfig
+from scripting import configs, entry, figures, guiding, output
+from scripting.command_line import chosen
 from torch import Tensor
 
 from score_sde import distributed, plotting

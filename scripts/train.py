@@ -17,15 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import configs
-import entry
-import figures
-import guiding
-import initial
-import output
-from command_line import check_known, idle, key_of, typed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from scripting import configs, entry, figures, guiding, initial, output
+from scripting.command_line import check_known, idle, key_of, typed
 from torch import Tensor
 
 from score_sde import LearnedScore, Sampler, ScoreModel, distributed, plotting

@@ -9,17 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import configs
-import entry
-import figures
-import guiding
-import output
 import pandas as pd
 import torch
-import tuned_tables
-from command_line import idle, listed, typed
 from compare import model_and_reference
 from omegaconf import DictConfig
+from scripting import configs, entry, figures, guiding, output, tuned_tables
+from scripting.command_line import idle, listed, typed
 
 from score_sde import SDE, ScoreModel, plotting
 from score_sde.checks import whole, wholes

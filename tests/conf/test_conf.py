@@ -23,10 +23,8 @@ from score_sde.tuning import untuned
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 sys.path.insert(0, str(ROOT / "scripts"))
-import configs  # noqa: E402
-import entry  # noqa: E402
 import train  # noqa: E402
-import tuned_tables  # noqa: E402
+from scripting import configs, entry, tuned_tables  # noqa: E402
 
 pytestmark = few_steps
 

@@ -15,8 +15,7 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-import command_line
-import entry
+from scripting import command_line, entry
 
 DEFAULT = {"steps": 6, "seeds": [0], "report": True, "run": None, "own": {}, "sigma_max": "auto", "scale": "???",
            "evaluation": {"metrics": None, "references": {}},
@@ -136,7 +135,7 @@ def test_options_that_do_nothing_are_refused_by_their_first_part() -> None:
 def test_help_that_nobody_reads_ends_without_a_word() -> None:
     end, pipe = os.pipe()
     os.close(end)  # as `| head` does once it has its lines
-    command = [sys.executable, "-u", str(Path(entry.__file__).with_name("sample.py")), "--help"]
+    command = [sys.executable, "-u", str(Path(entry.__file__).parents[1] / "sample.py"), "--help"]
     done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True)
     os.close(pipe)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

@@ -22,9 +22,7 @@ from score_sde.tuning import untuned
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import compare  # noqa: E402
-import comparison_page  # noqa: E402
-import page  # noqa: E402
-import restoring  # noqa: E402
+from scripting import comparison_report, html_page, restoring  # noqa: E402
 from typed import script  # noqa: E402
 
 QUICK = ["target=ring", "budgets=[5,12]", "seeds=[0,1]", "num_samples=60", "metrics=[sliced_w2,mode_spread]"]
@@ -105,14 +103,14 @@ def test_the_page_stands_alone(compared: Path) -> None:
 def test_advice_says_where_none_is_near_the_noise_floor(compared: Path) -> None:
     table = pd.read_csv(compared / "comparison.csv")
     good = table.assign(**{metric: table[f"{metric}_floor"] for metric in ("sliced_w2", "mode_spread")})
-    assert comparison_page.advice(good)[0].startswith("there with the fewest calls: ")
+    assert comparison_report.advice(good)[0].startswith("there with the fewest calls: ")
     far = good.assign(sliced_w2=good["sliced_w2_floor"] * (9 + good["budget"]))
-    first, second = comparison_page.advice(far[far["sampler"].isin(["heun", "ddim"])])[:2]
+    first, second = comparison_report.advice(far[far["sampler"].isin(["heun", "ddim"])])[:2]
     assert re.fullmatch(
         r"no sampler is near the noise floor: the nearest, \w+ with 5 calls, is at 14 floors by sliced_w2.", first
     )
     assert second.startswith("within 1.25 times the best of them with the fewest calls: ")
-    first, second = comparison_page.advice(far[far["sampler"] == "heun"])[:2]
+    first, second = comparison_report.advice(far[far["sampler"] == "heun"])[:2]
     assert "heun with 5 calls" in first
     assert "best of" not in second
 
@@ -226,7 +224,7 @@ def test_labels_of_a_run_are_said_to_be_left_out(monkeypatch, capsys: pytest.Cap
 
 def test_cells_of_a_table_are_escaped_and_sorted_by_value() -> None:
     frame = pd.DataFrame({"name": ["<b>", "a & b"], "value": [0.00012345, float("nan")], "count": [3, 20]})
-    html = page.table(frame, {"value": "Value <1>"})
+    html = html_page.table(frame, {"value": "Value <1>"})
     assert "&lt;b&gt;" in html
     assert "a &amp; b" in html
     assert 'data-value="0.00012345">0.000123</td>' in html

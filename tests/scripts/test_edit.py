@@ -22,7 +22,7 @@ from score_sde.training import DenoisingScoreMatching, Trainer, UniformTimes
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-edit, figures = importlib.import_module("edit"), importlib.import_module("figures")
+edit, figures = importlib.import_module("edit"), importlib.import_module("scripting.figures")
 FEW = ["count=2", "draws=3", "sampler.grid.steps=4", "noise_std=0.1"]
 
 

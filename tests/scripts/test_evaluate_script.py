@@ -12,7 +12,6 @@ from typed import script
 
 from score_sde import Run
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 NETWORK = ["network=unet", "network.width=8", "network.multipliers=[1]", "network.blocks=1", "network.attention=[]"]
 TINY = ["trainer.steps=2", "trainer.batch_size=4", "trainer.progress=false", "num_samples=8", "sampler.grid.steps=2",
         "evaluation.samplers=null", "evaluation.metrics=[sliced_w2]", "evaluation.memorization=false"]  # fmt: skip

@@ -24,10 +24,8 @@ from score_sde.training import DenoisingScoreMatching, NoisyCrossEntropy, Traine
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-import figures  # noqa: E402
-import guiding  # noqa: E402
-import output  # noqa: E402
 import sample  # noqa: E402
+from scripting import figures, guiding, output  # noqa: E402
 from typed import script  # noqa: E402
 
 NETWORKS = {

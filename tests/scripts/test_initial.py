@@ -21,7 +21,7 @@ from score_sde.networks import UNet
 from score_sde.training import Checkpoints
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import initial
+from scripting import initial
 
 TINY = ["trainer.batch_size=16", "trainer.progress=false", "trainer.sample_every=0", "trainer.ema_ramp=1e-9",
         "evaluation.samplers=[]", "figures=false", "network.width=8", "network.depth=1"]  # fmt: skip

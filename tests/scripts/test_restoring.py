@@ -18,7 +18,7 @@ from score_sde.training import DenoisingScoreMatching, Trainer, UniformTimes
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-import restoring  # noqa: E402
+from scripting import restoring  # noqa: E402
 
 FEW = ["budgets=[3]", "seeds=[0]", "num_samples=50", "restoration.samplers=[ddim]", "restoration.count=3"]
 

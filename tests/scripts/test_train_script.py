@@ -21,8 +21,8 @@ from score_sde.evaluation import Pixels, Reference
 from score_sde.training import Checkpoints
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import guiding
 import train
+from scripting import guiding
 
 TINY = ["trainer.batch_size=16", "trainer.checkpoint_every=20", "trainer.log_every=10", "num_samples=40",
         "trainer.progress=false", "trainer.sample_every=0", "evaluation.samplers=[ddim]",

@@ -16,8 +16,8 @@ from score_sde.tuning import TunedTable
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-import configs  # noqa: E402
 import tune  # noqa: E402
+from scripting import configs  # noqa: E402
 
 QUICK = ["iterations=10", "starts=2", "samples=64", "num_samples=50", "seeds=[0,1]"]
 

@@ -12,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from command_line import typed
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from torch import Tensor
 
 from score_sde.progress import tqdm
 from score_sde.training import write_atomically
+from scripting.command_line import typed
 
 RATIOS = ("nfe: network calls a sample; ratio: value over floor, the same distance between two sets of exact samples of this "
           "number: about 1 is as good as exact samples")  # fmt: skip

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from command_line import chosen
 from omegaconf import DictConfig
 
 from score_sde.run import Run
+from scripting.command_line import chosen
 
 
 class NoTablesError(ValueError):

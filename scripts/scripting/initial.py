@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import unknown
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,6 +14,7 @@ from torch import Tensor
 from score_sde import LearnedScore, distributed
 from score_sde.checks import differing
 from score_sde.training import Checkpoints
+from scripting.command_line import unknown
 
 
 def start_from(config: DictConfig, model: LearnedScore) -> None:

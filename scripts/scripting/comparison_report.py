@@ -11,9 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import configs
-import figures
-import page
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -24,6 +21,7 @@ from score_sde.evaluation import judge, load_samples, ranking, winners
 from score_sde.evaluation.verdicts import metrics_of
 from score_sde.progress import tqdm
 from score_sde.training import write_atomically
+from scripting import configs, figures, html_page
 
 SHOWN = {"nfe": "calls", "seconds_per_sample": "s per sample", "endpoint_error": "endpoint error"}
 
@@ -47,11 +45,11 @@ def write(
     config: DictConfig, table: pd.DataFrame, summary: pd.DataFrame, reference: Any, folder: Path, absent: list[str]
 ) -> None:
     """report.html with all sections; every figure is also saved in the folder; samples are those of `output`."""
-    report = page.Page(*heading(config, table))
+    report = html_page.Page(*heading(config, table))
     metrics = metrics_of(table)
-    report.add("What to take", page.bullets([*advice(table), *absent]),
-               page.table(winners(table), {"budget": "calls allowed"}, RULE),
-               page.folded("Every sampler: its fewest calls", page.table(ranking(table))))  # fmt: skip
+    report.add("What to take", html_page.bullets([*advice(table), *absent]),
+               html_page.table(winners(table), {"budget": "calls allowed"}, RULE),
+               html_page.folded("Every sampler: its fewest calls", html_page.table(ranking(table))))  # fmt: skip
     drawn = [(name, *picture) for name, runs in table.groupby("model")
              for picture in draw(runs, summary[summary["model"] == name], metrics)]  # fmt: skip
     drawn += [(name, "samples", "Samples", "The first seed's samples: a row for each sampler, from the same starting noise, "
@@ -60,11 +58,11 @@ def write(
     several = table["model"].nunique() > 1
     for name, stem, title, caption, figure in tqdm(drawn, desc="figures", delay=2):
         file = figures.save(figure, folder / (f"{name}_{stem}.png" if several else f"{stem}.png"))
-        report.add(f"{title}, {name} score" if several else title, page.picture(file, caption))
-    report.add("All numbers", page.text("Means over seeds. Click on a column's head to sort."),
-               page.table(shown(summary, metrics), SHOWN))  # fmt: skip
+        report.add(f"{title}, {name} score" if several else title, html_page.picture(file, caption))
+    report.add("All numbers", html_page.text("Means over seeds. Click on a column's head to sort."),
+               html_page.table(shown(summary, metrics), SHOWN))  # fmt: skip
     if len(faults(table)):
-        report.add("Refused, diverged, failed", page.table(faults(table)))
+        report.add("Refused, diverged, failed", html_page.table(faults(table)))
     report.add("Settings", *settings(config))
     write_atomically(folder / "report.html", report.html())
 
@@ -186,4 +184,4 @@ def settings(config: DictConfig) -> list[str]:
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())
     command = " ".join(["python", "scripts/compare.py", *map(shlex.quote, sys.argv[1:])])
     own = dict(config) | ({"sde": configs.open_run(config).config.sde} if config.run else {})
-    return [page.code(command), page.text(f"{listed}; {machine}."), page.code(OmegaConf.to_yaml(own))]
+    return [html_page.code(command), html_page.text(f"{listed}; {machine}."), html_page.code(OmegaConf.to_yaml(own))]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import listed, unknown
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from score_sde.guidance import Classifier, ClassifierFree, DynamicThreshold, Obs
 from score_sde.prediction import Prediction
 from score_sde.run import Run, does_without, needed
 from score_sde.score import WrappedScore
+from scripting.command_line import listed, unknown
 
 
 def labels_of(label: Any, run: Run) -> list[int]:

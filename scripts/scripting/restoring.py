@@ -7,12 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import configs
-import figures
-import guiding
-import output
 import pandas as pd
-from command_line import listed
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
@@ -34,6 +29,8 @@ from score_sde.evaluation.posterior import (
 from score_sde.evaluation.restoration import LEARNED, OWN, Restoration, compare_restorations
 from score_sde.guidance import TASKS, task_operator
 from score_sde.keyed import generator
+from scripting import configs, figures, guiding, output
+from scripting.command_line import listed
 
 PRIORS = ("fields", "ring", "gaussian", "gaussian64")
 

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from command_line import CONF, chosen, listed, unknown
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from tuned_tables import take_table
 
 from score_sde import SDE, LearnedScore, distributed
 from score_sde.build import build, trusted
@@ -21,6 +19,8 @@ from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, measure_sigma_data, measure_sigma_max
 from score_sde.evaluation import check_target
 from score_sde.run import Run
+from scripting.command_line import CONF, chosen, listed, unknown
+from scripting.tuned_tables import take_table
 
 
 def plain(node: DictConfig) -> Any:

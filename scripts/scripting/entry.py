@@ -17,9 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import command_line
 import hydra
-from command_line import CONF, idle, misread, unknown, unknown_key
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
@@ -36,6 +34,8 @@ from score_sde import distributed
 from score_sde.checks import whole
 from score_sde.run import Run
 from score_sde.training import DivergenceError
+from scripting import command_line
+from scripting.command_line import CONF, idle, misread, unknown, unknown_key
 
 # What a wrong input raises; anything else is a bug of ours and keeps its traceback.
 REFUSALS = (ValueError, TypeError, OSError, ImportError, DivergenceError, HydraException, OmegaConfBaseException)
@@ -83,7 +83,7 @@ def _environment() -> Iterator[None]:
     """Lets Hydra raise what goes wrong, and a job that submitit starts elsewhere find these scripts' own modules."""
     before = dict(os.environ)
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), before.get("PYTHONPATH")]))
     try:
         yield
     finally:
