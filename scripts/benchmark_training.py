@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import torch
-import train
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from scripting import configs, entry
@@ -28,7 +27,7 @@ def main(config: DictConfig) -> None:
     whole("rounds", config.rounds, 2)
     choices = HydraConfig.get().runtime.choices
     data: Data = random_images(config.images) if config.images else build(config.data, config.trust)
-    train.fill_in(config, data, choices)
+    configs.fill_in(config, data, choices)
     config.trainer.device = config.device
     parts = {name: build(config[name], config.trust) for name in ("objective", "time_sampler", "trainer")}
     found = training_overhead(

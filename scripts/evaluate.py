@@ -7,20 +7,25 @@ python scripts/evaluate.py run=<dir> samplers=[heun,ode] features=[pca,efficient
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from scripting import configs, entry, figures, guiding, output
 from scripting.command_line import chosen
+from torch import Tensor
 
 from score_sde import Run, distributed
 from score_sde.build import build
 from score_sde.data import Data
-from score_sde.evaluation import Evaluation, diagnose, evaluate, known_metrics
+from score_sde.evaluation import diagnose, evaluate, known_metrics
 from score_sde.training import write_atomically
 
-OWN = ("samplers", "metrics", "features", "references", "whole_reference", "memorization", "batch_size")
+RECORDED = ("metrics", "features", "references", "whole_reference", "memorization")
+"""The settings that the numbers depend on."""
+
+OWN = ("samplers", *RECORDED, "batch_size")
 
 
 @entry.main("evaluate")
@@ -35,56 +40,64 @@ def main(config: DictConfig) -> None:
     model = configs.model_of(run, config)
     for sampler in samplers.values():
         sampler.check(model.sde)
-    count = config.num_samples or run.config.num_samples
-    labels, data = guiding.labels_of(config.label, run), run.data()
-    if labels and (data.num_classes is None or data.target is not None):
-        print(f"samples of label={config.label} are held against data of all labels, which are not told apart here")
-    condition = {"label": guiding.natural(labels, data, count)} if labels else {}
-    condition |= guiding.told({}, run, count)
+    config.num_samples = config.num_samples or run.config.num_samples
+    data = run.data()
+    condition = conditions_of(config, run, data)
     evaluation = evaluate(
-        guiding.guided(config, run, model), data, samplers, num_samples=count, seed=config.seed,
+        guiding.guided(config, run, model), data, samplers, num_samples=config.num_samples, seed=config.seed,
         metrics=configs.metrics_of(settings.metrics, run.trust, known_metrics(data.target)),
         condition=condition, **configs.views_of(settings, run.trust),
     )  # fmt: skip
-    if distributed.is_main():
-        own = {
-            name: configs.plain(settings)[name]
-            for name in ("metrics", "features", "references", "whole_reference", "memorization")
-        }
-        asked = {"step": config.step, "ema": config.ema, "seed": config.seed, "label": labels, "num_samples": count,
-                 "settings": {"samplers": {name: configs.plain(node) for name, node in nodes.items()},
-                              "tables": {name: output.content_of(node.get("table")) for name, node in nodes.items()},
-                              "guidance": configs.plain(config.guidance), "threshold": config.threshold,
-                              **own}}  # fmt: skip
-        folder = output.folder_of(asked, Path(config.output or run.path / "evaluation"))
-        told = guiding.of_examples(model, guiding.example_conditions(run.config, data))
-        (folder / "samples").mkdir(exist_ok=True)
-        output.save_samples(folder / "samples", condition | evaluation.samples)
-        write(run, config, data, told, samplers, asked, evaluation, folder)
+    if not distributed.is_main():
+        return
+    asked = asked_for(config, run, nodes)
+    folder = output.folder_of(asked, Path(config.output or run.path / "evaluation"))
+    (folder / "samples").mkdir(exist_ok=True)
+    output.save_samples(folder / "samples", condition | evaluation.samples)
+    told = guiding.of_examples(model, guiding.example_conditions(run.config, data))
+    write(folder, asked, figures.Subject(run, told, data, evaluation, next(iter(samplers.values())), config.seed),
+          config.figures)  # fmt: skip
 
 
-def write(
-    run: Run, config: DictConfig, data: Data, model: Any, samplers: dict[str, Any], asked: dict[str, Any],
-    evaluation: Evaluation, folder: Path,
-) -> None:  # fmt: skip
-    """evaluation.json with all that was `asked` for, the same as a table, and the figures."""
-    report = {"run": str(run.path), **asked, **evaluation.report()}
+def conditions_of(config: DictConfig, run: Run, data: Data) -> dict[str, Tensor]:
+    """What the samples are told of: the labels asked for, in the data's own shares, and what else the network needs."""
+    labels = guiding.labels_of(config.label, run)
+    if labels and (data.num_classes is None or data.target is not None):
+        print(f"samples of label={config.label} are held against data of all labels, which are not told apart here")
+    condition = {"label": guiding.natural(labels, data, config.num_samples)} if labels else {}
+    return condition | guiding.told({}, run, config.num_samples)
+
+
+def asked_for(config: DictConfig, run: Run, nodes: Mapping[str, DictConfig]) -> dict[str, Any]:
+    """All that the numbers depend on."""
+    settings = configs.plain(run.config.evaluation)
+    return {
+        "step": config.step, "ema": config.ema, "seed": config.seed, "label": guiding.labels_of(config.label, run),
+        "num_samples": config.num_samples,
+        "settings": {"samplers": {name: configs.plain(node) for name, node in nodes.items()},
+                     "tables": {name: output.content_of(node.get("table")) for name, node in nodes.items()},
+                     "guidance": configs.plain(config.guidance), "threshold": config.threshold,
+                     **{name: settings[name] for name in RECORDED}},
+    }  # fmt: skip
+
+
+def write(folder: Path, asked: Mapping[str, Any], shown: figures.Subject, drawn: bool) -> None:
+    """evaluation.json with all that was `asked` for, the same as a table, of data of closed form diagnostics, and figures."""
+    data, found = shown.data, shown.found
+    report = {"run": str(shown.run.path), **asked, **found.report()}
     write_atomically(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
-    write_atomically(folder / "evaluation.csv", evaluation.table.to_csv(index=False))
-    output.show(evaluation.table, output.RATIOS)
-    found = diagnose(model, data.target, seed=config.seed) if data.target is not None else None
-    if found:
-        write_atomically(folder / "diagnostics.csv", found.table.to_csv(index=False))
-        output.show(found.table[::3])
-    if config.figures:  # last: no fault of a figure costs the numbers
-        if sheets := figures.evaluation_sheets(data, evaluation):
-            figures.write(sheets, folder / "figures")
-        else:
-            figures.draw(run, model, data, evaluation, samplers, config.seed, folder / "figures")
-        if found:
-            figures.draw_diagnosis(model, data, found, folder / "figures")
-    written = ["evaluation.json", "evaluation.csv"] + ["diagnostics.csv"] * bool(found) + ["samples/"]
-    print(f"\n{output.member()}{folder}: {', '.join(written + ['figures/'] * bool(config.figures))}")
+    write_atomically(folder / "evaluation.csv", found.table.to_csv(index=False))
+    output.show(found.table, output.RATIOS)
+    diagnosis = diagnose(shown.model, data.target, seed=shown.seed) if data.target is not None else None
+    if diagnosis:
+        write_atomically(folder / "diagnostics.csv", diagnosis.table.to_csv(index=False))
+        output.show(diagnosis.table[::3])
+    if drawn:  # last: no fault of a figure costs the numbers
+        figures.write(figures.evaluation_sheets(data, found) or figures.all_of(shown), folder / "figures")
+        if diagnosis:
+            figures.write(figures.of_diagnosis(shown.model, data, diagnosis), folder / "figures")
+    written = ["evaluation.json", "evaluation.csv"] + ["diagnostics.csv"] * bool(diagnosis) + ["samples/"]
+    print(f"\n{output.member()}{folder}: {', '.join(written + ['figures/'] * bool(drawn))}")
 
 
 def _sampler_nodes(config: DictConfig, run: Run) -> dict[str, DictConfig]:

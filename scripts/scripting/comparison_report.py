@@ -54,7 +54,7 @@ def write(
              for picture in draw(runs, summary[summary["model"] == name], metrics)]  # fmt: skip
     drawn += [(name, "samples", "Samples", "The first seed's samples: a row for each sampler, from the same starting noise, "
                "below the data.", sheet)
-              for name, sheet in sheets(load_samples(config.output, table), reference, table)]  # fmt: skip
+              for name, sheet in sample_sheets(load_samples(config.output, table), reference, table)]  # fmt: skip
     several = table["model"].nunique() > 1
     for name, stem, title, caption, figure in tqdm(drawn, desc="figures", delay=2):
         file = figures.save(figure, folder / (f"{name}_{stem}.png" if several else f"{stem}.png"))
@@ -102,7 +102,7 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Itera
                plotting.comparison_multiples(runs, metric="endpoint_error"))  # fmt: skip
 
 
-def sheets(
+def sample_sheets(
     samples: Mapping[tuple[str, str, int], torch.Tensor], reference: Any, table: pd.DataFrame
 ) -> Iterator[tuple[str, Figure]]:
     """A sheet of panels for each model whose samples can be looked at: points in the plane, or images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, measure_sigma_data, measure_sigma_max
 from score_sde.evaluation import check_target
 from score_sde.run import Run
-from scripting.command_line import CONF, chosen, listed, unknown
+from scripting.command_line import CONF, chosen, idle, key_of, listed, unknown
 from scripting.tuned_tables import take_table
 
 
@@ -108,6 +108,23 @@ def fill_auto(config: DictConfig, data: Data) -> None:
         if config.get(group, {}).get(name) == "auto":
             config[group][name] = round(measure(data), 4)
             print(f"{group}.{name}: auto is {config[group][name]:g}, measured from the data")
+
+
+def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str], overrides: Sequence[str] = ()) -> None:
+    """Writes into the config what the data decide, event shape, conditions and `auto` scales, and the groups and overrides.
+
+    Of overrides of one name the last stands, and `resume` is left out, which says nothing of the run.
+    """
+    config.event_shape = list(data.event_shape)
+    config.conditions = sorted(data.batch(0, 1).condition.keys() - {"augment"})
+    config.class_names = list(data.class_names) if data.class_names else None
+    if data.target is None:
+        idle(overrides, ["target"], "with these data, which are drawn from no target")
+        config.target = None
+    fill_auto(config, data)
+    config.choices = {group: name for group, name in choices.items() if "hydra" not in group}
+    standing = {(key_of(override), override.startswith("~")): override for override in overrides}
+    config.overrides = [override for (name, _), override in standing.items() if name != "resume"]
 
 
 def sde_of(config: DictConfig, data: Data | None = None) -> SDE:

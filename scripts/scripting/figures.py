@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,23 +26,38 @@ Drawing = Callable[[Path], Path]
 """Draws a figure into a file and returns its path."""
 
 
-def draw(
-    run: Run, model: ScoreModel, data: Data, found: Evaluation, samplers: Mapping[str, Any], seed: int, folder: Path,
-    progress: bool = True,
-) -> list[Path]:  # fmt: skip
-    """Writes every figure that fits the data: densities, score fields, trajectories, sample sheets, losses, a GIF."""
-    drawings = evaluation_sheets(data, found)
+@dataclass(frozen=True)
+class Subject:
+    """What the figures of a run show: its model, told of conditions where it has to be, its data, what was found of it.
+
+    Attributes:
+        sampler: of the GIF of images.
+        seed: of starting points.
+    """
+
+    run: Run
+    model: ScoreModel
+    data: Data
+    found: Evaluation
+    sampler: Any
+    seed: int
+
+
+def all_of(shown: Subject) -> dict[str, Drawing]:
+    """Every figure that fits the data: densities, score fields, trajectories, sample sheets, losses, a GIF."""
+    model, data, seed = shown.model, shown.data, shown.seed
+    drawings = evaluation_sheets(data, shown.found)
     if in_plane(data):
-        drawings["densities.png"] = _png(plotting.density_comparison, law_of(data), found.samples)
+        drawings["densities.png"] = _png(plotting.density_comparison, law_of(data), shown.found.samples)
     if in_plane(data) and data.target is not None:
         exact = ExactScore(data.target, model.sde)
         drawings["score_field.png"] = _png(plotting.score_field_comparison, model, exact, field_times(exact))
         drawings["trajectories.png"] = _png(trajectories, model, data.target, seed)
-    if len(run.metrics()):
-        drawings["losses.png"] = _png(losses, run)
+    if len(shown.run.metrics()):
+        drawings |= of_losses(shown.run)
     if in_plane(data) or is_image(data):
-        drawings["noise_to_data.gif"] = partial(animate, model, next(iter(samplers.values())), data, seed)
-    return write(drawings, folder, progress)
+        drawings["noise_to_data.gif"] = partial(animate, model, shown.sampler, data, seed)
+    return drawings
 
 
 def write(drawings: Mapping[str, Drawing], folder: Path, progress: bool = True) -> list[Path]:
@@ -76,7 +92,7 @@ def pairs(samples: Tensor, nearest: Tensor) -> Figure:
 
 def columns(images: Mapping[str, Tensor]) -> Figure:
     """Images (n, channels, height, width) side by side: a named column for each entry, a row for each image."""
-    return sheets({"": images}, 1)
+    return mosaics({"": images}, 1)
 
 
 def visible(operator: LinearOperator, y: Tensor) -> Tensor:
@@ -84,7 +100,7 @@ def visible(operator: LinearOperator, y: Tensor) -> Tensor:
     return y if operator.output_shape[-2:] == operator.input_shape[-2:] else operator.pseudo_inverse(y)
 
 
-def sheets(rows: Mapping[str, Mapping[str, Tensor]], columns: int) -> Figure:
+def mosaics(rows: Mapping[str, Mapping[str, Tensor]], columns: int) -> Figure:
     """Named rows of named mosaics side by side, each of images (n, channels, height, width) in so many columns."""
     lines = -(-max(len(x) for row in rows.values() for x in row.values()) // columns)
     longest = max(map(len, rows.values()))
@@ -117,13 +133,21 @@ def losses(run: Run) -> Figure:
     return figure
 
 
-def draw_diagnosis(model: ScoreModel, data: Data, found: Diagnosis, folder: Path) -> list[Path]:
+def of_diagnosis(model: ScoreModel, data: Data, found: Diagnosis) -> dict[str, Drawing]:
     """The figures of what `evaluation.diagnose` found of a model whose data have a closed form."""
     drawings = {"diagnosis.png": _png(plotting.diagnosis, found)}
     if in_plane(data):
         exact = ExactScore(data.target, model.sde)
         drawings["score_error.png"] = _png(plotting.score_error_field, model, exact, field_times(exact))
-    return write(drawings, folder)
+    return drawings
+
+
+def of_losses(run: Run) -> dict[str, Drawing]:
+    return {"losses.png": _png(losses, run)}
+
+
+def of_accuracy(table: pd.DataFrame, labels: Tensor) -> dict[str, Drawing]:
+    return {"accuracy.png": _png(accuracy, table, labels)}
 
 
 def accuracy(table: pd.DataFrame, labels: Tensor) -> Figure:

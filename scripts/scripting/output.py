@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from torch import Tensor
 
 from score_sde.progress import tqdm
-from score_sde.training import write_atomically
+from score_sde.training import write_array, write_atomically
 from scripting.command_line import typed
 
 RATIOS = ("nfe: network calls a sample; ratio: value over floor, the same distance between two sets of exact samples of this "
@@ -50,12 +50,8 @@ def content_of(file: Any) -> str | None:
 
 def save_samples(folder: Path, samples: Mapping[str, Any]) -> None:
     """<folder>/<sampler>.npy for each set of samples."""
-    import numpy as np
-
     for name, x in samples.items():
-        partial = folder / f".partial-{os.getpid()}-{name}.npy"
-        np.save(partial, x.numpy())
-        partial.replace(folder / f"{name}.npy")
+        write_array(folder / f"{name}.npy", x.numpy())
 
 
 def save_images(folder: Path, x: Tensor, names: Sequence[str] = ()) -> None:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from score_sde import SDE, Run, plotting
+from score_sde.checks import one_of
 from score_sde.data import measure_data_std
 from score_sde.evaluation import DigitClassifier
 from score_sde.evaluation.posterior import (
@@ -37,13 +38,8 @@ PRIORS = ("fields", "ring", "gaussian", "gaussian64")
 
 def run_task(config: DictConfig) -> Path:
     """Carries out the comparison of a task, on a run's images or on an exact posterior; returns its folder."""
-    if config.task not in (*TASKS, "linear"):
-        raise ValueError(
-            f"unknown task {config.task!r}; known: {', '.join(TASKS)}, and linear with restoration.prior=ring, gaussian "
-            "or gaussian64"
-        )
-    methods, samplers, solvers = chosen(config.restoration)
-    options = {"methods": methods, "samplers": samplers, "solvers": solvers, "seeds": list(config.seeds)}
+    one_of("task", config.task, (*TASKS, "linear"))
+    options = {**contestants(config.restoration), "seeds": list(config.seeds)}
     folder = Path(config.output)
     if config.run:
         return on_images(config, options, folder)
@@ -51,22 +47,20 @@ def run_task(config: DictConfig) -> Path:
     return on_posterior(config, problem, options, folder)
 
 
-def chosen(node: DictConfig) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
-    """Methods that are score models, the samplers they run with, and methods that are samplers of their own."""
-    names = [*METHODS, *SOLVERS] if node.methods is None else listed(node.methods)
-    for kind, given, known in (("method", names, {**METHODS, **SOLVERS}), ("sampler", listed(node.samplers), SAMPLERS)):
-        for name in given:
-            if name not in known:
-                raise ValueError(f"unknown {kind} {name!r} for a task; known: {', '.join(known)}")
-    pick = ({name: make for name, make in group.items() if name in names} for group in (METHODS, SOLVERS))
-    guided, own = pick
-    return guided, {name: SAMPLERS[name] for name in listed(node.samplers)}, own
+def contestants(node: DictConfig) -> dict[str, Mapping[str, Any]]:
+    """`methods` that are score models, the `samplers` they run with, and `solvers`, methods that are samplers of their own."""
+    known = [*METHODS, *SOLVERS]
+    names = known if node.methods is None else [one_of("a method", name, known) for name in listed(node.methods)]
+    return {
+        "methods": {name: make for name, make in METHODS.items() if name in names},
+        "samplers": {one_of("a sampler", name, SAMPLERS): SAMPLERS[name] for name in listed(node.samplers)},
+        "solvers": {name: make for name, make in SOLVERS.items() if name in names},
+    }
 
 
 def problem_of(task: str, node: DictConfig, sde: SDE) -> Problem:
     """The exact posterior that a task asks for."""
-    if node.prior not in PRIORS:
-        raise ValueError(f"unknown prior {node.prior!r}; known: {', '.join(PRIORS)}")
+    one_of("restoration.prior", node.prior, PRIORS)
     if (task == "linear") == (node.prior == "fields"):
         raise ValueError(f"task={task} does not go with restoration.prior={node.prior}: images are fields, "
                          "task=linear is for ring, gaussian and gaussian64")  # fmt: skip
@@ -127,7 +121,7 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
     table.to_csv(folder / "restorations.csv", index=False)
     figures.save(curves(table[table["sampler"] != "none"], "psnr", "PSNR of a draw in dB", f"{config.task}, {run.path}",
                         "pseudo-inverse", table["psnr"].iloc[0]), folder / "restorations.png")  # fmt: skip
-    figures.save(figures.sheets(shown or {"": known}, 2), folder / "sheet.png")
+    figures.save(figures.mosaics(shown or {"": known}, 2), folder / "sheet.png")
     keys = ["method", "sampler", "budget"]
     output.show(table.groupby(keys, sort=False).mean(numeric_only=True).drop(columns="seed").reset_index())
     for row in table[table["error"] != ""].to_dict("records"):

@@ -23,7 +23,6 @@ from score_sde.tuning import untuned
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 sys.path.insert(0, str(ROOT / "scripts"))
-import train  # noqa: E402
 from scripting import configs, entry, tuned_tables  # noqa: E402
 
 pytestmark = few_steps
@@ -262,7 +261,7 @@ def stand_in(target: str, folder: Path) -> DictConfig:
 
 def trained_for_two_steps(config: DictConfig, folder: Path):
     data = build(config.data)
-    train.fill_in(config, data, config.choices)
+    configs.fill_in(config, data, config.choices)
     model = build_model(config)
     parts = [build(config[name]) for name in ("objective", "time_sampler")]
     result = build(config.trainer).fit(model, data, *parts, folder, seed=config.seed)
@@ -273,16 +272,16 @@ def trained_for_two_steps(config: DictConfig, folder: Path):
 
 def test_auto_scales_are_measured_from_the_data() -> None:
     config = compose("sde=ve")
-    train.fill_in(config, TargetStream(targets.make("ring")), config.choices)
+    configs.fill_in(config, TargetStream(targets.make("ring")), config.choices)
     assert config.parameterization.sigma_data == pytest.approx((0.2**2 + 8.0) ** 0.5, rel=0.02)
     assert config.sde.sigma_max == pytest.approx(8.0 + 6 * 0.2, abs=0.5)
     assert config.class_names is None
     named = TensorData(torch.randn(8, 2), torch.arange(8) % 2)
     named.class_names = ["cat", "dog"]
-    train.fill_in(config, named, config.choices)
+    configs.fill_in(config, named, config.choices)
     assert config.class_names == ["cat", "dog"]
     median = compose("sde=ve", "sigma_max_quantile=0.5")
-    train.fill_in(median, TargetStream(targets.make("ring")), median.choices)
+    configs.fill_in(median, TargetStream(targets.make("ring")), median.choices)
     assert median.sde.sigma_max == pytest.approx(8.0 * 0.5**0.5, abs=0.6)  # two of eight modes, a quarter turn apart
 
 

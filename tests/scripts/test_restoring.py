@@ -112,11 +112,14 @@ def test_on_a_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["task=paint"], "unknown task 'paint'; known: inpaint, colorize, superres, deblur"),
-        (["task=superres", "restoration.methods=[mmp]"], "unknown method 'mmp'"),
-        (["task=superres", "restoration.samplers=[heun2]"], "unknown sampler 'heun2'"),
+        (["task=paint"], "task is one of inpaint, colorize, superres, deblur, linear; got 'paint'"),
+        (["task=superres", "restoration.methods=[mmp]"], "got 'mmp': did you mean 'mmps'?"),
+        (["task=superres", "restoration.samplers=[heun2]"], "got 'heun2'"),
         (["task=superres", "restoration.prior=ring"], "task=linear is for ring"),
-        (["task=linear", "restoration.prior=square"], "unknown prior 'square'"),
+        (
+            ["task=linear", "restoration.prior=square"],
+            "prior is one of fields, ring, gaussian, gaussian64; got",
+        ),
     ],
 )
 def test_wrong_inputs_are_refused_in_one_line(tmp_path, arguments, message):

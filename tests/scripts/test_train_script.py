@@ -22,7 +22,7 @@ from score_sde.training import Checkpoints
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import train
-from scripting import guiding
+from scripting import guiding, resuming
 
 TINY = ["trainer.batch_size=16", "trainer.checkpoint_every=20", "trainer.log_every=10", "num_samples=40",
         "trainer.progress=false", "trainer.sample_every=0", "evaluation.samplers=[ddim]",
@@ -43,25 +43,25 @@ OWN = OmegaConf.create({
 def test_a_run_goes_on_with_its_own_model_data_and_batches(override: str) -> None:
     name = override.lstrip("+").partition("=")[0]
     with pytest.raises(ValueError, match=rf"{name}=.* differs from the run's own {name}=.*: start a new run, or leave"):
-        train.continued(OWN, ["trainer.steps=20", override])
+        resuming.continued(OWN, ["trainer.steps=20", override])
 
 
 def test_a_run_keeps_its_parts() -> None:
     with pytest.raises(ValueError, match="~sampler takes from the run what it was started with: start a new run"):
-        train.continued(OWN, ["~sampler"])
+        resuming.continued(OWN, ["~sampler"])
 
 
 def test_other_values_and_those_it_has_already_are_taken() -> None:
     same = ["sde=ve", "~debug", "debug=null", "network.width=32", "sde.sigma_max=auto", "seed=0", "resume=auto"]
-    assert train.continued(OWN, same) == OWN
-    changed = train.continued(OWN, ["trainer.steps=20", "+trainer.compile=true", "num_samples=100"])
+    assert resuming.continued(OWN, same) == OWN
+    changed = resuming.continued(OWN, ["trainer.steps=20", "+trainer.compile=true", "num_samples=100"])
     assert changed.trainer == {"batch_size": 8, "steps": 20, "compile": True}
 
 
 def test_a_run_keeps_the_overrides_it_was_started_with_and_adds_what_is_new() -> None:
     again = [override.replace("100", "${num_samples}") for override in OWN.overrides]  # config.yaml is resolved
-    assert train.continued(OWN, again) == OWN
-    changed = train.continued(OWN, ["trainer.steps=20", "+trainer.compile=true", "num_samples=100", "resume=here"])
+    assert resuming.continued(OWN, again) == OWN
+    changed = resuming.continued(OWN, ["trainer.steps=20", "+trainer.compile=true", "num_samples=100", "resume=here"])
     assert changed.overrides == [OWN.overrides[0], *OWN.overrides[2:], "trainer.steps=20", "trainer.compile=true"]
 
 

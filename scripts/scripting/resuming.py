@@ -1,0 +1,106 @@
+"""The run of scripts/train.py: a new one, or one that goes on with its own config and what the command line changes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from score_sde import distributed
+from score_sde.run import Run
+from scripting.command_line import check_known, key_of, typed
+
+# On which the weights and the order of examples depend: a resumed run keeps its own.
+FIXED = ("network", "sde", "parameterization", "data", "target", "event_shape", "seed", "trainer.batch_size", "init",
+         "init_new")  # fmt: skip
+
+
+def opened(config: DictConfig) -> tuple[Run, bool]:
+    """The run of this command with its config, and whether it goes on from checkpoints.
+
+    Raises ValueError where `resume` is no folder, where it is `auto` and the output directory has no name of its own, and
+    where a new run is to begin in a directory that holds one.
+    """
+    if config.resume is not None and (not isinstance(config.resume, str) or not config.resume):
+        raise ValueError(f"resume={config.resume!r} is no folder: give a run's directory, or auto")
+    automatic, folder = config.resume == "auto", Path(HydraConfig.get().runtime.output_dir)
+    if automatic and folder == Path.cwd():
+        raise ValueError("resume=auto goes on in the folder that it started in: name it, hydra.run.dir=<folder>")
+    if automatic and distributed.agree(Run(folder).checkpoints.latest()) is not None:
+        return resumed(folder, config), True
+    if config.resume and not automatic:
+        return resumed(config.resume, config), True
+    if not automatic and (folder / "config.yaml").exists():
+        raise ValueError(f"{folder} holds a run already: give resume={folder} to continue it, or another folder")
+    run = Run(folder, tuple(config.trust))
+    run.config = config
+    return run, False
+
+
+def resumed(folder: str | Path, config: DictConfig) -> Run:
+    """The run in a folder, its config continued with this command's overrides."""
+    run = Run.open(folder, tuple(config.trust))
+    before = run.config.get("overrides") or []
+    run.config = continued(run.config, typed())
+    check_steps_left(run, [override for override in run.config.overrides if override not in before])
+    return run
+
+
+def continued(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config of a run to resume, with the values given on the command line over its own, and in its `overrides`.
+
+    What is among its own overrides already says nothing new, whatever it is. Raises ValueError for another config group,
+    a group or key that is to go, or another value of what is FIXED. What was `auto` has been measured.
+    """
+    known = list(own.get("overrides") or [])
+    resolved = OmegaConf.merge(own, {"overrides": [*overrides]}).overrides
+    given = values_of([override for override in resolved if override not in known], own)
+    merged = OmegaConf.merge(own, OmegaConf.from_dotlist([f"{name}={value}" for name, value in given.items()]))
+    for name in given:
+        if name in FIXED or name.partition(".")[0] in FIXED:
+            check_same(name, OmegaConf.select(own, name), OmegaConf.select(merged, name))
+    changed = {name: value for name, value in given.items()
+               if OmegaConf.select(own, name) != OmegaConf.select(merged, name)}  # fmt: skip
+    kept = [override for override in known if key_of(override) not in changed]
+    merged.overrides = kept + [f"{name}={value}" for name, value in changed.items()]
+    return merged  # type: ignore[return-value]
+
+
+def values_of(overrides: Sequence[str], own: DictConfig) -> dict[str, str]:
+    """key -> value of overrides of a run that is resumed, its groups, which have to be its own, left out."""
+    given: dict[str, str] = {}
+    for override in overrides:
+        name, value = key_of(override), override.partition("=")[2]
+        if name in ("resume", "trust") or value == "auto":
+            continue
+        if override.startswith("+") and name not in own.choices:
+            check_known(name, own, [OmegaConf.to_yaml(own), *overrides])
+        if override.startswith("~"):
+            if OmegaConf.select(own, name) is not None:
+                raise ValueError(
+                    f"{override} takes from the run what it was started with: start a new run, or leave it out"
+                )
+        elif name in own.choices:
+            check_same(name, own.choices[name] or "null", value)
+        else:
+            given[name] = value
+    return given
+
+
+def check_same(name: str, own: Any, given: Any) -> None:
+    """Refuses, with ValueError, another value than the run's own."""
+    if own != given:
+        raise ValueError(f"{name}={given} differs from the run's own {name}={own}: start a new run, or leave it out")
+
+
+def check_steps_left(run: Run, new: Sequence[str]) -> None:
+    """Refuses, with ValueError, new settings of the training where it has come to its end."""
+    done = run.checkpoints.latest() or 0
+    settings = [override for override in new if key_of(override).partition(".")[0] in ("trainer", "objective", "time_sampler")
+                and key_of(override) not in ("trainer.steps", "trainer.device", "trainer.progress")]  # fmt: skip
+    if settings and done >= run.config.trainer.steps:
+        raise ValueError(f"{settings[0]} does nothing: all {done} steps of {run.path} are done; give trainer.steps={2 * done} "
+                         "too, or leave it out")  # fmt: skip
