@@ -7,26 +7,20 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
-from scripting import comparison_report, configs, entry, guiding, output, restoring, tuned_tables
+from scripting import comparison_report, configs, entry, output, restoring, subjects, tuned_tables
 from scripting.command_line import idle, typed
-from torch import Tensor
 
 from score_sde import ExactScore, ScoreModel
 from score_sde.build import build
-from score_sde.data import TargetStream
 from score_sde.evaluation import compare, judge, known_metrics, ranking
 from score_sde.training import write_atomically
-
-Conditions = Callable[[int], dict[str, Tensor]]
-"""What so many samples are told of."""
 
 DEFAULT_METRICS = ("energy", "sliced_w2", "mode_weights", "mode_spread")
 
@@ -37,7 +31,9 @@ def main(config: DictConfig) -> None:
     if config.task:
         restoring.run_task(config)
         return
-    models, reference, conditions = models_and_reference(config)
+    subjects.check_one(config, "compare what")
+    subject = subjects.of_run(config) if config.run else subjects.of_target(config)
+    models, reference = models_of(subject, config.exact), subject.reference
     fit_to(config, reference)
     known = [m for m in DEFAULT_METRICS if m in known_metrics(reference)]
     metrics = configs.metrics_of(config.metrics, config.trust, known)
@@ -48,8 +44,9 @@ def main(config: DictConfig) -> None:
     try:
         table = compare(
             models, samplers, budgets=list(config.budgets), reference=reference, seeds=list(config.seeds),
-            num_samples=config.num_samples, metrics=metrics, seed=config.seed, condition=conditions(config.num_samples),
-            pairs=config.pairs, batch_size=config.batch_size, processes=config.processes, directory=folder,
+            num_samples=config.num_samples, metrics=metrics, seed=config.seed,
+            condition=subject.conditions(config.num_samples), pairs=config.pairs, batch_size=config.batch_size,
+            processes=config.processes, directory=folder,
         )  # fmt: skip
     except KeyboardInterrupt:
         sys.exit(entry.interrupted(f"; what was computed is kept: go on with the same command and output={folder}"))
@@ -60,6 +57,11 @@ def main(config: DictConfig) -> None:
     write_atomically(home / "comparison.csv", table.to_csv(index=False))
     write_atomically(home / "summary.csv", summary.to_csv(index=False))
     comparison_report.write(config, table, summary, reference, home, absent)
+    tell(table, home, folder)
+
+
+def tell(table: pd.DataFrame, home: Path, folder: Path) -> None:
+    """Prints the ranking, what to take, what did not run, and where the report in `home` and the samples in `folder` lie."""
     output.show(ranking(table))
     print(comparison_report.RULE)
     for line in comparison_report.advice(table):
@@ -108,33 +110,6 @@ def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
         idle(overrides, ["exact", "ema", "step", "label"], "with a target, whose score is exact")
 
 
-def model_and_reference(config: DictConfig) -> tuple[ScoreModel, Any, Conditions]:
-    """The model to sample from, the law or the real examples to compare with, and what samples are told of.
-
-    Raises ValueError unless one of run= and target= is given.
-    """
-    target = config.get("target")
-    if bool(config.run) == bool(target):
-        raise ValueError("compare what? give either run=<directory> or target=<name>, e.g. target=ring")
-    if target:
-        target = build(target, config.trust)
-        configs.check_own(target)
-        return ExactScore(target, configs.sde_of(config, TargetStream(target))), target, lambda count: {}
-    run = configs.open_run(config)
-    data, model = run.data(), configs.model_of(run, config)
-    labels, names = guiding.labels_of(config.get("label"), run), {*model.needed}
-    if labels:
-        guiding.check_labels(labels, model)
-        data, names = data.of_classes(labels), names | {"label"}
-    if names:
-        whose = f", of label {' or '.join(map(str, labels))}" if labels else ""
-        print(f"samples have the {' and '.join(sorted(names))} of the first training examples{whose}")
-    elif model.num_classes is not None:
-        print(f"{run.path} knows {model.num_classes} labels: sampled without, against data of all of them")
-    reference = data.target if data.target is not None else data.reference(2 * config.num_samples).x
-    return model, reference, partial(guiding.first_conditions, data, sorted(names))
-
-
 def fit_to(config: DictConfig, reference: Any) -> None:
     """Cuts `num_samples` to the two disjoint sets of real examples that samples and the noise floor need."""
     most = len(reference) // 2 if isinstance(reference, torch.Tensor) else config.num_samples
@@ -146,14 +121,14 @@ def fit_to(config: DictConfig, reference: Any) -> None:
         config.num_samples = most
 
 
-def models_and_reference(config: DictConfig) -> tuple[dict[str, ScoreModel], Any, Conditions]:
-    """The model by name, beside it the exact one where it is asked for, what samples are held against and are told of."""
-    model, reference, conditions = model_and_reference(config)
-    if not config.exact or isinstance(model, ExactScore):
-        return {"exact" if isinstance(model, ExactScore) else "learned": model}, reference, conditions
-    if isinstance(reference, torch.Tensor):
+def models_of(subject: subjects.Subject, exact: bool) -> dict[str, ScoreModel]:
+    """The subject's model by name, beside it the exact one where it is asked for."""
+    model, reference = subject.model, subject.reference
+    if isinstance(model, ExactScore):
+        return {"exact": model}
+    if exact and isinstance(reference, torch.Tensor):
         raise ValueError("exact=true needs a run on a target of closed form: these data have no exact score")
-    return {"learned": model, "exact": ExactScore(reference, model.sde)}, reference, conditions
+    return {"learned": model} | ({"exact": ExactScore(reference, model.sde)} if exact else {})
 
 
 def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from compare import model_and_reference
 from omegaconf import DictConfig
-from scripting import configs, entry, figures, guiding, output, tuned_tables
+from scripting import configs, entry, figures, output, subjects, tuned_tables
 from scripting.command_line import idle, listed, typed
 
 from score_sde import SDE, ScoreModel, plotting
@@ -26,7 +26,6 @@ from score_sde.tuning import EARLIER, Pairs, TunedSampler, TunedTable, check, co
 
 TEACHING = ("samples", "seed", "robust", "batch_size")
 FITTING = ("method", "iterations", "starts", "seed", "minutes")
-CONDITIONS = ("label", "context")
 LABELS = {"endpoint": "endpoint error / data std", "median": "median endpoint error / data std",
           "energy": "energy distance to converged", "frechet": "Fréchet distance to converged",
           "sliced_w2": "sliced W2 / noise floor"}  # fmt: skip
@@ -34,81 +33,90 @@ LABELS = {"endpoint": "endpoint error / data std", "median": "median endpoint er
 
 @entry.main("tune")
 def main(config: DictConfig) -> None:
-    if bool(config.run) == bool(config.get("target")):
-        raise ValueError("tune for what? give either run=<directory> or target=<name>, e.g. target=ring")
-    if config.run:
-        idle(typed(), ["sde"], f"with run={config.run}, which has its own")
-    else:
-        idle(typed(), ["ema", "step", *CONDITIONS], "with a target, whose score is exact")
-    if config.spectrum:
-        idle(
-            typed(),
-            ["samples", "method", "iterations", "starts", "robust", "batch_size", "minutes"],
-            "with spectrum=true",
-        )
+    check_options(config, typed())
     steps, seeds = wholes("steps", listed(config.steps)), wholes("seeds", listed(config.seeds), 0)
     whole("num_samples", config.num_samples, 2)
     for calls in steps:
         check(calls, **{name: config[name] for name in FITTING if name != "seed"})
-    model, reference = of_run(config) if config.run else model_and_reference(config)[:2]
-    folder = Path(config.output or tuned_tables.tuned_folder(config))
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(config)
+    subject = subjects.of_run_alike(config) if config.run else subjects.of_target(config)
+    fits = Fits(config, subject, Path(config.output or tuned_tables.tuned_folder(config)))
+    tuned_tables.check_conditions(fits.folder, fits.conditions)
+    fits.folder.mkdir(parents=True, exist_ok=True)
+    tables = {(kind, calls): table for calls in steps for kind, table in fits.of(calls).items()}
+    if config.report:
+        law = subject.reference if isinstance(subject.reference, Target) and not config.run else None
+        foretell(subject.model, tables, config.num_samples, len(seeds))
+        course = Course(subject.model, law, num_samples=config.num_samples, seeds=seeds)
+        table = course_table(course, tables).assign(step=config.step or 0, num_samples=config.num_samples)
+        report(table, fits.folder)
 
-    @cache
-    def pairs() -> tuple[Pairs, Pairs]:
-        return converged_pairs(model, **{name: config[name] for name in TEACHING})
 
-    tables = {}
-    for calls in steps:
-        spectrum = tune_spectrum(spectrum_of(reference, config), calls, sde=model.sde)
-        found = {} if config.spectrum else {"tuned": tuned(model, calls, pairs, config, settings, folder)}
-        for kind, table in (found | {"spectrum": spectrum}).items():
-            path = folder / f"{kind}-{calls}.json"
+def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuses, with ValueError, options that do nothing in what the others ask for."""
+    subjects.check_one(config, "tune for what")
+    if config.run:
+        idle(overrides, ["sde"], f"with run={config.run}, which has its own")
+    else:
+        idle(overrides, ["ema", "step", *tuned_tables.CONDITIONS], "with a target, whose score is exact")
+    if config.spectrum:
+        fitted = ["samples", "method", "iterations", "starts", "robust", "batch_size", "minutes"]
+        idle(overrides, fitted, "with spectrum=true")
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Tables of a subject, fitted as a config says and left in a folder; what all of them are fitted to is computed once."""
+
+    config: DictConfig
+    subject: subjects.Subject
+    folder: Path
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What all samples are told of."""
+        given = configs.plain(self.config)
+        return {name: given[name] for name in tuned_tables.CONDITIONS if given[name] is not None}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that a fit depends on, for its table's record."""
+        given, law = configs.plain(self.config), ("ema",) if self.config.run else ("target", "sde")
+        return {name: given[name] for name in (*TEACHING, *FITTING, "step", *law)} | self.conditions
+
+    @cached_property
+    def pairs(self) -> tuple[Pairs, Pairs]:
+        return converged_pairs(self.subject.model, **{name: self.config[name] for name in TEACHING})
+
+    @cached_property
+    def spectrum(self) -> torch.Tensor:
+        return spectrum_of(self.subject.reference, self.config)
+
+    def of(self, calls: int) -> dict[str, TunedTable]:
+        """kind -> table of so many calls, each written and told of."""
+        table = tune_spectrum(self.spectrum, calls, sde=self.subject.model.sde)
+        table.record.update(settings=self.conditions)
+        tables = {} if self.config.spectrum else {"tuned": self.tuned(calls)}
+        tables |= {"spectrum": table}
+        for kind, table in tables.items():
+            path = self.folder / f"{kind}-{calls}.json"
             write_atomically(path, table.text())
-            tables[kind, calls] = table
             validation(table)
             print(f"{path}: use it with sampler={kind} sampler.table={path}")
-    if config.report:
-        law = reference if isinstance(reference, Target) and not config.run else None
-        foretell(model, tables, config.num_samples, len(seeds))
-        course = Course(model, law, num_samples=config.num_samples, seeds=seeds)
-        report(course_table(course, tables).assign(step=config.step or 0, num_samples=config.num_samples), folder)
+        return tables
 
-
-def of_run(config: DictConfig) -> tuple[ScoreModel, Any]:
-    """The run's model under the conditions that all samples are to have, and its law or real examples of that label."""
-    run = configs.open_run(config)
-    model, data = configs.model_of(run, config), run.data()
-    if labels := guiding.labels_of(config.label, run):
-        data = data.of_classes(labels)
-    reference = data.target if data.target is not None else data.reference(2 * config.num_samples).x
-    return guiding.told_alike(model, run, config), reference
-
-
-def settings_of(config: DictConfig) -> dict[str, Any]:
-    """All that a fit depends on, for its table's record."""
-    given, law = configs.plain(config), ("ema",) if config.run else ("target", "sde")
-    law += tuple(name for name in CONDITIONS if given[name] is not None)
-    return {name: given[name] for name in (*TEACHING, *FITTING, "step", *law)}
-
-
-def tuned(
-    model: ScoreModel, calls: int, pairs: Callable[[], tuple[Pairs, Pairs]], config: DictConfig, settings: dict[str, Any],
-    folder: Path,
-) -> TunedTable:  # fmt: skip
-    """The tuned table; one in the folder that these settings gave is taken as it is, another has to be beaten."""
-    path = folder / f"tuned-{calls}.json"
-    earlier = earlier_table(path, model.sde)
-    if earlier is not None and earlier.record.get("settings") == settings:
-        print(f"{path}: fitted with these settings already; another seed, or without the file, fits anew")
-        return earlier
-    options = {name: config[name] for name in FITTING}
-    table = tune(model, calls, pairs=pairs(), earlier=earlier, **options)
-    if table.record["chosen"] == EARLIER:
-        print(f"{path}: the table that was there is kept, the new fit is no better")
-    table.record.update(settings=settings, step=settings["step"])
-    return table
+    def tuned(self, calls: int) -> TunedTable:
+        """The tuned table; one in the folder that these settings gave is taken as it is, another has to be beaten."""
+        model, path = self.subject.model, self.folder / f"tuned-{calls}.json"
+        earlier = earlier_table(path, model.sde)
+        if earlier is not None and earlier.record.get("settings") == self.settings:
+            print(f"{path}: fitted with these settings already; another seed, or without the file, fits anew")
+            return earlier
+        options = {name: self.config[name] for name in FITTING}
+        table = tune(model, calls, pairs=self.pairs, earlier=earlier, **options)
+        if table.record["chosen"] == EARLIER:
+            print(f"{path}: the table that was there is kept, the new fit is no better")
+        table.record.update(settings=self.settings, step=self.config.step)
+        return table
 
 
 def earlier_table(path: Path, sde: SDE) -> TunedTable | None:

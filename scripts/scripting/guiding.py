@@ -16,7 +16,7 @@ from score_sde.build import build
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Data, TensorData
 from score_sde.evaluation.extractors import in_range
-from score_sde.guidance import Classifier, ClassifierFree, DynamicThreshold, Observed
+from score_sde.guidance import Classifier, ClassifierFree, Conditioned, DynamicThreshold, Observed
 from score_sde.prediction import Prediction
 from score_sde.run import Run, does_without, needed
 from score_sde.score import WrappedScore
@@ -143,7 +143,7 @@ def told_alike(model: LearnedScore, run: Run, config: DictConfig) -> ScoreModel:
     if missing := [name for name in needed(run.config) if name not in own]:
         raise ValueError(f"{run.path} has not learnt to do without its {' and '.join(missing)}: give the one that all samples "
                          f"are to have, {' '.join(f'{name}=<value>' for name in missing)}")  # fmt: skip
-    return of_examples(model, lambda count: {name: rows.expand(count, *rows.shape[1:]) for name, rows in own.items()})
+    return Conditioned(model, **{name: rows[0] for name, rows in own.items()}) if own else model
 
 
 def check_labels(labels: list[int], model: LearnedScore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from omegaconf import DictConfig
 
 from score_sde.run import Run
 from scripting.command_line import chosen
+
+CONDITIONS = ("label", "context")
+"""What a run's tables may be fitted under."""
 
 
 class NoTablesError(ValueError):
@@ -65,12 +69,38 @@ def take_table(node: DictConfig, folder: Path | None, step: int | None) -> None:
         raise ValueError(f"calls={calls} does nothing with the file table={node.table}: leave one of them out")
     if folder is not None and isinstance(node.get("table"), str) and Path(node.table).is_file():
         _warn_of_other_weights(Path(node.table), folder, step)
+        if given := fitted_under(Path(node.table)):
+            print(f"{node.table}: fitted {_words(given)}, and for samples of that alone")
+
+
+def check_conditions(folder: Path, own: Mapping[str, Any]) -> None:
+    """Refuses, with ValueError, a folder that has tables fitted under other conditions than those of the ones to come."""
+    for table in sorted(file for kind in ("tuned", "spectrum") for file in folder.glob(f"{kind}-*.json")):
+        if (given := fitted_under(table)) not in (None, own):
+            raise ValueError(
+                f"{table} was fitted {_words(given)}: give output=<another folder> for tables {_words(own)}"
+            )
+
+
+def fitted_under(table: Path) -> dict[str, Any] | None:
+    """The conditions of all samples that a table was fitted for; None where it does not say."""
+    settings = _record(table).get("settings")
+    return None if settings is None else {name: settings[name] for name in CONDITIONS if name in settings}
+
+
+def _words(given: Mapping[str, Any]) -> str:
+    return f"under {' '.join(f'{name}={value}' for name, value in given.items())}" if given else "without a label"
+
+
+def _record(table: Path) -> dict[str, Any]:
+    """What a table says of how it came about; nothing where it is none of scripts/tune.py."""
+    return dict(json.loads(table.read_text()).get("record", {})) if table.suffix == ".json" else {}
 
 
 def _warn_of_other_weights(table: Path, folder: Path, step: int | None) -> None:
     """Prints where a table was fitted to other weights than those of the run in the folder at `step`, or its last."""
     step = Run(folder).checkpoints.latest() if step is None else step
-    fitted = json.loads(table.read_text()).get("record", {}).get("step", step) if table.suffix == ".json" else step
+    fitted = _record(table).get("step", step)
     if (table.parent / "config.yaml").is_file() and table.parent.resolve() != folder.resolve():
         print(f"{table}: fitted to another run")
     elif fitted != step:

@@ -22,7 +22,7 @@ from score_sde.tuning import untuned
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import compare  # noqa: E402
-from scripting import comparison_report, html_page, restoring  # noqa: E402
+from scripting import comparison_report, configs, html_page, restoring, subjects  # noqa: E402
 from typed import script  # noqa: E402
 
 QUICK = ["target=ring", "budgets=[5,12]", "seeds=[0,1]", "num_samples=60", "metrics=[sliced_w2,mode_spread]"]
@@ -188,9 +188,9 @@ class Half(targets.GaussianMixture):
     monkeypatch.syspath_prepend(tmp_path)
     own = ["~sde", "+sde={_target_: own_law.Own}", "~target", "+target={_target_: own_law.law}"]
     with pytest.raises(ValueError, match="trust its module: 'own_law'"):
-        compare.model_and_reference(composed(*own))
-    model, law, _ = compare.model_and_reference(composed(*own, "trust=[own_law]"))
-    assert (type(model.sde).__name__, model.target) == ("Own", law)
+        subjects.of_target(composed(*own))
+    subject = subjects.of_target(composed(*own, "trust=[own_law]"))
+    assert (type(subject.model.sde).__name__, subject.model.target) == ("Own", subject.reference)
     half = ["~target", "+target={_target_: own_law.Half}", "trust=[own_law]"]
     for name in ("train", "compare"):
         assert "Half.denoise contradicts" in script(name, *half, cwd=tmp_path, code=1)
@@ -217,8 +217,8 @@ def test_labels_of_a_run_are_said_to_be_left_out(monkeypatch, capsys: pytest.Cap
     run = SimpleNamespace(
         path="runs/labelled", config=config, data=lambda: data, model=lambda **_: model, checkpoints=last
     )
-    monkeypatch.setattr(compare.configs, "open_run", lambda config: run)
-    compare.model_and_reference(composed("run=runs/labelled", "device=cpu"))
+    monkeypatch.setattr(configs, "open_run", lambda config: run)
+    subjects.of_run(composed("run=runs/labelled", "device=cpu"))
     assert "runs/labelled knows 3 labels: sampled without" in capsys.readouterr().out
 
 

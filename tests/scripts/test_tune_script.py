@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -17,7 +18,7 @@ from score_sde.tuning import TunedTable
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import tune  # noqa: E402
-from scripting import configs  # noqa: E402
+from scripting import configs, tuned_tables  # noqa: E402
 
 QUICK = ["iterations=10", "starts=2", "samples=64", "num_samples=50", "seeds=[0,1]"]
 
@@ -111,11 +112,33 @@ def test_a_better_table_is_kept_and_the_same_one_not_fitted_again(tmp_path: Path
     assert kept.record["chosen"] == "the earlier table"
 
 
+def test_tables_of_one_folder_are_of_one_condition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"tuned-6.json was fitted under label=3: .* for tables under label=4"):
+        tuned_tables.check_conditions(left(tmp_path, {"label": 3}), {"label": 4})
+    with pytest.raises(ValueError, match=r"tuned-6.json was fitted without a label: give output=<another folder>"):
+        tuned_tables.check_conditions(left(tmp_path, {}), {"context": [1.0]})
+    tuned_tables.check_conditions(left(tmp_path, {"label": 3}), {"label": 3})
+    tuned_tables.check_conditions(left(tmp_path, None), {"label": 3})  # of before tables said so
+    for given, said in (({"label": 3}, "fitted under label=3, and for samples of that alone"), ({}, "")):
+        node = OmegaConf.create({"table": str(left(tmp_path, given) / "tuned-6.json")})
+        tuned_tables.take_table(node, tmp_path, None)
+        assert said in (out := capsys.readouterr().out)
+        assert bool(said) == bool(out)
+
+
+def left(folder: Path, settings: dict | None) -> Path:
+    record = {"record": {} if settings is None else {"settings": {"seed": 0, **settings}}}
+    (folder / "tuned-6.json").write_text(json.dumps(record))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [([], "tune for what?"), (["target=ring", "run=x"], "tune for what?"), (["target=ring", "steps=0"], "steps >= 1"),
      (["target=ring", "steps=[3,2.5]"], "steps >= 1, got steps=2.5"),
      (["target=ring", "method=magic"], "coefficients, grid"),
+     (["target=ring", "label=3"], "label=3 does nothing with a target"),
+     (["target=ring", "context=[1]"], "context=[1] does nothing with a target"),
      (["target=ring", "spectrum=true", "method=grid"], "method=grid does nothing with spectrum=true")],
 )  # fmt: skip
 def test_wrong_inputs_end_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
