@@ -7,6 +7,7 @@ python scripts/edit.py run=<dir> task=inpaint input=<array with NaN where entrie
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -38,11 +39,12 @@ from score_sde.guidance import (
 )
 from score_sde.progress import tqdm
 from score_sde.run import Run
+from score_sde.sampler import SampleResult
 
 OPTIONS = {
-    **dict.fromkeys(TASKS, ("sampler", "guidance", "degraded", "noise_std", "operator", "mask")),
+    **dict.fromkeys(TASKS, ("sampler", "guidance", "degraded", "noise_std", "operator", "mask", "label", "context")),
     "class": ("sampler", "label", "scale", "time"),
-    "interpolate": (),
+    "interpolate": ("label", "context"),
 }
 """Of the options that not every task has, each task's own."""
 
@@ -58,9 +60,8 @@ def main(config: DictConfig) -> None:
 def check_options(task: str, overrides: Sequence[str]) -> None:
     """Refuses, with ValueError, an unknown task and options that are other tasks'."""
     own = OPTIONS[one_of("task", task, OPTIONS)]
-    takes = f"takes {', '.join(own)}" if own else "goes through the probability-flow ODE"
     others = {name for options in OPTIONS.values() for name in options if name not in own}
-    idle(overrides, others, f"in task={task}, which {takes}")
+    idle(overrides, others, f"in task={task}, which takes {', '.join(own)}")
 
 
 def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
@@ -86,43 +87,83 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
     return folder
 
 
-def restored(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> Edited:
+def restored(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) -> Edited:
     """Draws of the posterior for degraded images; the sheet shows the input, what is seen of it, and the draws.
 
     An input of which entries are missing (NaN) is an observation; rows that miss the same ones are drawn at once.
     """
-    guiding.check_free(run)
-    inpaints = config.task == "inpaint"
-    given = model.event_shape
-    if config.degraded and not inpaints:
-        given = operator_of(config, given).output_shape
-    before = inputs(config, run, given)
+    told, method = guiding.told_alike(model, run, config), method_of(config, run, model)
+    before = inputs(config, run, observed_shape(config, model))
     patterns, pattern_of = before.isnan().unique(dim=0, return_inverse=True)
     incomplete = bool(patterns.any())
-    degraded = config.degraded or incomplete
-    method = method_of(config, run, model)
-    parts, calls, seconds = [], 0, 0.0
+    observed = config.degraded or incomplete
+    parts = []
     for i, missing in enumerate(tqdm(patterns, desc="missing entries", disable=len(patterns) == 1, delay=2)):
         rows = (pattern_of == i).nonzero().flatten()
-        operator = operator_of(config, model.event_shape, missing if inpaints and incomplete else None)
-        if degraded:
-            y = operator(before[rows]) if inpaints else before[rows]
-        else:
-            y = operator.observe(before, config.noise_std, generator=torch.Generator().manual_seed(config.seed))
-        guided = method(model, operator, y.repeat_interleave(config.draws, 0).to(model.device), config.noise_std)
-        samples = (rows[:, None] * config.draws + torch.arange(config.draws)).flatten()
-        noise = SampleNoise.of_run(config.seed, samples)
-        result = sampler.sample(guided, (len(samples), *model.event_shape), noise=noise, progress=len(patterns) == 1)
-        calls, seconds = max(calls, result.nfe), seconds + result.seconds
-        after = result.x.cpu().unflatten(0, (len(y), config.draws))
-        parts.append((rows, after, operator.pseudo_inverse(y), figures.visible(operator, y)))
-    rows, *columns = (torch.cat(part) for part in zip(*parts, strict=True))
-    after, seen, shown = (column[rows.argsort()] for column in columns)
-    name = method.func.__name__
-    print(f"{name}: {calls} network calls a draw, {seconds:.1f} s")
-    tell(name, after, before, None if degraded else seen)
-    first = before.where(~before.isnan(), seen) if before.shape == seen.shape else shown
-    return before, after, {"input": first, "seen": shown} | numbered("draw", after)
+        hidden = missing if incomplete and config.task == "inpaint" else None
+        operator = operator_of(config, model.event_shape, hidden)
+        y = observation(config, operator, before[rows], observed)
+        guided = method(told, operator, y.repeat_interleave(config.draws, 0).to(model.device), config.noise_std)
+        drawn = draws_of(config, sampler, guided, rows, progress=len(patterns) == 1)
+        parts.append(Restored(drawn.nfe, drawn.seconds, rows, drawn.x.cpu().unflatten(0, (len(rows), config.draws)),
+                              operator.pseudo_inverse(y), figures.visible(operator, y)))  # fmt: skip
+    found, name = Restored.joined(parts), method.func.__name__
+    print(f"{name}: {found.nfe} network calls a draw, {found.seconds:.1f} s")
+    tell(name, found.after, before, None if observed else found.seen)
+    first = before.where(~before.isnan(), found.seen) if before.shape == found.seen.shape else found.shown
+    return before, found.after, {"input": first, "seen": found.shown} | numbered("draw", found.after)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Draws for inputs that are seen through one operator.
+
+    Attributes:
+        nfe, seconds: network calls of a draw, and what all took.
+        rows: (n,) among the inputs.
+        after: (n, draws, *event_shape).
+        seen: (n, *event_shape), the observations' pseudo-inverse.
+        shown: the observations as images.
+    """
+
+    nfe: int
+    seconds: float
+    rows: Tensor
+    after: Tensor
+    seen: Tensor
+    shown: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Restored]) -> Restored:
+        """All of them in the order of the inputs."""
+        rows, *columns = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "after", "seen", "shown")
+        )
+        nfe, seconds = max(part.nfe for part in parts), sum(part.seconds for part in parts)
+        return cls(nfe, seconds, rows.sort().values, *(column[rows.argsort()] for column in columns))
+
+
+def observed_shape(config: DictConfig, model: LearnedScore) -> tuple[int, ...]:
+    """The shape of an input: that of an observation where it is one of another task than inpainting."""
+    if config.degraded and config.task != "inpaint":
+        return operator_of(config, model.event_shape).output_shape
+    return model.event_shape
+
+
+def observation(config: DictConfig, operator: LinearOperator, x: Tensor, observed: bool) -> Tensor:
+    """What is seen of inputs: with noise what the operator leaves of clean ones, those that are `observed` as they are."""
+    if not observed:
+        return operator.observe(x, config.noise_std, generator=torch.Generator().manual_seed(config.seed))
+    return operator(x) if config.task == "inpaint" else x
+
+
+def draws_of(
+    config: DictConfig, sampler: Any, guided: ScoreModel, rows: Tensor, *, progress: bool
+) -> SampleResult:  # fmt: skip
+    """`draws` samples of each row, one after the other, from noise that depends on the row alone."""
+    samples = (rows[:, None] * config.draws + torch.arange(config.draws)).flatten()
+    noise = SampleNoise.of_run(config.seed, samples)
+    return sampler.sample(guided, (len(samples), *guided.event_shape), noise=noise, progress=progress)
 
 
 def tell(name: str, after: Tensor, before: Tensor, seen: Tensor | None) -> None:
@@ -172,15 +213,15 @@ def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) 
     return before, after, {"input": before} | numbered("draw", after)
 
 
-def interpolated(config: DictConfig, run: Run, model: ScoreModel, sampler: Any) -> Edited:
+def interpolated(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) -> Edited:
     """From each input to the next through their latent codes, in `draws` + 1 equal parts."""
-    guiding.check_free(run)
+    told = guiding.told_alike(model, run, config)
     before = inputs(config, run, model.event_shape)
     if len(before) < 2:
         raise ValueError("task=interpolate needs two inputs or more")
     x = before.to(model.device)
     shares = torch.linspace(0, 1, config.draws + 2)[1:-1].tolist()
-    frames = interpolate(ProbabilityFlowODE(), model, x[:-1], x[1:], shares).transpose(0, 1).cpu()
+    frames = interpolate(ProbabilityFlowODE(), told, x[:-1], x[1:], shares).transpose(0, 1).cpu()
     return before, frames, {"from": before[:-1]} | numbered("step", frames) | {"to": before[1:]}
 
 
@@ -217,11 +258,14 @@ def read_mask(path: Path) -> Tensor:
 
 
 def inputs(config: DictConfig, run: Run, shape: tuple[int, ...]) -> Tensor:
-    """The user's inputs, or held-out examples of the run's own data."""
+    """The user's inputs, or held-out examples of the run's own data; of a label that they are to keep, where it is one."""
     if config.input is None:
         if config.degraded:
             raise ValueError("degraded=true says that the input is an observation: give input=<image, folder or .npy>")
-        return run.data().reference(config.count).x
+        data, labels = run.data(), [] if config.task == "class" else guiding.labels_of(config.label, run)
+        if labels and data.num_classes is not None:
+            data = data.of_classes(labels)
+        return data.reference(config.count).x
     paths = listed(config.input)
     if config.degraded and config.task != "inpaint":
         for path in paths:

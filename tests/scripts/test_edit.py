@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from score_sde import ProbabilityFlowODE
 from score_sde.build import build_model
-from score_sde.guidance import task_operator
+from score_sde.guidance import Conditioned, interpolate, task_operator
 from score_sde.run import Run
 from score_sde.training import DenoisingScoreMatching, Trainer, UniformTimes
 
@@ -82,7 +84,8 @@ def test_what_is_seen_of_colours_is_shown_in_grey() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "override"), [("interpolate", "sampler=heun"), ("interpolate", "+noise_std=1"), ("superres", "label=3"),
+    ("task", "override"), [("interpolate", "sampler=heun"), ("interpolate", "+noise_std=1"), ("superres", "scale=3"),
+                           ("class", "context=1"),
                            ("class", "guidance.iterations=3"), ("class", "+operator.factor=2")],
 )  # fmt: skip
 def test_options_of_other_tasks_are_refused(task: str, override: str) -> None:
@@ -155,6 +158,30 @@ def test_missing_entries_of_any_shape_are_imputed(shape: tuple[int, ...], tmp_pa
 
 def test_interpolation_leaves_a_path_between_neighbours(run: Path) -> None:
     assert np.load(run_edit(run, "task=interpolate") / "after.npy").shape == (1, 3, 1, 8, 8)
+
+
+def test_a_network_that_needs_a_label_edits_under_it(run: Path, tmp_path: Path) -> None:
+    """Of examples of that label, and as the bound model does; without a label it says what to give."""
+    needing = shutil.copytree(run, tmp_path / "needing", ignore=shutil.ignore_patterns("edits"))
+    config = OmegaConf.load(needing / "config.yaml")
+    config.objective.label_dropout = 0.0
+    OmegaConf.save(config, needing / "config.yaml")
+    for task in ("inpaint", "interpolate"):
+        with pytest.raises(ValueError, match=r"has not learnt to do without its label: give the one .* label=<value>"):
+            run_edit(needing, f"task={task}")
+        with pytest.raises(ValueError, match="knows the classes 0 to 9"):
+            run_edit(needing, f"task={task}", "label=10")
+    opened = Run.open(needing)
+    x, model = opened.data().of_classes([3]).reference(2).x, Conditioned(opened.model(), label=3)
+    between = interpolate(ProbabilityFlowODE(), model, x[:1], x[1:], [0.25, 0.5, 0.75]).transpose(0, 1)
+    np.testing.assert_allclose(
+        np.load(run_edit(needing, "task=interpolate", "label=3") / "after.npy"), between, atol=1e-5
+    )
+    np.save(tmp_path / "x.npy", x)
+    three = run_edit(needing, "task=inpaint", "label=3")
+    four = run_edit(needing, "task=inpaint", "label=4", f"input={tmp_path / 'x.npy'}")
+    np.testing.assert_array_equal(np.load(three / "before.npy"), x)
+    assert not np.array_equal(*(np.load(folder / "after.npy") for folder in (three, four)))
 
 
 def test_a_clean_image_is_no_observation(run: Path, tmp_path: Path) -> None:
