@@ -12,11 +12,13 @@ Karras et al. 2024, https://arxiv.org/abs/2312.02696, sections 2.2 to 2.5 and ap
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, conv3d, linear, silu
 
+from score_sde.copies import outside_transforms
 from score_sde.networks.blocks import Style, attend
 from score_sde.networks.dropout import Dropout
 from score_sde.networks.embedding import check_augment, rows
@@ -76,10 +78,11 @@ class MPConv(nn.Module):
     def normalised(self) -> Tensor:
         """The weight with filters of unit root mean square; in training it is also written back so."""
         if self.training and torch.is_grad_enabled():
-            with torch.no_grad():
-                # Through .data, which the compiler does not know: a graph that waits for its backward pass keeps the
-                # weight, which is equal up to rounding.
-                weight = self.weight if torch.compiler.is_compiling() else self.weight.data
+            # The compiler knows neither `.data`, by which a graph that waits for its backward pass keeps the weight (equal
+            # up to rounding), nor the way out of torch.func's transforms, in which nothing captured is written to.
+            plain = torch.compiler.is_compiling()
+            with torch.no_grad(), nullcontext() if plain else outside_transforms():
+                weight = self.weight if plain else self.weight.data
                 weight.copy_(on_sphere(weight))
         return on_sphere(self.weight)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from score_sde import LearnedScore, Noise
 from score_sde.data import Batch
-from score_sde.networks import UNet
+from score_sde.networks import Conservative, UNet
 from score_sde.networks.blocks import CrossAttention, Resample, Style
 from score_sde.networks.magnitude import MPAttention, MPBlock, MPConcatenate, MPConv, mp_silu, mp_sum, unit
 from score_sde.networks.resample import BlurredConv, Double, Halve
@@ -398,6 +398,19 @@ def test_two_forward_passes_before_a_backward_pass_are_allowed() -> None:
     x, c_noise = batch((1, 8, 8))
     (network(x, c_noise).square().sum() + network(2 * x, c_noise).square().sum()).backward()
     assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_weights_are_brought_back_to_the_sphere_under_a_derivative_too() -> None:
+    # Implicit score matching and `Conservative` differentiate the network itself, in training.
+    layer, plain = MPConv(1, 4, 6), MPConv(1, 4, 6)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 4, 8)
+    torch.func.grad(lambda v: layer(v).square().sum())(x)
+    plain(x)
+    assert torch.equal(layer.weight, plain.weight)
+    network = Conservative(awake(UNet.edm2((1, 8, 8), **SMALL)))
+    network(*batch((1, 8, 8))).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
 
 def test_cosine_attention_ignores_the_length_of_queries() -> None:
