@@ -41,10 +41,18 @@ class PerSample:
     """
 
     def __init__(self, model: ScoreModel, condition: Mapping[str, Any], batch: int) -> None:
-        self.model, self.calls, self.spent = model, 1, 0
+        self.model, self.batch, self.calls, self.spent = model, batch, 1, 0
         own = {name for name, value in condition.items() if model.per_sample(name, value, batch)}
         self.shared = {name: value for name, value in condition.items() if name not in own}
         self.own = {name: condition[name] for name in own}
+
+    def check_apart(self) -> None:
+        """Refuses, with ValueError, a model with rows for the samples of a batch that are not among the conditions.
+
+        They would not follow a choice of samples: such a model does not take one sample alone.
+        """
+        first = {name: value[:1] for name, value in self.own.items()}
+        self.model.check((min(self.batch, 1), *self.model.event_shape), self.shared | first)
 
     def denoised(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """D(x, t), t of shape (samples,) and ids the samples' places in the batch."""
@@ -245,6 +253,7 @@ class AdaptiveODE(ErrorControlled):
         pair = PAIRS[self.method]()
         kind = DenoisedField if isinstance(pair, Exponential) else StandardField
         field = kind(PerSample(model, condition, len(x)), model.data_std, x)
+        field.model.check_apart()
         u_start, u_end = float(field.u(t_start)), float(field.u(t_end))
         first = first_step(pair, u_start, u_end, self.rtol + self.atol)
         norm = field.norm(self.rtol, self.atol)

@@ -85,6 +85,7 @@ class AdaptiveSDE(ErrorControlled):
         sde, clock, ends = model.sde, time.perf_counter(), (model.sde.t_max, model.sde.t_min)
         chosen = chosen_times(times, points, *ends) if trajectory or times is not None else None
         per_sample = PerSample(model, start.model.condition, len(start.x))
+        per_sample.check_apart()
         run = _Paths(self, per_sample, start.x, chosen)
         with tqdm(total=len(start.x), desc="samples", disable=not progress, delay=1.0, leave=False) as bar:
             for attempt in range(1, MAX_ROUNDS + 1):

@@ -448,6 +448,7 @@ def _integrate(
     ids, model = torch.arange(len(start), device=start.device), flow.model
     before = model.spent
     if method in ON_DEVICE:
+        model.check_apart()
         pair = PAIRS[method]()
         first = first_step(pair, *ends, rtol + atol)
         found = integrate(flow, pair, start, *ends, flow.norm(rtol, atol), first, spent=lambda: model.spent)

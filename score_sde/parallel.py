@@ -89,6 +89,7 @@ class ParallelSampler:
         start = begin(model, shape, seed, noise, x_init, condition, dtype, times[0].item())
         clock = time.perf_counter()
         per_sample = PerSample(model, start.model.condition, len(start.x))
+        per_sample.check_apart()
         run = _Windows(per_sample, rows, times, start, self.window or len(rows), self.tolerance, trajectory)
         with tqdm(total=len(start.x), desc="samples", disable=not progress, delay=1.0, leave=False) as bar:
             while len(run.ids):

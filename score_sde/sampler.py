@@ -317,10 +317,8 @@ class Sampler:
         times = grids.check(self.grid(model.sde), model.sde)
         start = begin(model, shape, seed, noise, x_init, condition, dtype, times[0].item())
         for step in (self.predictor, self.corrector):
-            if step is not None and step.needs_density and not hasattr(type(model), "log_prob"):
-                raise ValueError(f"{type(step).__name__} needs a model with a density log_prob(x, t), which "
-                                 f"{type(model).__name__} has not: use ExactScore or EnergyScore (network=conservative), "
-                                 "or UnadjustedLangevin")  # fmt: skip
+            if step is not None:
+                step.check_model(model)
         moves = self.plan(model.sde, times)
         model.prepare(times.tolist())
         clock = time.perf_counter()

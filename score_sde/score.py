@@ -48,6 +48,7 @@ class ScoreModel(ABC):
         data_std: standard deviation of the clean data as far as the model knows it, a scale for solvers.
         num_classes: how many classes the condition `label` may name, where that is known.
         needed: conditions without which a network has not learnt to predict, as far as its training is known.
+        learns_variance: whether its predictions have a `variance_weight`, where that is known.
         predicts: false for what only shares the interface, a classifier of noisy data.
     """
 
@@ -57,6 +58,7 @@ class ScoreModel(ABC):
     num_classes: int | None = None
     condition_names: frozenset[str] = frozenset()
     needed: frozenset[str] = frozenset()
+    learns_variance: bool | None = None
     predicts: bool = True
 
     @property
@@ -291,7 +293,7 @@ class LearnedScore(nn.Module, ScoreModel):
         if getattr(network, "num_classes", 0) is None:
             self.condition_names -= {"label"}
         self.num_classes = getattr(network, "num_classes", None)
-        self._learns_variance = bool(getattr(network, "learned_variance", False))
+        self.learns_variance = bool(getattr(network, "learned_variance", False))
 
     @property
     def device(self) -> torch.device:
@@ -349,7 +351,7 @@ class LearnedScore(nn.Module, ScoreModel):
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
         """What the network must give for x."""
         batch, *event = x.shape
-        return (batch, 2 * event[0], *event[1:]) if self._learns_variance else (batch, *event)
+        return (batch, 2 * event[0], *event[1:]) if self.learns_variance else (batch, *event)
 
     def _inputs(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """What the network is given: c_in x, c_noise (batch,) and the conditions, in the dtype of its weights."""
@@ -374,7 +376,7 @@ class LearnedScore(nn.Module, ScoreModel):
                              f"{tuple(x.shape)}: it must be {self._output_shape(x)}")  # fmt: skip
         if scaled.dtype != x.dtype:
             output = output.to(x.dtype)
-        if not self._learns_variance:
+        if not self.learns_variance:
             return output, None
         output, v = output.chunk(2, dim=1)
         return output, (v + 1) / 2
@@ -492,6 +494,7 @@ class WrappedScore(ScoreModel):
             raise TypeError(f"{type(self).__name__} wraps a ScoreModel, got {type(model).__name__}")
         self.model, self.sde, self.event_shape = model, model.sde, tuple(model.event_shape)
         self.condition_names, self.data_std, self.num_classes = model.condition_names, model.data_std, model.num_classes
+        self.learns_variance = model.learns_variance
 
     @property
     def device(self) -> torch.device:

@@ -124,6 +124,10 @@ class ClassifierFree(_Extrapolated):
         if not condition:
             known = ", ".join(sorted(self.condition_names)) or "none"
             raise ValueError(f"ClassifierFree guides towards a condition, got none; this model accepts: {known}")
+        for name, value in self.negative.items():
+            if isinstance(value, Tensor) and value.ndim and len(value) not in (1, shape[0]):
+                raise ValueError(f"the negative {name!r} has {len(value)} rows for {shape[0]} samples: give one for all; "
+                                 "solvers that regroup the batch (adaptive and parallel ones) take no other")  # fmt: skip
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(x.shape, condition)
@@ -133,16 +137,13 @@ class ClassifierFree(_Extrapolated):
         return self._calls(self.model, self.model, t)
 
     def _away(self, x: Tensor) -> dict[str, Any]:
-        return {name: _for_each(name, value, x) for name, value in self.negative.items()}
+        return {name: _for_each(value, x) for name, value in self.negative.items()}
 
 
-def _for_each(name: str, value: Any, x: Tensor) -> Tensor:
+def _for_each(value: Any, x: Tensor) -> Tensor:
     """A negative condition with a row for each sample of x."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         return torch.full((len(x),), value, device=x.device)
-    if len(value) not in (1, len(x)):
-        raise ValueError(f"the negative {name!r} has {len(value)} rows for {len(x)} samples: give one for all; solvers "
-                         "that regroup the batch (adaptive and parallel ones) take no other")  # fmt: skip
     return value.expand(len(x), *value.shape[1:])
 
 
@@ -170,10 +171,17 @@ class Autoguidance(_Extrapolated):
         check_alike(type(self).__name__, model, bad_model)
         self.bad_model = bad_model
 
+    def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None:
+        super().check(shape, condition)
+        self.bad_model.check(shape, self._of_bad(condition))
+
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(x.shape, condition)
-        own = {name: value for name, value in condition.items() if name in self.bad_model.condition_names}
+        own = self._of_bad(condition)
         return self._between(lambda: self.model(x, t, **condition), lambda: self.bad_model(x, t, **own), t)
+
+    def _of_bad(self, condition: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in condition.items() if name in self.bad_model.condition_names}
 
     def calls_at(self, t: float) -> int:
         return self._calls(self.model, self.bad_model, t)

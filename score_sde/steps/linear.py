@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from score_sde.score import ScoreModel
 from score_sde.sde import SDE
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite
 
@@ -256,6 +257,12 @@ class Ancestral(LinearStep):
         return sde.alpha(t) / sde.alpha(s) * scale**2, [sde.alpha(s) * ratio], c
 
 
+NO_HEAD = (
+    "LearnedVariance needs a network with a variance head: train one with network.learned_variance=true objective=hybrid, "
+    "or take Ancestral()"
+)
+
+
 class LearnedVariance(Step):
     """A linear step with a variance that the network has learnt, between those of two that differ in it alone.
 
@@ -266,7 +273,7 @@ class LearnedVariance(Step):
         small, large: of memory 1, e.g. Ancestral() and Ancestral("forward"); x and N are weighed as `small` does.
 
     Raises:
-        ValueError: a step has a memory, no noise, or is none; while sampling, the network has no variance head.
+        ValueError: a step has a memory, no noise, or is none; given to a sampler, the network has no variance head.
     """
 
     point_mass = False  # the variance is the network's
@@ -284,13 +291,17 @@ class LearnedVariance(Step):
             raise ValueError(f"LearnedVariance is between steps with noise, got {self.small!r} and {self.large!r}")
         return [(small, math.log(large.c / small.c)) for small, large in pairs]
 
+    def check_model(self, model: ScoreModel) -> None:
+        super().check_model(model)
+        if model.learns_variance is False:
+            raise ValueError(NO_HEAD)
+
     def advance(
         self, row: tuple[LinearRow, Scalar], x: Tensor, history: History, evaluate: Evaluate, draw: Draw
     ) -> tuple[Tensor, History]:
         small, log_ratio = row
         prediction = evaluate(x, small.t)
         if prediction.variance_weight is None:
-            raise ValueError("LearnedVariance needs a network with a variance head: train one with "
-                             "network.learned_variance=true objective=hybrid, or take Ancestral()")  # fmt: skip
+            raise ValueError(NO_HEAD)
         noise = (prediction.variance_weight * log_ratio).exp().mul_(draw(0)).mul_(small.c)
         return prediction.combine(small.a, small.b[0], *small.output).add_(noise), history

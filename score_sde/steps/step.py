@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from score_sde.prediction import Prediction
+from score_sde.score import ScoreModel
 from score_sde.sde import SDE
 
 Evaluate = Callable[[Tensor, float], Prediction]
@@ -61,6 +62,13 @@ class Step(ABC):
         Raises:
             ValueError: a coefficient is not finite.
         """
+
+    def check_model(self, model: ScoreModel) -> None:
+        """Refuses, with ValueError, a model known not to say what the step asks of it."""
+        if self.needs_density and not hasattr(type(model), "log_prob"):
+            raise ValueError(f"{type(self).__name__} needs a model with a density log_prob(x, t), which "
+                             f"{type(model).__name__} has not: use ExactScore or EnergyScore (network=conservative), "
+                             "or UnadjustedLangevin")  # fmt: skip
 
     @abstractmethod
     def advance(self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw) -> tuple[Tensor, History]:

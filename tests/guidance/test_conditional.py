@@ -238,6 +238,9 @@ def test_a_negative_condition_is_for_all_samples_or_one_a_sample():
     assert torch.isfinite(AdaptiveODE().sample(guided, (4, 2), seed=0, condition={"label": LABEL}).x).all()
     with pytest.raises(ValueError, match="the negative 'label' has 3 rows for 4 samples: give one for all"):
         ClassifierFree(model, 2.0, negative={"label": LABEL[:3]})(x, 0.3, label=LABEL)
+    each = ClassifierFree(model, 2.0, negative={"label": torch.full((4,), 2)})
+    with pytest.raises(ValueError, match="the negative 'label' has 4 rows for 1 samples: give one for all"):
+        AdaptiveODE().sample(each, (4, 2), seed=0, condition={"label": LABEL})  # which once worked or not, by chance
 
 
 def test_the_last_denoising_counts_the_calls_that_it_makes():

@@ -17,6 +17,7 @@ from score_sde.adaptive_sde import AdaptiveSDE
 from score_sde.guidance import (
     DPS,
     MMPS,
+    Autoguidance,
     Blur,
     DiffPIR,
     Downsample,
@@ -28,6 +29,7 @@ from score_sde.guidance import (
     StaticThreshold,
 )
 from score_sde.guidance.observed import conjugate_residuals
+from score_sde.likelihood import log_likelihood
 from score_sde.noise import SampleNoise
 from score_sde.ode import ProbabilityFlowODE
 from score_sde.parallel import ParallelSampler
@@ -249,6 +251,18 @@ def test_one_observation_for_all_stays_one_where_the_batch_is_regrouped(solver, 
     model, operator, y, _ = problem()
     given = solver.sample(MMPS(model, operator, None, N), (batch, D), seed=0, condition={"y": y}).x
     assert torch.equal(given, solver.sample(MMPS(model, operator, y, N), (batch, D), seed=0).x)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: Autoguidance(m.model, m, 2.0)], ids=["itself", "as bad model"])
+@pytest.mark.parametrize("solver", [AdaptiveODE(), AdaptiveSDE(), PARALLEL, log_likelihood], ids=repr)
+def test_an_observation_for_each_sample_is_refused_by_what_regroups_a_batch_before_any_call(solver, wrap):
+    class Unasked(ExactScore):
+        def __call__(self, x, t, **condition):
+            raise AssertionError("asked")
+
+    model = wrap(PiGDM(Unasked(gaussian(), VPSDE()), MASK, torch.zeros(3, 2), N))
+    with pytest.raises(ValueError, match=r"3 observations for 1 samples.*as the condition y"):
+        solver(model, torch.zeros(3, D)) if solver is log_likelihood else solver.sample(model, (3, D), seed=0)
 
 
 def test_the_linear_solver_of_mmps_is_gmres() -> None:

@@ -13,6 +13,7 @@ from closed_forms import F64
 from scipy.integrate import quad, solve_ivp
 
 from score_sde import grid
+from score_sde.guidance import StaticThreshold
 from score_sde.parameterization import Denoised, Karras, Noise, Velocity
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
@@ -278,6 +279,11 @@ def test_weights_are_a_list_of_at_most_memory_tensors():
         Euler(lambda b: [b / 2, b / 2]).plan(VPSDE(), t, s)
 
 
+class Unasked(torch.nn.Module):
+    def forward(self, x, c_noise):
+        raise AssertionError("asked")
+
+
 def test_a_learned_variance_lies_between_two_on_a_logarithmic_scale():
     """w = 0 and 1 are the two steps; between them the noise's standard deviation is their weighted geometric mean."""
     small, large = Ancestral(), Ancestral("forward")
@@ -304,6 +310,10 @@ def test_a_learned_variance_lies_between_two_on_a_logarithmic_scale():
     model.weight = None
     with pytest.raises(ValueError, match="needs a network with a variance head"):
         Sampler(step, times).sample(model, (8, 2), seed=0)
+    bare = LearnedScore(Unasked(), sde, Noise(), (2,))
+    for headless in (bare, StaticThreshold(bare)):
+        with pytest.raises(ValueError, match="needs a network with a variance head"):
+            Sampler(step, times).sample(headless, (8, 2), seed=0)
     for pair in ((DDIM(), large), (small, ExponentialAdams(2))):
         with pytest.raises(ValueError, match="LearnedVariance is between"):
             LearnedVariance(*pair).plan(sde, t, s)
