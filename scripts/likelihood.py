@@ -133,7 +133,7 @@ def examples(data: Data, count: int, ood: list[str], generator: torch.Generator)
     """Held-out examples, or of data that hold none out training examples, and sets out of distribution; integers stay."""
     bins = lattice(data)
     x = integers(data.plain("test", slice(count)).x, data.levels) if bins else data.reference(count).x  # type: ignore[attr-defined]
-    sets = {"held out" if getattr(data, "has_test", True) else "training": x}
+    sets = {"held out" if data.has_test else "training": x}
     for name in ood:
         if name == "shuffled":
             order = torch.rand(x.flatten(1).shape, generator=generator).argsort(1)

@@ -95,6 +95,9 @@ def main(config: DictConfig) -> float:
         print(f"interrupted at step {trained.step}; continue with: python scripts/train.py resume={job.run.path}")
         hand_on(trained.interrupted)
         sys.exit(128 + trained.interrupted)
+    if trained.step < job.trainer.steps:
+        print(f"ended at step {trained.step}: none of the last {job.trainer.patience} held-out losses is below the least "
+              "before")  # fmt: skip
     averaged = trained.model.eval().requires_grad_(False)
     if isinstance(averaged, NoisyClassifier):
         return finish_classifier(job, averaged)
@@ -228,7 +231,7 @@ def finish_classifier(job: Job, model: NoisyClassifier) -> float:
     score = float(table["cross_entropy"].mean())
     if not distributed.is_main():
         return score
-    which = "held-out" if getattr(data, "has_test", True) else "training"
+    which = "held-out" if data.has_test else "training"
     meaning = f"cross-entropy of {which} labels in nats, mean over noise levels"
     record(run, config, score, meaning, accuracy_by_noise=table.to_dict("records"))
     output.show(table)

@@ -54,6 +54,7 @@ class Data(ABC):
         num_classes: number of classes where examples carry a `label`, else None.
         class_names: their names, where they have any.
         target: the closed-form law of the examples where it is known (see `score_sde.targets`), else None.
+        has_test: whether `reference` gives examples that training does not see, with the conditions that batches have.
     """
 
     event_shape: tuple[int, ...]
@@ -61,6 +62,7 @@ class Data(ABC):
     num_classes: int | None = None
     class_names: Sequence[str] | None = None
     target: Any = None
+    has_test: bool = False
 
     @abstractmethod
     def batch(self, step: int, batch_size: int, rows: slice = ALL) -> Batch:
@@ -89,7 +91,7 @@ class OfClasses(Data):
 
     def __init__(self, data: Data, classes: Collection[int]) -> None:
         self.data, self.classes = data, torch.tensor(sorted({int(label) for label in classes}))
-        self.event_shape, self.num_classes = data.event_shape, data.num_classes
+        self.event_shape, self.num_classes, self.has_test = data.event_shape, data.num_classes, data.has_test
 
     def batch(self, step: int, batch_size: int, rows: slice = ALL) -> Batch:
         found = self._first(partial(self.data.batch, step), batch_size)
@@ -118,6 +120,8 @@ class OfClasses(Data):
 
 class TargetStream(Data):
     """An endless stream of draws from a closed-form target; references are further draws, independent of training."""
+
+    has_test = True
 
     def __init__(self, target: Any, seed: int = 0) -> None:
         self.target, self.seed, self.event_shape = target, seed, tuple(target.event_shape)

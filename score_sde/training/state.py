@@ -204,6 +204,27 @@ class TrainingState:
             more["loss_scale"] = float(self.loss_scale.scale)
         return {"step": self.step, **row, **more}
 
+    def held_out_loss(self, batch: Batch) -> float:
+        """The mean loss of the first average on these examples, in training's batches but always at the same times and noise.
+
+        All processes call it, and share the examples out as in training.
+        """
+
+        def mean(step: int, raw: LearnedScore, averaged: LearnedScore) -> float:
+            size, found = self.trainer.batch_size, torch.zeros(2, dtype=torch.float64, device=self.device)
+            for first in range(0, len(batch.x), size):
+                source = generator(self.seed, "held out", first, device=self.device)
+                times = self.time_sampler(self.model.sde, size, source)
+                for rows in self.micro_batches():
+                    part = batch.rows(slice(first + rows.start, first + rows.stop)).to(self.device)
+                    if count := len(part.x):
+                        loss = self._loss(averaged, part, slice(rows.start, rows.start + count), times, source).loss
+                        found += torch.stack([loss.sum().double(), found.new_tensor(count)])
+            total, count = distributed.mean(found).tolist()
+            return total / count
+
+        return self.show(mean)
+
     def save(self, checkpoints: Checkpoints) -> None:
         """Writes a checkpoint of whole tensors, which any number of processes can resume. All processes call it."""
         state: dict[str, Any] = {

@@ -25,7 +25,7 @@ import torch
 from score_sde import distributed
 from score_sde.brief import Brief
 from score_sde.checks import number, one_of, whole
-from score_sde.data import Data
+from score_sde.data import Batch, Data
 from score_sde.progress import tqdm
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
@@ -52,7 +52,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 COUNTS = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1,
-          "warmup": 0, "sample_every": 0, "evaluate_every": 0, "snapshot_every": 0, "max_nonfinite": 0}  # fmt: skip
+          "warmup": 0, "test_every": 0, "sample_every": 0, "evaluate_every": 0, "snapshot_every": 0,
+          "max_nonfinite": 0}  # fmt: skip
 """The settings that are whole numbers, and the least of each."""
 
 CHOICES = {"device": ("auto", "cpu", "cuda"), "precision": PRECISIONS, "optimizer": OPTIMIZERS, "strategy": STRATEGIES}
@@ -91,6 +92,11 @@ class Trainer:
         snapshot_every: steps between stored power-function averages; 0 stores none.
         log_every, checkpoint_every, sample_every, evaluate_every: in steps; sample_every = 0 never samples,
             evaluate_every = 0 never evaluates.
+        test_every: steps between held-out losses, of the averaged model on up to four batches of `Data.reference` with the
+            same times and noise each time: `loss_held_out` of the next row of metrics; 0, or data that hold nothing out:
+            none.
+        patience: end after so many held-out losses in a row of which none is below the least before; with
+            schedule="constant", as "cosine" learns most at the end. None trains all steps.
         keep_checkpoints: how many of the last checkpoints stay.
         max_nonfinite: how many steps of a run may have a non-finite loss or gradient; they are skipped and counted.
         device: "auto" (CUDA where there is one, of several the process's own), "cpu" or "cuda".
@@ -121,6 +127,8 @@ class Trainer:
     power_emas: Sequence[float] = ()
     snapshot_every: int = 0
     log_every: int = 50
+    test_every: int = 500
+    patience: int | None = None
     checkpoint_every: int = 1000
     sample_every: int = 0
     evaluate_every: int = 0
@@ -156,6 +164,10 @@ class Trainer:
         if self.evaluate_every % self.log_every:
             raise ValueError(f"evaluate_every={self.evaluate_every} must be a multiple of log_every={self.log_every}, whose "
                              "rows it joins")  # fmt: skip
+        if self.patience is not None:
+            self.patience = whole("patience", self.patience)
+            if not self.test_every:
+                raise ValueError("patience waits for held-out losses, and test_every=0 has none: give test_every=500")
         self._check_averages()
         self._check_machine()
 
@@ -219,6 +231,10 @@ class Trainer:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of {parts}, {distributed.count()} processes times "
                 f"accumulate={self.accumulate}: the batch is that of all together"
+            )
+        if self.patience is not None and not data.has_test:
+            raise ValueError(
+                "patience waits for held-out losses, and the data hold nothing out: give them held_out=0.1"
             )
         time_sampler.check(model.sde)
         sde, drawn = model.sde, time_sampler(model.sde, 64, torch.Generator().manual_seed(0)).t
@@ -321,11 +337,13 @@ class Trainer:
             def signalled() -> int:
                 return distributed.greatest(received[0] if received else 0)
 
-            while state.step < self.steps and not signalled():
+            held_out, stalled = self._held_out(data), self._has_stalled(metrics.rows)
+            while state.step < self.steps and not stalled and not signalled():
                 state.advance(batches(state.step))
                 bar.update()
                 if state.due(self.log_every) or state.step == self.steps:
-                    self._report(state, metrics, bar, home, on_evaluate)
+                    self._report(state, metrics, bar, home, held_out, on_evaluate)
+                    stalled = self._has_stalled(metrics.rows)
                 with state.window.paused():
                     # Snapshots first: those beyond the checkpoint that a killed run goes on from are made again.
                     if state.due(self.snapshot_every):
@@ -336,16 +354,34 @@ class Trainer:
                         pictures = state.show(on_sample)
                         metrics.show(state.step, pictures or {})
             stopped = signalled()
-            if self.snapshot_every and state.step == self.steps:
+            if self.snapshot_every and (stalled or state.step == self.steps):
                 home.snapshot(state)
             home.checkpoint(state)
         state.place.disconnect()
         return metrics.rows, signal.Signals(stopped) if stopped else None
 
+    def _held_out(self, data: Data) -> Batch | None:
+        """Examples that training does not see, where there are any."""
+        return data.reference(4 * self.batch_size) if self.test_every and data.has_test else None
+
+    def _has_stalled(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the last `patience` held-out losses are none below the least before them."""
+        if self.patience is None:
+            return False
+        losses = [
+            math.inf if math.isnan(loss) else loss for row in rows if (loss := row.get("loss_held_out")) is not None
+        ]
+        before, last = losses[: -self.patience], losses[-self.patience :]
+        return distributed.agree(bool(before) and min(last) >= min(before))
+
     def _report(
-        self, state: TrainingState, metrics: MetricsLog, bar: Any, home: _Home, on_evaluate: EvaluateHook | None
+        self, state: TrainingState, metrics: MetricsLog, bar: Any, home: _Home, held_out: Batch | None,
+        on_evaluate: EvaluateHook | None,
     ) -> None:  # fmt: skip
-        row = state.report()
+        row, last_row = state.report(), (state.step - 1) // self.log_every * self.log_every
+        if held_out is not None and state.step // self.test_every > last_row // self.test_every:
+            with state.window.paused():
+                row["loss_held_out"] = state.held_out_loss(held_out)
         if on_evaluate is not None and state.due(self.evaluate_every):
             with state.window.paused():
                 row |= state.show(on_evaluate)

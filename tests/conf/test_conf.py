@@ -263,9 +263,11 @@ def trained_for_two_steps(config: DictConfig, folder: Path):
     data = build(config.data)
     configs.fill_in(config, data, config.choices)
     model = build_model(config)
+    config.trainer.update(log_every=1, test_every=2, evaluate_every=0)
     parts = [build(config[name]) for name in ("objective", "time_sampler")]
     result = build(config.trainer).fit(model, data, *parts, folder, seed=config.seed)
     assert result.step == 2
+    assert ("loss_held_out" in result.metrics[1]) == data.has_test
     assert all(p.isfinite().all() for p in result.model.parameters())
     return result.model.eval()
 

@@ -18,6 +18,7 @@ import torch
 
 from score_sde import Sampler, distributed, grid
 from score_sde.data import Batch, TensorData
+from score_sde.data.tensor import Examples
 from score_sde.networks import MLP, Dropout
 from score_sde.networks.magnitude import MPConv
 from score_sde.parameterization import Noise
@@ -36,7 +37,7 @@ class Watched(TensorData):
     def __init__(self, poisoned: int = -1, terminated: int = -1) -> None:
         source = torch.Generator().manual_seed(0)
         x = torch.randint(0, 256, (50, 2), generator=source, dtype=torch.uint8)
-        super().__init__(x, torch.arange(50), dequantize=True)
+        super().__init__(x, torch.arange(50), test=Examples(x[:23] // 2, torch.arange(23)), dequantize=True)
         self.poisoned, self.terminated = poisoned, terminated
         self.read: list[tuple[int, list[int]]] = []
 
@@ -65,7 +66,14 @@ def train(
 ) -> TrainingResult:  # fmt: skip
     """`idle` gives the network a parameter that no loss reaches, `sphere` filters of unit norm, one of them alone."""
     data = Watched(poisoned, terminated)
-    settings = {"log_every": 1, "checkpoint_every": 3, "keep_checkpoints": 20, "schedule": "constant", **options}
+    settings = {
+        "log_every": 1,
+        "test_every": 4,
+        "checkpoint_every": 3,
+        "keep_checkpoints": 20,
+        "schedule": "constant",
+        **options,
+    }
     objective = DenoisingScoreMatching(label_dropout=0.3)
     trained = model()
     if idle:

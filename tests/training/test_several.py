@@ -124,6 +124,8 @@ def test_metrics_are_those_of_the_whole_batch(one, two):
     for row, other in zip(alone, together, strict=True):
         for name in ("step", "loss", "loss_q1", "loss_q4", "grad_norm", "nonfinite", "lr"):
             assert other[name] == pytest.approx(row[name], rel=1e-4), name
+        assert ("loss_held_out" in row) == (row["step"] % 4 == 0)
+        assert other.get("loss_held_out", 0) == pytest.approx(row.get("loss_held_out", 0), rel=1e-5)
     assert [row["nonfinite"] for row in rows(two / "poisoned")] == [0] * 5 + [1] * 7
 
 

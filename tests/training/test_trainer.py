@@ -25,6 +25,7 @@ from torch import nn
 from score_sde import grid
 from score_sde import sde as sdes
 from score_sde.data import Batch, Data, TensorData
+from score_sde.keyed import generator
 from score_sde.networks import MLP
 from score_sde.parameterization import Denoised, Karras, Noise
 from score_sde.sampler import Sampler
@@ -36,10 +37,12 @@ from score_sde.training import (
     DivergenceError,
     ImportanceTimes,
     LadderTimes,
+    Times,
     Trainer,
     UniformTimes,
     checkpoint,
 )
+from score_sde.training.draws import rows_of
 from score_sde.training.interrupt import NOTED, hand_on
 
 
@@ -536,3 +539,70 @@ def test_the_default_network_learns_the_sides_of_a_square():
     sampler = Sampler(RectifiedAdams(3), partial(grid.hyperbolic, steps=15), final="none")
     samples = sampler.sample(trained, (4000, 2), seed=0).x
     assert (samples.abs() > 1.1 * 3**0.5).float().mean() < 0.02
+
+
+# --- held-out examples ------------------------------------------------------------------------------------------------
+
+
+def held_out(**options) -> TensorData:
+    return TensorData(torch.randn(70, 2, generator=torch.Generator().manual_seed(0)), held_out=0.3, **options)
+
+
+def losses(rows: list[dict]) -> dict[int, float]:
+    return {row["step"]: row["loss_held_out"] for row in rows if "loss_held_out" in row}
+
+
+def test_the_held_out_loss_is_that_of_the_average_on_what_training_does_not_see():
+    data, settings = held_out(), tiny.trainer(20, test_every=10, batch_size=16)
+    result = tiny.train(None, settings, data=data)
+    x, found = data.reference(64).x, []
+    assert len(x) == 21
+    for first in (0, 16):
+        source = generator(0, "held out", first)
+        times = UniformTimes()(result.model.sde, 16, source)
+        part = Batch(x[first : first + 16])
+        rows = slice(0, len(part.x))
+        times = Times(times.t[rows], times.u[rows], times.weight[rows])
+        with torch.no_grad():
+            found.append(DenoisingScoreMatching()(result.model, part, times, rows_of(source, 16, rows)).loss)
+    known = losses(result.metrics)
+    assert list(known) == [10, 20]
+    assert known[20] == pytest.approx(torch.cat(found).mean().item(), rel=1e-6)
+    assert known[10] != known[20]
+
+
+def test_the_next_row_has_the_held_out_loss_and_other_rows_and_data_have_none():
+    assert list(losses(tiny.train(None, tiny.trainer(40, log_every=9, test_every=10), data=held_out()).metrics)) == [
+        18, 27, 36, 40,
+    ]  # fmt: skip
+    assert not losses(tiny.train(None, tiny.trainer(20, test_every=0), data=held_out()).metrics)
+    assert not losses(tiny.train(None, tiny.trainer(20, test_every=5)).metrics)
+
+
+def test_looking_at_held_out_examples_changes_no_weight_and_micro_batches_no_loss():
+    settings = [tiny.trainer(20), tiny.trainer(20, test_every=5), tiny.trainer(20, test_every=5, accumulate=2)]
+    plain, tested, parted = (tiny.train(None, each, data=held_out()) for each in settings)
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, tested.model.state_dict()[name])
+    assert losses(parted.metrics) == pytest.approx(losses(tested.metrics), rel=1e-3)
+
+
+def test_patience_ends_a_run_whose_held_out_loss_falls_no_more(tmp_path):
+    options = {"learning_rate": 1e-30, "test_every": 5, "patience": 3}  # whatever the loss is, it stays so
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ended = tiny.train(tmp_path, tiny.trainer(400, **options), data=held_out())
+    known = losses(rows(tmp_path))
+    assert ended.step == max(known) < 400
+    assert min(list(known.values())[-3:]) >= min(list(known.values())[:-3])
+    assert not ended.interrupted
+    again = tiny.train(tmp_path, tiny.trainer(400, **options), data=held_out(), resume=True)
+    assert again.step == ended.step
+    assert len(losses(tiny.train(None, tiny.trainer(60, test_every=5, patience=50), data=held_out()).metrics)) == 12
+
+
+def test_patience_without_anything_held_out_is_refused():
+    with pytest.raises(ValueError, match="test_every=0 has none"):
+        tiny.trainer(40, patience=2, test_every=0)
+    with pytest.raises(ValueError, match="hold nothing out"):
+        tiny.train(None, tiny.trainer(40, patience=2))
