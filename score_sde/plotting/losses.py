@@ -46,6 +46,7 @@ def loss_curves(
     names = list(columns) if columns else [name for name in metrics if str(name).startswith("loss")]
     quartiles = [name for name in names if QUARTILE.search(str(name))]
     whole = [name for name in names if name not in quartiles]
+    names = names if columns else whole + quartiles
     looks: dict[str, dict[str, Any]] = {
         name: {"color": INK, "linestyle": DASHES[i % len(DASHES)]} for i, name in enumerate(whole)
     }
