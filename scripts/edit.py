@@ -75,9 +75,7 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
     sampler.check(model.sde)
     edit = {"class": relabelled, "interpolate": interpolated}.get(config.task, restored)
     before, after, columns = edit(config, run, model, sampler)
-    left_out = {"run", "output", "device", "trust", "hydra"}
-    settings = {name: value for name, value in configs.plain(config).items() if name not in left_out}
-    folder = output.folder_of(settings, Path(config.output or run.path / "edits" / config.task))
+    folder = output.folder_of(configs.recorded(config), Path(config.output or run.path / "edits" / config.task))
     output.save_samples(folder, {"before": before, "after": after})
     if figures.is_image(model):
         output.save_images(folder, after, names_of(config))

@@ -9,6 +9,8 @@ In likelihood.csv `index` is the row of the array that an example was read from,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from scripting import configs, entry, figures, output
 from scripting.command_line import listed
 from torch import Tensor
 
-from score_sde import Run, plotting
+from score_sde import LearnedScore, Run, plotting
 from score_sde.checks import one_of, whole
 from score_sde.data import Data, TensorData, load_images
 from score_sde.evaluation import continuous_bound
@@ -50,28 +52,13 @@ def main(config: DictConfig) -> None:
     if not bins and (config.dequantization, config.draws) != ("uniform", 1):
         raise ValueError(f"dequantization and draws are for data that were integers, those of {run.path} are not: "
                          "leave them out")  # fmt: skip
-    options = options_of(config, data)
     dequantizer = fitted(model, data, condition, config.seed) if config.dequantization == "variational" else None
-    rows: list[pd.DataFrame] = []
-    for name, x in sets.items():
-        for i, part in enumerate(tqdm(x.split(config.batch_size), desc=name, delay=2)):
-            rows_of = slice(i * config.batch_size, i * config.batch_size + len(part))
-            here = part.to(model.device)
-            told = {key: value[rows_of].to(model.device) for key, value in condition.items()}
-            asked = options | {"seed": config.seed * 1_000_003 + i, "condition": told}
-            row = (
-                discrete(model, here, bins, config.draws, dequantizer, asked)
-                if bins
-                else real(model, here, data, asked)
-            )
-            if config.bound:
-                row |= bound(model, here, data, config.bound, asked["seed"], told)
-            row = {"index": places[name][rows_of]} | row
-            rows.append(pd.DataFrame({"set": name, **{key: value.cpu().numpy() for key, value in row.items()}}))
-    table = pd.concat(rows, ignore_index=True)
-    left_out = {"run", "output", "device", "trust", "hydra"}
-    settings = {name: value for name, value in configs.plain(config).items() if name not in left_out}
-    folder = output.folder_of(settings, Path(config.output or run.path / "likelihood"))
+    measure = Measure(model, data, options_of(config, data), config.draws, dequantizer, config.bound)
+    table = pd.concat(
+        [part for name, x in sets.items() for part in rows_of(name, x, places[name], condition, measure, config)],
+        ignore_index=True,
+    )
+    folder = output.folder_of(configs.recorded(config), Path(config.output or run.path / "likelihood"))
     write_atomically(folder / "likelihood.csv", table.to_csv(index=False))
     column, label = ("bits_per_dim", "bits per dimension") if bins else ("log_prob", "log-density in nats")
     figures.save(histogram(table, column, label), folder / "likelihood.png")
@@ -80,6 +67,73 @@ def main(config: DictConfig) -> None:
         print("\nthe run was trained without dequantisation: its density has a spike at each grey level, and bits_per_dim is "
               "loose; take bound=64, or train with data.dequantize=true, as experiment=digits_likelihood does")  # fmt: skip
     print(f"\n{folder}: likelihood.csv, likelihood.png")
+
+
+def rows_of(
+    name: str, x: Tensor, places: Tensor, condition: Mapping[str, Tensor], measure: Measure, config: DictConfig
+) -> Iterator[pd.DataFrame]:
+    """The table of a set, batch after batch."""
+    for i, part in enumerate(tqdm(x.split(config.batch_size), desc=name, delay=2)):
+        rows = slice(i * config.batch_size, i * config.batch_size + len(part))
+        told = {key: value[rows].to(measure.model.device) for key, value in condition.items()}
+        found = measure(part.to(measure.model.device), config.seed * 1_000_003 + i, told)
+        columns = {"index": places[rows]} | found
+        yield pd.DataFrame({"set": name, **{key: value.cpu().numpy() for key, value in columns.items()}})
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is computed of a batch of examples: (x, seed, condition) -> columns.
+
+    Attributes:
+        options: of `log_likelihood`.
+        draws: of the noise that integers are dequantised by; variational where there is a `dequantizer`, else uniform.
+        bound_draws: of the variational bound; 0 for none.
+    """
+
+    model: LearnedScore
+    data: Data
+    options: Mapping[str, Any]
+    draws: int
+    dequantizer: GaussianDequantizer | None
+    bound_draws: int
+
+    def __call__(self, x: Tensor, seed: int, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        asked = {**self.options, "seed": seed, "condition": condition}
+        found = self.discrete(x, asked) if lattice(self.data) else self.real(x, asked)
+        return found | self.bound(x, seed, condition) if self.bound_draws else found
+
+    def real(self, x: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+        """Densities of real-valued data, beside the true ones where they are known."""
+        found = log_likelihood(self.model, x, **options)
+        row = {"log_prob": found.log_prob, "std_error": found.std_error, "truncation": found.truncation}
+        law = self.data.target
+        return row if law is None else {**row, "true_log_prob": law.log_prob(x.cpu().double())}
+
+    def discrete(self, codes: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+        """Bounds on the log-probability of integers, by uniform or variational dequantisation."""
+        options |= lattice(self.data) | {"draws": self.draws, "dequantizer": self.dequantizer}
+        nats = discrete_log_likelihood(self.model, codes, **options)
+        return {"log_prob": nats, "bits_per_dim": bits_per_dim(nats, codes.shape[1:], 1.0)}
+
+    def bound(self, x: Tensor, seed: int, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The variational bound in continuous time, of densities, or of integers in the way that the model was trained.
+
+        A model of dequantised data is asked for the density of such data, one of the bare lattice for the mass of a bin:
+        below the bins' width the one has more to code, the other has nothing left to learn.
+        """
+        bins, options = lattice(self.data), {"draws": self.bound_draws, "seed": seed, "condition": condition}
+        if bins is None:
+            return {"bound_log_prob": -continuous_bound(self.model, x, **options).total}
+        width, size = bins["bin_width"], x[0].numel()
+        if self.data.dequantize:  # type: ignore[attr-defined]
+            points = dequantize(x, torch.Generator(x.device).manual_seed(seed), **bins)
+            nats = size * math.log(width) - continuous_bound(self.model, points, **options).total
+        else:
+            first = bins["low"] + width / 2
+            decoder = DiscretisedDecoder(width, first, -first)
+            nats = -continuous_bound(self.model, (first + width * x).float(), decoder=decoder, **options).total
+        return {"bound_log_prob": nats, "bound_bits_per_dim": bits_per_dim(nats, x.shape[1:], 1.0)}
 
 
 def sets_of(config: DictConfig, data: Data) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -178,44 +232,6 @@ def conditions_of(run: Run, data: Data, count: int) -> dict[str, Tensor]:
     print(f"densities given each example's {' and '.join(names)}, without which this network has not learnt to do")
     given = data.plain("test", slice(count)) if lattice(data) else data.reference(count)  # type: ignore[attr-defined]
     return {name: given.condition[name] for name in names}
-
-
-def real(model: Any, x: Tensor, data: Data, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Densities of real-valued data, beside the true ones where they are known."""
-    found = log_likelihood(model, x, **options)
-    row = {"log_prob": found.log_prob, "std_error": found.std_error, "truncation": found.truncation}
-    return row if data.target is None else {**row, "true_log_prob": data.target.log_prob(x.cpu().double())}
-
-
-def discrete(
-    model: Any, codes: Tensor, bins: dict[str, float], draws: int, dequantizer: GaussianDequantizer | None,
-    options: dict[str, Any],
-) -> dict[str, Tensor]:  # fmt: skip
-    """Bounds on the log-probability of integers, by uniform or variational dequantisation."""
-    nats = discrete_log_likelihood(model, codes, draws=draws, dequantizer=dequantizer, **bins, **options)
-    return {"log_prob": nats, "bits_per_dim": bits_per_dim(nats, codes.shape[1:], 1.0)}
-
-
-def bound(
-    model: Any, x: Tensor, data: Data, draws: int, seed: int, condition: dict[str, Tensor]
-) -> dict[str, Tensor]:  # fmt: skip
-    """The variational bound in continuous time, of densities, or of integers in the way that the model was trained.
-
-    A model of dequantised data is asked for the density of such data, one of the bare lattice for the mass of a bin: below
-    the bins' width the one has more to code, the other has nothing left to learn.
-    """
-    bins, options = lattice(data), {"draws": draws, "seed": seed, "condition": condition}
-    if bins is None:
-        return {"bound_log_prob": -continuous_bound(model, x, **options).total}
-    width, size = bins["bin_width"], x[0].numel()
-    if data.dequantize:  # type: ignore[attr-defined]
-        points = dequantize(x, torch.Generator(x.device).manual_seed(seed), **bins)
-        nats = size * math.log(width) - continuous_bound(model, points, **options).total
-    else:
-        first = bins["low"] + width / 2
-        decoder = DiscretisedDecoder(width, first, -first)
-        nats = -continuous_bound(model, (first + width * x).float(), decoder=decoder, **options).total
-    return {"bound_log_prob": nats, "bound_bits_per_dim": bits_per_dim(nats, x.shape[1:], 1.0)}
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

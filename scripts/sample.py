@@ -8,14 +8,16 @@ torchrun --nproc-per-node 2 scripts/sample.py run=<dir> num_samples=50000     on
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from scripting import configs, entry, figures, guiding, output
 from scripting.command_line import chosen
 from torch import Tensor
 
-from score_sde import distributed, plotting
+from score_sde import Run, distributed, plotting
 from score_sde.build import build
 from score_sde.data import TensorData
 from score_sde.evaluation import DigitClassifier
@@ -30,9 +32,7 @@ def main(config: DictConfig) -> None:
     sampler.check(model.sde)
     labels = guiding.labels_of(config.label, run)
     guided = guiding.guided(config, run, model)
-    given = dict(config.condition) | ({} if config.context is None else {"context": config.context})
-    condition = guiding.told(given, run, config.num_samples)
-    condition |= {"label": guiding.turns(labels, config.num_samples)} if labels else {}
+    condition = conditions_of(config, run, labels)
     guided.check((config.num_samples, *model.event_shape), condition)
     data = guiding.labelled(run) if config.agreement else None
     if config.agreement and (data is None or not labels):
@@ -46,23 +46,42 @@ def main(config: DictConfig) -> None:
     if not distributed.is_main():
         return
     suffix = "" if not labels else f"-label-{labels[0]}" if len(labels) == 1 else "-labels"
-    whole = configs.plain(config)
-    settings = {name: whole[name] for name in ("num_samples", "guidance", "threshold", "seed", "ema", "step")}
-    settings |= {"label": labels, "context": output.content_of(config.context) or whole["context"],
-                 "sampler": configs.plain(node), "table": output.content_of(node.get("table"))}  # fmt: skip
-    own = {name: output.content_of(value) or value for name, value in whole["condition"].items()}
-    settings |= {"condition": own} if own else {}
+    settings = settings_of(config, node, labels)
     folder = output.folder_of(settings, Path(config.output or run.samples / f"{name}{suffix}"))
     output.save_samples(folder, condition | {"samples": samples})
     if figures.is_image(model):
         output.save_images(folder, samples)
-    columns = max(1, 8 // len(labels)) * len(labels) if labels else 8
-    named = run.config.get("class_names") or range(max(labels, default=-1) + 1)
-    names = [named[i] for i in guiding.turns(labels, columns).tolist()] if 1 < len(labels) <= 20 else []
-    figures.save(plotting.sheet(samples, columns=columns, names=names), folder / "samples.png")
+    figures.save(sheet(samples, labels, run), folder / "samples.png")
     print(f"{output.member()}{len(samples)} samples of {name}: {nfe} network calls each, {seconds:.2f} s; in {folder}")
     if data is not None:
         agreement(data, samples, condition["label"]).to_csv(folder / "agreement.csv", index=False)
+
+
+def conditions_of(config: DictConfig, run: Run, labels: list[int]) -> dict[str, Tensor]:
+    """What the samples are told of: the conditions given, what else the network needs, and the labels in turn."""
+    given = dict(config.condition) | ({} if config.context is None else {"context": config.context})
+    condition = guiding.told(given, run, config.num_samples)
+    return condition | ({"label": guiding.turns(labels, config.num_samples)} if labels else {})
+
+
+def settings_of(config: DictConfig, node: DictConfig, labels: list[int]) -> dict[str, Any]:
+    """All that the samples depend on, of files what is in them."""
+    given = configs.plain(config)
+    settings = {name: given[name] for name in ("num_samples", "guidance", "threshold", "seed", "ema", "step")}
+    settings |= {"label": labels, "context": output.content_of(config.context) or given["context"],
+                 "sampler": configs.plain(node), "table": output.content_of(node.get("table"))}  # fmt: skip
+    own = {name: output.content_of(value) or value for name, value in given["condition"].items()}
+    return settings | ({"condition": own} if own else {})
+
+
+def sheet(samples: Tensor, labels: list[int], run: Run) -> Figure:
+    """The first samples, a column or several for each label, and its name above where they are few."""
+    if not labels:
+        return plotting.sheet(samples, columns=8)
+    columns = max(1, 8 // len(labels)) * len(labels)
+    names = run.config.get("class_names") or range(max(labels) + 1)
+    named = [names[i] for i in guiding.turns(labels, columns).tolist()] if 1 < len(labels) <= 20 else []
+    return plotting.sheet(samples, columns=columns, names=named)
 
 
 def agreement(data: TensorData, samples: Tensor, labels: Tensor) -> pd.DataFrame:

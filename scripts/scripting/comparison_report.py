@@ -69,24 +69,11 @@ def write(
 
 def draw(runs: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Iterator[tuple[str, str, str, Figure]]:
     """(file, title, caption, figure) for one model."""
-    points = " Points: means over seeds with their standard deviations." if runs["seed"].nunique() > 1 else ""
-    blue = f"Blue: deterministic samplers; orange: the others.{points}"
-    order = list(ranking(runs)["sampler"])
-    ordered = summary[summary["sampler"].isin(order)].sort_values(
-        "sampler", key=lambda names: names.map(order.index), kind="stable"
-    )
-    figure, axes = plotting.panels(
-        min(2, len(metrics)), -(-len(metrics) // 2), width=5.6, height=0.6 + 0.26 * len(order)
-    )
-    for ax, metric in zip(axes.flat, metrics, strict=False):
-        image = plotting.ratio_table(ax, ordered, metric=metric)
-        ax.set_title(plotting.METRIC_NAMES.get(metric, metric))
-    for ax in axes.flat[len(metrics) :]:
-        ax.set_axis_off()
-    plotting.colour_scale(image, axes, "noise floors", ticks=[1, 2, 5, 10])
     yield ("ratios", "Over the noise floor", "Each metric divided by its value between exact draws; 1 is as good as exact "
            "samples. Fewest calls first. ×: diverged or failed, –: refused. In brackets: calls of a solver that chooses "
-           "its own steps.", figure)  # fmt: skip
+           "its own steps.", ratios(summary, list(ranking(runs)["sampler"]), metrics))  # fmt: skip
+    points = " Points: means over seeds with their standard deviations." if runs["seed"].nunique() > 1 else ""
+    blue = f"Blue: deterministic samplers; orange: the others.{points}"
     for metric in metrics:
         name = plotting.METRIC_NAMES.get(metric, metric).replace("$", "").replace("_2", "2")
         caption = f"{name}, lower is better. {blue} Band: the noise floor, between exact draws. Crosses: diverged."
@@ -100,6 +87,23 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Itera
                "mean square distance to where the converged probability-flow ODE ends, in standard deviations of the data. "
                "The solver's error alone, without Monte Carlo noise.",
                plotting.comparison_multiples(runs, metric="endpoint_error"))  # fmt: skip
+
+
+def ratios(summary: pd.DataFrame, order: list[str], metrics: list[str]) -> Figure:
+    """A table in colours for each metric, samplers down in this order."""
+    ordered = summary[summary["sampler"].isin(order)].sort_values(
+        "sampler", key=lambda names: names.map(order.index), kind="stable"
+    )
+    figure, axes = plotting.panels(
+        min(2, len(metrics)), -(-len(metrics) // 2), width=5.6, height=0.6 + 0.26 * len(order)
+    )
+    for ax, metric in zip(axes.flat, metrics, strict=False):
+        image = plotting.ratio_table(ax, ordered, metric=metric)
+        ax.set_title(plotting.METRIC_NAMES.get(metric, metric))
+    for ax in axes.flat[len(metrics) :]:
+        ax.set_axis_off()
+    plotting.colour_scale(image, axes, "noise floors", ticks=[1, 2, 5, 10])
+    return figure
 
 
 def sample_sheets(
@@ -120,31 +124,40 @@ def advice(table: pd.DataFrame) -> list[str]:
     lines = []
     for name, runs in table.groupby("model", sort=False):
         mark = f"{name} score: " if table["model"].nunique() > 1 else ""
-        order, verdicts = ranking(runs), judge(runs)
-        goal = "there" if verdicts["near"].any() else "within 1.25 times the best of them"
-        if goal != "there" and (verdicts["floors"] < math.inf).any():
-            lines.append(f"{mark}no sampler is near the noise floor: {nearest(verdicts)}.")
-        there = order.dropna(subset="calls")
-        if len(there) and (goal == "there" or len(order) > 1):
-            best = ", ".join(f"{r.sampler} ({r.calls:.0f})" for r in there.head(5).itertuples())
-            lines.append(f"{mark}{goal} with the fewest calls: {best}.")
-            quick = there.nsmallest(3, "seconds_per_sample")
-            listed = ", ".join(f"{r.sampler} ({duration(r.seconds_per_sample)} a sample)" for r in quick.itertuples())
-            lines.append(f"{mark}{goal} in the shortest time: {listed}.")
-        never = order[order["calls"].isna()]
-        if len(never):
-            listed = ", ".join(f"{r.sampler} (excess {r.excess:.3f}, by {r.worst})" for r in never.itertuples())
-            lines.append(f"{mark}not {goal} within any budget: {listed}.")
-        paired = verdicts.dropna(subset="endpoint_error")
-        paired = paired[paired["excess"] < math.inf]
-        budgets = sorted(set(runs["budget"]) - {0})
-        for budget in [b for b in (10, 20) if b in budgets] or budgets[:2]:
-            within = paired[paired["nfe"] <= budget]
-            if len(within):
-                best = within.loc[within["endpoint_error"].idxmin()]
-                lines.append(f"{mark}nearest to the converged ODE within {budget} calls: {best['sampler']}, "
-                             f"{best['endpoint_error']:.2g} data standard deviations with {best['nfe']:.0f}.")  # fmt: skip
+        lines += [f"{mark}{line}" for line in (*_reached(runs), *_converged(runs))]
     return lines
+
+
+def _reached(runs: pd.DataFrame) -> Iterator[str]:
+    """Which samplers reach the goal, with the fewest calls and in the shortest time, and which do not."""
+    order, verdicts = ranking(runs), judge(runs)
+    goal = "there" if verdicts["near"].any() else "within 1.25 times the best of them"
+    if goal != "there" and (verdicts["floors"] < math.inf).any():
+        yield f"no sampler is near the noise floor: {nearest(verdicts)}."
+    there = order.dropna(subset="calls")
+    if len(there) and (goal == "there" or len(order) > 1):
+        best = ", ".join(f"{r.sampler} ({r.calls:.0f})" for r in there.head(5).itertuples())
+        yield f"{goal} with the fewest calls: {best}."
+        quick = there.nsmallest(3, "seconds_per_sample")
+        listed = ", ".join(f"{r.sampler} ({duration(r.seconds_per_sample)} a sample)" for r in quick.itertuples())
+        yield f"{goal} in the shortest time: {listed}."
+    never = order[order["calls"].isna()]
+    if len(never):
+        listed = ", ".join(f"{r.sampler} (excess {r.excess:.3f}, by {r.worst})" for r in never.itertuples())
+        yield f"not {goal} within any budget: {listed}."
+
+
+def _converged(runs: pd.DataFrame) -> Iterator[str]:
+    """Which sampler ends nearest to the converged ODE within 10 and within 20 calls, or other budgets."""
+    paired = judge(runs).dropna(subset="endpoint_error")
+    paired = paired[paired["excess"] < math.inf]
+    budgets = sorted(set(runs["budget"]) - {0})
+    for budget in [b for b in (10, 20) if b in budgets] or budgets[:2]:
+        within = paired[paired["nfe"] <= budget]
+        if len(within):
+            best = within.loc[within["endpoint_error"].idxmin()]
+            yield (f"nearest to the converged ODE within {budget} calls: {best['sampler']}, "
+                   f"{best['endpoint_error']:.2g} data standard deviations with {best['nfe']:.0f}.")  # fmt: skip
 
 
 def nearest(verdicts: pd.DataFrame) -> str:

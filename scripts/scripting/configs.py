@@ -28,6 +28,12 @@ def plain(node: DictConfig) -> Any:
     return OmegaConf.to_container(node, resolve=True)
 
 
+def recorded(config: DictConfig) -> dict[str, Any]:
+    """What the results of a script depend on: all of its config but where things lie and run."""
+    left_out = {"run", "output", "device", "trust", "hydra"}
+    return {name: value for name, value in plain(config).items() if name not in left_out}
+
+
 def named(group: str, name: str) -> DictConfig:
     """The config of file `name` in a config group, e.g. named("sampler", "heun"); the job's own --config-dir is searched too.
 

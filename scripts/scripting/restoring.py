@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def problem_of(task: str, node: DictConfig, sde: SDE) -> Problem:
 
 
 def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any], folder: Path) -> Path:
+    """The table against an exact posterior, and of Gaussian data each method's certificate."""
     table = compare_posteriors(
         problem, list(config.budgets), num_samples=config.num_samples, seed=config.seed, **options
     )
@@ -81,8 +83,8 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
         f"task {config.task}, prior {config.restoration.prior}: {problem.y.numel()} numbers seen of "
         f"{problem.prior.event_shape.numel()}, with noise {problem.noise_std:g}"
     )
-    label = "sliced $W_2$ to the exact posterior,\nover its noise floor"
-    figures.save(curves(table, "ratio", label, title, "noise floor", 1.0), folder / "posteriors.png")
+    axis = Axis("ratio", "sliced $W_2$ to the exact posterior,\nover its noise floor", "noise floor", 1.0)
+    figures.save(curves(table, axis, title), folder / "posteriors.png")
     one_gaussian = len(problem.prior.weights) == 1
     if one_gaussian:
         certificate = certify_guidance(problem, max(config.budgets), options["methods"])
@@ -96,31 +98,29 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
     return folder
 
 
-def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path:
+def on_images(config: DictConfig, options: Mapping[str, Any], folder: Path) -> Path:
     """The table on held-out images of a run's data, and a sheet of what each method makes of the first ones."""
     if config.task == "linear":
         raise ValueError(f"task=linear has no run; on images: {', '.join(TASKS)}")
-    run, node = configs.open_run(config), config.restoration
-    options["methods"] = {name: LEARNED[name] for name in options["methods"] if name in LEARNED}
-    options["solvers"] = {name: OWN[name] for name in options["solvers"] if name in OWN}
-    model, data = configs.model_of(run, config), run.data()
-    guiding.check_free(run)
-    operator = task_operator(config.task, model.event_shape, **node.operator)
-    truth = data.reference(node.count).x
-    observed = operator.observe(truth, node.noise_std, generator=generator(config.seed, "observed"))
-    case = Restoration(model, truth, operator, node.noise_std, observed, node.draws, measure_data_std(data))
-    known = {"truth": truth[:8], "seen": figures.visible(operator, observed)[:8]}
+    run = configs.open_run(config)
+    case = case_of(config, run)
+    learned = {"methods": {name: LEARNED[name] for name in options["methods"] if name in LEARNED},
+               "solvers": {name: OWN[name] for name in options["solvers"] if name in OWN}}  # fmt: skip
+    known = {"truth": case.truth[:8], "seen": figures.visible(case.operator, case.observed)[:8]}
     shown: dict[str, dict[str, Tensor]] = {}
 
     def keep(name: str, label: str, budget: int, x: Tensor) -> None:
         if budget == max(config.budgets):
             shown.setdefault(label, dict(known))[name] = x[:8, 0]
 
-    table = compare_restorations(case, list(config.budgets), features=features_of(run), on_result=keep, **options)
+    table = compare_restorations(
+        case, list(config.budgets), features=features_of(run), on_result=keep, **{**options, **learned}
+    )
     folder = output.folder_of(asked(config), folder)
     table.to_csv(folder / "restorations.csv", index=False)
-    figures.save(curves(table[table["sampler"] != "none"], "psnr", "PSNR of a draw in dB", f"{config.task}, {run.path}",
-                        "pseudo-inverse", table["psnr"].iloc[0]), folder / "restorations.png")  # fmt: skip
+    axis = Axis("psnr", "PSNR of a draw in dB", "pseudo-inverse", table["psnr"].iloc[0])
+    picture = curves(table[table["sampler"] != "none"], axis, f"{config.task}, {run.path}")
+    figures.save(picture, folder / "restorations.png")
     figures.save(figures.mosaics(shown or {"": known}, 2), folder / "sheet.png")
     keys = ["method", "sampler", "budget"]
     output.show(table.groupby(keys, sort=False).mean(numeric_only=True).drop(columns="seed").reset_index())
@@ -128,6 +128,16 @@ def on_images(config: DictConfig, options: dict[str, Any], folder: Path) -> Path
         print(f"failed: {row['method']} with {row['sampler']}, {row['budget']} steps: {row['error']}")
     print(f"\n{folder}: restorations.csv, restorations.png, sheet.png")
     return folder
+
+
+def case_of(config: DictConfig, run: Run) -> Restoration:
+    """Held-out images of a run's data, observed as the task says."""
+    node, model, data = config.restoration, configs.model_of(run, config), run.data()
+    guiding.check_free(run)
+    operator = task_operator(config.task, model.event_shape, **node.operator)
+    truth = data.reference(node.count).x
+    observed = operator.observe(truth, node.noise_std, generator=generator(config.seed, "observed"))
+    return Restoration(model, truth, operator, node.noise_std, observed, node.draws, measure_data_std(data))
 
 
 def asked(config: DictConfig) -> dict[str, Any]:
@@ -152,11 +162,22 @@ def wide(table: pd.DataFrame, value: str) -> pd.DataFrame:
     return mean.reset_index()
 
 
-def curves(table: pd.DataFrame, value: str, label: str, title: str, line: str, height: float) -> Figure:
+@dataclass(frozen=True)
+class Axis:
+    """A column of a table as an axis: its name there and under the figure, and a dashed `line` at some height."""
+
+    value: str
+    label: str
+    line: str
+    height: float
+
+
+def curves(table: pd.DataFrame, axis: Axis, title: str) -> Figure:
     """A panel for each sampler in one scale, a line for each method: the mean over seeds, and its range.
 
-    Methods with a sampler of their own are the same in every panel; `line`, at that height, is dashed.
+    Methods with a sampler of their own are the same in every panel.
     """
+    value = axis.value
     shared = [name for name in table["sampler"].unique() if name != "own"] or ["own"]
     figure, axes = plotting.panels(len(shared), width=4.6, height=4.2, sharey=True)
     looks = {name: plotting.look(i) for i, name in enumerate([*METHODS, *SOLVERS])}  # whichever are drawn
@@ -169,12 +190,12 @@ def curves(table: pd.DataFrame, value: str, label: str, title: str, line: str, h
             ax.fill_between(at.index, at["min"], at["max"], color=looks[name]["color"], alpha=0.15, linewidth=0)
             ax.plot(at.index, at["mean"], linestyle=style, markersize=4, label=name, **looks[name])
             plotting.crosses(ax, at.index[~(at["mean"] <= top)], looks[name]["color"], "diverged, or beyond the axis")
-        ax.axhline(height, color=plotting.INK, linestyle="--", linewidth=1, label=line)
+        ax.axhline(axis.height, color=plotting.INK, linestyle="--", linewidth=1, label=axis.line)
         ax.set(xscale="log", title=sampler)
     if value == "ratio":
         axes[0, 0].set(yscale="log", ylim=(None, min(top, axes[0, 0].get_ylim()[1])))
     for ax in axes[0]:
-        plotting.curves(ax, "steps", label if ax is axes[0, 0] else "", legend=None)
+        plotting.curves(ax, "steps", axis.label if ax is axes[0, 0] else "", legend=None)
         ax.set_xticks(sorted(table["budget"].unique()), sorted(table["budget"].unique()))
     plotting.legend_below(figure, "dotted: with samplers of their own" if "own" in set(table["sampler"]) else "")
     figure.suptitle(title, fontsize=10, color=plotting.INK, wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def tables_of(folder: Path | None, pattern: str) -> dict[int, Path]:
 def take_table(node: DictConfig, folder: Path | None, step: int | None) -> None:
     """Puts a file in the place of a sampler's `table` that is a pattern in the folder: that of `calls`, or of the most.
 
-    Prints where it was fitted to other weights than those of the run in the folder at `step`, by default its last. Raises
-    ValueError for a pattern that fits no file.
+    Prints where it was fitted to other weights than those of the run in the folder at `step`, by default its last, or for
+    samples of one condition. Raises ValueError for a pattern that fits no file.
     """
     calls = node.pop("calls", None)
     if is_pattern(node.get("table")):
@@ -94,7 +95,10 @@ def _words(given: Mapping[str, Any]) -> str:
 
 def _record(table: Path) -> dict[str, Any]:
     """What a table says of how it came about; nothing where it is none of scripts/tune.py."""
-    return dict(json.loads(table.read_text()).get("record", {})) if table.suffix == ".json" else {}
+    with suppress(ValueError):
+        if isinstance(read := json.loads(table.read_text()), dict):
+            return dict(read.get("record") or {})
+    return {}
 
 
 def _warn_of_other_weights(table: Path, folder: Path, step: int | None) -> None:

@@ -119,6 +119,10 @@ def test_tables_of_one_folder_are_of_one_condition(tmp_path: Path, capsys: pytes
         tuned_tables.check_conditions(left(tmp_path, {}), {"context": [1.0]})
     tuned_tables.check_conditions(left(tmp_path, {"label": 3}), {"label": 3})
     tuned_tables.check_conditions(left(tmp_path, None), {"label": 3})  # of before tables said so
+    (left(tmp_path, {}) / "spectrum-6.json").write_text("[]")
+    (tmp_path / "tuned-6.json").write_text("damaged")
+    tuned_tables.check_conditions(tmp_path, {"label": 3})
+    (tmp_path / "spectrum-6.json").unlink()
     for given, said in (({"label": 3}, "fitted under label=3, and for samples of that alone"), ({}, "")):
         node = OmegaConf.create({"table": str(left(tmp_path, given) / "tuned-6.json")})
         tuned_tables.take_table(node, tmp_path, None)
