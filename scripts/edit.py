@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from scripting import configs, entry, figures, guiding, output
+from scripting import conditions, configs, entry, figures, guiding, output
 from scripting.command_line import idle, listed, typed
 from torch import Tensor
 
@@ -90,7 +90,7 @@ def restored(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) ->
 
     An input of which entries are missing (NaN) is an observation; rows that miss the same ones are drawn at once.
     """
-    told, method = guiding.told_alike(model, run, config), method_of(config, run, model)
+    told, method = conditions.told_alike(model, run, config), method_of(config, run, model)
     before = inputs(config, run, observed_shape(config, model))
     patterns, pattern_of = before.isnan().unique(dim=0, return_inverse=True)
     incomplete = bool(patterns.any())
@@ -197,10 +197,10 @@ def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) 
     """Inputs noised up to `time` and sampled from there under the label."""
     if config.label is None:
         raise ValueError("task=class needs the label to bring the input to: give label=<number>")
-    labels = guiding.labels_of(config.label, run)
+    labels = conditions.labels_of(config.label, run)
     if len(labels) > 1:
         raise ValueError(f"task=class brings inputs to one label, got label={labels}")
-    guiding.check_labels(labels, model)
+    conditions.check_labels(labels, model)
     guiding.check_unconditional(run, config.scale)
     before = inputs(config, run, model.event_shape)
     start = before.repeat_interleave(config.draws, 0).to(model.device)
@@ -213,7 +213,7 @@ def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) 
 
 def interpolated(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) -> Edited:
     """From each input to the next through their latent codes, in `draws` + 1 equal parts."""
-    told = guiding.told_alike(model, run, config)
+    told = conditions.told_alike(model, run, config)
     before = inputs(config, run, model.event_shape)
     if len(before) < 2:
         raise ValueError("task=interpolate needs two inputs or more")
@@ -260,7 +260,7 @@ def inputs(config: DictConfig, run: Run, shape: tuple[int, ...]) -> Tensor:
     if config.input is None:
         if config.degraded:
             raise ValueError("degraded=true says that the input is an observation: give input=<image, folder or .npy>")
-        data, labels = run.data(), [] if config.task == "class" else guiding.labels_of(config.label, run)
+        data, labels = run.data(), [] if config.task == "class" else conditions.labels_of(config.label, run)
         if labels and data.num_classes is not None:
             data = data.of_classes(labels)
         return data.reference(config.count).x

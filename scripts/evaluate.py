@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from scripting import configs, entry, figures, guiding, output
+from scripting import conditions, configs, entry, figures, guiding, output
 from scripting.command_line import chosen
 from torch import Tensor
 
@@ -54,25 +54,25 @@ def main(config: DictConfig) -> None:
     folder = output.folder_of(asked, Path(config.output or run.path / "evaluation"))
     (folder / "samples").mkdir(exist_ok=True)
     output.save_samples(folder / "samples", condition | evaluation.samples)
-    told = guiding.of_examples(model, guiding.example_conditions(run.config, data))
+    told = conditions.of_examples(model, conditions.example_conditions(run.config, data))
     write(folder, asked, figures.Subject(run, told, data, evaluation, next(iter(samplers.values())), config.seed),
           config.figures)  # fmt: skip
 
 
 def conditions_of(config: DictConfig, run: Run, data: Data) -> dict[str, Tensor]:
     """What the samples are told of: the labels asked for, in the data's own shares, and what else the network needs."""
-    labels = guiding.labels_of(config.label, run)
+    labels = conditions.labels_of(config.label, run)
     if labels and (data.num_classes is None or data.target is not None):
         print(f"samples of label={config.label} are held against data of all labels, which are not told apart here")
-    condition = {"label": guiding.natural(labels, data, config.num_samples)} if labels else {}
-    return condition | guiding.told({}, run, config.num_samples)
+    condition = {"label": conditions.natural(labels, data, config.num_samples)} if labels else {}
+    return condition | conditions.told({}, run, config.num_samples)
 
 
 def asked_for(config: DictConfig, run: Run, nodes: Mapping[str, DictConfig]) -> dict[str, Any]:
     """All that the numbers depend on."""
     settings = configs.plain(run.config.evaluation)
     return {
-        "step": config.step, "ema": config.ema, "seed": config.seed, "label": guiding.labels_of(config.label, run),
+        "step": config.step, "ema": config.ema, "seed": config.seed, "label": conditions.labels_of(config.label, run),
         "num_samples": config.num_samples,
         "settings": {"samplers": {name: configs.plain(node) for name, node in nodes.items()},
                      "tables": {name: output.content_of(node.get("table")) for name, node in nodes.items()},

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from scripting import configs, entry, figures, guiding, output
+from scripting import conditions, configs, entry, figures, guiding, output
 from scripting.command_line import chosen
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def main(config: DictConfig) -> None:
     node = configs.sampler_config(config.sampler, run.path, config.step)
     sampler = build(node, run.trust)
     sampler.check(model.sde)
-    labels = guiding.labels_of(config.label, run)
+    labels = conditions.labels_of(config.label, run)
     guided = guiding.guided(config, run, model)
     condition = conditions_of(config, run, labels)
     guided.check((config.num_samples, *model.event_shape), condition)
@@ -60,8 +60,8 @@ def main(config: DictConfig) -> None:
 def conditions_of(config: DictConfig, run: Run, labels: list[int]) -> dict[str, Tensor]:
     """What the samples are told of: the conditions given, what else the network needs, and the labels in turn."""
     given = dict(config.condition) | ({} if config.context is None else {"context": config.context})
-    condition = guiding.told(given, run, config.num_samples)
-    return condition | ({"label": guiding.turns(labels, config.num_samples)} if labels else {})
+    condition = conditions.told(given, run, config.num_samples)
+    return condition | ({"label": conditions.turns(labels, config.num_samples)} if labels else {})
 
 
 def settings_of(config: DictConfig, node: DictConfig, labels: list[int]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def sheet(samples: Tensor, labels: list[int], run: Run) -> Figure:
         return plotting.sheet(samples, columns=8)
     columns = max(1, 8 // len(labels)) * len(labels)
     names = run.config.get("class_names") or range(max(labels) + 1)
-    named = [names[i] for i in guiding.turns(labels, columns).tolist()] if 1 < len(labels) <= 20 else []
+    named = [names[i] for i in conditions.turns(labels, columns).tolist()] if 1 < len(labels) <= 20 else []
     return plotting.sheet(samples, columns=columns, names=named)
 
 

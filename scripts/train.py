@@ -21,7 +21,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from scripting import configs, entry, figures, guiding, initial, output, resuming
+from scripting import conditions, configs, entry, figures, initial, output, resuming
 from scripting.command_line import idle, typed
 from torch import Tensor
 
@@ -68,7 +68,7 @@ class Job:
     @cached_property
     def conditions(self) -> Callable[[int], dict[str, Tensor]]:
         """count -> what so many samples are told of."""
-        return guiding.example_conditions(self.config, self.data)
+        return conditions.example_conditions(self.config, self.data)
 
     @property
     def periodic(self) -> int:
@@ -195,7 +195,7 @@ def finish(job: Job, model: LearnedScore) -> float:
     """Samples, figures and result.json; returns the number that a sweep minimises."""
     run, config, data = job.run, job.config, job.data
     evaluation = job.measure(model, job.samplers, config.num_samples, config.trainer.progress)
-    told = guiding.of_examples(model, job.conditions)
+    told = conditions.of_examples(model, job.conditions)
     score = evaluation.mean_ratio(config.evaluation.objective)
     if not distributed.is_main():
         return score

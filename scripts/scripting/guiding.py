@@ -2,159 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
 from typing import Any
 
-import numpy as np
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from score_sde import LearnedScore, ScoreModel
 from score_sde.build import build
 from score_sde.classifier import NoisyClassifier
-from score_sde.data import Data, TensorData
+from score_sde.data import TensorData
 from score_sde.evaluation.extractors import in_range
-from score_sde.guidance import Classifier, ClassifierFree, Conditioned, DynamicThreshold, Observed
-from score_sde.prediction import Prediction
-from score_sde.run import Run, does_without, needed
-from score_sde.score import WrappedScore
-from scripting.command_line import listed, unknown
-
-
-def labels_of(label: Any, run: Run) -> list[int]:
-    """One label or several as a list, by their numbers or by the names of the run's classes; nothing for null.
-
-    Raises ValueError for what is neither, and for a number that is the name of another class.
-    """
-    if label is None:
-        return []
-    chosen = listed(label)
-    if not chosen:
-        raise ValueError("label=[] names no class: give one or more, or leave it out")
-    names = list(run.config.get("class_names") or [])
-    return [_number(value, names) for value in chosen]
-
-
-def _number(label: Any, names: list[str]) -> int:
-    if isinstance(label, str) and names:
-        if label not in names:
-            raise ValueError(unknown("label", label, names))
-        return names.index(label)
-    if isinstance(label, bool) or not isinstance(label, int):
-        raise ValueError(f"label={label!r} is no class: give a whole number, or several as label=[0,1,2]")
-    if str(label) in names and names.index(str(label)) != label:
-        raise ValueError(f"label={label} is the name of class {names.index(str(label))}, and no number here: quote names that "
-                         f"are numerals, label='[\"{label}\"]'")  # fmt: skip
-    return label
-
-
-def turns(labels: list[int], count: int) -> Tensor:
-    """`count` labels, the given ones taking turns."""
-    return torch.tensor(labels)[torch.arange(count) % len(labels)]
-
-
-def check_free(run: Run) -> None:
-    """Refuses, with ValueError, a run whose network has to be told of conditions, for uses that tell it of none."""
-    if names := needed(run.config):
-        raise ValueError(f"{run.path} has not learnt to do without its {' and '.join(names)}, and is used without here: see "
-                         "scripts/sample.py and evaluate.py, or train with objective.label_dropout=0.1")  # fmt: skip
-
-
-def first_conditions(data: Data, names: Sequence[str], count: int) -> dict[str, Tensor]:
-    """Those of the first training examples, whose order the seed of the data decides: in the data's own shares."""
-    if not names:
-        return {}
-    batches = [data.batch(step, 100).condition for step in range(-(-count // 100))]
-    return {name: torch.cat([batch[name] for batch in batches])[:count] for name in names}
-
-
-def told(given: Mapping[str, Any], run: Run, count: int) -> dict[str, Tensor]:
-    """Conditions (count, ...) of samples, labels aside: each one number or vector, or the rows of a .npy file in turn.
-
-    What the network has to be told of and is not `given` is that of the first training examples.
-    """
-    missing = [name for name in needed(run.config) if name != "label" and name not in given]
-    conditions = first_conditions(run.data(), missing, count) if missing else {}
-    for name in missing:
-        key = name if name == "context" else f"+condition.{name}"
-        print(f"samples have the {name}s of the first training examples: give {key}=<vector or .npy> for others")
-    for name, value in given.items():
-        rows = rows_of(name, value)
-        conditions[name] = rows[torch.arange(count) % len(rows)]
-    return conditions
-
-
-def rows_of(name: str, given: Any) -> Tensor:
-    """The rows of a .npy file, or the one that is given; a context is a vector of floats, a number alone too."""
-    rows = (
-        np.load(given) if isinstance(given, str) else np.asarray([listed(given) if OmegaConf.is_list(given) else given])
-    )
-    if rows.dtype.kind not in "fi" or rows.ndim not in (1, 2, 3):
-        raise ValueError(f"{name}={given} is no number or vector of numbers, nor a .npy file of such rows")
-    if name == "context" and rows.ndim == 1:
-        rows = rows[None]
-    whole = rows.dtype.kind == "i" and name != "context"
-    return torch.as_tensor(rows, dtype=torch.int64 if whole else torch.float32)
-
-
-class OfExamples(WrappedScore):
-    """A model that knows nothing without conditions, for figures: row i of a batch has row i of `conditions(batch)`."""
-
-    def __init__(self, model: ScoreModel, conditions: Callable[[int], dict[str, Tensor]]) -> None:
-        super().__init__(model)
-        self.conditions = conditions
-
-    def __call__(self, x: Tensor, t: Any, **condition: Any) -> Prediction:
-        own = {name: value.to(x.device) for name, value in self.conditions(len(x)).items()}
-        return self.model(x, t, **{**own, **condition})
-
-
-def example_conditions(config: DictConfig, data: Data) -> Callable[[int], dict[str, Tensor]]:
-    """count -> what a run's network has to be told of so many samples, as the first training examples are; perhaps nothing."""
-    return cache(partial(first_conditions, data, needed(config)))
-
-
-def of_examples(model: ScoreModel, conditions: Callable[[int], dict[str, Tensor]]) -> ScoreModel:
-    """The model, told of such conditions where there are any."""
-    return OfExamples(model, conditions) if conditions(1) else model
-
-
-def natural(labels: list[int], data: Data, count: int) -> Tensor:
-    """`count` of the labels in the shares that they have in the data, to be held against those; in turn without any."""
-    if data.num_classes is None:
-        return turns(labels, count)
-    return first_conditions(data.of_classes(labels), ["label"], count)["label"]
-
-
-def told_alike(model: LearnedScore, run: Run, config: DictConfig) -> ScoreModel:
-    """The model under the one `label` and the one `context` that every sample is to have, or as it is without any.
-
-    Raises ValueError for several, and where the network has to be told of what is not given.
-    """
-    labels = labels_of(config.label, run)
-    check_labels(labels, model)
-    own = {"label": torch.tensor(labels)} if labels else {}
-    own |= {} if config.context is None else {"context": rows_of("context", config.context)}
-    for name, rows in own.items():
-        if len(rows) != 1:
-            raise ValueError(f"{name}={config[name]}: give one, which all samples have")
-    if missing := [name for name in needed(run.config) if name not in own]:
-        raise ValueError(f"{run.path} has not learnt to do without its {' and '.join(missing)}: give the one that all samples "
-                         f"are to have, {' '.join(f'{name}=<value>' for name in missing)}")  # fmt: skip
-    return Conditioned(model, **{name: rows[0] for name, rows in own.items()}) if own else model
-
-
-def check_labels(labels: list[int], model: LearnedScore) -> None:
-    """Refuses labels that the network of a model, or a classifier, does not know."""
-    known = getattr(model.network, "num_classes", None)
-    for label in labels:
-        if known is None:
-            raise ValueError(f"label={label}, but the run's network knows no classes: train it with labels, "
-                             "e.g. experiment=digits_conditional, or give guidance=classifier")  # fmt: skip
-        if not 0 <= label < known:
-            raise ValueError(f"label={label}, but the run's network knows the classes 0 to {known - 1}")
+from score_sde.guidance import Classifier, ClassifierFree, DynamicThreshold, Observed
+from score_sde.run import Run, does_without
+from scripting.conditions import check_labels, labels_of
 
 
 def check_unconditional(run: Run, scale: float, negative: Any = None) -> None:

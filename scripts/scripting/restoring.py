@@ -31,7 +31,7 @@ from score_sde.evaluation.posterior import (
 from score_sde.evaluation.restoration import LEARNED, OWN, Restoration, compare_restorations
 from score_sde.guidance import TASKS, task_operator
 from score_sde.keyed import generator
-from scripting import configs, figures, guiding, output
+from scripting import conditions, configs, figures, guiding, output
 from scripting.command_line import listed
 
 PRIORS = ("fields", "ring", "gaussian", "gaussian64")
@@ -133,7 +133,7 @@ def on_images(config: DictConfig, options: Mapping[str, Any], folder: Path) -> P
 def case_of(config: DictConfig, run: Run) -> Restoration:
     """Held-out images of a run's data, observed as the task says."""
     node, model, data = config.restoration, configs.model_of(run, config), run.data()
-    guiding.check_free(run)
+    conditions.check_free(run)
     operator = task_operator(config.task, model.event_shape, **node.operator)
     truth = data.reference(node.count).x
     observed = operator.observe(truth, node.noise_std, generator=generator(config.seed, "observed"))

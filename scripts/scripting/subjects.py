@@ -13,7 +13,7 @@ from torch import Tensor
 from score_sde import ExactScore, ScoreModel
 from score_sde.build import build
 from score_sde.data import Data, TargetStream
-from scripting import configs, guiding
+from scripting import conditions, configs
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ def of_run(config: DictConfig) -> Subject:
     """A run's model, whose samples have the conditions of training examples, those of `label` where it is given."""
     run = configs.open_run(config)
     data, model = run.data(), configs.model_of(run, config)
-    labels, names = guiding.labels_of(config.get("label"), run), {*model.needed}
+    labels, names = conditions.labels_of(config.get("label"), run), {*model.needed}
     if labels:
-        guiding.check_labels(labels, model)
+        conditions.check_labels(labels, model)
         data, names = data.of_classes(labels), names | {"label"}
     if names:
         whose = f", of label {' or '.join(map(str, labels))}" if labels else ""
         print(f"samples have the {' and '.join(sorted(names))} of the first training examples{whose}")
     elif model.num_classes is not None:
         print(f"{run.path} knows {model.num_classes} labels: sampled without, against data of all of them")
-    conditions = partial(guiding.first_conditions, data, sorted(names))
-    return Subject(model, reference_of(data, config.num_samples), conditions)
+    told = partial(conditions.first_conditions, data, sorted(names))
+    return Subject(model, reference_of(data, config.num_samples), told)
 
 
 def of_run_alike(config: DictConfig) -> Subject:
@@ -66,8 +66,8 @@ def of_run_alike(config: DictConfig) -> Subject:
     In `config` a label becomes its number.
     """
     run = configs.open_run(config)
-    data, model = run.data(), guiding.told_alike(configs.model_of(run, config), run, config)
-    if labels := guiding.labels_of(config.label, run):
+    data, model = run.data(), conditions.told_alike(configs.model_of(run, config), run, config)
+    if labels := conditions.labels_of(config.label, run):
         data, config.label = data.of_classes(labels), labels[0]
     return Subject(model, reference_of(data, config.num_samples))
 

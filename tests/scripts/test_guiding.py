@@ -25,7 +25,7 @@ from score_sde.training import DenoisingScoreMatching, NoisyCrossEntropy, Traine
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import sample  # noqa: E402
-from scripting import figures, guiding, output  # noqa: E402
+from scripting import conditions, figures, guiding, output  # noqa: E402
 from typed import script  # noqa: E402
 
 NETWORKS = {
@@ -200,9 +200,9 @@ class Striped(Data):
 def test_labels_to_be_measured_have_the_shares_of_the_data():
     x, labels = torch.zeros(200, 2), (torch.arange(200) % 10 == 0).long()
     for data, ones in ((TensorData(x, labels), 20), (Striped(), 18)):
-        assert guiding.natural([0, 1], data, 200).sum() == ones
-        assert guiding.natural([1], data, 50).tolist() == [1] * 50
-    assert guiding.natural([0, 1], TensorData(x), 6).tolist() == [0, 1] * 3
+        assert conditions.natural([0, 1], data, 200).sum() == ones
+        assert conditions.natural([1], data, 50).tolist() == [1] * 50
+    assert conditions.natural([0, 1], TensorData(x), 6).tolist() == [0, 1] * 3
 
 
 def test_of_data_of_ones_own_the_examples_of_some_classes_are_picked():
@@ -226,13 +226,13 @@ def test_a_launcher_can_send_what_the_script_does_to_another_process():
 
 def test_labels_go_by_the_names_of_the_runs_classes(tmp_path):
     run = Run.create(tmp_path / "animals", {"class_names": ["cat", "dog", "10"]})
-    assert guiding.labels_of(OmegaConf.create(["dog", 0, "10"]), run) == [1, 0, 2]
+    assert conditions.labels_of(OmegaConf.create(["dog", 0, "10"]), run) == [1, 0, 2]
     for label, message in (("dgo", "unknown label 'dgo': did you mean 'dog'"), (10, "label=10 is the name of class 2")):
         with pytest.raises(ValueError, match=message):
-            guiding.labels_of(label, run)
+            conditions.labels_of(label, run)
     nameless = Run.create(tmp_path / "digits", {"class_names": None})
     with pytest.raises(ValueError, match="label='dog' is no class: give a whole number"):
-        guiding.labels_of("dog", nameless)
+        conditions.labels_of("dog", nameless)
 
 
 def test_results_of_other_settings_take_another_folder(tmp_path):

@@ -22,7 +22,7 @@ from score_sde.training import Checkpoints
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import train
-from scripting import guiding, resuming
+from scripting import conditions, resuming
 
 TINY = ["trainer.batch_size=16", "trainer.checkpoint_every=20", "trainer.log_every=10", "num_samples=40",
         "trainer.progress=false", "trainer.sample_every=0", "evaluation.samplers=[ddim]",
@@ -167,9 +167,9 @@ def test_a_model_that_is_trained_with_labels_alone_is_never_asked_without_one(tm
 
 def test_labels_of_samples_have_the_frequencies_of_the_data() -> None:
     data = TensorData(torch.zeros(1000, 2), (torch.arange(1000) % 4 == 0).long(), seed=1)
-    labels = guiding.first_conditions(data, ["label"], 1000)["label"]
+    labels = conditions.first_conditions(data, ["label"], 1000)["label"]
     assert labels.sum() == 250
-    assert torch.equal(guiding.first_conditions(data, ["label"], 130)["label"], labels[:130])
+    assert torch.equal(conditions.first_conditions(data, ["label"], 130)["label"], labels[:130])
 
 
 REFUSED = {
