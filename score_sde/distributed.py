@@ -24,7 +24,7 @@ from torch import Tensor
 from score_sde.checks import one_of
 from score_sde.noise import SampleNoise
 from score_sde.progress import tqdm
-from score_sde.score import ScoreModel
+from score_sde.score import ScoreModel, in_rows
 
 __all__ = ["agree", "count", "device", "gather", "greatest", "is_main", "mean", "rank", "sample", "share", "start"]
 
@@ -167,10 +167,11 @@ def sample(
         Samples on the CPU (total, *event), the greatest number of network calls of a batch, and the wall-clock seconds
         of the busiest process.
     """
+    told = in_rows(model, total, condition)
     batches = torch.arange(total).split(batch_size)
     parts, nfe, seconds = [torch.empty(0, *model.event_shape, dtype=model.dtype)], 0, 0.0
     for indices in _mine(batches, progress):
-        named = {name: value[indices.to(value.device)].to(model.device) for name, value in (condition or {}).items()}
+        named = {name: value[indices.to(value.device)] for name, value in told.items()}
         noise, shape = SampleNoise.of_run(seed, indices), (len(indices), *model.event_shape)
         bar = progress is not None and is_main() and len(batches) == 1
         result = sampler.sample(model, shape, noise=noise, condition=named, progress=bar)

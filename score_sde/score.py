@@ -146,22 +146,42 @@ def checked_condition(
     Raises:
         ValueError, TypeError: see `ScoreModel.check`; or a label is no class of the model.
     """
+    given = _spread(model, shape[0] if len(shape) else 0, condition, device)
+    model.check(shape, given)
+    if missing := sorted(model.needed - given.keys()):
+        warnings.warn(f"this network was told of each example's {' and '.join(missing)} and has not learnt to do without: "
+                      f"give condition={{{missing[0]!r}: ...}}", stacklevel=4)  # fmt: skip
+    return given
+
+
+def in_rows(model: ScoreModel, count: int, condition: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """A condition with a row for each of `count` samples that are drawn in parts, on the model's device.
+
+    Raises:
+        ValueError: it has another number of rows, or a label is no class of the model.
+    """
+    given = {name: torch.as_tensor(value) for name, value in _spread(model, count, condition, model.device).items()}
+    for name, value in given.items():
+        if value.ndim == 0 or len(value) != count:
+            rows = "one value" if value.ndim == 0 else f"{len(value)} rows"
+            raise ValueError(f"condition {name!r} has {rows}, for num_samples={count}")
+    return {name: value.to(model.device) for name, value in given.items()}
+
+
+def _spread(model: ScoreModel, count: int, condition: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any]:
+    """A condition in which one label, or one context vector, has become one for each of `count` samples."""
     given = dict(condition or {})
     for name, single in (("label", 0), ("context", 1)):
         if given.get(name) is not None:
             value = torch.as_tensor(given[name], device=device)
-            shared = value.ndim == single and (single == 0 or len(value) != shape[0])
-            given[name] = value.expand(shape[0], *value.shape).contiguous() if shared else value
-    model.check(shape, given)
+            shared = value.ndim == single and (single == 0 or len(value) != count)
+            given[name] = value.expand(count, *value.shape).contiguous() if shared else value
     label = given.get("label")
-    if model.num_classes and isinstance(label, Tensor):
+    if isinstance(label, Tensor) and model.num_classes:
         strange = (label < -1) | (label >= model.num_classes)
         if strange.any():
             raise ValueError(f"label={int(label[strange][0])}, but this model knows the classes 0 to "
                              f"{model.num_classes - 1} (and -1 for none)")  # fmt: skip
-    if missing := sorted(model.needed - given.keys()):
-        warnings.warn(f"this network was told of each example's {' and '.join(missing)} and has not learnt to do without: "
-                      f"give condition={{{missing[0]!r}: ...}}", stacklevel=4)  # fmt: skip
     return given
 
 

@@ -37,7 +37,7 @@ from score_sde.evaluation.metrics import Metrics, Yardstick
 from score_sde.keyed import generator, key
 from score_sde.noise import BatchNoise, NoiseSource, Stream
 from score_sde.progress import tqdm
-from score_sde.score import ScoreModel
+from score_sde.score import ScoreModel, in_rows
 from score_sde.targets import Target
 from score_sde.training import write_array
 
@@ -81,7 +81,7 @@ def compare(
         num_samples: drawn each time.
         metrics, repeats: see `Yardstick`.
         seed: of the exact draws.
-        condition: tensors (num_samples, ...) by name, for the models that know the name.
+        condition: tensors (num_samples, ...) by name, for the models that know the name; one label is for all samples.
         pairs: how many starts the paired endpoint error follows; 0 leaves it out.
         batch_size: samples at a time.
         processes: how many to spread over.
@@ -155,13 +155,14 @@ def _told(
     models: Mapping[str, ScoreModel], condition: Mapping[str, Tensor], num_samples: int
 ) -> dict[str, dict[str, Tensor]]:
     """By model what it knows of the condition, on its device."""
-    for name, value in condition.items():
+    for name in condition:
         if not any(name in model.condition_names for model in models.values()):
             raise ValueError(f"condition {name!r} is known to none of the models {', '.join(models)}")
-        if len(value) != num_samples:
-            raise ValueError(f"condition {name!r} has {len(value)} rows, for num_samples={num_samples}")
-    return {name: {key: condition[key].to(model.device) for key in sorted(model.condition_names & condition.keys())}
-            for name, model in models.items()}  # fmt: skip
+    known = {
+        name: {key: condition[key] for key in sorted(model.condition_names & condition.keys())}
+        for name, model in models.items()
+    }
+    return {name: in_rows(model, num_samples, known[name]) for name, model in models.items()}
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor
 from score_sde.checks import whole
 from score_sde.keyed import generator
 from score_sde.progress import tqdm
-from score_sde.score import ExactScore, ScoreModel
+from score_sde.score import ExactScore, ScoreModel, checked_condition
 from score_sde.sde import SDE, expand
 from score_sde.targets import Target
 from score_sde.trace import ExactTrace
@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 Condition = Mapping[str, Any] | None
+"""By name, as `Sampler.sample` takes it for as many samples as there are points: one label is for all."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,13 @@ def score_error(
 ) -> ScoreError:  # fmt: skip
     """The model against the exact score of closed-form data at `levels` noise levels, on `count` fresh points each."""
     exact, times = ExactScore(target, model.sde), _levels(model.sde, levels)
-    source = generator(seed, "score error")
-    rows = []
+    source, rows = generator(seed, "score error"), []
+    told = checked_condition(model, (whole("count", count), *target.event_shape), condition, model.device)
     for t in times.tolist():
         x0, noise = _draw(model, target, count, source)
         x = model.sde.perturb(x0, t, noise)
         # In double precision also at x in single: under little noise n* is a small difference of large numbers.
-        found, truth = model(x, t, **(condition or {})).noise.double(), exact(x.double(), t).noise
+        found, truth = model(x, t, **told).noise.double(), exact(x.double(), t).noise
         excess, size = _mean_square(found - truth), _mean_square(truth)
         rows.append([excess.mean(), excess.std() / math.sqrt(count), excess.mean() / size.mean(),
                      _mean_square(noise - found).mean(), _mean_square(noise - truth).mean()])  # fmt: skip
@@ -103,7 +104,8 @@ def score_error(
 def field_error(model: ScoreModel, target: Target, x: Tensor, t: float, condition: Condition = None) -> Tensor:
     """|n - n*| / sqrt(d) at points x (n, *event) of noise level t, shape (n,): a field to plot over space and level."""
     truth = ExactScore(target, model.sde)(x.double(), t).noise
-    return _mean_square(model(x, t, **(condition or {})).noise - truth).sqrt()
+    told = checked_condition(model, x.shape, condition, x.device)
+    return _mean_square(model(x, t, **told).noise - truth).sqrt()
 
 
 @torch.no_grad()
@@ -114,7 +116,7 @@ def fokker_planck_residual(model: ScoreModel, x: Tensor, t: float | Tensor, cond
     d log p / d(s^2) = (Laplacian log p + |grad log p|^2) / 2, s = sigma / alpha, its left side less its right side times
     2 s^3, in the noise's units.
     """
-    sde, named = model.sde, dict(condition or {})
+    sde, named = model.sde, checked_condition(model, x.shape, condition, x.device)
     t = torch.as_tensor(t, dtype=torch.float64).expand(len(x)).to(x.device).contiguous()
     sigma = expand(sde.sigma(t), x)
 
@@ -140,7 +142,8 @@ def asymmetry(model: ScoreModel, x: Tensor, t: float | Tensor, condition: Condit
 
     1 is a pure rotation. Costs one product a dimension.
     """
-    _, pull = torch.func.vjp(lambda v: model(v, t, **(condition or {})).denoised, x)  # type: ignore[misc]
+    told = checked_condition(model, x.shape, condition, x.device)
+    _, pull = torch.func.vjp(lambda v: model(v, t, **told).denoised, x)  # type: ignore[misc]
     size = x[0].numel()
     basis = torch.eye(size, dtype=x.dtype, device=x.device)[:, None].expand(size, len(x), size)
     jacobian = torch.func.vmap(lambda v: pull(v.view_as(x))[0].flatten(1))(basis).movedim(0, 1).double()
@@ -204,11 +207,12 @@ def calibration(
     """Regresses clean data x0 (n, *event) on the denoiser's output at each level; no exact score is needed."""
     times = _levels(model.sde, levels)
     source = generator(seed, "calibration", device=x0.device)
+    told = checked_condition(model, x0.shape, condition, x0.device)
     trace, ids, rows = ExactTrace(x0.flatten(1)), torch.arange(len(x0), device=x0.device), []
     for t in times.tolist():
         noise = torch.randn(x0.shape, generator=source, dtype=x0.dtype, device=x0.device)
         x = model.sde.perturb(x0, t, noise)
-        denoised, pull = torch.func.vjp(lambda v, t=t: model(v, t, **(condition or {})).denoised, x)  # type: ignore[misc]
+        denoised, pull = torch.func.vjp(lambda v, t=t: model(v, t, **told).denoised, x)  # type: ignore[misc]
 
         def products(v: Tensor, pull: Any = pull) -> Tensor:
             return pull(v.view_as(x0))[0].flatten(1)
@@ -282,7 +286,8 @@ def diagnose(
 ) -> Diagnosis:
     """Score error, calibration and consistency of a model against its target, the latter two on a quarter of `count`.
 
-    Their derivatives cost a product a dimension: for data of few dimensions.
+    Their derivatives cost a product a dimension: for data of few dimensions. The condition is one for all points, of which
+    the parts have different numbers.
     """
     x0 = target.sample((max(2, count // 4),), generator=generator(seed, "diagnosis")).to(model.device)
     shared: dict[str, Any] = {"levels": levels, "seed": seed, "condition": condition}

@@ -22,7 +22,7 @@ from score_sde.evaluation.neighbours import Nearest, nearest
 from score_sde.evaluation.reference import FeatureView, Reference, check_count
 from score_sde.keyed import generator
 from score_sde.progress import tqdm
-from score_sde.score import ScoreModel
+from score_sde.score import ScoreModel, in_rows
 
 View = Callable[[Tensor], pd.DataFrame]
 
@@ -94,16 +94,20 @@ def evaluate(
         references: name -> folder of its reference, in place of the cache's.
         whole_reference: hold features against those of all training images, not of as many as samples.
         memorization: for a finite set of images, also how near samples are to training images.
-        condition: tensors (num_samples, ...) by name, for a conditional model.
+        condition: tensors (num_samples, ...) by name, for a conditional model; one label is for all samples.
         batch_size: how many samples are drawn at once.
         progress: shows bars.
 
     Raises:
-        ValueError: no sampler, no such metric, too few samples or examples to compare, or what `Reference.of` refuses.
+        ValueError: no sampler, no such metric, data of another event shape, a condition of another number of rows, too
+            few samples or examples to compare, or what `Reference.of` refuses.
     """
-    if not samplers:
-        raise ValueError("nothing to evaluate: give one sampler or more")
-    labels = (condition or {}).get("label")
+    if not isinstance(samplers, Mapping) or not samplers:
+        raise ValueError(f"samplers are a mapping from names to one sampler or more, got {samplers!r}")
+    if tuple(data.event_shape) != tuple(model.event_shape):
+        raise ValueError(f"the data have event shape {tuple(data.event_shape)}, the model {tuple(model.event_shape)}")
+    condition = in_rows(model, num_samples, condition)
+    labels = condition.get("label")
     data, classifier_data = (_of_labels(part, labels) for part in (data, classifier_data))
     check_counts(data, num_samples, features, classifier_data)
     yardstick = _yardstick(data, num_samples, metrics, seed)

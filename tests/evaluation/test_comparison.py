@@ -377,6 +377,8 @@ def test_every_sample_has_its_own_condition_with_every_solver(tmp_path: Path, pr
         assert (x.abs() - 3).abs().max() < 0.5
     other = compare(models, samplers, condition={"label": 1 - label}, **options).set_index(["model", "sampler"])
     assert (other["cell"] == table["cell"]).groupby("model").all().to_dict() == {"learned": False, "exact": True}
+    ones = compare(models, samplers, condition={"label": torch.ones(50, dtype=torch.int64)}, **options)
+    assert ones["cell"].tolist() == compare(models, samplers, condition={"label": 1}, **options)["cell"].tolist()
     for condition, message in (({"side": label}, "known to none of the models"), ({"label": label[:9]}, "has 9 rows")):
         with pytest.raises(ValueError, match=message):
             compare(models, samplers, condition=condition, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pandas.testing
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from score_sde.evaluation.diagnostics import (
     fokker_planck_residual,
     score_error,
 )
+from score_sde.guidance import Conditioned
 from score_sde.networks import MLP
 from score_sde.networks.energy import Conservative
 from score_sde.parameterization import Denoised, Noise
@@ -153,7 +155,21 @@ def test_a_diagnosis_finds_nothing_wrong_with_an_exact_model_and_the_turn_of_ano
     assert {"noise", "fisher", "irreducible", "slope_error", "predicted_mse", "residual", "asymmetry"} <= set(table)
 
 
+def test_one_label_is_for_all_points():
+    network = MLP((2,), width=8, depth=1, num_classes=3)
+    for part in network.parameters():
+        torch.nn.init.normal_(part, std=0.3, generator=torch.Generator().manual_seed(0))
+    model = LearnedScore(network, VPSDE(), Noise(), (2,)).eval()
+    found = diagnose(model, RING, levels=2, count=12, condition={"label": 1}).table
+    bound = diagnose(Conditioned(model, label=1), RING, levels=2, count=12).table
+    pandas.testing.assert_frame_equal(found, bound)
+    with pytest.raises(ValueError, match="label=3, but this model knows the classes 0 to 2"):
+        score_error(model, RING, levels=2, condition={"label": 3})
+
+
 def test_wrong_options_are_refused():
+    with pytest.raises(ValueError, match="count >= 1"):
+        score_error(ExactScore(RING, VPSDE()), RING, count=0)
     with pytest.raises(ValueError, match="levels >= 2"):
         score_error(ExactScore(RING, VPSDE()), RING, levels=1)
 

@@ -34,7 +34,7 @@ def images(count: int, seed: int) -> torch.Tensor:
 
 
 class Model:
-    event_shape, device, dtype = (1, 8, 8), torch.device("cpu"), torch.float32
+    event_shape, device, dtype, num_classes = (1, 8, 8), torch.device("cpu"), torch.float32, None
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +196,29 @@ def test_too_few_to_compare_is_said_before_anything_is_drawn(held_out, count, fe
     with pytest.raises(ValueError, match=says):
         evaluate(Model(), data, {"never drawn": None}, num_samples=count, features=features)
     check_counts(TensorData(images(60, 0), held_out=0.1), 6, features)
+
+
+def test_wrong_inputs_are_refused_before_anything_is_drawn():
+    model, data, never = ExactScore(targets.make("ring"), VPSDE()), TensorData(torch.zeros(9, 2)), {"never drawn": None}
+    with pytest.raises(ValueError, match=r"the data have event shape \(1, 8, 8\), the model \(2,\)"):
+        evaluate(model, TensorData(images(60, 0)), never, num_samples=9)
+    with pytest.raises(ValueError, match="condition 'y' has 4 rows, for num_samples=9"):
+        evaluate(model, data, never, num_samples=9, condition={"y": torch.zeros(4, 1)})
+    with pytest.raises(ValueError, match="samplers are a mapping from names to one sampler or more, got Sampler"):
+        evaluate(model, data, Sampler(DDIM(), partial(grid.log_snr, steps=2)), num_samples=9)
+
+
+def test_one_label_is_for_all_samples():
+    class Labelled(Given):
+        def sample(self, model, shape, *, condition, **options) -> SampleResult:
+            assert torch.equal(condition["label"], torch.ones(shape[0], dtype=torch.int64))
+            return super().sample(model, shape, **options)
+
+    data = TensorData(images(60, 0), torch.arange(60) % 2, held_out=0.5)
+    options = {"num_samples": 9, "metrics": ["energy"], "memorization": False, "progress": False, "batch_size": 4}
+    one, rows = (evaluate(Model(), data, {"s": Labelled(images(9, 1))}, condition={"label": label}, **options).table
+                 for label in (1, torch.ones(9, dtype=torch.int64)))  # fmt: skip
+    assert one["value"].tolist() == rows["value"].tolist()
 
 
 def test_samples_do_not_depend_on_the_batches():
