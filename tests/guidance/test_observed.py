@@ -254,7 +254,9 @@ def test_one_observation_for_all_stays_one_where_the_batch_is_regrouped(solver, 
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: Autoguidance(m.model, m, 2.0)], ids=["itself", "as bad model"])
-@pytest.mark.parametrize("solver", [AdaptiveODE(), AdaptiveSDE(), PARALLEL, log_likelihood], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [AdaptiveODE(), AdaptiveSDE(), PARALLEL, log_likelihood], ids=["ODE", "SDE", "parallel", "likelihood"]
+)
 def test_an_observation_for_each_sample_is_refused_by_what_regroups_a_batch_before_any_call(solver, wrap):
     class Unasked(ExactScore):
         def __call__(self, x, t, **condition):
