@@ -207,7 +207,8 @@ class TrainingState:
     def held_out_loss(self, batch: Batch) -> float:
         """The mean loss of the first average on these examples, in training's batches but always at the same times and noise.
 
-        All processes call it, and share the examples out as in training.
+        A time sampler that learns chooses and weighs its times as it does by then. All processes call it, and share the
+        examples out as in training.
         """
 
         def mean(step: int, raw: LearnedScore, averaged: LearnedScore) -> float:
@@ -218,7 +219,9 @@ class TrainingState:
                 for rows in self.micro_batches():
                     part = batch.rows(slice(first + rows.start, first + rows.stop)).to(self.device)
                     if count := len(part.x):
-                        loss = self._loss(averaged, part, slice(rows.start, rows.start + count), times, source).loss
+                        with torch.enable_grad():  # by x, which an objective may ask for; no weight of the average does
+                            losses = self._loss(averaged, part, slice(rows.start, rows.start + count), times, source)
+                        loss = losses.loss.detach()
                         found += torch.stack([loss.sum().double(), found.new_tensor(count)])
             total, count = distributed.mean(found).tolist()
             return total / count

@@ -93,8 +93,8 @@ class Trainer:
         log_every, checkpoint_every, sample_every, evaluate_every: in steps; sample_every = 0 never samples,
             evaluate_every = 0 never evaluates.
         test_every: steps between held-out losses, of the averaged model on up to four batches of `Data.reference` with the
-            same times and noise each time: `loss_held_out` of the next row of metrics; 0, or data that hold nothing out:
-            none.
+            same times (but of a time sampler that learns) and noise each time: `loss_held_out` of the next row of metrics; 0,
+            or data that hold nothing out: none.
         patience: end after so many held-out losses in a row of which none is below the least before; with
             schedule="constant", as "cosine" learns most at the end. None trains all steps.
         keep_checkpoints: how many of the last checkpoints stay.

@@ -37,6 +37,7 @@ from score_sde.training import (
     DivergenceError,
     ImportanceTimes,
     LadderTimes,
+    Losses,
     Times,
     Trainer,
     UniformTimes,
@@ -585,6 +586,17 @@ def test_looking_at_held_out_examples_changes_no_weight_and_micro_batches_no_los
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, tested.model.state_dict()[name])
     assert losses(parted.metrics) == pytest.approx(losses(tested.metrics), rel=1e-3)
+
+
+def test_an_objective_may_differentiate_by_held_out_examples():
+    def hyvarinen(model, batch, times, generator) -> Losses:
+        x = batch.x.clone().requires_grad_()
+        score = model(x, times.t).score
+        curvature = torch.autograd.grad(score.sum(), x, create_graph=True)[0].sum(1)
+        return Losses(score.square().sum(1) / 2 + curvature)
+
+    result = tiny.train(None, tiny.trainer(10, test_every=5), data=held_out(), objective=hyvarinen)
+    assert list(losses(result.metrics)) == [5, 10]
 
 
 def test_patience_ends_a_run_whose_held_out_loss_falls_no_more(tmp_path):
