@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ def start_from(config: DictConfig, model: LearnedScore) -> None:
     Raises ValueError where there are none, or they are of another network.
     """
     file = Path(distributed.agree(str(source_of(config.init))))
-    given, own, anew = network_weights(file), model.network.state_dict(), tuple(config.init_new)
+    own, anew = model.network.state_dict(), tuple(config.init_new)
+    given = network_weights(file, own)
     for name in anew:
         if not any(key.startswith(name) for key in (*given, *own)):
             raise ValueError(unknown("weight of init_new", name, [*own]))
@@ -54,12 +55,14 @@ def source_of(init: Any) -> Path:
     raise ValueError(f"init={init} {why}: give a run's folder, one that Run.export wrote, or a .safetensors file")
 
 
-def network_weights(file: Path) -> dict[str, Tensor]:
-    """Of a model's weights those of its network; of a network's all."""
+def network_weights(file: Path, known: Collection[str]) -> dict[str, Tensor]:
+    """Of a model's weights those of its network; of a network's, some of whose names are `known`, all."""
     try:
         weights = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
+    if not weights.keys().isdisjoint(known):
+        return weights
     own = {name.removeprefix("network."): value for name, value in weights.items() if name.startswith("network.")}
     return own or weights
 

@@ -67,6 +67,21 @@ def test_a_network_starts_from_an_exported_one_or_from_a_file_of_weights(exporte
         assert Path(config.init).is_file()
 
 
+def test_a_network_within_another_starts_from_its_own_file_and_from_that_of_its_model(tmp_path: Path) -> None:
+    def conservative(seed: int) -> tuple[DictConfig, LearnedScore]:
+        config = made(seed)[0]
+        config.network = {"_target_": "score_sde.networks.Conservative", "network": config.network}
+        return config, build_model(config)
+
+    file, model = tmp_path / "weights.safetensors", conservative(0)[1]
+    for source in (model, model.network):
+        save_file(source.state_dict(), file)
+        config, anew = conservative(1)
+        config.init = str(file)
+        initial.start_from(config, anew)
+        assert same(anew, model) == [*model.network.state_dict()]
+
+
 def test_another_network_is_refused_in_one_line_that_names_what_to_give(exported) -> None:
     with pytest.raises(
         ValueError, match=r"\.weight is \(8, .* there, \(16, .* more differ: give network.width=8, as it was"
