@@ -65,8 +65,8 @@ class TensorData(Data):
 
     Args:
         x, labels: the examples, tensors or what numpy takes for an array (also a pandas DataFrame of numbers), perhaps
-            mapped from a file: batches read no more than their rows. A torch Dataset of examples x, or of pairs
-            (x, label), is read through once.
+            mapped from a file: batches read no more than their rows. A torch Dataset of examples x or (x,), or of
+            pairs (x, label), is read through once.
         context: what a network of that context_width is told of each example, a vector (N, width) or tokens (N, tokens,
             width) to attend to; NaN for an example without.
         test: held-out examples of the same kind.
@@ -267,12 +267,11 @@ def _read_through(given: Examples, dataset: Dataset[Any]) -> Examples:
     if not hasattr(dataset, "__len__"):
         raise ValueError(f"{type(dataset).__name__} has no length: write a score_sde.data.Data for an endless stream")
     items = [dataset[i] for i in range(len(dataset))]
-    if not items or not isinstance(items[0], (tuple, list)):
-        return given._replace(x=_tensor("x", [np.asarray(item) for item in items]))
-    if len(items[0]) != 2:
-        raise ValueError(f"{type(dataset).__name__} has items of {len(items[0])} parts: x, or (x, label), is read")
-    x, labels = (_tensor(name, [np.asarray(item[i]) for item in items]) for i, name in enumerate(("x", "labels")))
-    return given._replace(x=x, labels=labels if given.labels is None else given.labels)
+    parts = [*zip(*items, strict=True)] if items and isinstance(items[0], (tuple, list)) else [items]
+    if not 1 <= len(parts) <= 2:
+        raise ValueError(f"{type(dataset).__name__} has items of {len(parts)} parts: x, or (x, label), is read")
+    x, *labels = (_tensor(name, [*map(np.asarray, part)]) for name, part in zip(("x", "labels"), parts, strict=False))
+    return given._replace(x=x, labels=labels[0] if labels and given.labels is None else given.labels)
 
 
 def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:

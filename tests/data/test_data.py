@@ -333,6 +333,8 @@ def test_a_torch_dataset_is_read_through_with_its_labels():
     assert sorted(batch.x[:, 0, 0, 0].tolist()) == list(range(6))
     assert torch.equal(batch.condition["label"], batch.x[:, 0, 0, 0].long() % 3)
     assert TensorData(Pairs(1)).examples().condition == {}
+    alone = TensorData(torch.utils.data.TensorDataset(torch.eye(3))).examples()
+    assert (alone.x.sum(), alone.condition) == (3, {})
     assert TensorData(Pairs(), torch.zeros(6, dtype=int)).num_classes == 1
     with pytest.raises(ValueError, match=r"items of 3 parts"):
         TensorData(Pairs(3))
