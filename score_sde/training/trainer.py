@@ -365,14 +365,11 @@ class Trainer:
         return data.reference(4 * self.batch_size) if self.test_every and data.has_test else None
 
     def _has_stalled(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the last `patience` held-out losses are none below the least before them."""
+        """Whether the main process finds the run at the end of its patience. All processes call it."""
         if self.patience is None:
             return False
-        losses = [
-            math.inf if math.isnan(loss) else loss for row in rows if (loss := row.get("loss_held_out")) is not None
-        ]
-        before, last = losses[: -self.patience], losses[-self.patience :]
-        return distributed.agree(bool(before) and min(last) >= min(before))
+        losses = [loss for row in rows if (loss := row.get("loss_held_out")) is not None]
+        return distributed.agree(has_stalled(losses, self.patience))
 
     def _report(
         self, state: TrainingState, metrics: MetricsLog, bar: Any, home: _Home, held_out: Batch | None,
@@ -394,6 +391,13 @@ class Trainer:
                 "allowed: lower learning_rate or check the data; the last good checkpoint is "
                 f"{'none' if home.checkpoints is None or last is None else home.checkpoints.path(last)}"
             )
+
+
+def has_stalled(losses: Sequence[float], patience: int) -> bool:
+    """Whether the last `patience` held-out losses are none below the least before them; NaN is the greatest."""
+    known = [math.inf if math.isnan(loss) else loss for loss in losses]
+    before, last = known[:-patience], known[-patience:]
+    return bool(before) and min(last) >= min(before)
 
 
 class _Home:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from score_sde import distributed
 from score_sde.run import Run
+from score_sde.training.trainer import has_stalled
 from scripting.command_line import check_known, key_of, typed
 
 # On which the weights and the order of examples depend: a resumed run keeps its own.
@@ -97,10 +98,20 @@ def check_same(name: str, own: Any, given: Any) -> None:
 
 
 def check_steps_left(run: Run, new: Sequence[str]) -> None:
-    """Refuses, with ValueError, new settings of the training where it has come to its end."""
-    done = run.checkpoints.latest() or 0
+    """Refuses, with ValueError, new settings of the training where it has come to its end, by its steps or its patience."""
+    done, trainer = run.checkpoints.latest() or 0, run.config.trainer
+    free = [f"trainer.{name}" for name in ("steps", "patience", "device", "progress")]
     settings = [override for override in new if key_of(override).partition(".")[0] in ("trainer", "objective", "time_sampler")
-                and key_of(override) not in ("trainer.steps", "trainer.device", "trainer.progress")]  # fmt: skip
-    if settings and done >= run.config.trainer.steps:
+                and key_of(override) not in free]  # fmt: skip
+    if settings and done >= trainer.steps:
         raise ValueError(f"{settings[0]} does nothing: all {done} steps of {run.path} are done; give trainer.steps={2 * done} "
                          "too, or leave it out")  # fmt: skip
+    if settings and trainer.get("patience") and has_stalled(held_out_losses(run, done), trainer.patience):
+        raise ValueError(f"{settings[0]} does nothing: {run.path} ended at step {done} by its trainer.patience; give "
+                         "trainer.patience=null too, or leave it out")  # fmt: skip
+
+
+def held_out_losses(run: Run, done: int) -> list[float]:
+    """Those of a run's first `done` steps, in order."""
+    rows = run.metrics().reindex(columns=["step", "loss_held_out"]).dropna()
+    return [*rows.loc[rows["step"] <= done, "loss_held_out"]]

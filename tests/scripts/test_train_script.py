@@ -18,6 +18,7 @@ from typed import ROOT, script
 
 from score_sde.data import TensorData, digits
 from score_sde.evaluation import Pixels, Reference
+from score_sde.run import Run
 from score_sde.training import Checkpoints
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -34,6 +35,23 @@ OWN = OmegaConf.create({
     "target": {"std": 0.2}, "sampler": {"steps": 5}, "num_samples": 100,
     "overrides": ["~hidden", "trainer.steps=10", "+network={width: 32, samples: 100}", "sde=ve"],
 })  # fmt: skip
+
+
+def test_a_run_that_has_come_to_its_end_takes_no_new_training(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.config = OmegaConf.create({"trainer": {"steps": 90, "patience": 2}})
+    (tmp_path / "checkpoints/step-000000040").mkdir(parents=True)
+    rows = [{"step": 10 * i, "loss": 1.0} | ({"loss_held_out": held_out} if held_out else {})
+            for i, held_out in enumerate((3.0, None, 2.0, 2.5, 2.0, 1.0))]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        ValueError, match=r"learning_rate=1 does nothing: .* ended at step 40 by its trainer.patience; give"
+    ):
+        resuming.check_steps_left(run, ["trainer.patience=2", "trainer.learning_rate=1"])
+    resuming.check_steps_left(run, ["trainer.patience=2", "trainer.steps=100", "trainer.progress=false"])
+    for patience in (3, None):
+        run.config.trainer.patience = patience
+        resuming.check_steps_left(run, ["trainer.learning_rate=1"])
 
 
 @pytest.mark.parametrize(
