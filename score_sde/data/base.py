@@ -91,7 +91,8 @@ class OfClasses(Data):
 
     def __init__(self, data: Data, classes: Collection[int]) -> None:
         self.data, self.classes = data, torch.tensor(sorted({int(label) for label in classes}))
-        self.event_shape, self.num_classes, self.has_test = data.event_shape, data.num_classes, data.has_test
+        self.event_shape, self.has_test = data.event_shape, data.has_test
+        self.num_classes, self.class_names = data.num_classes, data.class_names
 
     def batch(self, step: int, batch_size: int, rows: slice = ALL) -> Batch:
         found = self._first(partial(self.data.batch, step), batch_size)

@@ -187,7 +187,7 @@ def test_nothing_lies_over_a_classifiers_accuracy():
 class Striped(Data):
     """Data of a user's own, of which one in ten examples has label 1, one in 100 label 2 and none label 3."""
 
-    event_shape, num_classes = (2,), 4
+    event_shape, num_classes, class_names = (2,), 4, ("a", "b", "c", "d")
 
     def batch(self, step, batch_size, rows=slice(None)):
         at = step * batch_size + torch.arange(batch_size)[rows]
@@ -207,6 +207,7 @@ def test_labels_to_be_measured_have_the_shares_of_the_data():
 
 def test_of_data_of_ones_own_the_examples_of_some_classes_are_picked():
     part = Striped().of_classes([2])
+    assert (part.num_classes, part.class_names) == (4, ("a", "b", "c", "d"))
     assert part.reference(20).x[:, 0].tolist() == list(range(0, 1000, 100))
     assert part.batch(1, 3, slice(1, None)).x.shape == (2, 2)
     with pytest.raises(ValueError, match="hardly a training example has label 3"):
