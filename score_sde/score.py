@@ -562,6 +562,7 @@ class ReparameterizedScore(WrappedScore):
 
     def __init__(self, model: ScoreModel, sde: SDE, outside: str) -> None:
         super().__init__(model)
+        self.learns_variance = False
         _check_sde(sde)
         self.sde = _common_range(model.sde, sde, one_of("outside", outside, OUTSIDE))
         slack = 1e-6 * (self.sde.t_max - self.sde.t_min)  # times may come in single precision
@@ -572,7 +573,7 @@ class ReparameterizedScore(WrappedScore):
         alpha, sigma, inner, ratio = self._level(t)
         scaled = (expand(ratio, x) if isinstance(ratio, Tensor) else ratio) * x
         said = self.model(scaled, inner, **condition)
-        return replace(said, x=x, alpha=alpha, sigma=sigma, c_skip=said.c_skip * ratio)
+        return replace(said, x=x, alpha=alpha, sigma=sigma, c_skip=said.c_skip * ratio, variance_weight=None)
 
     def prepare(self, times: Iterable[float]) -> None:
         times = list(times)
@@ -646,7 +647,8 @@ def reparameterize(model: ScoreModel, sde: SDE, outside: str = "restrict") -> Sc
 
         D'(x, t') = D(alpha(t) / alpha'(t') x, t),    lambda(t) = lambda'(t'),
 
-    and the probability-flow trajectories are the same up to scale and time. Source: Karras et al. 2022,
+    and the probability-flow trajectories are the same up to scale and time. A learnt variance lies between two of the
+    model's own process, of which one is another here: it is left out. Source: Karras et al. 2022,
     https://arxiv.org/abs/2206.00364, appendix B; Kingma et al. 2021, https://arxiv.org/abs/2107.00630, section 5.1.
 
     Args:

@@ -36,7 +36,7 @@ from score_sde.likelihood import log_likelihood
 from score_sde.networks import MLP, Encoder
 from score_sde.networks.energy import Conservative
 from score_sde.score import reparameterize
-from score_sde.steps import MetropolisLangevin
+from score_sde.steps import Ancestral, LearnedVariance, MetropolisLangevin
 
 DOUBLE = torch.float64
 LAW = GaussianMixture(
@@ -166,6 +166,16 @@ def test_noise_levels_that_the_model_does_not_know_are_left_out_or_refused() -> 
         model(torch.zeros(1, 2), 0.999)
     out = model(torch.zeros(3, 2), torch.tensor([0.5, 0.999, 0.5], dtype=DOUBLE)).denoised
     assert torch.equal(out.isnan().any(1), torch.tensor([False, True, False]))
+
+
+def test_a_learnt_variance_which_is_between_two_of_its_own_process_is_left_out() -> None:
+    model = LearnedScore(MLP((2,), width=8, depth=1, learned_variance=True), VPSDE(), Noise(), (2,))
+    sampler = Sampler(LearnedVariance(Ancestral(), Ancestral("forward")), partial(grid.uniform, steps=2))
+    there = reparameterize(model, RectifiedFlow())
+    assert model(torch.zeros(1, 2), 0.5).variance_weight is not None
+    assert there(torch.zeros(1, 2), 0.5).variance_weight is None
+    with pytest.raises(ValueError, match=r"on another SDE's path \(reparameterize\) a model has none"):
+        sampler.sample(there, (1, 2), seed=0)
 
 
 def test_a_time_in_single_precision_may_be_the_last() -> None:

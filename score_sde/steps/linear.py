@@ -259,7 +259,7 @@ class Ancestral(LinearStep):
 
 NO_HEAD = (
     "LearnedVariance needs a network with a variance head: train one with network.learned_variance=true objective=hybrid, "
-    "or take Ancestral()"
+    "or take Ancestral(); on another SDE's path (reparameterize) a model has none"
 )
 
 
