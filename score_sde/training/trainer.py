@@ -361,8 +361,10 @@ class Trainer:
         return metrics.rows, signal.Signals(stopped) if stopped else None
 
     def _held_out(self, data: Data) -> Batch | None:
-        """Examples that training does not see, where there are any."""
-        return data.reference(4 * self.batch_size) if self.test_every and data.has_test else None
+        """Examples that training does not see, where there are any: four batches at most, or 256 MiB of large ones."""
+        if not self.test_every or not data.has_test:
+            return None
+        return data.reference(min(4 * self.batch_size, max(1, 2**26 // math.prod(data.event_shape))))
 
     def _has_stalled(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the main process finds the run at the end of its patience. All processes call it."""
