@@ -322,6 +322,7 @@ def test_euler_steps_of_flow_matching_are_those_of_diffusers(library) -> None:
     torch.testing.assert_close(model(x, t).denoised, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # numpy, of diffusers
 @pytest.mark.parametrize("name", convert._LADDERS)
 def test_each_scheduler_has_its_own_ladder_and_defaults(library, name) -> None:
     if name == "DPMSolverSDE":
