@@ -11,7 +11,7 @@ from torch import Tensor
 from score_sde.checks import number, one_of
 from score_sde.sde import SDE, derivative
 from score_sde.steps.linear import Coefficients, LinearStep
-from score_sde.steps.multistep import check_order, integrals, lagrange, quadrature
+from score_sde.steps.multistep import check_order, integrals, lagrange, points_for, quadrature
 
 NOISE_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "er_sde": lambda level: (level**0.3).exp() + 10,
@@ -63,11 +63,11 @@ class ERSDESolver(LinearStep):
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         nodes, end = sde.half_log_snr(times), sde.half_log_snr(s)
-        h = end - nodes[0]
-        fractions, gauss = quadrature(s)
-        at = nodes[0] + fractions * h
-        slope, to_end = derivative(self._log_scale, at), self._log_scale(end)
+        h, to_end = end - nodes[0], self._log_scale(end)
         decay = self._log_scale(nodes[0]) - to_end
+        fractions, gauss = quadrature(s, points_for(h + decay))
+        at = nodes[0] + fractions * h
+        slope = derivative(self._log_scale, at)
         if not (decay >= 0).all() or not (slope <= 0).all():
             raise ValueError(
                 f"ERSDESolver's noise scale q(l) is positive and nowhere decreasing, {self.noise!r} is not"

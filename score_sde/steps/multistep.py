@@ -38,6 +38,12 @@ def quadrature(like: Tensor, points: int = 32) -> tuple[Tensor, Tensor]:
     return torch.from_numpy((nodes + 1) / 2).reshape(shape), torch.from_numpy(weights / 2).reshape(shape)
 
 
+def points_for(exponent: Tensor) -> int:
+    """Nodes that integrate exponentials over these stretches, times polynomials, to machine precision."""
+    longest = exponent.max()
+    return 6 if longest <= 0.3 else 10 if longest <= 2 else 32
+
+
 def lagrange(nodes: Tensor, at: Tensor) -> Tensor:
     """The Lagrange basis polynomials of `nodes` (k, ...), at points that broadcast with nodes[0]; shape (k, *at)."""
     count = len(nodes)
@@ -239,8 +245,7 @@ def weigh(
     scale, rate = (sde.alpha(s), -k) if prediction == "denoised" else (-sde.sigma(s), 1.0)
     if weights == "midpoint":
         return list(scale * (k / rate) * torch.expm1(rate * h) * lagrange(levels, end - h / 2))
-    longest = (k * h).max()
-    fractions, gauss = quadrature(s, points=6 if longest <= 0.3 else 10 if longest <= 2 else 32)  # to machine precision
+    fractions, gauss = quadrature(s, points_for(k * h))
     kernel = (scale * k * h) * gauss * (rate * h * fractions).exp()
     return integrals(kernel, lagrange(levels, end - h * fractions))
 
