@@ -10,7 +10,6 @@ and moves every other view with it. The move is made in the model's own raw outp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -65,11 +64,6 @@ def denoised(prediction: Prediction, clean: Tensor) -> Prediction:
     return replace(prediction, raw=clean, c_skip=0.0, c_out=1.0)
 
 
-def perhaps_twice() -> AbstractContextManager[None]:
-    """`twice_differentiable`, where derivatives may flow through the gradient that guidance takes."""
-    return twice_differentiable() if torch.is_grad_enabled() else nullcontext()
-
-
 def with_pull(model: ScoreModel, x: Tensor, t: Time, condition: Mapping[str, Any]) -> tuple[Prediction, Tensor, Pull]:
     """The prediction at x, its denoiser D and v -> J^T v; works under no_grad and inside torch.func transforms."""
     seen: list[Prediction] = []
@@ -78,6 +72,6 @@ def with_pull(model: ScoreModel, x: Tensor, t: Time, condition: Mapping[str, Any
         seen.append(model(v, t, **condition))
         return seen[0].denoised, seen[0].raw
 
-    with perhaps_twice():
+    with twice_differentiable():
         clean, pull, raw = torch.func.vjp(denoise, x, has_aux=True)  # type: ignore[misc]
     return replace(seen[0], x=x, raw=raw), clean, lambda v: pull(v)[0]

@@ -21,7 +21,8 @@ from torch import Tensor
 from score_sde.checks import number
 from score_sde.classifier import NoisyClassifier
 from score_sde.copies import Copies
-from score_sde.guidance.base import check_alike, denoised, extrapolated, perhaps_twice, pushed
+from score_sde.guidance.base import check_alike, denoised, extrapolated, pushed
+from score_sde.networks.blocks import twice_differentiable
 from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel, WrappedScore, checked_condition, named
 from score_sde.sde import Time, expand
@@ -222,7 +223,7 @@ class Classifier(WrappedScore):
         self.check(x.shape, condition)
         asked = {name: value for name, value in condition.items() if name in self._named}
         own = {name: value for name, value in condition.items() if name in self.model.condition_names}
-        with perhaps_twice():
+        with twice_differentiable():
             gradient = torch.func.grad(lambda v: self._checked(self.log_prob(v, t, **asked), len(x)).sum())(x)
         return pushed(self.model(x, t, **own), self.scale * gradient)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -151,8 +151,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
-    """Within it attention takes the one kernel whose derivative can be differentiated again."""
-    return sdpa_kernel(SDPBackend.MATH)
+    """Around a derivative: where autograd is on, attention takes the one kernel whose derivative can be differentiated."""
+    return sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext()
 
 
 class Resample(nn.Module):
