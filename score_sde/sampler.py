@@ -279,7 +279,7 @@ class Sampler:
     def __repr__(self) -> str:
         usual = inspect.signature(type(self)).parameters
         parts = {name: value for name, value in vars(self).items() if name in usual and value != usual[name].default}
-        return f"Sampler({', '.join(f'{name}={_shown(value)}' for name, value in parts.items())})"
+        return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in parts.items())})"
 
     @classmethod
     def tabulated(cls, table: str | Path | Table) -> Sampler:

@@ -304,8 +304,8 @@ class Empirical(Target):
             raise ValueError(f"bandwidth is a standard deviation >= 0, got {bandwidth}")
         self.data, self.bandwidth = data.to("cpu", torch.float64), float(bandwidth)
         self.event_shape = self.data.shape[1:]
-        self.weights = None if weights is None else _weights(weights, len(data))
         share = _weights(torch.ones(len(data)) if weights is None else weights, len(data))
+        self.weights = None if weights is None else share
         self._copies = Copies(points=self.data.flatten(1), log_weights=share.log())
         self.mean = torch.tensordot(share, self.data, 1)
         around = (self.data - self.mean).flatten(1).square().mean(1)
@@ -326,9 +326,9 @@ class Empirical(Target):
         if self.bandwidth == 0:
             raise ValueError("points have no density: use Empirical(data, bandwidth=...) or marginal(1.0, sigma)")
         dimension = math.prod(self.event_shape)
-        norm = dimension * (math.log(self.bandwidth) + LOG_2PI / 2) + (
-            math.log(len(self.data)) if self.weights is None else 0
-        )
+        norm = dimension * (math.log(self.bandwidth) + LOG_2PI / 2)
+        if self.weights is None:  # which `_logits` leaves out
+            norm += math.log(len(self.data))
         return torch.cat([logits.logsumexp(-1) for logits in self._logits(x, 1.0, self.bandwidth**2)]) - norm
 
     def denoise(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
@@ -480,9 +480,10 @@ def from_log_density(
     log_p = log_p - log_p.logsumexp(0)
     p = nn.functional.pad(log_p.exp().view(counts), [1, 1] * len(counts))
     laplacian = torch.stack([p.roll(1, d) + p.roll(-1, d) - 2 * p for d in range(p.ndim)]).sum(0)
-    weights = (p - 0.75**2 / 2 * laplacian)[(slice(1, -1),) * p.ndim].flatten().clamp(min=0)
+    width = 0.75  # h / delta
+    weights = (p - width**2 / 2 * laplacian)[(slice(1, -1),) * p.ndim].flatten().clamp(min=0)
     kept = weights > 1e-17 * weights.max()
-    law = Empirical(points[kept], 0.75 * delta.item(), weights[kept])
+    law = Empirical(points[kept], width * delta.item(), weights[kept])
     probe = _chosen(log_p.exp(), _like_generator((1000,), torch.Generator().manual_seed(0)))
     gap = (law.log_prob(points[probe]) - log_p[probe] + len(counts) * delta.log()).abs().mean().item()
     if gap > 0.05:

@@ -469,6 +469,15 @@ def test_a_sampler_is_shown_as_one_writes_it():
     assert repr(sampler) == shown
 
 
+def test_a_sampler_of_ones_own_is_shown_by_its_name_and_arguments():
+    class Mine(Sampler):
+        def __init__(self, steps):
+            self.steps = steps
+            super().__init__(DDIM(), functools.partial(grid.uniform, steps=steps))
+
+    assert repr(Mine(7)) == "Mine(steps=7)"
+
+
 def test_a_model_that_speaks_of_another_process_is_refused():
     class Foreign(ExactScore):
         def __call__(self, x, t, **condition):

@@ -55,9 +55,7 @@ class ERSDESolver(LinearStep):
 
     def __init__(self, order: int = 3, noise: str | Callable[[Tensor], Tensor] = "er_sde", eta: float = 1.0) -> None:
         self.memory = check_order(self, order)
-        self.noise, self.eta = noise, number("eta", eta)
-        if eta < 0:
-            raise ValueError(f"ERSDESolver needs a noise strength eta >= 0, got eta={eta}")
+        self.noise, self.eta = noise, number("eta", eta, 0)
         self.scale = noise if callable(noise) else NOISE_SCALES[one_of("ERSDESolver's noise", noise, NOISE_SCALES)]
         self.order = self.memory if eta == 0 else min(self.memory, 2)
 
