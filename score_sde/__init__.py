@@ -8,7 +8,7 @@ from score_sde.adaptive import AdaptiveODE
 from score_sde.adaptive_sde import AdaptiveSDE
 from score_sde.energy import EnergyScore
 from score_sde.likelihood import log_likelihood
-from score_sde.noise import BatchNoise, SampleNoise
+from score_sde.noise import BatchNoise, BrownianNoise, SampleNoise
 from score_sde.ode import ProbabilityFlowODE
 from score_sde.parallel import ParallelSampler
 from score_sde.parameterization import Denoised, Flow, Karras, Noise, Published, PublishedNoise, Score, Velocity
@@ -54,6 +54,7 @@ __all__ = [
     "Ancestral",
     "AnnealedLangevin",
     "BatchNoise",
+    "BrownianNoise",
     "CosineSDE",
     "Denoised",
     "DiscreteSDE",

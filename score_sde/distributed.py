@@ -151,7 +151,7 @@ def gather(x: Tensor) -> Tensor:
 
 def sample(
     sampler: Any, model: ScoreModel, total: int, *, seed: int = 0, batch_size: int = 1000,
-    condition: Mapping[str, Tensor] | None = None, progress: str | None = None,
+    condition: Mapping[str, Tensor] | None = None, progress: str | None = None, noise: type[SampleNoise] = SampleNoise,
 ) -> tuple[Tensor, int, float]:  # fmt: skip
     """`total` samples drawn by all processes together, on every process the same: sample i is keyed by (seed, i).
 
@@ -162,6 +162,7 @@ def sample(
         sampler: an object with the `sample` method of `Sampler`.
         condition: tensors (total, ...) by name.
         progress: the label of a progress bar, shown by the main process alone.
+        noise: the kind, e.g. `BrownianNoise`.
 
     Returns:
         Samples on the CPU (total, *event), the greatest number of network calls of a batch, and the wall-clock seconds
@@ -172,9 +173,9 @@ def sample(
     parts, nfe, seconds = [torch.empty(0, *model.event_shape, dtype=model.dtype)], 0, 0.0
     for indices in _mine(batches, progress):
         named = {name: value[indices.to(value.device)] for name, value in told.items()}
-        noise, shape = SampleNoise.of_run(seed, indices), (len(indices), *model.event_shape)
+        source, shape = noise.of_run(seed, indices), (len(indices), *model.event_shape)
         bar = progress is not None and is_main() and len(batches) == 1
-        result = sampler.sample(model, shape, noise=noise, condition=named, progress=bar)
+        result = sampler.sample(model, shape, noise=source, condition=named, progress=bar)
         parts.append(result.x.cpu())
         nfe, seconds = max(nfe, result.nfe), seconds + result.seconds
     work = gather(torch.tensor([[nfe, seconds]], dtype=torch.float64)).amax(0)

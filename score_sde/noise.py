@@ -3,15 +3,18 @@ r"""Sources of standard normal noise, keyed by (step, draw); none touches torch'
 `BatchNoise(seed)` draws a whole batch from one generator: fastest, but sample i depends on the batch it is drawn in.
 `SampleNoise(seeds)` gives each sample a seed of its own and computes its noise as a function of (seed, step, draw,
 element) by a counter-based generator (SplitMix64 and Box-Muller): sample i is bitwise the same in any batch.
+`BrownianNoise(seeds)` gives each sample a Brownian path of its own, whatever the grid: more steps refine the same sample.
 Sources: Steele, Lea & Flood 2014, https://doi.org/10.1145/2660193.2660195; Salmon et al. 2011 for counter-based use.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +27,11 @@ Stream = Callable[[int, int], Tensor]
 
 class NoiseSource(ABC):
     """Where a sampler's noise comes from: a value, opened anew by every run."""
+
+    def along(self, half_log_snr: Tensor, shares: Sequence[float]) -> NoiseSource:
+        """The source of a run over grid times with these half log SNRs (float64, shape (N + 1,)), for a predictor whose
+        draws have these `Step.shares`; most sources do not look at them."""
+        return self
 
     @abstractmethod
     def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:
@@ -92,7 +100,117 @@ class SampleNoise(NoiseSource):
         return stream
 
     def __repr__(self) -> str:
-        return f"SampleNoise({len(self.seeds)} seeds)"
+        return f"{type(self).__name__}({len(self.seeds)} seeds)"
+
+
+class BrownianNoise(SampleNoise):
+    r"""A Brownian path W(alpha^2 / sigma^2) for each sample, whose increments are the predictor's noise.
+
+    With D constant over a move the reverse SDE ends at
+
+        x_s = (sigma_s / sigma_t) e^{-h} x_t + alpha_s (1 - e^{-2 h}) D + (sigma_s^2 / alpha_s) (W(snr_s) - W(snr_t)),
+
+    h = lambda_s - lambda_t, snr = e^{2 lambda}: the signal-to-noise ratio is the clock in which its noise is a plain
+    increment. So a sample of many steps is the refinement of that of few, and differences between grids and steps are
+    pathwise (strong) errors, not two draws. Row i depends on seeds[i] and the levels alone. The start and a corrector's noise
+    are those of `SampleNoise`; where a grid goes up and down again (churn), each way down has a path of its own.
+
+    W is found by halving [-32, 32] in lambda twenty times, each midpoint drawn given the ends (a Brownian bridge), and
+    levels are rounded to that lattice, 6e-5 apart: at most twenty draws a move, fewer on fine grids.
+    Source: the virtual Brownian tree of Li et al. 2020, https://arxiv.org/abs/2001.01328, section 4.
+
+    Args:
+        seeds: one integer a sample, e.g. `range(64)`.
+
+    Raises:
+        ValueError: a solver that is no `Sampler` on a grid asks for more noise than its start's.
+    """
+
+    _levels: Tensor | None = None
+    _shares: Sequence[float] = (1.0,)
+
+    def along(self, half_log_snr: Tensor, shares: Sequence[float]) -> BrownianNoise:
+        bound = type(self)(self.seeds)
+        bound._levels, bound._shares = half_log_snr, shares
+        return bound
+
+    def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:
+        fresh, spans = super().open(shape, dtype, device), self._spans()
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        draw_of, paths = super().open(shape, real, device), dict[int, _BrownianPath]()
+
+        def stream(step: int, draw: int) -> Tensor:
+            if step and self._levels is None:
+                raise ValueError("BrownianNoise is for a Sampler on a grid, whose moves have ends: give this solver "
+                                 "SampleNoise(seeds)")  # fmt: skip
+            path, low, high = spans.get((step, draw), (0, 0, 0))
+            if low == high:
+                return fresh(step, draw)
+            if path not in paths:
+                paths[path] = _BrownianPath(partial(draw_of, -1 - path))
+            return paths[path].increment(low, high).to(dtype)
+
+        return stream
+
+    def _spans(self) -> dict[tuple[int, int], tuple[int, int, int]]:
+        """(step, draw) -> (path, low, high), places on the lattice, for each draw of the moves that go down."""
+        if self._levels is None:
+            return {}
+        path, spans = 0, dict[tuple[int, int], tuple[int, int, int]]()
+        for i, (level, move) in enumerate(zip(self._levels.tolist(), self._levels.diff().tolist(), strict=False)):
+            path += move < 0
+            ends = [_place(level + share * move) for share in (0.0, *itertools.accumulate(self._shares))]
+            if move > 0:
+                spans |= {(2 * i + 1, k): (path, *between) for k, between in enumerate(itertools.pairwise(ends))}
+        return spans
+
+
+_HALVINGS, _REACH = 20, 32.0
+
+
+def _place(half_log_snr: float) -> int:
+    """The nearest place on the lattice, 0 to 2^20."""
+    share = (min(max(half_log_snr, -_REACH), _REACH) + _REACH) / (2 * _REACH)
+    return round(share * 2**_HALVINGS)
+
+
+def _passed(low: int, high: int) -> float:
+    """e^{2 lambda_high} - e^{2 lambda_low}, the clock's time between two places."""
+    width = 2 * _REACH / 2**_HALVINGS
+    return math.exp(2 * (low * width - _REACH)) * math.expm1(2 * (high - low) * width)
+
+
+class _BrownianPath:
+    """W at places on the lattice. The intervals that hold the last one are kept: ways down share most of their halvings.
+
+    Args:
+        draw: k -> the k-th standard normal draw of this path; 0 is the end's, k from 1 on the midpoint's of the k-th interval
+            of the binary tree, counted by rows.
+    """
+
+    def __init__(self, draw: Callable[[int], Tensor]) -> None:
+        end = draw(0).mul_(math.sqrt(_passed(0, 2**_HALVINGS)))
+        self.draw, self.inside = draw, [(1, 0, 2**_HALVINGS, torch.zeros_like(end), end)]
+
+    def increment(self, low: int, high: int) -> Tensor:
+        """(W(high) - W(low)) / sqrt(the clock's time between), standard normal."""
+        return (self._at(high) - self._at(low)).div_(math.sqrt(_passed(low, high)))
+
+    def _at(self, place: int) -> Tensor:
+        while not self.inside[-1][1] <= place <= self.inside[-1][2]:
+            self.inside.pop()
+        while True:
+            node, low, high, start, end = self.inside[-1]
+            if place in (low, high):
+                return start if place == low else end
+            middle = (low + high) // 2
+            first, second = _passed(low, middle), _passed(middle, high)
+            share = first / (first + second)
+            centre = torch.lerp(start, end, share).add_(self.draw(node), alpha=math.sqrt(share * second))
+            if place <= middle:
+                self.inside.append((2 * node, low, middle, start, centre))
+            else:
+                self.inside.append((2 * node + 1, middle, high, centre, end))
 
 
 # SplitMix64's constants, as signed 64-bit integers: torch's int64 arithmetic wraps around, as the algorithm needs.

@@ -86,7 +86,7 @@ class ParallelSampler:
     ) -> ParallelResult:  # fmt: skip
         """Draws samples; arguments as `Sampler.sample` has them, and the trajectory likewise over the grid's times."""
         times, rows = self._rows(model.sde)
-        start = begin(model, shape, seed, noise, x_init, condition, dtype, times[0].item())
+        start = begin(model, shape, seed, noise, x_init, condition, dtype, times, self.predictor)
         clock = time.perf_counter()
         per_sample = PerSample(model, start.model.condition, len(start.x))
         per_sample.check_apart()

@@ -142,9 +142,12 @@ def check_model(model: ScoreModel) -> None:
 
 def begin(
     model: ScoreModel, shape: Sequence[int], seed: int | None, noise: NoiseSource | None, x_init: Tensor | None,
-    condition: Mapping[str, Any] | None, dtype: torch.dtype | None, t: float | None = None,
+    condition: Mapping[str, Any] | None, dtype: torch.dtype | None, times: Tensor | None = None,
+    predictor: Step | None = None,
 ) -> Start:  # fmt: skip
-    """Checks a request for samples and draws the model's start at t (t_max if left out), unless `x_init` gives it.
+    """Checks a request for samples and draws the model's start at times[0] (t_max if left out), unless `x_init` gives it.
+
+    Noise that depends on levels (`NoiseSource.along`) learns them where there is a predictor, which goes over all times.
 
     Raises:
         ValueError: the shape is not (batch, *event_shape), x_init has another, or both seed and noise are given.
@@ -173,8 +176,10 @@ def begin(
     if dtype != at_least_single(dtype):
         warnings.warn(f"a state in {dtype} is rounded at every step, a thousand of which may spread it 20 % too far: give "
                       "dtype=torch.float32, whatever the weights are, and round the samples", stacklevel=4)  # fmt: skip
-    stream = (noise or BatchNoise(seed)).open(shape, dtype, device)
-    t = model.sde.t_max if t is None else t
+    source, t = noise or BatchNoise(seed), model.sde.t_max if times is None else times[0].item()
+    if predictor is not None and times is not None:
+        source = source.along(model.sde.half_log_snr(times), predictor.shares)
+    stream = source.open(shape, dtype, device)
     x = model.start_at(stream(0, 0), t) if x_init is None else x_init.to(dtype, copy=True)  # a step may write into it
     return Start(x, stream, CountedModel(model, condition))
 
@@ -299,7 +304,8 @@ class Sampler:
             model: the score model.
             shape: (batch, *event_shape).
             seed: of one generator for the batch (`BatchNoise`); None takes one from the operating system.
-            noise: another noise source, e.g. `SampleNoise(range(batch))`.
+            noise: another noise source, e.g. `SampleNoise(range(batch))`, or `BrownianNoise(range(batch))`, with which more
+                steps refine the same samples.
             x_init: start here instead of where the model does at the grid's first time: at t_max the prior
                 (`ScoreModel.start`), below it the Gaussian of that level (`ScoreModel.start_at`); sets the dtype and device.
             condition: named conditions for the model.
@@ -315,7 +321,7 @@ class Sampler:
             raise ValueError("gradient=True needs the moves one by one: build the sampler with cuda_graph=False")
         check_model(model)
         times = grids.check(self.grid(model.sde), model.sde)
-        start = begin(model, shape, seed, noise, x_init, condition, dtype, times[0].item())
+        start = begin(model, shape, seed, noise, x_init, condition, dtype, times, self.predictor or Carry())
         for step in (self.predictor, self.corrector):
             if step is not None:
                 step.check_model(model)

@@ -17,14 +17,18 @@ from scripting import conditions, configs, entry, figures, guiding, output
 from scripting.command_line import chosen
 from torch import Tensor
 
-from score_sde import Run, distributed, plotting
+from score_sde import BrownianNoise, Run, SampleNoise, distributed, plotting
 from score_sde.build import build
+from score_sde.checks import one_of
 from score_sde.data import TensorData
 from score_sde.evaluation import DigitClassifier
+
+NOISES = {"sample": SampleNoise, "brownian": BrownianNoise}
 
 
 @entry.main("sample")
 def main(config: DictConfig) -> None:
+    noise = NOISES[one_of("noise", config.noise, NOISES)]
     run = configs.open_run(config)
     model = configs.model_of(run, config)
     node = configs.sampler_config(config.sampler, run.path, config.step)
@@ -41,7 +45,7 @@ def main(config: DictConfig) -> None:
     name = chosen(config, "sampler")
     samples, nfe, seconds = distributed.sample(
         sampler, guided, config.num_samples, seed=config.seed, batch_size=config.batch_size, condition=condition,
-        progress=name,
+        progress=name, noise=noise,
     )  # fmt: skip
     if not distributed.is_main():
         return
@@ -71,7 +75,8 @@ def settings_of(config: DictConfig, node: DictConfig, labels: list[int]) -> dict
     settings |= {"label": labels, "context": output.content_of(config.context) or given["context"],
                  "sampler": configs.plain(node), "table": output.content_of(node.get("table"))}  # fmt: skip
     own = {name: output.content_of(value) or value for name, value in given["condition"].items()}
-    return settings | ({"condition": own} if own else {})
+    further = {"condition": own, "noise": None if given["noise"] == "sample" else given["noise"]}
+    return settings | {name: value for name, value in further.items() if value}
 
 
 def sheet(samples: Tensor, labels: list[int], run: Run) -> Figure:

@@ -88,7 +88,7 @@ class TwistedParticles:
         count = shape[0]
         times = grids.check(self.grid(model.sde), model.sde)
         shape = (self.particles or count, *shape[1:])
-        start = begin(model, shape, seed, noise, x_init, condition, dtype, times[0].item())
+        start = begin(model, shape, seed, noise, x_init, condition, dtype, times)
         given = start.model.condition
         _check_shared(model, given, len(start.x))
         rows = [_of_denoised(row, model.sde) for row in self.step.plan(model.sde, times[:-1], times[1:])]

@@ -233,6 +233,7 @@ class DPMSolverSDE(StagedStep):
         if not 0 < r < 1:
             raise ValueError(f"DPMSolverSDE's r lies in (0, 1), got r={r}")
         self.eta, self.r = float(eta), float(r)
+        self.shares = (self.r, 1 - self.r)
 
     def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Stage]:
         start, h = sde.half_log_snr(t), sde.half_log_snr(s) - sde.half_log_snr(t)

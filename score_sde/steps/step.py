@@ -39,6 +39,7 @@ class Step(ABC):
         point_mass: whether a predictor carries data at one point exactly, N(alpha_t x_0, sigma_t^2 I) to N(alpha_s x_0,
             sigma_s^2 I) over every move of a run; a step that does not says so.
         calls: network calls a move.
+        shares: of a move's way in half log SNR, which the draws of its noise cover, one after the other.
         needs_density: whether `advance` also asks `evaluate.log_prob(x, t)`, which only a model with a density has.
         presets: constructor arguments by the name under which they are known; each is certified.
     """
@@ -47,6 +48,7 @@ class Step(ABC):
     order: int = 1
     point_mass: bool = True
     calls: int = 1
+    shares: Sequence[float] = (1.0,)
     needs_density: bool = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

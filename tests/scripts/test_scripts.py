@@ -45,6 +45,11 @@ def test_the_other_scripts_read_it(run: Path) -> None:
         options = ["sampler=heun", "sampler.grid.steps=3", f"num_samples={count}"]
         assert f"in {run / 'samples' / name}\n" in script("sample", f"run={run}", *options, cwd=run)
         assert np.load(run / "samples" / name / "samples.npy").shape == (count, 2)
+    for noise, steps in (("brownian", 200), ("brownian", 400), ("sample", 400)):
+        options = ["sampler=ancestral", f"sampler.grid.steps={steps}", f"noise={noise}", f"output={run / noise}{steps}"]
+        script("sample", f"run={run}", "num_samples=20", *options, cwd=run)
+    coarse, fine, other = (np.load(run / f"{each}/samples.npy") for each in ("brownian200", "brownian400", "sample400"))
+    assert abs(coarse - fine).mean() < 0.1 * abs(other - fine).mean()
     out = script("evaluate", f"run={run}", "samplers=[heun]", "num_samples=20", f"output={run / 'of_heun'}", cwd=run)
     assert "samples/, figures/" in out
     figures = {
@@ -313,6 +318,7 @@ WRONG = {
     "no draws": ("likelihood", ["run={run}", "draws=0"], "draws >= 1, got draws=0"),
     "agreement without labels": ("sample", ["run={run}", "agreement=true"], "agreement=true compares samples with"),
     "a word for a number": ("train", ["trainer.learning_rate=fast"], "'fast' is no number: give one such as 0.002"),
+    "unknown noise": ("sample", ["run={run}", "noise=brown"], "noise is one of sample, brownian; got 'brown'"),
     "a word for true": ("sample", ["run={run}", "agreement=no"], "agreement='no' is neither true nor false"),
     "a key that nothing reads": ("sample", ["run={run}", "+count=3"], "unknown key 'count'"),
     "a key that no group reads": ("train", ["+evaluation.metric=w2"], "did you mean 'metrics'"),
