@@ -21,7 +21,7 @@ from torch import Tensor
 
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
-from score_sde.steps.step import Draw, Evaluate, History, Step, finite
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
 
 Coefficients = tuple[Tensor, Sequence[Tensor], Tensor]
 Scalar = float | Tensor
@@ -96,9 +96,9 @@ class LinearStep(Step):
         for depth, i in by_history(t, s, self.memory).items():
             times = t[i - torch.arange(depth).unsqueeze(1)]
             a, b, c = self._coefficients(sde, times, s[i])
-            table = finite(self, sde, times[0], [times[0], a, c, *(part[i] for part in output), *b])
-            for move, (at, a_, c_, u, w, *b_) in zip(i.tolist(), table, strict=True):
-                rows[move] = LinearRow(at, a_, tuple(b_), c_, (u, w))
+            columns = [times[0], a, c, *(part[i] for part in output), *b]
+            at, a_, c_, u, w, *b_ = finite(self, sde, times[0], columns)
+            rows |= zip(i.tolist(), map(LinearRow, at, a_, tuples(b_), c_, zip(u, w, strict=True)), strict=True)
         return [rows[move] for move in range(len(t))]
 
     def _coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from score_sde.sde import SDE
 from score_sde.steps.linear import accumulate, combine
-from score_sde.steps.step import Draw, Evaluate, History, Step, finite
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
 
 
 class Stage(NamedTuple):
@@ -51,8 +51,9 @@ class StagedStep(Step):
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[StageRow]:
         columns = []
         for stage in self.stages(sde, t, s):
-            table, cut = finite(self, sde, t, [stage.time, stage.a, *stage.b, *stage.c]), len(stage.b)
-            columns.append([(time, a, tuple(rest[:cut]), tuple(rest[cut:])) for time, a, *rest in table])
+            time, a, *rest = finite(self, sde, t, [stage.time, stage.a, *stage.b, *stage.c])
+            cut = len(stage.b)
+            columns.append(zip(time, a, tuples(rest[:cut]), tuples(rest[cut:]), strict=False))
         return [StageRow(at, stages) for at, stages in zip(t.tolist(), zip(*columns, strict=True), strict=True)]
 
     def advance(

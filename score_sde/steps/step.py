@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -108,7 +109,7 @@ def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[list[float]]:
-    """The columns of a table as rows of floats, one for each time t of shape (moves,).
+    """The columns of a table as lists of floats, one for each time t of shape (moves,).
 
     Raises:
         ValueError: a column is neither a number nor of t's shape, or an entry is not finite, with the time of the first.
@@ -123,4 +124,9 @@ def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[l
     if not good.all():
         raise ValueError(f"{type(step).__name__} has no finite coefficients at t={t[~good][0]:g} of {sde!r}: "
                          "choose a grid that avoids this time, or another step")  # fmt: skip
-    return table.tolist()
+    return table.T.tolist()
+
+
+def tuples(columns: Sequence[Sequence[float]]) -> Iterable[tuple[float, ...]]:
+    """What stands in each row of the columns; of none, for ever nothing."""
+    return zip(*columns, strict=True) if columns else itertools.repeat(())
