@@ -13,7 +13,7 @@ from score_sde.steps.linear import (
     ReverseDiffusion,
 )
 from score_sde.steps.mcmc import KineticLangevin, MetropolisLangevin, UnadjustedLangevin
-from score_sde.steps.multistep import IPNDM, AdamsBashforth, ExponentialAdams, RectifiedAdams
+from score_sde.steps.multistep import IPNDM, AdamsBashforth, ExponentialAdams, GradientEstimation, RectifiedAdams
 from score_sde.steps.staged import (
     DPMSolverSDE,
     DPMSolverSinglestep,
@@ -38,6 +38,7 @@ __all__ = [
     "ERSDESolver",
     "EulerMaruyama",
     "ExponentialAdams",
+    "GradientEstimation",
     "Heun",
     "KineticLangevin",
     "LangevinCorrector",

@@ -13,14 +13,14 @@ N is replaced by the Lagrange polynomial, in a clock u(t), through its last valu
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from score_sde.checks import one_of
+from score_sde.checks import number, one_of
 from score_sde.sde import SDE
 from score_sde.steps.linear import Coefficients, LinearStep
 
@@ -184,7 +184,7 @@ class ExponentialAdams(LinearStep):
     the change of D, a term of order h^2, which the extrapolation in the next moves puts in. k-diffusion's and diffusers'
     eta is eta^2 here. The noise form is exact for a point mass at eta = 0 only.
     Source: Lu et al. 2022, https://arxiv.org/abs/2211.01095, eq. 9 and 12, appendix B; Xue et al. 2023 (SA-Solver),
-    https://arxiv.org/abs/2305.14267, eq. 11, whose tau is eta.
+    https://arxiv.org/abs/2309.05019, eq. 11, whose tau is eta.
 
     Args:
         order: number of outputs interpolated, 1 to 4; the first moves use those there are.
@@ -245,9 +245,10 @@ def weigh(
     scale, rate = (sde.alpha(s), -k) if prediction == "denoised" else (-sde.sigma(s), 1.0)
     if weights == "midpoint":
         return list(scale * (k / rate) * torch.expm1(rate * h) * lagrange(levels, end - h / 2))
-    fractions, gauss = quadrature(s, points_for(k * h))
-    kernel = (scale * k * h) * gauss * (rate * h * fractions).exp()
-    return integrals(kernel, lagrange(levels, end - h * fractions))
+    span = h.clamp(max=40 / k) if prediction == "denoised" else h  # beyond, e^{-k u} is below rounding
+    fractions, gauss = quadrature(s, points_for(k * span))
+    kernel = (scale * k * span) * gauss * (rate * span * fractions).exp()
+    return integrals(kernel, lagrange(levels, end - span * fractions))
 
 
 class RectifiedAdams(LinearStep):
@@ -318,5 +319,35 @@ class IPNDM(LinearStep):
         return output_of("noise", sde, t)
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
-        total = -sde.sigma(s) * torch.expm1(sde.half_log_snr(s) - sde.half_log_snr(times[0]))
-        return sde.alpha(s) / sde.alpha(times[0]), [w * total for w in self.adams[len(times) - 1]], torch.zeros_like(s)
+        return _transfer(sde, times[0], s, self.adams[len(times) - 1])
+
+
+class GradientEstimation(LinearStep):
+    """DDIM's transfer along gamma eps_0 + (1 - gamma) eps_1, where eps_1 is the noise of the move before.
+
+    x_s = alpha_s / alpha_t x + alpha_s (l_s - l_t) (gamma eps_0 + (1 - gamma) eps_1), l = sigma / alpha. In sampling read
+    as descent of the distance to the data, that is the combination with the least error of its direction, at gamma = 2 or
+    near it. gamma = 1 is DDIM and 1.5 `IPNDM` of order 2; any other is of order 1, on every grid.
+    Source: Permenter & Yuan 2024, https://arxiv.org/abs/2306.04848, algorithm 2.
+
+    Args:
+        gamma: weight of the new output.
+    """
+
+    memory = 2
+
+    def __init__(self, gamma: float = 2.0) -> None:
+        self.gamma = number("gamma", gamma)
+        self.order = 2 if gamma == 1.5 else 1
+
+    def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
+        return output_of("noise", sde, t)
+
+    def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
+        return _transfer(sde, times[0], s, (self.gamma, 1 - self.gamma) if len(times) == 2 else (1.0,))
+
+
+def _transfer(sde: SDE, t: Tensor, s: Tensor, weights: Sequence[float]) -> Coefficients:
+    """DDIM's move by a weighted sum of noises."""
+    total = -sde.sigma(s) * torch.expm1(sde.half_log_snr(s) - sde.half_log_snr(t))
+    return sde.alpha(s) / sde.alpha(t), [w * total for w in weights], torch.zeros_like(s)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from score_sde.checks import number, one_of
 from score_sde.sde import SDE
 from score_sde.steps.linear import accumulate, combine
+from score_sde.steps.multistep import carried
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
 
 
@@ -63,7 +66,9 @@ class StagedStep(Step):
         outputs: list[Tensor] = []
         draws: list[Tensor] = []
         for next_time, a, b, c in row.stages:
-            outputs.append(getattr(evaluate(at, time), self.prediction))
+            prediction = evaluate(at, time)
+            x = x if outputs else prediction.x
+            outputs.append(prediction.denoised if self.prediction == "denoised" else prediction.mix(0.0, 1.0))
             draws.extend(draw(k) for k in range(len(draws), len(c)))
             at, time = accumulate(combine(x, a, b, outputs), c, draws), next_time
         return at, history
@@ -160,95 +165,95 @@ class RungeKutta2(RungeKutta):
         super().__init__(((self.alpha,),), (1 - 1 / (2 * self.alpha), 1 / (2 * self.alpha)), order=2)
 
 
-class DPMSolverSinglestep(StagedStep):
-    """DPM-Solver(++) 2S and 3S: exponential Runge-Kutta in lambda with intermediate evaluations at lambda_t + r h.
+class DPMSolverSDE(StagedStep):
+    """Exponential Runge-Kutta in lambda for the SDE family with noise strength eta: every single-step DPM-Solver.
 
-    With h = lambda_s - lambda_t and (scale, other, k) = (sigma, alpha, -h) for D or (alpha, sigma, h) for eps, a stage
-    at the fraction r is u = scale_u / scale_t x - other_u expm1(r k) N_0 (one further term at order 3), and
+    Trials lie at lambda_t + r h and, at order 3, at lambda_t + 2 h / 3; the last stage at lambda_s = lambda_t + h. With
+    k = 1 + eta^2 and (other, g, K) = (alpha, 1, -k h) for D or (sigma, k, h) for eps, the stage at the share v, after one
+    at the share w whose output is N_w, is
 
-        2S (r = 1/2):        x_s = scale_s/scale_t x - other_s expm1(k) ((1 - 1/(2 r)) N_0 + 1/(2 r) N_1),
-        3S (r = 1/3, 2/3):   x_s = scale_s/scale_t x - other_s (expm1(k) N_0 + (expm1(k)/k - 1) / r_2 (N_2 - N_0)).
+        x_v = what `ExponentialAdams` carries of x - g other_v (expm1(v K) N_0 + p (N_w - N_0)) + noise,
+
+    p = v / w (expm1(v K) / (v K) - 1), the Taylor form ("exact" weights), or at order 2 expm1(K) / (2 r) ("midpoint", the
+    published default of 2S). The noise of all stages is one path: each takes on what the stage before has, decayed, and a
+    fresh draw for the increment in between. With eta > 0 the weak order is 2 at both orders, since a trial's noise has the
+    mean covariance of the path's. At eta = 0: DPM-Solver(++) 2S and 3S, RES with exact weights, exponential Heun at r = 1;
+    at eta = 1: SEEDS-2 and -3 (noise), k-diffusion's `dpmpp_sde` and ComfyUI's `seeds_2` and `seeds_3` (denoised), whose
+    eta is eta^2 here. The noise form is exact for a point mass at eta = 0 only.
+    Source: Lu et al. 2022, https://arxiv.org/abs/2206.00927, algorithms 1, 2 and appendix B,
+    https://arxiv.org/abs/2211.01095, algorithm 1 and eq. 12; Gonzalez et al. 2023 (SEEDS),
+    https://arxiv.org/abs/2305.14267; Zhang et al. 2023 (RES), https://arxiv.org/abs/2308.02157.
+
+    Args:
+        eta: noise strength, 0 (the ODE) or more; 1 is the reverse SDE.
+        r: where the first trial lies: 1/2, in (0, 1], at order 2; 1/3, in (0, 2/3), at order 3.
+        order: 2 or 3, also the calls a move.
+        prediction: "denoised" (++) or "noise".
+        weights: "exact" or "midpoint", the default of order 2 and for it alone.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "DPM-Solver++ SDE": {"eta": 1.0},
+        "DPM-Solver++ SDE 3S": {"order": 3},
+        "SEEDS 2": {"prediction": "noise"},
+        "SEEDS 3": {"order": 3, "prediction": "noise"},
+        "exponential Heun": {"eta": 0.0, "r": 1.0, "weights": "exact"},
+        "exponential Heun SDE": {"r": 1.0, "weights": "exact"},
+    }
+
+    def __init__(
+        self, eta: float = 1.0, r: float | None = None, order: int = 2, prediction: str = "denoised",
+        weights: str | None = None,
+    ) -> None:  # fmt: skip
+        name = type(self).__name__
+        if order not in (2, 3):
+            raise ValueError(f"{name} has orders 2 and 3, got order={order}; order 1 is ExponentialAdams(1)")
+        self.eta, self.r = number("eta", eta, 0), 1 / order if r is None else float(r)
+        if not 0 < self.r <= 1 or (order == 3 and self.r >= 2 / 3):
+            raise ValueError(f"{name}'s r lies in {'(0, 1]' if order == 2 else '(0, 2/3)'} at order {order}, got r={r}")
+        self.weights = ("midpoint" if order == 2 else "exact") if weights is None else weights
+        if self.weights not in ("exact", "midpoint") or (self.weights, order) == ("midpoint", 3):
+            raise ValueError(
+                f"{name}'s weights are 'exact' or, at order 2, 'midpoint'; got {weights!r} at order {order}"
+            )
+        self.prediction = one_of(f"{name}'s prediction", prediction, ("denoised", "noise"))
+        self.nodes = (self.r, 1.0) if order == 2 else (self.r, 2 / 3, 1.0)
+        self.shares = [after - before for before, after in pairwise((0.0, *self.nodes))]
+        self.calls, self.order = int(order), 2 if self.eta else int(order)
+        self.point_mass = prediction == "denoised" or self.eta == 0
+
+    def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Stage]:
+        start, h, k = sde.half_log_snr(t), sde.half_log_snr(s) - sde.half_log_snr(t), 1 + self.eta**2
+        other, gain, K = (sde.alpha, 1.0, -k * h) if self.prediction == "denoised" else (sde.sigma, k, h)
+        stages, at, a, noises = list[Stage](), t, torch.ones_like(h), list[Tensor]()
+        for before, node in pairwise((0.0, *self.nodes)):
+            time = s if node == 1 else sde.time_at(start + node * h)
+            decay, fresh = carried(sde, at, time, self.eta, self.prediction)
+            at, a, noises = time, decay * a, [*(decay * noise for noise in noises), fresh]
+            total, scale = torch.expm1(node * K), -gain * other(time)
+            b = [scale * total, *[torch.zeros_like(h)] * len(stages)]
+            if stages:
+                midpoint = self.weights == "midpoint"
+                slope = total / (2 * before) if midpoint else node / before * (total / (node * K) - 1)
+                b[0], b[-1] = scale * (total - slope), scale * slope
+            stages.append(Stage(time, a, b, noises if self.eta else ()))
+        return stages
+
+
+class DPMSolverSinglestep(DPMSolverSDE):
+    """DPM-Solver(++) 2S and 3S, of the probability-flow ODE: `DPMSolverSDE` at eta = 0.
 
     Source: Lu et al. 2022, https://arxiv.org/abs/2206.00927, algorithms 1, 2 (noise), https://arxiv.org/abs/2211.01095,
     algorithm 1 (denoised); the third-order form for D follows by the same exchange of symbols.
 
     Args:
-        order: 2 or 3, also the calls a move.
-        prediction: "denoised" (++) or "noise".
+        order, prediction, weights: as there; at order 2 exact weights make it RES's second-order method.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         f"DPM-Solver{mark} {order}S": {"order": order, "prediction": prediction}
         for mark, prediction in (("++", "denoised"), ("", "noise")) for order in (2, 3)
-    }  # fmt: skip
+    } | {"RES 2S": {"weights": "exact"}}  # fmt: skip
 
-    def __init__(self, order: int = 2, prediction: str = "denoised") -> None:
-        if order not in (2, 3):
-            raise ValueError(f"DPMSolverSinglestep has orders 2 and 3, got order={order}; order 1 is DDIM")
-        if prediction not in ("denoised", "noise"):
-            raise ValueError(f"DPMSolverSinglestep's prediction is 'denoised' or 'noise', got {prediction!r}")
-        self.order = self.calls = int(order)
-        self.prediction = prediction
-
-    def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Stage]:
-        start, h = sde.half_log_snr(t), sde.half_log_snr(s) - sde.half_log_snr(t)
-        scale, other, k = (sde.sigma, sde.alpha, -h) if self.prediction == "denoised" else (sde.alpha, sde.sigma, h)
-
-        def stage(time: Tensor, r: float, of_difference: Tensor | float = 0.0, outputs: int = 1) -> Stage:
-            b = [torch.zeros_like(h) for _ in range(outputs)]
-            b[0] = -other(time) * (torch.expm1(r * k) - of_difference)
-            b[-1] = b[-1] - other(time) * of_difference if outputs > 1 else b[0]
-            return Stage(time, scale(time) / scale(t), b)
-
-        def phi(r: float) -> Tensor:  # (e^{r k} - 1) / (r k) - 1
-            return torch.expm1(r * k) / (r * k) - 1
-
-        if self.order == 2:
-            return [stage(sde.time_at(start + h / 2), 0.5), stage(s, 1.0, torch.expm1(k), 2)]
-        first, second = sde.time_at(start + h / 3), sde.time_at(start + 2 * h / 3)
-        return [stage(first, 1 / 3), stage(second, 2 / 3, 2 * phi(2 / 3), 2), stage(s, 1.0, 1.5 * phi(1.0), 3)]
-
-
-class DPMSolverSDE(StagedStep):
-    """The stochastic two-stage DPM-Solver++: a trial at lambda_t + r h, then the whole step, on one noise path.
-
-    With k = 1 + eta^2 and the exact solution for constant D of `ExponentialAdams`, u = x(lambda_t + r h) and
-    x_s = sigma_s/sigma_t e^{-eta^2 h} x + alpha_s (1 - e^{-k h}) ((1 - 1/(2 r)) D_0 + 1/(2 r) D(u)) + noise. The noise
-    of the trial is the first part of the step's: the increments over [t, u] and [u, s] are disjoint draws, added after
-    the first has decayed. Of weak order 2, since the trial's noise has the mean covariance of the path's.
-    Source: Lu et al. 2022, https://arxiv.org/abs/2211.01095, eq. 12, as two-stage method of k-diffusion's
-    `sample_dpmpp_sde` (whose eta is eta^2 here and whose two noises overlap).
-
-    Args:
-        eta: noise strength, 0 (DPM-Solver++ 2S at r = 1/2) or more; 1 is the reverse SDE.
-        r: where the trial lies, in (0, 1).
-    """
-
-    order = 2
-    calls = 2
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"DPM-Solver++ SDE": {"eta": 1.0}}
-
-    def __init__(self, eta: float = 1.0, r: float = 0.5) -> None:
-        if not 0 <= eta < float("inf"):
-            raise ValueError(f"DPMSolverSDE needs a noise strength eta >= 0, got eta={eta}")
-        if not 0 < r < 1:
-            raise ValueError(f"DPMSolverSDE's r lies in (0, 1), got r={r}")
-        self.eta, self.r = float(eta), float(r)
-        self.shares = (self.r, 1 - self.r)
-
-    def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Stage]:
-        start, h = sde.half_log_snr(t), sde.half_log_snr(s) - sde.half_log_snr(t)
-        time, decay, k = sde.time_at(start + self.r * h), self.eta**2, 1 + self.eta**2
-
-        def noise(share: float) -> Tensor:  # of the increment over that share of the step, in units of its end's sigma
-            return (-torch.expm1(-2 * decay * share * h)).sqrt()
-
-        def a(u: Tensor, share: float) -> Tensor:
-            return sde.sigma(u) / sde.sigma(t) * (-decay * share * h).exp()
-
-        total, later = -sde.alpha(s) * torch.expm1(-k * h), 1 / (2 * self.r)
-        trial = Stage(time, a(time, self.r), [-sde.alpha(time) * torch.expm1(-k * self.r * h)],
-                      [sde.sigma(time) * noise(self.r)])  # fmt: skip
-        first = sde.sigma(s) * (-decay * (1 - self.r) * h).exp() * noise(self.r)
-        second = sde.sigma(s) * noise(1 - self.r)
-        return [trial, Stage(s, a(s, 1.0), [total * (1 - later), total * later], [first, second])]
+    def __init__(self, order: int = 2, prediction: str = "denoised", weights: str | None = None) -> None:
+        super().__init__(0.0, order=order, prediction=prediction, weights=weights)
