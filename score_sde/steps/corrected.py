@@ -106,7 +106,7 @@ class SASolver(CorrectedStep):
 
     Both integrate the interpolating polynomial against `ExponentialAdams`'s kernel and share its noise. At eta = 0 the
     order is one more than the outputs used; with noise the weak order is 2, as for `ExponentialAdams`.
-    Source: Xue et al. 2023, https://arxiv.org/abs/2305.14267, algorithm 1, eq. 14 and 17, with eta for tau.
+    Source: Xue et al. 2023, https://arxiv.org/abs/2309.05019, algorithm 1, eq. 14 and 17, with eta for tau.
 
     Args:
         order: outputs of the predictor, 1 to 4.
