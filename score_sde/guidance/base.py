@@ -10,7 +10,7 @@ and moves every other view with it. The move is made in the model's own raw outp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,9 +54,41 @@ def pushed(prediction: Prediction, gradient: Tensor) -> Prediction:
 
 def extrapolated(near: Prediction, far: Prediction, by: Tensor | float) -> Prediction:
     """The prediction whose denoiser is D_near + by (D_near - D_far), `by` a number or of shape (batch, 1, ..., 1)."""
-    if isinstance(near.c_out, float) and (near.c_skip, near.c_out) == (far.c_skip, far.c_out):
+    if near.x is far.x and isinstance(near.c_out, float) and (near.c_skip, near.c_out) == (far.c_skip, far.c_out):
         return replace(near, raw=near.raw + by * (near.raw - far.raw))
     return moved(near, by * (near.denoised - far.denoised))
+
+
+@dataclass(frozen=True, repr=False)
+class Renoised(Prediction):
+    """A guided D beside the noise of another prediction: what is known at x' = alpha D + sigma eps, whence a step goes on.
+
+    Between two calls x is moved, however near they are, and no density has such a score: for the moves of a fixed grid,
+    which take x', D and eps together (`x`, `mix`, `combine`).
+
+    Attributes:
+        moved: x' once more, so that nobody puts another x in its place.
+    """
+
+    moved: Tensor | None = None
+
+    @classmethod
+    def of(cls, plain: Prediction, guided: Prediction, share: float | Tensor) -> Renoised:
+        """The D of `guided`, with the noise of `plain` where `share` (broadcast with x) is 1 and with its x where it is 0."""
+        by = guided.denoised - plain.denoised
+        x = plain.x + share * scaled(plain.alpha, by)
+        raw = plain.raw + scaled(1 / plain.c_out, by) - share * scaled(plain.alpha * plain.c_skip / plain.c_out, by)
+        return cls(x, raw, plain.alpha, plain.sigma, plain.c_skip, plain.c_out, guided.calls, guided.variance_weight, x)
+
+    def __post_init__(self) -> None:
+        if self.x is not self.moved:
+            raise ValueError("guidance that renoises has moved x: reparameterize the model inside it")
+
+    @property
+    def score(self) -> Tensor:
+        raise ValueError("guidance that renoises is no score: sample it by a predictor on a fixed grid (Sampler)")
+
+    noise = velocity = score
 
 
 def denoised(prediction: Prediction, clean: Tensor) -> Prediction:

@@ -121,7 +121,10 @@ class LinearStep(Step):
             if self.memory == 1 and row.b:  # the output is not kept, so it need not be formed
                 x = evaluate(x, row.t).combine(row.a, row.b[0], *row.output)
             else:
-                outputs = (evaluate(x, row.t).mix(*row.output), *history) if row.b else history
+                outputs = history
+                if row.b:
+                    prediction = evaluate(x, row.t)
+                    x, outputs = prediction.x, (prediction.mix(*row.output), *history)
                 x = combine(x, row.a, row.b, outputs)
                 history = outputs[: self.memory - 1]  # what the next move needs beside its own
             if isinstance(row.c, Tensor) or row.c != 0.0:

@@ -22,7 +22,7 @@ from score_sde.score import ScoreModel
 from score_sde.sde import SDE
 
 Evaluate = Callable[[Tensor, float], Prediction]
-"""(x, t) -> Prediction, counted as one network call."""
+"""(x, t) -> Prediction, counted as one network call; a move goes on from the prediction's x, which guidance may have moved."""
 
 Draw = Callable[[int], Tensor]
 """k -> the k-th standard normal draw of this move, of x's shape."""
@@ -72,6 +72,9 @@ class Step(ABC):
             raise ValueError(f"{type(self).__name__} needs a model with a density log_prob(x, t), which "
                              f"{type(model).__name__} has not: use ExactScore or EnergyScore (network=conservative), "
                              "or UnadjustedLangevin")  # fmt: skip
+        if self.role == "corrector" and self.calls and _renoises(model):
+            raise ValueError(f"{type(self).__name__} follows a score, which guidance that renoises has not: take a "
+                             "predictor alone, or ClassifierFree")  # fmt: skip
 
     @abstractmethod
     def advance(self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw) -> tuple[Tensor, History]:
@@ -85,6 +88,11 @@ class Step(ABC):
     def __repr__(self) -> str:
         written = [f"{name}={value!r}" if name else repr(value) for name, value in vars(self).get("_written", ())]
         return f"{type(self).__name__}({', '.join(written)})"
+
+
+def _renoises(model: object) -> bool:
+    """Whether the model, or one that it wraps, moves x (see `guidance.ClassifierFreePlusPlus`)."""
+    return getattr(model, "renoises", False) or (hasattr(model, "model") and _renoises(model.model))
 
 
 def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:

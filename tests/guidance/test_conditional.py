@@ -11,23 +11,38 @@ from exact_models import Labelled, Shrink
 
 from score_sde import grid
 from score_sde.adaptive import AdaptiveODE
+from score_sde.adaptive_sde import AdaptiveSDE
 from score_sde.evaluation.cells import fingerprint
 from score_sde.guidance import (
     Autoguidance,
     Classifier,
     ClassifierFree,
+    ClassifierFreePlusPlus,
     Conditioned,
     DynamicThreshold,
     StaticThreshold,
 )
+from score_sde.likelihood import log_likelihood
 from score_sde.networks import MLP
+from score_sde.noise import BatchNoise
 from score_sde.ode import ProbabilityFlowODE
+from score_sde.parallel import ParallelSampler
 from score_sde.parameterization import Noise
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
-from score_sde.score import ExactScore, LearnedScore
+from score_sde.score import ExactScore, LearnedScore, reparameterize
 from score_sde.sde import VESDE, VPSDE, DiscreteSDE
-from score_sde.steps import DDIM, Heun
+from score_sde.steps import (
+    DDIM,
+    Ancestral,
+    DPMSolverSinglestep,
+    ERSDESolver,
+    ExponentialAdams,
+    GradientEstimation,
+    Heun,
+    LangevinCorrector,
+    UnadjustedLangevin,
+)
 from score_sde.targets import GaussianMixture, make
 
 SDE = VPSDE()
@@ -105,6 +120,9 @@ def test_calls_are_counted_as_they_are_made():
         ClassifierFree(model, 2.0),
         ClassifierFree(model, 1.0),
         ClassifierFree(model, 2.0, interval=(0.1, 2.0)),
+        ClassifierFreePlusPlus(model, 0.0),
+        ClassifierFreePlusPlus(model, 1.0),
+        ClassifierFreePlusPlus(model, 1.0, interval=(0.1, 2.0)),
         DynamicThreshold(ClassifierFree(model, 2.0), 1.0, 4.0),
         Autoguidance(ClassifierFree(model, 2.0), model, 2.0),
     ):
@@ -112,6 +130,136 @@ def test_calls_are_counted_as_they_are_made():
         assert sampler.sample(guided, (4, 2), seed=0, condition=condition).nfe == model.calls
     inside = ClassifierFree(model, 2.0, interval=(0.1, 2.0))
     assert 10 < sampler.sample(inside, (4, 2), seed=0, condition=condition).nfe < 20
+
+
+class LabelledNoise(Labelled):
+    """The same by its noise, as a network of that parameterization says it."""
+
+    def __call__(self, x, t, label=None):
+        said = super().__call__(x, t, label)
+        return Prediction.from_noise(x, said.noise, said.alpha, said.sigma)
+
+
+LEVELS = partial(grid.log_snr, steps=6)
+
+
+def by_hand(model, scale, move):
+    """A run of LEVELS in which move(i, x, D, eps, before) is x at the next time: D guided, eps without a label."""
+    times = LEVELS(SDE)
+    x, before = points(), None
+    for i, t in enumerate(times.tolist()):
+        plain, towards = model(x, t), model(x, t, label=LABEL)
+        eps = plain.noise + scale * (towards.noise - plain.noise)
+        clean = (x - SDE.sigma(times[i]) * eps) / SDE.alpha(times[i])
+        if i < len(times) - 1:
+            x, before = move(i, x, clean, plain, before), (clean, plain)
+    return clean
+
+
+def renoised(step, model, scale):
+    run = Sampler(step, LEVELS)
+    guided = ClassifierFreePlusPlus(model, scale)
+    return run.sample(guided, (4, 2), x_init=points(), noise=BatchNoise(3), condition={"label": LABEL}).x
+
+
+@pytest.mark.parametrize("kind", [Labelled, LabelledNoise])
+@pytest.mark.parametrize("scale", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_plus_plus_with_ddim_is_the_published_algorithm(eta, scale, kind):
+    model, times = kind(RING, SDE), LEVELS(SDE)
+    z = BatchNoise(3).open((4, 2), torch.float64, "cpu")
+
+    def move(i, x, clean, plain, before):
+        sigma_s, ratio = SDE.sigma(times[i + 1]), SDE.transition_kernel(times[i + 1], times[i])[1] / SDE.sigma(times[i])
+        c = eta * ratio * sigma_s
+        return SDE.alpha(times[i + 1]) * clean + (sigma_s**2 - c**2).sqrt() * plain.noise + c * z(2 * i + 1, 0)
+
+    torch.testing.assert_close(renoised(DDIM(eta), model, scale), by_hand(model, scale, move))
+
+
+def test_plus_plus_with_other_predictors_renoises_as_comfyui_does():
+    """`dpmpp_2m`, `dpmpp_2s`, `gradient_estimation`, each `_cfg_pp`, on x / alpha; the multistep one with D before guided."""
+    model, times, scale = Labelled(RING, SDE), LEVELS(SDE), 0.6
+    lam, alpha = SDE.half_log_snr(times), SDE.alpha(times)
+    level, h = (-lam).exp(), lam.diff()
+
+    def multistep(i, x, clean, plain, before):
+        decay = (-h[i]).exp()
+        new = decay * (x / alpha[i] + clean - plain.denoised) - torch.expm1(-h[i]) * clean
+        slope = 0 if before is None else (clean - before[0]) * h[i] / (2 * h[i - 1])
+        return alpha[i + 1] * (new - torch.expm1(-h[i]) * slope)
+
+    def singlestep(i, x, clean, plain, before):
+        start, middle = x / alpha[i] + clean - plain.denoised, SDE.time_at(lam[i] + h[i] / 2)
+        u = (-h[i] / 2).exp() * start - torch.expm1(-h[i] / 2) * clean
+        u, t = SDE.alpha(middle) * u, middle.item()
+        plain, towards = model(u, t).denoised, model(u, t, label=LABEL).denoised
+        return alpha[i + 1] * ((-h[i]).exp() * start - torch.expm1(-h[i]) * (plain + scale * (towards - plain)))
+
+    def gradient(i, x, clean, plain, before):
+        change = 0 if before is None else plain.noise - before[1].noise
+        return alpha[i + 1] * (clean + level[i + 1] * plain.noise + (level[i + 1] - level[i]) * change)
+
+    for step, move in (
+        (ExponentialAdams(2, weights="midpoint"), multistep),
+        (DPMSolverSinglestep(2), singlestep),
+        (GradientEstimation(), gradient),
+    ):
+        torch.testing.assert_close(renoised(step, model, scale), by_hand(model, scale, move))
+
+
+@pytest.mark.parametrize(
+    "step", [DDIM(), DDIM(1.0), Ancestral(), ExponentialAdams(1, eta=0.5), ERSDESolver(1)], ids=repr
+)
+def test_plus_plus_in_one_step_is_classifier_free_of_a_scale_that_the_move_sets(step):
+    model, x, scale = Labelled(RING, SDE), points(), 0.4
+    t, s = torch.tensor([0.6], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    (row,) = step.plan(SDE, t, s)
+
+    def moved(guided):
+        return step.advance(row, x, (), lambda x, t: guided(x, t, label=LABEL), lambda k: points(4).flip(0))[0]
+
+    expected = moved(ClassifierFree(model, scale * float(SDE.alpha(s)) / row.b[0]))
+    torch.testing.assert_close(moved(ClassifierFreePlusPlus(model, scale)), expected)
+    if step.__class__ is DDIM and step.eta == 0:
+        l_t, l_s = (float(SDE.noise_level(u)) for u in (t, s))
+        assert float(SDE.alpha(s)) / row.b[0] == pytest.approx(l_t / (l_t - l_s))
+
+
+def test_plus_plus_says_the_noise_without_the_label_bitwise_and_one_point():
+    model, x = LabelledNoise(RING, SDE), points()
+    said, guided = (
+        ClassifierFreePlusPlus(model, 0.6)(x, 0.3, label=LABEL),
+        ClassifierFree(model, 0.6)(x, 0.3, label=LABEL),
+    )
+    torch.testing.assert_close(said.mix(0.0, 1.0), model(x, 0.3).noise, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(said.denoised, guided.denoised, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(said.x, said.alpha * said.denoised + said.sigma * said.mix(0.0, 1.0))
+    outside = ClassifierFreePlusPlus(model, 0.6, interval=(1e-3, 1e-2))(x, 0.3, label=LABEL)
+    assert outside.x is x
+    assert torch.equal(outside.denoised, model(x, 0.3, label=LABEL).denoised)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        (ProbabilityFlowODE(), "is no score"),
+        (AdaptiveODE(), "one time of a fixed grid"),
+        (AdaptiveSDE(), "one time of a fixed grid"),
+        (ParallelSampler(DDIM(), LEVELS), "one time of a fixed grid"),
+        (Sampler(DDIM(), LEVELS, LangevinCorrector()), "follows a score"),
+        (Sampler(DDIM(), LEVELS, UnadjustedLangevin()), "follows a score"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_plus_plus_is_refused_where_a_score_is_asked_for(sampler, message):
+    guided = DynamicThreshold(ClassifierFreePlusPlus(Labelled(RING, SDE), 0.6))
+    with pytest.raises(ValueError, match=message):
+        sampler.sample(guided, (4, 2), seed=0, condition={"label": LABEL})
+    with pytest.raises(ValueError, match="is no score"):
+        log_likelihood(guided, points(), method="adams", steps=12, condition={"label": LABEL})
+    with pytest.raises(ValueError, match="reparameterize the model inside"):
+        reparameterize(guided, VESDE())(points(), 0.5, label=LABEL)
 
 
 def test_interval_is_open_below_and_in_noise_levels():
