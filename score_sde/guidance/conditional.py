@@ -152,11 +152,11 @@ class ClassifierFreePlusPlus(ClassifierFree):
     """CFG++: D = D(x; negative) + scale (D(x; condition) - D(x; negative)), renoised by the noise of D(x; negative).
 
     A step goes on from x' = alpha D + sigma eps(x; negative), so that DDIM is x_s = alpha_s D + sigma_s eps(x; negative),
-    and every predictor renoises likewise. In one-step linear ones x_s = a x_t + b D + c z it is `ClassifierFree` of scale
-    scale alpha_s / b, for DDIM scale l_t / (l_t - l_s) with l = sigma / alpha: the more, the smaller the move. So it has no
-    limit of small moves, and no score: ODE solvers that choose their own steps, likelihoods, parallel samplers and Langevin
-    correctors are refused. Two calls a prediction, one at scale 0 and where guidance is switched off. Assumes and bias: as
-    `ClassifierFree`, whose scales 2 to 12.5 the authors match with 0.2 to 1.
+    and every predictor renoises likewise. In one-step linear ones x_s = a x_t + b D + c z, exact for a point mass, it is
+    `ClassifierFree` of scale alpha_s / b times this one, in DDIM l_t / (l_t - l_s) times with l = sigma / alpha: the more,
+    the smaller the move. So it has no limit of small moves, and no score: solvers that choose their own steps, likelihoods,
+    parallel samplers and Langevin correctors are refused. Two calls a prediction, one at scale 0 and where guidance is
+    switched off. Assumes and bias: as `ClassifierFree`, whose scales 2 to 12.5 the authors match with 0.2 to 1.
     Source: Chung et al. 2024, https://arxiv.org/abs/2406.08070, algorithm 2.
 
     Args:
