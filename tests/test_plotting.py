@@ -431,6 +431,11 @@ def test_score_field_comparison_shares_arrows_and_states_the_error() -> None:
     assert figure.axes[0].get_title() == "$t$ = 0.1,  $\\sigma$ = 0.32\nrelative error 25 %"
     assert [figure.axes[i].get_ylabel().splitlines()[0] for i in (0, 2)] == ["learned score", "exact score"]
     assert "$|s| / (|s| + u)$ of its cell" in figure.get_supxlabel()
+    figure.canvas.draw()
+    (note,) = [found for found in figure.texts if found.get_text() == figure.get_supxlabel()]
+    box = note.get_window_extent()
+    assert 0 < box.x0 < box.x1 < figure.bbox.x1
+    assert 0 < box.y0 < box.y1 < min(ax.get_tightbbox().y0 for ax in figure.axes)
     for above, below in zip(figure.axes[:2], figure.axes[2:], strict=True):
         assert above.get_xlim() == below.get_xlim()
         assert above.images[0].get_clim() == below.images[0].get_clim()

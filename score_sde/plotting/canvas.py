@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -114,8 +116,10 @@ def _entries(*axes: Axes) -> dict[str, Any]:
 
 
 def note(figure: Figure, text: str) -> None:
-    """What a figure's signs mean, in small print beneath all panels."""
-    figure.supxlabel(text, fontsize=8, color=INK)
+    """What a figure's signs mean, in small print beneath all panels, in lines no longer than it is wide."""
+    whole = re.sub(r"\$.*?\$", lambda formula: formula[0].replace(" ", "\0"), text)
+    lines = textwrap.fill(whole, int(figure.get_figwidth() / 0.065), break_on_hyphens=False)
+    figure.supxlabel(lines.replace("\0", " "), fontsize=8, color=INK)
 
 
 def crosses(ax: Axes, x: Any, colour: Any, label: str = "") -> None:
