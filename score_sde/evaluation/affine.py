@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from score_sde import grid as grids
+from score_sde.evaluation.metrics import squared_w2_of_gaussians
 from score_sde.sampler import Sampler
 from score_sde.score import ScoreModel
 from score_sde.targets import GaussianMixture
@@ -89,16 +90,8 @@ def bias(law: Law, posterior: GaussianMixture) -> pd.Series:
     """
     mean, covariance = posterior.means[0], posterior.covariances[0]
     scale = math.sqrt(covariance.trace().item())
-    shift = (law.mean - mean).square().sum()
-    overlap = torch.linalg.svdvals(_root(law.covariance) @ _root(covariance)).sum()
-    distance = shift + law.covariance.trace() + covariance.trace() - 2 * overlap
     return pd.Series({
-        "mean": shift.sqrt().item() / scale,
+        "mean": (law.mean - mean).norm().item() / scale,
         "spread": math.sqrt(law.covariance.trace().item()) / scale - 1,
-        "w2": math.sqrt(max(distance.item(), 0.0)) / scale,
+        "w2": math.sqrt(squared_w2_of_gaussians(*law, mean, covariance)) / scale,
     })  # fmt: skip
-
-
-def _root(covariance: Tensor) -> Tensor:
-    values, basis = torch.linalg.eigh(covariance)
-    return basis * values.clamp_min(0).sqrt() @ basis.T

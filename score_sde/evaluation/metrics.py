@@ -170,15 +170,24 @@ def mode_spread_error(x: Tensor, mixture: GaussianMixture) -> float:
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Squared Fréchet distance d^2 between the Gaussians fitted to two arrays of features, (n, F) and (m, F).
 
-    As with the FID no root is taken. tr (A^1/2 B A^1/2)^1/2 is the sum of the singular values of A^1/2 B^1/2, with
-    A^1/2 by `eigh`: real and stable for singular covariances too.
+    As with the FID no root is taken.
 
-    Source: Dowson and Landau 1982; Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6.
+    Source: Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6.
     """
     x, y = pair(x, y)
-    overlap = torch.linalg.svdvals(_root(_covariance(x)) @ _root(_covariance(y))).sum()
-    spread = _covariance(x).trace() + _covariance(y).trace() - 2 * overlap
-    return ((x.mean(dim=0) - y.mean(dim=0)).square().sum() + spread).clamp_min(0).item()
+    return squared_w2_of_gaussians(x.mean(dim=0), _covariance(x), y.mean(dim=0), _covariance(y))
+
+
+def squared_w2_of_gaussians(mu: Tensor, A: Tensor, nu: Tensor, B: Tensor) -> float:
+    """|mu - nu|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) between N(mu, A) and N(nu, B), of shapes (D,) and (D, D).
+
+    tr (A^1/2 B A^1/2)^1/2 is the sum of the singular values of A^1/2 B^1/2, whose factors come from `eigh`: real and
+    stable for singular covariances too.
+
+    Source: Dowson and Landau 1982, https://doi.org/10.1016/0047-259X(82)90077-X.
+    """
+    overlap = torch.linalg.svdvals(_root(A) @ _root(B)).sum()
+    return ((mu - nu).square().sum() + A.trace() + B.trace() - 2 * overlap).clamp_min(0).item()
 
 
 def kid(x: Tensor, y: Tensor) -> float:

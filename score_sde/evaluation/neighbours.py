@@ -26,45 +26,58 @@ from score_sde.progress import tqdm
 CANDIDATES = 8
 """How many nearest examples are looked at for two different pictures."""
 
-__all__ = ["Nearest", "density_coverage", "nearest", "precision_recall"]
+__all__ = ["Nearest", "density_coverage", "nearest", "neighbour_metrics", "precision_recall"]
+
+
+def neighbour_metrics(samples: Tensor, real: Tensor, k: int = 3, k_density: int = 5) -> dict[str, float]:
+    """Precision, recall, density and coverage by name, in three passes over the distances: within each set, and between.
+
+    Args:
+        samples, real: (n, *event) and (m, *event), examples or features.
+        k: of precision and recall, both in [0, 1].
+        k_density: of density, 1 in the mean for exact samples and more where they crowd, and of coverage, in [0, 1].
+
+    Raises:
+        ValueError: a set has no more than k points, or points that are not finite or of other events.
+    """
+    samples, real = pair(samples, real)
+    (inside, dense), (around,) = _radii(real, k, k_density), _radii(samples, k)
+    precise, within = torch.zeros(2, dtype=torch.long, device=real.device)
+    recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
+    for rows, distance in _blocks(samples, real):
+        precise += (distance <= inside).any(dim=1).sum()
+        recalled |= (distance <= around[rows, None]).any(dim=0)
+        balls = distance < dense
+        within += balls.sum()
+        covered |= balls.any(dim=0)
+    return {
+        "precision": precise.item() / len(samples), "recall": recalled.double().mean().item(),
+        "density": within.item() / (k_density * len(samples)), "coverage": covered.double().mean().item(),
+    }  # fmt: skip
 
 
 def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
-    """Precision and recall of samples (n, *event) beside real examples or features (m, *event), in [0, 1].
-
-    Raises ValueError where a set has not more than k points, or points that are not finite or of other events.
-    """
-    samples, real = pair(samples, real)
-    inside, around = _radii(real, k), _radii(samples, k)
-    precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for rows, distance in _blocks(samples, real):
-        precise.append((distance <= inside).any(dim=1))
-        recalled |= (distance <= around[rows, None]).any(dim=0)
-    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
+    """The first two of `neighbour_metrics`."""
+    found = neighbour_metrics(samples, real, k, k)
+    return found["precision"], found["recall"]
 
 
 def density_coverage(samples: Tensor, real: Tensor, k: int = 5) -> tuple[float, float]:
-    """Density (1 in the mean for exact samples, more where they crowd) and coverage in [0, 1]; see `precision_recall`."""
-    samples, real = pair(samples, real)
-    radius = _radii(real, k)
-    count, covered = 0.0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for _, distance in _blocks(samples, real):
-        within = distance < radius
-        count += within.sum().item()
-        covered |= within.any(dim=0)
-    return count / (k * len(samples)), covered.double().mean().item()
+    """The last two of `neighbour_metrics`."""
+    found = neighbour_metrics(samples, real, 1, k)
+    return found["density"], found["coverage"]
 
 
-def _radii(x: Tensor, k: int) -> Tensor:
-    """The distance of each point to its k-th nearest neighbour, (n,)."""
-    if len(x) <= whole("k", k):
-        raise ValueError(f"{len(x)} points have no {k}-th nearest neighbours: take more samples, or a smaller k")
+def _radii(x: Tensor, *ks: int) -> list[Tensor]:
+    """For each k the distance of each point to its k-th nearest neighbour, (n,)."""
+    if len(x) <= (most := max(whole("k", k) for k in ks)):
+        raise ValueError(f"{len(x)} points have no {most}-th nearest neighbours: take more samples, or a smaller k")
     parts = []
     for rows, distance in _blocks(x, x):
-        own = torch.arange(rows.start, rows.start + len(distance), device=x.device)
-        distance[torch.arange(len(distance), device=x.device), own] = torch.inf
-        parts.append(distance.topk(k, largest=False).values[:, -1])
-    return torch.cat(parts)
+        distance[:, rows].fill_diagonal_(torch.inf)
+        parts.append(distance.topk(most, largest=False).values)
+    nearest_first = torch.cat(parts)
+    return [nearest_first[:, k - 1] for k in ks]
 
 
 def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:

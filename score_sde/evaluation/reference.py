@@ -26,7 +26,7 @@ from score_sde.data import TensorData
 from score_sde.data.cache import cached
 from score_sde.evaluation.extractors import Extractor, extract, quantized, stored_images
 from score_sde.evaluation.metrics import frechet_distance, kid
-from score_sde.evaluation.neighbours import density_coverage, precision_recall
+from score_sde.evaluation.neighbours import neighbour_metrics
 
 __all__ = ["FeatureView", "Reference", "feature_metrics"]
 
@@ -120,10 +120,8 @@ class Reference:
 
 def feature_metrics(samples: Tensor, real: Tensor, extractor: Extractor) -> dict[str, float]:
     """Fréchet distance, KID, precision, recall, density and coverage of samples (n, F), and the extractor's verdicts."""
-    precision, recall = precision_recall(samples, real)
-    density, coverage = density_coverage(samples, real)
-    values = {extractor.distance: frechet_distance(samples, real), "KID": kid(samples, real), "precision": precision,
-              "recall": recall, "density": density, "coverage": coverage}  # fmt: skip
+    values = {extractor.distance: frechet_distance(samples, real), "KID": kid(samples, real),
+              **neighbour_metrics(samples, real)}  # fmt: skip
     return {f"{name} ({extractor.title})": value for name, value in values.items()} | extractor.verdicts(samples)
 
 
@@ -162,9 +160,8 @@ def check_count(data: TensorData, count: int) -> int:
 
 def _made_of(data: TensorData, extractor: Extractor, count: int, whole: bool) -> dict[str, Any]:
     train, test = data.count("train"), check_count(data, count)
-    part = {"count": min(count, train)}
-    if whole:
-        part = {"count": train if data.has_test else train - test, "whole": True}
+    every = train if data.has_test else train - test
+    part = {"count": every, "whole": True} if whole else {"count": min(count, train)}
     return {"data": data.fingerprint, "event_shape": list(data.event_shape), **extractor.settings(), "floor_count": test,
             **part,
             "floor": "held-out images" if data.has_test else "another part of the training set", "version": 2}  # fmt: skip
@@ -182,12 +179,18 @@ def _compute(
     title: str | None,
 ) -> None:  # fmt: skip
     extractor.to(device).fit(data.whole)
-    m, n = made_of["floor_count"], made_of["count"]
-    parts = ("train", slice(n)), ("test", slice(m)) if data.has_test else ("train", slice(m, 2 * m))
-    if made_of.get("whole") and not data.has_test:
-        parts = ("train", slice(m, None)), ("train", slice(m))
-    train, test = (extract(extractor, stored_images(data, *rows), title=title) for rows in parts)
+    train, test = (extract(extractor, stored_images(data, *rows), title=title) for rows in _rows_of(data, made_of))
     _write(folder, extractor, train, test)
+
+
+def _rows_of(data: TensorData, made_of: Mapping[str, Any]) -> tuple[tuple[str, slice], tuple[str, slice]]:
+    """The set and rows of the images that samples are held against, and of those that give the floor."""
+    n, m = made_of["count"], made_of["floor_count"]
+    if data.has_test:
+        return ("train", slice(n)), ("test", slice(m))
+    if made_of.get("whole"):
+        return ("train", slice(m, None)), ("train", slice(m))
+    return ("train", slice(n)), ("train", slice(m, 2 * m))  # beside the first m, which the floor is taken to
 
 
 def _write(folder: Path, extractor: Extractor, train: Tensor, test: Tensor) -> None:

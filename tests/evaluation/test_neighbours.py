@@ -13,6 +13,7 @@ from score_sde.data import Augment, TensorData
 from score_sde.evaluation import density_coverage, kid, nearest, precision_recall
 from score_sde.evaluation.evaluate import _MemorizationView
 from score_sde.evaluation.extractors import stored_images
+from score_sde.evaluation.neighbours import neighbour_metrics
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -32,6 +33,9 @@ def test_precision_recall_density_and_coverage_by_their_definitions():
     assert precision_recall(samples, real) == pytest.approx((precision, recall))
     inside = distance < radii(x, 5)[None]
     assert density_coverage(samples, real) == pytest.approx((inside.sum() / (5 * 40), inside.any(0).mean()))
+    four = dict(zip(("precision", "recall", "density", "coverage"),
+                    (*precision_recall(samples, real), *density_coverage(samples, real)), strict=True))  # fmt: skip
+    assert neighbour_metrics(samples, real) == four
     assert 0 < recall < precision < 1
 
 
