@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import pandas as pd
 import torch
@@ -14,17 +13,15 @@ from torch import Tensor
 
 from score_sde import distributed
 from score_sde.data import Data, TensorData
-from score_sde.evaluation.convnet import ConvClassifier
-from score_sde.evaluation.extractors import Extractor, in_range
-from score_sde.evaluation.features import DigitClassifier, digit_report
+from score_sde.evaluation.extractors import Extractor
 from score_sde.evaluation.metrics import Metrics, Yardstick
-from score_sde.evaluation.neighbours import Nearest, nearest
 from score_sde.evaluation.reference import FeatureView, Reference, check_count
+from score_sde.evaluation.views import Memorization, View, check_classifier_data, classifier_view, on_plain
 from score_sde.keyed import generator
 from score_sde.progress import tqdm
 from score_sde.score import ScoreModel, in_rows
 
-View = Callable[[Tensor], pd.DataFrame]
+COLUMNS = ["sampler", "nfe", "seconds", "metric", "value", "floor", "ratio", "count"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,9 @@ class Evaluation:
 
     Attributes:
         samples: by sampler.
-        table: the columns sampler, nfe, seconds, metric, value, floor, ratio and count, the number of samples measured; of
-            samples that are not all finite the value is NaN and the ratio infinite.
+        table: `COLUMNS`, a row for each sampler and metric: the network calls of a sample, the seconds of all; the value,
+            the value of exact samples (floor) and the ratio of the two, and how many samples were measured (count). Where
+            they are not all finite the value is NaN and the ratio infinite.
         nearest: by sampler, the samples nearest to a training image and those images, (2, n, C, H, W).
         references: what made each reference of features.
     """
@@ -86,7 +84,7 @@ def evaluate(
         data: gives the closed-form target where there is one, else the real examples to compare with; of labelled ones
             those of the classes that the condition `label` names.
         samplers: name -> sampler.
-        num_samples: a sampler; sample i depends on (seed, i), not on the batches.
+        num_samples: drawn with each sampler; sample i depends on (seed, i), not on the batches.
         seed: of samplers and exact draws.
         metrics: names or functions (see `Yardstick`); all that apply when left out.
         classifier_data: labelled images, to add a classifier's view of the samples.
@@ -113,28 +111,27 @@ def evaluate(
     yardstick = _yardstick(data, num_samples, metrics, seed)
     views: list[View] = [lambda x: yardstick(x[: yardstick.n]).assign(count=list(yardstick.counts.values()))]
     if classifier_data is not None:
-        views.append(_classifier_view(classifier_data, num_samples, model.device))
-    made = [Reference.of(_finite(data, name), extractor, num_samples, whole=whole_reference,
+        views.append(classifier_view(classifier_data, num_samples, model.device))
+    held = [Reference.of(_finite(data, name), extractor, num_samples, whole=whole_reference,
                          path=(references or {}).get(name), device=model.device, progress=progress)
             for name, extractor in (features or {}).items()]  # fmt: skip
-    views += [_on_plain(data, FeatureView(reference)) for reference in made]
-    neighbours = _MemorizationView(data, model.device) if memorization and _is_set_of_images(data) else None
-    views += [neighbours] if neighbours else []
+    views += [on_plain(data, FeatureView(reference)) for reference in held]
+    memorized = Memorization(data, model.device) if memorization and _is_set_of_images(data) else None
     samples, tables, near = {}, [], {}
     for name, sampler in tqdm(samplers.items(), desc="evaluating", disable=not progress, delay=2, leave=False):
-        samples[name], nfe, seconds = distributed.sample(
+        x, nfe, seconds = distributed.sample(
             sampler, model, num_samples, seed=seed, batch_size=batch_size, condition=condition,
             progress=name if progress else None,
         )  # fmt: skip
-        broken = int((~samples[name].flatten(1).isfinite().all(1)).sum())
-        parts = [_unmeasured(yardstick)] if broken else [view(samples[name]) for view in views]
-        table = pd.concat(parts, ignore_index=True)
-        tables.append(table.assign(sampler=name, nfe=nfe, seconds=seconds))
-        if neighbours and not broken:
-            near[name] = neighbours.pictures
-    order = ["sampler", "nfe", "seconds", "metric", "value", "floor", "ratio", "count"]
-    table = pd.concat(tables, ignore_index=True)[order]
-    return Evaluation(samples, table, near, [dict(reference.made_of) for reference in made])
+        finite = bool(x.isfinite().all())
+        rows = [view(x) for view in views] if finite else [_unmeasured(yardstick)]
+        if memorized and finite:
+            table, near[name] = memorized(x)
+            rows.append(table)
+        samples[name] = x
+        tables.append(pd.concat(rows, ignore_index=True).assign(sampler=name, nfe=nfe, seconds=seconds))
+    table = pd.concat(tables, ignore_index=True)[COLUMNS]
+    return Evaluation(samples, table, near, [dict(reference.made_of) for reference in held])
 
 
 def check_counts(
@@ -148,8 +145,8 @@ def check_counts(
         raise ValueError(f"metrics need 4 held-out examples or more, of these data there are {held}: raise held_out")
     for name in features or {}:
         check_count(_finite(data, name), num_samples)
-    if classifier_data is not None and not _is_small(classifier_data):
-        check_count(classifier_data, num_samples)
+    if classifier_data is not None:
+        check_classifier_data(classifier_data, num_samples)
 
 
 def _yardstick(data: Data, num_samples: int, metrics: Metrics | None, seed: int) -> Yardstick:
@@ -167,7 +164,7 @@ def _of_labels(data: Any, labels: Tensor | None) -> Any:
     return data if len(chosen) == data.num_classes else data.of_classes(chosen)
 
 
-def _is_set_of_images(data: Data) -> bool:
+def _is_set_of_images(data: Data) -> TypeGuard[TensorData]:
     return isinstance(data, TensorData) and len(data.event_shape) == 3
 
 
@@ -177,88 +174,14 @@ def _finite(data: Data, name: str) -> TensorData:
     return data
 
 
-def _classifier_view(data: TensorData, count: int, device: torch.device) -> View:
-    """A convolutional network's, or, for images of a few pixels, a multilayer perceptron's."""
-    if _is_small(data):
-        return _digit_view(data)
-    return _on_plain(data, FeatureView(Reference.of(data, ConvClassifier(), count, device=device)))
-
-
-def _is_small(data: TensorData) -> bool:
-    return max(data.event_shape) <= 12
-
-
 def _unmeasured(yardstick: Yardstick) -> pd.DataFrame:
     """The rows of samples that are not all finite."""
     table = pd.DataFrame({"metric": list(yardstick.floors), "floor": yardstick.floors.values()})
     return table.assign(value=math.nan, ratio=math.inf, count=list(yardstick.counts.values()))
 
 
-def _on_plain(data: Data, view: View) -> View:
-    """A view of samples on the scale of images as they are read."""
-    return lambda x: view(data.as_plain(x) if isinstance(data, TensorData) else x)
-
-
 def _finite_or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-class _MemorizationView:
-    """How near samples are to training images of any class, beside held-out images; the last pictures of both."""
-
-    shown = 8
-
-    def __init__(self, data: Data, device: torch.device) -> None:
-        assert isinstance(data, TensorData)
-        self.data, self.device = data.whole, device
-        self.pictures = torch.empty(0)
-
-    @cached_property
-    def pictures_in_range(self) -> bool:
-        """Whether the data are images in [-1, 1], to which samples are clipped; latents are not."""
-        return in_range(self.data.plain("train", slice(2000)).x)
-
-    @cached_property
-    def held_out(self) -> Nearest | None:
-        if not self.data.has_test:
-            return None
-        return nearest(self.data.plain("test", slice(2000)).x, self.data, device=self.device)
-
-    def __call__(self, samples: Tensor) -> pd.DataFrame:
-        """Rows for at most 2,000 samples: the share memorised, and the median distance to the nearest training image."""
-        samples = self.data.as_plain(samples[:2000])
-        inside = samples.clamp(-1, 1) if self.pictures_in_range else samples
-        found = nearest(inside, self.data, device=self.device)
-        closest = found.distance[:, 0].argsort()[: self.shown]
-        twins = self.data.plain("train", found.index[closest, 0]).x
-        self.pictures = torch.stack([samples[closest], twins])
-        value, floor = ([near.memorised.double().mean().item(), near.distance[:, 0].median().item()]
-                        if near else [math.nan] * 2 for near in (found, self.held_out))  # fmt: skip
-        table = pd.DataFrame({"metric": ["memorised", "nearest training image"], "value": value, "floor": floor})
-        ratio = (table["value"] / table["floor"]).where(table["floor"] > 0)
-        return table.assign(ratio=ratio, count=len(found.distance))
-
-
-class _DigitView:
-    """A classifier trained on all classes of labelled digits, and what it says of samples beside held-out digits."""
-
-    def __init__(self, data: TensorData) -> None:
-        self.train, self.held_out, known = data.examples(), data.reference(10**6), data.whole.examples()
-        self.tested = data.has_test
-        self.classifier = DigitClassifier(known.x, known.condition["label"])
-
-    def __call__(self, samples: Tensor) -> pd.DataFrame:
-        table = digit_report(self.classifier, samples.clamp(-1, 1), self.held_out.x, self.train.x)
-        accuracy = (
-            self.classifier.accuracy(self.held_out.x, self.held_out.condition["label"]) if self.tested else math.nan
-        )
-        row = pd.DataFrame({"metric": "classifier accuracy on held-out", "value": accuracy, "floor": accuracy,
-                            "count": [len(self.held_out.x)]})  # fmt: skip
-        table = pd.concat([table, row], ignore_index=True)
-        return table.assign(ratio=table["value"] / table["floor"])
-
-
-_digit_view = lru_cache(2)(_DigitView)  # which trains a classifier
 
 
 def starts(model: ScoreModel, count: int, seed: int) -> Tensor:

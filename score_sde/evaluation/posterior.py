@@ -174,21 +174,18 @@ def compare_posteriors(
     Returns:
         A column `method` and those of `by_metric`; a run that diverges or is refused leaves its reason in `error`.
     """
+    guided = {name: make(problem) for name, make in (METHODS if methods is None else methods).items()}
     own = {name: partial(make, problem) for name, make in (SOLVERS if solvers is None else solvers).items()}
-    runs: list[tuple[str, Mapping[str, Callable[[int], Samples]], ScoreModel]] = [
-        (name, SAMPLERS if samplers is None else samplers, make(problem))
-        for name, make in (METHODS if methods is None else methods).items()
-    ] + [(name, {"own": make}, problem.model) for name, make in own.items()]
-    tables = []
-    for name, chosen, model in runs:
-        table = compare(
-            model, chosen, budgets=budgets, reference=problem.posterior, seed=seed, num_samples=num_samples, seeds=seeds,
-            metrics=metrics, pairs=0, progress=progress,
-        )  # fmt: skip
-        table.insert(0, "method", name)
-        table["error"] = table.pop("status").where(lambda status: status != "ok", "")
-        tables.append(by_metric(table).drop(columns="model"))
-    return pd.concat(tables, ignore_index=True)
+    against_it = partial(
+        compare, budgets=budgets, reference=problem.posterior, seed=seed, num_samples=num_samples, seeds=seeds,
+        metrics=metrics, pairs=0, progress=progress,
+    )  # fmt: skip
+    tables = [against_it(guided, SAMPLERS if samplers is None else samplers)] if guided else []
+    if own:
+        tables.append(against_it(problem.model, own).assign(model=lambda t: t["sampler"], sampler="own"))
+    table = pd.concat(tables, ignore_index=True).rename(columns={"model": "method"})
+    table["error"] = table.pop("status").where(lambda status: status != "ok", "")
+    return by_metric(table)
 
 
 def ring_problem(sde: SDE, noise_std: float = 0.5) -> Problem:

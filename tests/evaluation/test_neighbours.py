@@ -11,9 +11,9 @@ from torch import Tensor
 
 from score_sde.data import Augment, TensorData
 from score_sde.evaluation import density_coverage, kid, nearest, precision_recall
-from score_sde.evaluation.evaluate import _MemorizationView
 from score_sde.evaluation.extractors import stored_images
 from score_sde.evaluation.neighbours import neighbour_metrics
+from score_sde.evaluation.views import Memorization
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -130,8 +130,7 @@ def test_a_mirrored_copy_is_a_copy_where_training_mirrors(training):
 
 def test_copies_of_latents_are_found_out_whatever_their_scale():
     data = TensorData(10 * torch.randn(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)), held_out=0.25)
-    view = _MemorizationView(data, torch.device("cpu"))
-    table = view(data.examples().x[:20]).set_index("metric")
+    table = Memorization(data, torch.device("cpu"))(data.examples().x[:20])[0].set_index("metric")
     assert table.loc["memorised", "value"] == 1
     assert table.loc["nearest training image", "value"] == 0
     with pytest.raises(ValueError, match=r"images in \[-1, 1\]"):
