@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from scripting.command_line import idle, typed
 
 from score_sde import ExactScore, ScoreModel
 from score_sde.build import build
-from score_sde.evaluation import compare, judge, known_metrics, ranking
-from score_sde.training import write_atomically
+from score_sde.evaluation import compare, known_metrics, ranking
 
 DEFAULT_METRICS = ("energy", "sliced_w2", "mode_weights", "mode_spread")
 
@@ -33,31 +32,33 @@ def main(config: DictConfig) -> None:
         return
     subjects.check_one(config, "compare what")
     subject = subjects.of_run(config) if config.run else subjects.of_target(config)
-    models, reference = models_of(subject, config.exact), subject.reference
-    fit_to(config, reference)
-    known = [m for m in DEFAULT_METRICS if m in known_metrics(reference)]
-    metrics = configs.metrics_of(config.metrics, config.trust, known)
-    folder = Path(config.output)
+    fit_to(config, subject.reference)
     samplers, absent = contestants(config)
     for line in absent:
         print(line)
+    table, folder = compared(config, subject, samplers), Path(config.output)
+    home = home_of(table, folder)
+    comparison_report.write(config, table, subject.reference, home, absent)
+    tell(table, home, folder)
+
+
+def compared(config: DictConfig, subject: subjects.Subject, samplers: Mapping[str, Any]) -> pd.DataFrame:
+    """The table of `score_sde.evaluation.compare`. Raises ValueError where no sampler could run."""
+    known = [m for m in DEFAULT_METRICS if m in known_metrics(subject.reference)]
     try:
         table = compare(
-            models, samplers, budgets=list(config.budgets), reference=reference, seeds=list(config.seeds),
-            num_samples=config.num_samples, metrics=metrics, seed=config.seed,
+            models_of(subject, config.exact), samplers, budgets=list(config.budgets), reference=subject.reference,
+            seeds=list(config.seeds), num_samples=config.num_samples,
+            metrics=configs.metrics_of(config.metrics, config.trust, known), seed=config.seed,
             condition=subject.conditions(config.num_samples), pairs=config.pairs, batch_size=config.batch_size,
-            processes=config.processes, directory=folder,
+            processes=config.processes, directory=config.output,
         )  # fmt: skip
     except KeyboardInterrupt:
-        sys.exit(entry.interrupted(f"; what was computed is kept: go on with the same command and output={folder}"))
+        again = f"; what was computed is kept: go on with the same command and output={config.output}"
+        sys.exit(entry.interrupted(again))
     if table["status"].str.startswith(("refused", "failed")).all():
         raise ValueError(f"no sampler could run: {table['sampler'][0]}: {table['status'][0].partition(': ')[2]}")
-    summary, home = judge(table), home_of(table, folder)
-    home.mkdir(exist_ok=True)
-    write_atomically(home / "comparison.csv", table.to_csv(index=False))
-    write_atomically(home / "summary.csv", summary.to_csv(index=False))
-    comparison_report.write(config, table, summary, reference, home, absent)
-    tell(table, home, folder)
+    return table
 
 
 def tell(table: pd.DataFrame, home: Path, folder: Path) -> None:
@@ -132,7 +133,8 @@ def models_of(subject: subjects.Subject, exact: bool) -> dict[str, ScoreModel]:
 
 
 def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:
-    """name -> sampler, those of conf/sampler and the user's own, and a line for each left out for want of its tables.
+    """The samplers by name, of conf/sampler and of the user's own, and a line for each one left out because its tables are
+    missing.
 
     Raises ValueError where none is left.
     """
@@ -150,14 +152,19 @@ def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:
 
 
 def contestant(node: DictConfig, config: DictConfig) -> Any:
-    """A config's sampler; {calls: sampler} where its `table` is a pattern, of `tables` or of the run's or target's folder."""
+    """A config's sampler; of one whose `table` is a pattern, a sampler for each number of calls that there is a table of.
+
+    The tables are those of `tables`, or of the run's or target's folder.
+    """
     if not tuned_tables.is_pattern(node.get("table")):
         return build(configs.sampler_config(node), config.trust)
     files = config.tables
     if not isinstance(files, DictConfig):
         files = tuned_tables.tables_of(Path(files or tuned_tables.tuned_folder(config)), node.table)
+    if not files:
+        raise ValueError("tables={} names no table: give {calls: file}, a folder, or leave it out")
     folder = Path(config.run) if config.run else None
-    made = {int(calls): configs.sampler_config(OmegaConf.merge(node, {"table": str(file)}), folder)
+    made = {int(calls): configs.sampler_config(OmegaConf.merge(node, {"table": str(file)}), folder, config.step)
             for calls, file in files.items()}  # fmt: skip
     return {calls: build(made[calls], config.trust) for calls in sorted(made)}
 

@@ -140,6 +140,9 @@ def _check(models: Mapping[str, ScoreModel], samplers: Mapping[str, Any], laws: 
     for name, group in (("models", models), ("samplers", samplers)):
         if not isinstance(group, Mapping) or not group:
             raise ValueError(f"{name} are a mapping from names to them, of one or more, got {group!r}")
+    for name, contestant in samplers.items():
+        if isinstance(contestant, Mapping) and not contestant:
+            raise ValueError(f"sampler {name!r} is an empty mapping: give {{calls: sampler}} for one or more")
     for name, model in models.items():
         if name not in laws:
             raise ValueError(f"model {name!r} has no reference; there are: {', '.join(laws) or 'none'}")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -32,7 +32,41 @@ RULE = (
 )
 
 
+class Picture(NamedTuple):
+    """A figure of the page: the name of its file, its heading, and what it shows in words."""
+
+    stem: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def write(config: DictConfig, table: pd.DataFrame, reference: Any, folder: Path, absent: list[str]) -> None:
+    """Writes comparison.csv, summary.csv, the figures, and report.html that has all of it; samples are those of `output`."""
+    summary, metrics = judge(table), metrics_of(table)
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "comparison.csv", table.to_csv(index=False))
+    write_atomically(folder / "summary.csv", summary.to_csv(index=False))
+    report = html_page.Page(*heading(config, table))
+    report.add("What to take", html_page.bullets([*advice(table), *absent]),
+               html_page.table(winners(table), {"budget": "calls allowed"}, RULE),
+               html_page.folded("Every sampler: its fewest calls", html_page.table(ranking(table))))  # fmt: skip
+    several = table["model"].nunique() > 1
+    drawn = [*pictures(table, summary, metrics), *sample_sheets(load_samples(config.output, table), reference, table)]
+    for name, shown in tqdm(drawn, desc="figures", delay=2):
+        file = figures.save(shown.figure, folder / (f"{name}_{shown.stem}.png" if several else f"{shown.stem}.png"))
+        title = f"{shown.title}, {name} score" if several else shown.title
+        report.add(title, html_page.picture(file, shown.caption))
+    report.add("All numbers", html_page.text("Means over seeds. Click on a column's head to sort."),
+               html_page.table(columns_shown(summary, metrics), SHOWN))  # fmt: skip
+    if len(lost := faults(table)):
+        report.add("Refused, diverged, failed", html_page.table(lost))
+    report.add("Settings", *settings(config))
+    write_atomically(folder / "report.html", report.html())
+
+
 def heading(config: DictConfig, table: pd.DataFrame) -> tuple[str, str]:
+    """The page's title and subtitle: what was compared, and how much of it."""
     what = f"run {config.run}" if config.run else f"{config.target._target_.rpartition('.')[2]}, exact score"
     seeds = f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}"
     count, good = len(table), int(table["status"].eq("ok").sum())
@@ -41,52 +75,49 @@ def heading(config: DictConfig, table: pd.DataFrame) -> tuple[str, str]:
             f"{seeds}, {config.num_samples} samples each: {count} runs, {good} without fault.")  # fmt: skip
 
 
-def write(
-    config: DictConfig, table: pd.DataFrame, summary: pd.DataFrame, reference: Any, folder: Path, absent: list[str]
-) -> None:
-    """report.html with all sections; every figure is also saved in the folder; samples are those of `output`."""
-    report = html_page.Page(*heading(config, table))
-    metrics = metrics_of(table)
-    report.add("What to take", html_page.bullets([*advice(table), *absent]),
-               html_page.table(winners(table), {"budget": "calls allowed"}, RULE),
-               html_page.folded("Every sampler: its fewest calls", html_page.table(ranking(table))))  # fmt: skip
-    drawn = [(name, *picture) for name, runs in table.groupby("model")
-             for picture in draw(runs, summary[summary["model"] == name], metrics)]  # fmt: skip
-    drawn += [(name, "samples", "Samples", "The first seed's samples: a row for each sampler, from the same starting noise, "
-               "below the data.", sheet)
-              for name, sheet in sample_sheets(load_samples(config.output, table), reference, table)]  # fmt: skip
-    several = table["model"].nunique() > 1
-    for name, stem, title, caption, figure in tqdm(drawn, desc="figures", delay=2):
-        file = figures.save(figure, folder / (f"{name}_{stem}.png" if several else f"{stem}.png"))
-        report.add(f"{title}, {name} score" if several else title, html_page.picture(file, caption))
-    report.add("All numbers", html_page.text("Means over seeds. Click on a column's head to sort."),
-               html_page.table(shown(summary, metrics), SHOWN))  # fmt: skip
-    if len(faults(table)):
-        report.add("Refused, diverged, failed", html_page.table(faults(table)))
-    report.add("Settings", *settings(config))
-    write_atomically(folder / "report.html", report.html())
+def pictures(table: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Iterator[tuple[str, Picture]]:
+    """Every figure of numbers, by model."""
+    for name, runs in table.groupby("model"):
+        means = summary[summary["model"] == name]
+        yield str(name), ratio_picture(means, list(ranking(runs)["sampler"]), metrics)
+        for shown in curves(runs, metrics):
+            yield str(name), shown
 
 
-def draw(runs: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Iterator[tuple[str, str, str, Figure]]:
-    """(file, title, caption, figure) for one model."""
-    yield ("ratios", "Over the noise floor", "Each metric divided by its value between exact draws; 1 is as good as exact "
-           "samples. Fewest calls first. ×: diverged or failed, –: refused. In brackets: calls of a solver that chooses "
-           "its own steps.", ratios(summary, list(ranking(runs)["sampler"]), metrics))  # fmt: skip
+def curves(runs: pd.DataFrame, metrics: list[str]) -> Iterator[Picture]:
+    """One model's metrics against calls and against seconds, and the paired endpoint error of its deterministic samplers."""
     points = " Points: means over seeds with their standard deviations." if runs["seed"].nunique() > 1 else ""
     blue = f"Blue: deterministic samplers; orange: the others.{points}"
     for metric in metrics:
         name = plotting.METRIC_NAMES.get(metric, metric).replace("$", "").replace("_2", "2")
-        caption = f"{name}, lower is better. {blue} Band: the noise floor, between exact draws. Crosses: diverged."
-        yield (f"{metric}_calls", f"{name[0].upper()}{name[1:]} against calls", caption,
-               plotting.comparison_multiples(runs, metric=metric))  # fmt: skip
-        yield (f"{metric}_seconds", f"{name[0].upper()}{name[1:]} against seconds",
-               f"{blue} One thread; other work on the machine shows.",
-               plotting.comparison_multiples(runs, metric=metric, against="seconds_per_sample"))  # fmt: skip
+        title = f"{name[0].upper()}{name[1:]}"
+        yield Picture(
+            f"{metric}_calls", f"{title} against calls",
+            f"{name}, lower is better. {blue} Band: the noise floor, between exact draws. Crosses: diverged.",
+            plotting.comparison_multiples(runs, metric=metric),
+        )  # fmt: skip
+        yield Picture(
+            f"{metric}_seconds", f"{title} against seconds", f"{blue} One thread; other work on the machine shows.",
+            plotting.comparison_multiples(runs, metric=metric, against="seconds_per_sample"),
+        )  # fmt: skip
     if runs["endpoint_error"].notna().any():
-        yield ("endpoint_error", "Paired endpoint error", "Deterministic samplers: from the same starting noise, the root "
-               "mean square distance to where the converged probability-flow ODE ends, in standard deviations of the data. "
-               "The solver's error alone, without Monte Carlo noise.",
-               plotting.comparison_multiples(runs, metric="endpoint_error"))  # fmt: skip
+        yield Picture(
+            "endpoint_error", "Paired endpoint error",
+            "Deterministic samplers: from the same starting noise, the root mean square distance to where the converged "
+            "probability-flow ODE ends, in standard deviations of the data. The solver's error alone, without Monte Carlo "
+            "noise.",
+            plotting.comparison_multiples(runs, metric="endpoint_error"),
+        )  # fmt: skip
+
+
+def ratio_picture(summary: pd.DataFrame, order: list[str], metrics: list[str]) -> Picture:
+    """One model's metrics over their noise floors as a table in colours, samplers down in this order."""
+    return Picture(
+        "ratios", "Over the noise floor",
+        "Each metric divided by its value between exact draws; 1 is as good as exact samples. Fewest calls first. ×: diverged "
+        "or failed, –: refused. In brackets: calls of a solver that chooses its own steps.",
+        ratios(summary, order, metrics),
+    )  # fmt: skip
 
 
 def ratios(summary: pd.DataFrame, order: list[str], metrics: list[str]) -> Figure:
@@ -108,7 +139,7 @@ def ratios(summary: pd.DataFrame, order: list[str], metrics: list[str]) -> Figur
 
 def sample_sheets(
     samples: Mapping[tuple[str, str, int], torch.Tensor], reference: Any, table: pd.DataFrame
-) -> Iterator[tuple[str, Figure]]:
+) -> Iterator[tuple[str, Picture]]:
     """A sheet of panels for each model whose samples can be looked at: points in the plane, or images."""
     for name in dict.fromkeys(model for model, _, _ in samples):
         own = {(sampler, budget): x for (model, sampler, budget), x in samples.items() if model == name}
@@ -116,7 +147,11 @@ def sample_sheets(
         if shape == (2,) or (len(shape) == 3 and shape[0] in (1, 3)):
             lost = table[(table["model"] == name) & (table["status"] != "ok")]
             absent = {(r.sampler, r.budget): r.status.partition(":")[0] for r in lost.itertuples()}
-            yield name, plotting.sample_panels(own, reference, absent)
+            yield name, Picture(
+                "samples", "Samples",
+                "The first seed's samples: a row for each sampler, from the same starting noise, below the data.",
+                plotting.sample_panels(own, reference, absent),
+            )  # fmt: skip
 
 
 def advice(table: pd.DataFrame) -> list[str]:
@@ -179,19 +214,15 @@ def faults(table: pd.DataFrame) -> pd.DataFrame:
     return bad.groupby(["model", "sampler", "budget", "status"], sort=False)["seed"].size().reset_index(name="seeds")
 
 
-def shown(summary: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+def columns_shown(summary: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     """The columns of the summary that a reader of the page wants."""
-    columns = ["sampler", "budget", "nfe", "seconds_per_sample", "endpoint_error", *metrics]
-    columns = [
-        *(["model"] if summary["model"].nunique() > 1 else []),
-        *columns,
-        *(f"{m}_ratio" for m in metrics),
-        "excess",
-    ]
-    return summary.loc[summary["seeds"] > 0, columns]
+    model = ["model"] if summary["model"].nunique() > 1 else []
+    figures = ["nfe", "seconds_per_sample", "endpoint_error", *metrics, *(f"{m}_ratio" for m in metrics), "excess"]
+    return summary.loc[summary["seeds"] > 0, [*model, "sampler", "budget", *figures]]
 
 
 def settings(config: DictConfig) -> list[str]:
+    """The command, the versions and the machine, and the whole config, as HTML."""
     versions = {name: version(name) for name in ("score_sde", "torch", "numpy", "scipy")}
     machine = f"Python {platform.python_version()}, {platform.platform(terse=True)}, {platform.processor() or 'CPU'}"
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())

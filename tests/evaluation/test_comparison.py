@@ -583,6 +583,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"reference": LINE.target},
         "model 'model' makes samples of shape (2,), its reference has shape (1,)",
     ),
+    "no table": ({"samplers": {"tables": {}}}, "sampler 'tables' is an empty mapping"),
     "no reference": ({"reference": {"other": RING}}, "model 'model' has no reference; there are: other"),
 }
 
@@ -591,8 +592,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_inputs_are_refused_before_any_work(case: str, tmp_path: Path) -> None:
     change, message = WRONG[case]
     options: dict[str, Any] = {"budgets": [5], "reference": RING, "num_samples": 20} | change
+    samplers = options.pop("samplers", {"s": Shifted})
     with pytest.raises(ValueError) as refusal:
-        compare(MODEL, {"s": Shifted}, directory=tmp_path / "new", **options)
+        compare(MODEL, samplers, directory=tmp_path / "new", **options)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "new").exists()

@@ -146,6 +146,7 @@ def test_a_report_gives_way_to_one_of_more_runs_alone(tmp_path: Path) -> None:
 
 WRONG = {
     "no tables": (["target=ring", "samplers=[tuned]"], "outputs/tuned/ring/vp holds no tables tuned-<calls>.json"),
+    "a mapping of no tables": (["target=ring", "samplers=[tuned]", "tables={}"], "tables={} names no table: give"),
     "unknown metric": (["target=ring", "metrics=[fid]"], "unknown metric 'fid'"),
     "posteriors without images": (
         ["task=superres", "restoration.draws=2"],
@@ -197,6 +198,18 @@ class Half(targets.GaussianMixture):
     options = ["task=linear", "restoration.prior=ring", "restoration.methods=[exact]", "restoration.samplers=[ddim]"]
     few = ["budgets=[3]", "seeds=[0]", "num_samples=50", f"output={tmp_path / 'out'}"]
     restoring.run_task(composed(*own, "trust=[own_law]", *options, *few))
+
+
+def test_tables_are_of_the_weights_that_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints/step-000000040").mkdir(parents=True)
+    table = untuned(VPSDE(), 5)["exponential Adams 2 on karras"]
+    table.record.update(step=20)
+    table.save(tmp_path / "tuned-5.json")
+    for step, told in (20, ""), (40, "fitted to the weights of step 20, not to step 40"):
+        config = composed(f"run={tmp_path}", "samplers=[tuned]", f"step={step}")
+        assert compare.contestants(config)[0]["tuned"].keys() == {5}
+        assert told in (said := capsys.readouterr().out)
+        assert bool(told) == bool(said)
 
 
 def test_samples_are_as_many_as_the_held_out_examples_allow(capsys: pytest.CaptureFixture[str]) -> None:
