@@ -130,17 +130,17 @@ class Run:
         model.needed = model.condition_names & {*needed(self.config)}
         return model.eval().requires_grad_(False)
 
-    def export(self, path: str | Path, step: int | None = None) -> Path:
-        """Writes the averaged model to a new folder that `score_sde.load` reads, without Hydra; see `score_sde.export`.
+    def export(self, path: str | Path, step: int | None = None, ema: bool | float = True) -> Path:
+        """Writes `model(ema, step)` to a new folder that `score_sde.load` reads, without Hydra; see `score_sde.export`.
 
-        Raises FileNotFoundError where there is no such checkpoint, ValueError where the folder exists.
+        Raises as `model` does, and ValueError where the folder exists.
         """
         from omegaconf import OmegaConf
 
         from score_sde.export import PARTS, save
 
         config: Any = OmegaConf.to_container(self.config, resolve=True)
-        return save(self.model(step=step), {name: config[name] for name in PARTS}, path)
+        return save(self.model(ema, step), {name: config[name] for name in PARTS}, path)
 
     def data(self) -> Data:
         """The data the run trains on."""

@@ -42,7 +42,8 @@ CONFIG = {
 def run(tmp_path_factory) -> Run:
     run = Run.create(tmp_path_factory.mktemp("run"), OmegaConf.create(CONFIG))
     data = TensorData(torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
-    settings = Trainer(steps=4, batch_size=8, device="cpu", progress=False, checkpoint_every=2, keep_checkpoints=2)
+    settings = Trainer(steps=4, batch_size=8, device="cpu", progress=False, checkpoint_every=2, power_emas=(0.05, 0.1),
+                       snapshot_every=1)  # fmt: skip
     settings.fit(build_model(run.config), data, DenoisingScoreMatching(), UniformTimes(), run.path, seed=3)
     return run
 
@@ -50,6 +51,13 @@ def run(tmp_path_factory) -> Run:
 def question() -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     return x, torch.tensor([3.0, 50.0, 99.0])
+
+
+@pytest.mark.parametrize("ema", [False, 0.07])
+def test_raw_weights_and_those_averaged_over_another_width_are_exported_too(run, tmp_path, ema) -> None:
+    model = score_sde.load(run.export(tmp_path / "model", ema=ema))
+    assert torch.equal(model(*question()).score, run.model(ema)(*question()).score)
+    assert not torch.equal(model(*question()).score, run.model()(*question()).score)
 
 
 def test_the_exported_model_is_the_averaged_one_bit_for_bit(run, tmp_path) -> None:
