@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
@@ -51,6 +52,11 @@ def accumulate(x: Tensor, weights: Sequence[Scalar], outputs: Sequence[Tensor]) 
         elif weight != 0.0:
             x.add_(output, alpha=weight)
     return x
+
+
+def told(prediction: Prediction, of_denoised: Scalar, of_noise: Scalar) -> tuple[Tensor, Tensor]:
+    """The point that the prediction is of, and of_denoised D + of_noise eps there."""
+    return prediction.x, prediction.mix(of_denoised, of_noise)
 
 
 def by_history(t: Tensor, s: Tensor, memory: int) -> dict[int, Tensor]:
@@ -123,8 +129,8 @@ class LinearStep(Step):
             else:
                 outputs = history
                 if row.b:
-                    prediction = evaluate(x, row.t)
-                    x, outputs = prediction.x, (prediction.mix(*row.output), *history)
+                    x, output = told(evaluate(x, row.t), *row.output)
+                    outputs = (output, *history)
                 x = combine(x, row.a, row.b, outputs)
                 history = outputs[: self.memory - 1]  # what the next move needs beside its own
             if isinstance(row.c, Tensor) or row.c != 0.0:

@@ -181,8 +181,9 @@ class ExponentialAdams(LinearStep):
     polynomial's value at the middle ("midpoint" weights, the published default of 2M). At eta = 0: DDIM (order 1),
     DPM-Solver(++) 2M, and at order 3 what 3M set out to be: its printed curvature term lacks a factor 2. At eta = 1:
     SDE-DPM-Solver(++). With eta > 0 and order >= 2 the weak order is 2: one move neglects the covariance of its noise with
-    the change of D, a term of order h^2, which the extrapolation in the next moves puts in. k-diffusion's and diffusers'
-    eta is eta^2 here. The noise form is exact for a point mass at eta = 0 only.
+    the change of D, a term of order h^2, which the extrapolation in the next moves puts in. As eta grows, x_s tends to
+    alpha_s D + sigma_s z (k-diffusion's `lcm`). k-diffusion's and diffusers' eta is eta^2 here. The noise form is exact for
+    a point mass at eta = 0 only.
     Source: Lu et al. 2022, https://arxiv.org/abs/2211.01095, eq. 9 and 12, appendix B; Xue et al. 2023 (SA-Solver),
     https://arxiv.org/abs/2309.05019, eq. 11, whose tau is eta.
 

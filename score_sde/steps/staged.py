@@ -17,7 +17,7 @@ from torch import Tensor
 
 from score_sde.checks import number, one_of
 from score_sde.sde import SDE
-from score_sde.steps.linear import accumulate, combine
+from score_sde.steps.linear import accumulate, combine, told
 from score_sde.steps.multistep import carried
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
 
@@ -62,13 +62,13 @@ class StagedStep(Step):
     def advance(
         self, row: StageRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
     ) -> tuple[Tensor, History]:
-        at, time = x, row.t
+        at, time, weighed = x, row.t, (1.0, 0.0) if self.prediction == "denoised" else (0.0, 1.0)
         outputs: list[Tensor] = []
         draws: list[Tensor] = []
         for next_time, a, b, c in row.stages:
-            prediction = evaluate(at, time)
-            x = x if outputs else prediction.x
-            outputs.append(prediction.denoised if self.prediction == "denoised" else prediction.mix(0.0, 1.0))
+            point, output = told(evaluate(at, time), *weighed)
+            x = x if outputs else point
+            outputs.append(output)
             draws.extend(draw(k) for k in range(len(draws), len(c)))
             at, time = accumulate(combine(x, a, b, outputs), c, draws), next_time
         return at, history

@@ -18,7 +18,7 @@ from score_sde import targets
 from score_sde.build import build_model
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import Batch, Data, TargetStream, TensorData, load_images
-from score_sde.guidance import Autoguidance, Classifier, ClassifierFree, DynamicThreshold
+from score_sde.guidance import Autoguidance, Classifier, ClassifierFree, ClassifierFreePlusPlus, DynamicThreshold
 from score_sde.run import Run
 from score_sde.training import DenoisingScoreMatching, NoisyCrossEntropy, Trainer, UniformTimes
 
@@ -78,6 +78,7 @@ def guided(runs: dict[str, str], name: str, *arguments: str):
         ("plain", ["label=3", "guidance=classifier", "guidance.run={classifier}", "guidance.scale=4"], Classifier,
          {"scale": 4.0}),
         ("labelled", ["guidance=autoguidance", "guidance.run={labelled}", "guidance.step=1"], Autoguidance, {}),
+        ("labelled", ["guidance=classifier_free_plus_plus", "label=3"], ClassifierFreePlusPlus, {"scale": 0.6}),
         ("labelled", ["label=[0,3]", "threshold=0.9"], DynamicThreshold, {"quantile": 0.9}),
     ],
 )  # fmt: skip
