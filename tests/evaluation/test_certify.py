@@ -47,7 +47,7 @@ def test_a_point_mass_is_exact_to_the_last_digits_but_where_a_method_cannot(know
     inexact = {name for name, c in known.items() if c.role == "predictor" and not c.point_mass < 1e-12}
     plain = {name for name in STEPS if name.startswith(("Adams velocity", "Adams score"))}
     euler = {"EulerMaruyama", "ProbabilityFlowEuler", "ReverseDiffusion", "Ancestral fixed-large", "AdamsBashforth"}
-    assert inexact == plain | euler | {"SDE-DPM-Solver 2M"}
+    assert inexact == plain | euler | {"SDE-DPM-Solver 2M", "SEEDS 2", "SEEDS 3"}
     assert inexact == {name for name, c in known.items() if c.role == "predictor" and not c.claims_point_mass}
 
 
