@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from score_sde.adaptive import PerSample, whole_lanes
 from score_sde.brief import Brief
 from score_sde.checks import one_of, tensor, whole
-from score_sde.embedded import PAIRS, Norm, first_step, integrate, mixed_tolerance
+from score_sde.embedded import PAIRS, Norm, default_block, first_step, integrate, mixed_tolerance
 from score_sde.keyed import generator, key
 from score_sde.memory import keep_freed_memory
 from score_sde.noise import SampleNoise
@@ -54,6 +54,8 @@ DIVERGENCES = ("exact", "hutchinson", "hutch++")
 ON_DEVICE = ("dopri5", "tsit5", "bosh3")
 METHODS = ("adams", *ON_DEVICE, *SCIPY)
 TRUNCATIONS = ("none", "tweedie")
+MAX_CALLS = 30_000
+"""Network calls after which an adaptive solver is given up; on the ring of eight Gaussians dopri5 takes 130 by default."""
 
 
 class HasLogProb(Protocol):
@@ -131,7 +133,7 @@ def log_likelihood(
     Raises:
         TypeError: integer data, which have no density, or an unknown condition.
         ValueError: an option is unknown or out of range, or x has another event shape.
-        RuntimeError: the solver failed, with its reason.
+        RuntimeError: the solver failed, with its reason, or is not through after `MAX_CALLS` network calls.
     """
     _check_options(divergence, probes, method, rtol, atol, steps, truncation)
     flow = _Flow(model, x, condition, sigma_data)
@@ -343,6 +345,7 @@ class _Flow:
             raise ValueError(f"sigma_data is the positive standard deviation of the data, got {sigma_data}")
         self.model, self.sde = PerSample(model, condition, len(x)), model.sde
         self.trace: Trace | None = None
+        self.most = math.inf
         self.x, self.shape, self.size = x, x.shape[1:], math.prod(x.shape[1:])
         self.s_max, self.s_min = self.sde.noise_level_range
         # Near s = 0 a rounding error of n is amplified by (k / s)^2: in single precision k is at most 32 s_min.
@@ -383,6 +386,9 @@ class _Flow:
         return t, self.sde.alpha(t) * r2.sqrt(), self.sde.sigma(t), speed, speed * s / r2.sqrt(), speed * s * s / r2
 
     def __call__(self, y: Tensor, level: tuple[Tensor, ...], ids: Tensor) -> Tensor:
+        if self.model.spent > self.most:
+            raise RuntimeError(f"the flow is not through after {MAX_CALLS:,} network calls, the model's score is too rough: "
+                               "loosen rtol and atol, or take method='adams', whose calls are fixed")  # fmt: skip
         t, scale, sigma, speed, of_noise, of_z = level
         z = y[:, : self.size]
         noise, slope = self.noise(expand(scale, z) * z, t, sigma, ids)
@@ -447,6 +453,8 @@ def _integrate(
     keep_freed_memory()
     ids, model = torch.arange(len(start), device=start.device), flow.model
     before = model.spent
+    parts = math.ceil(len(start) / default_block(start)) if method in ON_DEVICE else 1
+    flow.most = math.inf if method == "adams" else before + parts * MAX_CALLS
     if method in ON_DEVICE:
         model.check_apart()
         pair = PAIRS[method]()
@@ -458,10 +466,11 @@ def _integrate(
         return flow(state, flow.levels(torch.tensor(w, dtype=torch.float64)), ids)
 
     if method == "adams":
-        return _adams(field, start, ends, steps or 118), torch.full_like(ids, model.spent - before)
+        end = _finite(_adams(field, start, ends, steps or 118))
+        return end, torch.full_like(ids, model.spent - before)
 
     def flat(w: float, state: np.ndarray) -> np.ndarray:
-        return field(w, torch.from_numpy(state).to(start.device).view_as(start)).flatten().cpu().numpy()
+        return _finite(field(w, torch.from_numpy(state).to(start.device).view_as(start))).flatten().cpu().numpy()
 
     from scipy.integrate import solve_ivp  # half a second to import
 
@@ -470,6 +479,14 @@ def _integrate(
         raise RuntimeError(f"{method} failed: {solution.message} Loosen rtol and atol, or take another method.")
     end = torch.from_numpy(solution.y[:, -1].copy()).to(start.device).view_as(start)
     return end, torch.full_like(ids, model.spent - before)
+
+
+def _finite(state: Tensor) -> Tensor:
+    """The state, where all of it is finite; RuntimeError elsewhere."""
+    if lost := int((~state.isfinite().all(1)).sum()):
+        raise RuntimeError(f"the flow of {lost} of {len(state)} samples is not finite: the model's outputs are wrong, or with "
+                           "method='adams' too few steps are taken")  # fmt: skip
+    return state
 
 
 def _adams(field: Callable[[float, Tensor], Tensor], state: Tensor, ends: tuple[float, float], steps: int) -> Tensor:

@@ -76,8 +76,8 @@ class HutchPlusPlus(Trace):
         jacobian = torch.func.vmap(pull)
         sketch, g = self.sketch[:, ids], self.g[:, ids]
         q = torch.linalg.qr((sketch - jacobian(sketch)).movedim(0, 2))[0].movedim(2, 0)
-        inside = (q * jacobian(q)).sum((0, 2), dtype=torch.float64)
         rest = g - torch.einsum("qbd,qbe,pbe->pbd", q, q, g)
         squares = rest.square().sum(2, dtype=torch.float64).clamp_min(torch.finfo(rest.dtype).tiny)
-        outside = (g.shape[2] - len(q)) / squares * (rest * jacobian(rest)).sum(2, dtype=torch.float64)
-        return (inside + outside).T
+        both = torch.cat([q, rest])
+        inside, outside = (both * jacobian(both)).sum(2, dtype=torch.float64).split([len(q), len(rest)])
+        return (inside.sum(0) + (g.shape[2] - len(q)) / squares * outside).T

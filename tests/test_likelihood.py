@@ -15,6 +15,7 @@ from score_sde.adaptive import AdaptiveODE
 from score_sde.guidance import ClassifierFree
 from score_sde.likelihood import (
     DIVERGENCES,
+    METHODS,
     GaussianDequantizer,
     _trace,
     bits_per_dim,
@@ -30,7 +31,7 @@ from score_sde.networks import MLP
 from score_sde.noise import SampleNoise
 from score_sde.parameterization import Noise
 from score_sde.prediction import Prediction
-from score_sde.score import ExactScore, LearnedScore, ScoreModel
+from score_sde.score import ExactScore, FunctionScore, LearnedScore, ScoreModel
 from score_sde.sde import VESDE, VPSDE, KarrasSDE, RectifiedFlow, SubVPSDE, as_time, expand
 from score_sde.trace import HutchPlusPlus
 
@@ -390,6 +391,21 @@ def test_wrong_requests_are_refused_in_one_line(x, options, error, message):
     with pytest.raises(error, match=message) as refusal:
         log_likelihood(ExactScore(RING, VPSDE()), x, **options)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_is_not_finite_ends_in_one_line(method):
+    model = FunctionScore(lambda x, t: x * math.nan, VPSDE(), (2,))
+    with pytest.raises(RuntimeError, match="not finite"):
+        log_likelihood(model, torch.zeros(2, 2), method=method)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "RK45"])
+def test_a_flow_that_does_not_end_is_given_up(method, monkeypatch):
+    monkeypatch.setattr("score_sde.likelihood.MAX_CALLS", 50)
+    rough = FunctionScore(lambda x, t: 50 * (1e4 * x).sin() - x, VPSDE(), (2,))
+    with pytest.raises(RuntimeError, match="not through after 50 network calls"):
+        log_likelihood(rough, torch.full((2, 2), 0.1), method=method)
 
 
 def test_another_precision_than_the_network_s_is_refused_in_one_line():

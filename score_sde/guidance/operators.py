@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_sde.checks import one_of, tensor
+from score_sde.checks import one_of, tensor, whole
 from score_sde.copies import Copies, outside_transforms
+from score_sde.score import at_least_single
 
 Spectral = Callable[[Tensor], Tensor]
 """A function of the eigenvalues s^2 of A A^T, elementwise up to broadcasting against (batch, 1, ..., 1)."""
@@ -354,9 +355,9 @@ class Downsample(_Isometric):
     """
 
     def __init__(self, event_shape: Sequence[int], factor: int = 2) -> None:
-        self.input_shape, self.factor = tuple(event_shape), int(factor)
+        self.input_shape, self.factor = tuple(event_shape), whole("factor", factor, 2)
         places = self.input_shape[1:]
-        if not places or factor < 2 or any(side % factor for side in places):
+        if not places or any(side % self.factor for side in places):
             raise ValueError(f"downsampling by {factor} needs x of shape (channels, ...) whose sides are multiples of "
                              f"a factor >= 2, got {self.input_shape}")  # fmt: skip
         self.output_shape = (self.input_shape[0], *(side // factor for side in places))
@@ -428,19 +429,21 @@ class Blur(LinearOperator):
         return cls(event_shape, kernel / kernel.sum())
 
     def _apply(self, x: Tensor) -> Tensor:
-        real, imaginary = self._spectrum.like(x).values()
-        return self._filtered(x, torch.complex(real, imaginary))
+        return self._filtered(x, torch.complex)
 
     def _transpose(self, y: Tensor) -> Tensor:
-        real, imaginary = self._spectrum.like(y).values()
-        return self._filtered(y, torch.complex(real, -imaginary))
+        return self._filtered(y, lambda real, imaginary: torch.complex(real, -imaginary))
 
     def _gram(self, y: Tensor, function: Spectral) -> Tensor:
-        real, imaginary = self._spectrum.like(y).values()
-        return self._filtered(y, function(real**2 + imaginary**2))
+        return self._filtered(y, lambda real, imaginary: function(real**2 + imaginary**2))
 
-    def _filtered(self, x: Tensor, response: Tensor) -> Tensor:
-        return torch.fft.irfftn(torch.fft.rfftn(x, dim=self._axes) * response, s=self._places, dim=self._axes)
+    def _filtered(self, x: Tensor, response: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """x with its Fourier coefficients times a function of the kernel's; in single precision at least."""
+        if len(x) == 0:
+            return x
+        fine = x.to(at_least_single(x.dtype))
+        seen = torch.fft.rfftn(fine, dim=self._axes) * response(*self._spectrum.like(fine).values())
+        return torch.fft.irfftn(seen, s=self._places, dim=self._axes).to(x.dtype)
 
 
 class FourierSubsample(_Isometric):
@@ -491,8 +494,10 @@ class FourierSubsample(_Isometric):
         return self._hartley(empty.index_copy(2, index, y).view(-1, *self.input_shape))
 
     def _hartley(self, x: Tensor) -> Tensor:
-        f = torch.fft.fftn(x, dim=tuple(range(2, x.ndim)), norm="ortho")
-        return f.real - f.imag
+        if len(x) == 0:
+            return x
+        f = torch.fft.fftn(x.to(at_least_single(x.dtype)), dim=tuple(range(2, x.ndim)), norm="ortho")
+        return (f.real - f.imag).to(x.dtype)
 
 
 TASKS: dict[str, Callable[..., LinearOperator]] = {

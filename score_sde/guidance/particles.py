@@ -104,7 +104,7 @@ class TwistedParticles:
             log_weights = log_weights.nan_to_num(nan=-math.inf, neginf=-math.inf)  # a lost particle has no descendants
             last = i == len(rows)
             if last:
-                if not log_weights.isfinite().any():
+                if len(x) and not log_weights.isfinite().any():
                     raise FloatingPointError("no particle has a finite weight: the model's outputs are not finite, or "
                                              "noise_std is far too small for y")  # fmt: skip
                 x = (clean + push)[_systematic(log_weights.softmax(0), start.noise(i + 1, 0), count)]

@@ -252,6 +252,7 @@ def test_a_lost_particle_has_no_descendants():
     Broken.lost = slice(None)
     with pytest.raises(FloatingPointError, match="no particle has a finite weight"):
         filters.sample(Broken(SDE, (2,)), (30, 2), seed=0)
+    assert filters.sample(Shrink(SDE, (2,)), (0, 2), seed=0).x.shape == (0, 2)
 
 
 def test_seeds_of_sdedit_share_no_noise():

@@ -111,8 +111,19 @@ def test_samples_of_a_batch_do_not_meet(operator):
     pairs = [(operator, x), (operator.transpose, y), (operator.pseudo_inverse, y)]
     exact = not isinstance(operator, Matrix | Linear | Differences)  # these multiply by BLAS
     for function, v in pairs:
-        alone = torch.cat([function(part) for part in v.split([1, 4, 2])])
+        alone = torch.cat([function(part) for part in v.split([1, 0, 4, 2])])
         torch.testing.assert_close(alone, function(v), rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
+
+
+def test_half_precision_is_the_single_one_rounded(operator):
+    """Guidance of a model in bfloat16, in which there is no Fourier transform."""
+    x, y = draw(operator.input_shape).bfloat16(), draw(operator.output_shape).bfloat16()
+    for function, v in ((operator, x), (operator.transpose, y)):
+        torch.testing.assert_close(function(v), function(v.float()).bfloat16(), rtol=0.03, atol=0.1)
+    shrunk = operator.gram(y, lambda s2: 1 / (s2 + 1))
+    torch.testing.assert_close(
+        shrunk, operator.gram(y.float(), lambda s2: 1 / (s2 + 1)).bfloat16(), rtol=0.03, atol=0.1
+    )
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -205,6 +216,7 @@ def test_nonlinear_takes_its_shape_from_the_function():
         (lambda: Mask.box((1, 8, 8), (0, 0, 9, 4)), "lies within (8, 8)"),
         (lambda: Mask.half((8,), "top"), "no top half"),
         (lambda: Downsample((1, 7, 8), 2), "multiples"),
+        (lambda: Downsample((1, 5, 5), 2.5), "factor=2.5"),
         (lambda: Grey((1, 8, 8)), "do not fit x of shape (1, 8, 8)"),
         (lambda: Blur((1, 8, 8), torch.ones(2, 2)), "odd sides"),
         (lambda: Matrix(torch.ones(2, 3), (4,)), "3 columns"),
