@@ -97,8 +97,7 @@ def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
     if not config.task:
         idle(overrides, ["restoration"], "without a task")
     else:
-        others = ["samplers", "own", "tables", "target", "exact", "pairs", "metrics", "processes", "batch_size",
-                  "label"]  # fmt: skip
+        others = ["samplers", "own", "tables", "target", "exact", "pairs", "metrics", "processes", "batch_size"]
         idle(overrides, others, f"in task={config.task}, which has the options of restoration")
         if config.run:
             idle(overrides, ["num_samples", "restoration.prior"], f"with run={config.run}, whose images are restored")

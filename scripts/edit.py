@@ -43,7 +43,7 @@ from score_sde.sampler import SampleResult
 
 OPTIONS = {
     **dict.fromkeys(TASKS, ("sampler", "guidance", "degraded", "noise_std", "operator", "mask", "label", "context")),
-    "class": ("sampler", "label", "scale", "time"),
+    "class": ("sampler", "label", "context", "scale", "time"),
     "interpolate": ("label", "context"),
 }
 """Of the options that not every task has, each task's own."""
@@ -197,14 +197,11 @@ def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) 
     """Inputs noised up to `time` and sampled from there under the label."""
     if config.label is None:
         raise ValueError("task=class needs the label to bring the input to: give label=<number>")
-    labels = conditions.labels_of(config.label, run)
-    if len(labels) > 1:
-        raise ValueError(f"task=class brings inputs to one label, got label={labels}")
-    conditions.check_labels(labels, model)
+    told = conditions.alike(model, run, config)
     guiding.check_unconditional(run, config.scale)
     before = inputs(config, run, model.event_shape)
     start = before.repeat_interleave(config.draws, 0).to(model.device)
-    condition = {"label": torch.full((len(start),), labels[0], device=model.device)}
+    condition = {name: value.to(model.device).expand(len(start), *value.shape) for name, value in told.items()}
     guided = ClassifierFree(model, config.scale)
     result = sdedit(sampler, guided, start, config.time, seed=config.seed, condition=condition)
     after = result.x.cpu().unflatten(0, (len(before), config.draws))

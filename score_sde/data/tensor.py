@@ -69,7 +69,7 @@ class TensorData(Data):
             pairs (x, label), is read through once.
         context: what a network of that context_width is told of each example, a vector (N, width) or tokens (N, tokens,
             width) to attend to; NaN for an example without.
-        test: held-out examples of the same kind.
+        test: held-out examples of the same kind, x or (x, labels), or `Examples`.
         seed: of the order and of what `reference` draws.
         dequantize: whether integers get uniform noise.
         levels: integers are 0..levels-1.
@@ -90,7 +90,7 @@ class TensorData(Data):
         labels: Any = None,
         *,
         context: Any = None,
-        test: Examples | None = None,
+        test: Any = None,
         seed: int = 0,
         dequantize: bool | None = None,
         levels: int = 256,
@@ -121,7 +121,9 @@ class TensorData(Data):
         if test is not None:
             if held_out:
                 raise ValueError(f"held_out={held_out} beside a test set: give one of them")
-            self._parts["test"] = self._test_rows(_checked(test, dequantize, levels))
+            self._parts["test"] = self._test_rows(
+                _checked(Examples(*test) if isinstance(test, tuple) else Examples(test), dequantize, levels)
+            )
         self.has_test = test is not None or len(reserved) > 0
         self._orders: dict[int, Tensor] = {}
         self._classes: list[int] = []

@@ -14,7 +14,7 @@ from score_sde.data import Batch
 from score_sde.score import LearnedScore
 from score_sde.training.draws import draw
 from score_sde.training.objective import Losses
-from score_sde.training.times import Times
+from score_sde.training.times import Times, TimeSampler
 
 __all__ = ["NoisyCrossEntropy"]
 
@@ -22,8 +22,14 @@ __all__ = ["NoisyCrossEntropy"]
 class NoisyCrossEntropy:
     """The cross-entropy of each example's label in nats, at its time; the model is a `NoisyClassifier`.
 
-    Raises ValueError for examples without a `label`.
+    Raises ValueError for examples without a `label`, and before training for a model that is no classifier.
     """
+
+    def check(self, model: LearnedScore, time_sampler: TimeSampler) -> None:
+        """Refuses, with ValueError, a score model, of which the first numbers of each x would pass for logits."""
+        if model.predicts:
+            raise ValueError("cross-entropy trains a classifier, the model is none: take objective=simple, or "
+                             "network=encoder, a NoisyClassifier")  # fmt: skip
 
     def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
         if "label" not in batch.condition:

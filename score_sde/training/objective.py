@@ -49,7 +49,8 @@ class Losses:
 class Objective(Protocol):
     """What training minimises the mean of, and a test of a model may report.
 
-    One that draws by `draws.draw` gives the same losses however a batch is split over processes.
+    One that draws by `draws.draw` gives the same losses however a batch is split over processes. A method `check(model,
+    time_sampler)`, where it has one, refuses before the first step what does not fit.
     """
 
     def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:

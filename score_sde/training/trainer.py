@@ -289,6 +289,8 @@ class Trainer:
         warn_of_samples(model, data, self.batch_size)
         if isinstance(objective, type) or not callable(objective):
             raise TypeError(f"objective is an Objective, such as DenoisingScoreMatching(), got {objective!r}")
+        if hasattr(objective, "check"):
+            objective.check(model, time_sampler)
         for name, hook, every in (("sample", on_sample, self.sample_every),
                                   ("evaluate", on_evaluate, self.evaluate_every)):  # fmt: skip
             if hook is not None and not every:

@@ -42,6 +42,11 @@ Variance = str | Callable[[Tensor, Tensor], Tensor]
 """`small`, `large`, `learned` (the network's own), or (x_t, index) -> w of shape (batch,) or (batch, *event)."""
 
 
+NO_VARIANCE = (
+    "variance='learned' needs a network with a variance head (learned_variance=true): or take 'small' or 'large'"
+)
+
+
 class Decoder(Protocol):
     """-log p(x | x_0) in nats, element by element, for a Gaussian of the given mean and log-variance."""
 
@@ -126,8 +131,7 @@ class Ladder:
             return small if variance == "small" else large
         w = said.variance_weight if variance == "learned" else variance(said.x, index)  # type: ignore[operator]
         if w is None:
-            raise ValueError("variance='learned' needs a network with a variance head (learned_variance=true): "
-                             "or take 'small' or 'large'")  # fmt: skip
+            raise ValueError(NO_VARIANCE)
         w = expand(w, said.x) if w.ndim == 1 else w
         return w * large + (1 - w) * small
 
@@ -276,14 +280,19 @@ class VariationalObjective:
         self.decoder, self.label_dropout = decoder or ContinuousDecoder(), LabelDropout(label_dropout)
         self._ladders: dict[SDE, Ladder] = {}
 
+    def check(self, model: LearnedScore, time_sampler: TimeSampler) -> None:
+        """Refuses, with ValueError, before training what its first step would."""
+        Ladder(model.sde)
+        _check_steps(time_sampler(model.sde, 64, torch.Generator().manual_seed(0)))
+        if self.variance == "learned" and not model.learns_variance:
+            raise ValueError(NO_VARIANCE)
+
     def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
         """Losses in float32."""
         sde, x, index = model.sde, batch.x, times.t.long()
         if sde not in self._ladders:
             self._ladders[sde] = Ladder(sde)
-            if (times.t != times.t.round()).any():
-                raise ValueError("the bound is over the steps of a ladder, the times drawn are none: "
-                                 "take time_sampler=ladder (LadderTimes) or loss_aware (LossAwareTimes)")  # fmt: skip
+            _check_steps(times)
         ladder = self._ladders[sde]
         eps = draw(torch.randn, x.shape, generator, device=x.device, dtype=x.dtype)
         said = model(sde.perturb(x, times.t, eps), times.t, **self.label_dropout(batch.condition, generator))
@@ -294,3 +303,9 @@ class VariationalObjective:
         parts = {"simple": simple.detach(), "vlb": vlb.detach()}
         parts |= excess(self.target, model, said.x, times.t, eps, noise.detach())
         return Losses(times.weight.float() * (self.simple * simple + self.vlb * vlb), parts)
+
+
+def _check_steps(times: Times) -> None:
+    if (times.t != times.t.round()).any():
+        raise ValueError("the bound is over the steps of a ladder, the times drawn are none: "
+                         "take time_sampler=ladder (LadderTimes) or loss_aware (LossAwareTimes)")  # fmt: skip

@@ -52,13 +52,6 @@ def turns(labels: list[int], count: int) -> Tensor:
     return torch.tensor(labels)[torch.arange(count) % len(labels)]
 
 
-def check_free(run: Run) -> None:
-    """Refuses, with ValueError, a run whose network has to be told of conditions, for uses that tell it of none."""
-    if names := needed(run.config):
-        raise ValueError(f"{run.path} has not learnt to do without its {' and '.join(names)}, and is used without here: see "
-                         "scripts/sample.py and evaluate.py, or train with objective.label_dropout=0.1")  # fmt: skip
-
-
 def first_conditions(data: Data, names: Sequence[str], count: int) -> dict[str, Tensor]:
     """Those of the first training examples, whose order the seed of the data decides: in the data's own shares."""
     if not names:
@@ -126,21 +119,27 @@ def natural(labels: list[int], data: Data, count: int) -> Tensor:
 
 
 def told_alike(model: LearnedScore, run: Run, config: DictConfig) -> ScoreModel:
-    """The model under the one `label` and the one `context` that every sample is to have, or as it is without any.
+    """The model under the conditions that are `alike`, or as it is without any."""
+    own = alike(model, run, config)
+    return Conditioned(model, **own) if own else model
+
+
+def alike(model: LearnedScore, run: Run, config: DictConfig) -> dict[str, Tensor]:
+    """The one `label` and the one `context` that every sample is to have, of those that are given.
 
     Raises ValueError for several, and where the network has to be told of what is not given.
     """
-    labels = labels_of(config.label, run)
+    labels, context = labels_of(config.label, run), config.get("context")
     check_labels(labels, model)
     own = {"label": torch.tensor(labels)} if labels else {}
-    own |= {} if config.context is None else {"context": rows_of("context", config.context)}
+    own |= {} if context is None else {"context": rows_of("context", context)}
     for name, rows in own.items():
         if len(rows) != 1:
             raise ValueError(f"{name}={config[name]}: give one, which all samples have")
     if missing := [name for name in needed(run.config) if name not in own]:
         raise ValueError(f"{run.path} has not learnt to do without its {' and '.join(missing)}: give the one that all samples "
                          f"are to have, {' '.join(f'{name}=<value>' for name in missing)}")  # fmt: skip
-    return Conditioned(model, **{name: rows[0] for name, rows in own.items()}) if own else model
+    return {name: rows[0] for name, rows in own.items()}
 
 
 def check_labels(labels: list[int], model: LearnedScore) -> None:

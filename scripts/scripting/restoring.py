@@ -131,9 +131,11 @@ def on_images(config: DictConfig, options: Mapping[str, Any], folder: Path) -> P
 
 
 def case_of(config: DictConfig, run: Run) -> Restoration:
-    """Held-out images of a run's data, observed as the task says."""
-    node, model, data = config.restoration, configs.model_of(run, config), run.data()
-    conditions.check_free(run)
+    """Held-out images of a run's data, of a label those of that class, observed as the task says."""
+    node, data = config.restoration, run.data()
+    model = conditions.told_alike(configs.model_of(run, config), run, config)
+    if labels := conditions.labels_of(config.label, run):
+        data = data.of_classes(labels)
     operator = task_operator(config.task, model.event_shape, **node.operator)
     truth = data.reference(node.count).x
     observed = operator.observe(truth, node.noise_std, generator=generator(config.seed, "observed"))
@@ -143,7 +145,7 @@ def case_of(config: DictConfig, run: Run) -> Restoration:
 def asked(config: DictConfig) -> dict[str, Any]:
     """What a task's numbers depend on."""
     whole = configs.plain(config)
-    names = ("task", "restoration", "run", "ema", "step", "sde", "budgets", "seeds", "num_samples", "seed")
+    names = ("task", "restoration", "run", "label", "ema", "step", "sde", "budgets", "seeds", "num_samples", "seed")
     return {name: whole[name] for name in names}
 
 

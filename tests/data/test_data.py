@@ -336,6 +336,9 @@ def test_a_torch_dataset_is_read_through_with_its_labels():
     alone = TensorData(torch.utils.data.TensorDataset(torch.eye(3))).examples()
     assert (alone.x.sum(), alone.condition) == (3, {})
     assert TensorData(Pairs(), torch.zeros(6, dtype=int)).num_classes == 1
+    for test in (Pairs(), (torch.zeros(6, 1, 2, 2), torch.zeros(6, dtype=int))):
+        assert TensorData(Pairs(), test=test).reference(9).condition["label"].shape == (6,)
+    assert len(TensorData(torch.eye(3), test=np.eye(3)).reference(9).x) == 3
     with pytest.raises(ValueError, match=r"items of 3 parts"):
         TensorData(Pairs(3))
     with pytest.raises(ValueError, match="no length"):

@@ -85,7 +85,6 @@ def test_what_is_seen_of_colours_is_shown_in_grey() -> None:
 
 @pytest.mark.parametrize(
     ("task", "override"), [("interpolate", "sampler=heun"), ("interpolate", "+noise_std=1"), ("superres", "scale=3"),
-                           ("class", "context=1"),
                            ("class", "guidance.iterations=3"), ("class", "+operator.factor=2")],
 )  # fmt: skip
 def test_options_of_other_tasks_are_refused(task: str, override: str) -> None:
@@ -154,6 +153,30 @@ def test_missing_entries_of_any_shape_are_imputed(shape: tuple[int, ...], tmp_pa
         abs(holes - x[:, None])[seen].max() < 6 * 0.02
     )  # below five standard deviations at worst, and the solver's error
     assert 0.35 < holes[drawn].std() < 0.65  # N(0, 1 / 4); 80 draws or more, four standard errors of 0.04
+
+
+def test_inputs_are_brought_to_a_label_in_a_context(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(20, 2)), y=np.arange(20) % 2,
+             c=np.ones((20, 3)))  # fmt: skip
+    config = OmegaConf.create({
+        "data": {"_target_": "score_sde.data.files.load_file", "path": str(tmp_path / "data.npz"), "labels": "y",
+                 "context": "c"},
+        "network": {"_target_": "score_sde.networks.MLP", "event_shape": [2], "width": 8, "depth": 1, "num_classes": 2,
+                    "context_width": 3},
+        "sde": {"_target_": "score_sde.sde.VPSDE"},
+        "parameterization": {"_target_": "score_sde.parameterization.Karras"},
+        "objective": {"label_dropout": 0.1}, "event_shape": [2], "seed": 0,
+    })  # fmt: skip
+    opened = Run.create(folder, config)
+    trainer = Trainer(steps=2, batch_size=8, device="cpu", progress=False, checkpoint_every=1, log_every=1)
+    trainer.fit(build_model(config), opened.data(), DenoisingScoreMatching(), UniformTimes(), folder, seed=0)
+    one, other = (
+        np.load(run_edit(folder, "task=class", "label=1", f"context={context}") / "after.npy")
+        for context in ("[0,1,2]", "[9,9,9]")
+    )
+    assert one.shape == (2, 3, 2)
+    assert not np.array_equal(one, other)
 
 
 def test_interpolation_leaves_a_path_between_neighbours(run: Path) -> None:
@@ -229,7 +252,7 @@ def test_of_what_is_no_image_a_mask_says_what_is_seen(task: str, tmp_path: Path)
         (["task=class"], "give label=<number>"),
         (["task=superres", "guidance=replacement"], "Replacement takes an observation without noise"),
         (["task=paint"], "task is one of inpaint, colorize, superres, deblur, class, interpolate; got 'paint'"),
-        (["task=class", "label=[1,2]"], "brings inputs to one label, got label=[1, 2]"),
+        (["task=class", "label=[1,2]"], "label=[1, 2]: give one, which all samples have"),
         (
             ["task=superres", "guidance=classifier_free"],
             "ClassifierFree restores nothing: task=superres takes guidance=mmps",

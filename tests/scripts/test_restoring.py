@@ -83,8 +83,10 @@ def test_curves_of_posteriors(tmp_path, monkeypatch, samplers):
 
 def test_on_a_run(tmp_path, monkeypatch):
     config = OmegaConf.create({
-        "data": {"_target_": "score_sde.data.digits", "labels": False},
-        "network": {"_target_": "score_sde.networks.MLP", "event_shape": [1, 8, 8], "width": 16, "depth": 1},
+        "data": {"_target_": "score_sde.data.digits", "labels": True},
+        "network": {"_target_": "score_sde.networks.MLP", "event_shape": [1, 8, 8], "width": 16, "depth": 1,
+                    "num_classes": 10},
+        "objective": {"label_dropout": 0.0},
         "sde": {"_target_": "score_sde.sde.VPSDE"},
         "parameterization": {"_target_": "score_sde.parameterization.Karras"},
         "event_shape": [1, 8, 8], "seed": 0,
@@ -92,8 +94,10 @@ def test_on_a_run(tmp_path, monkeypatch):
     run = Run.create(tmp_path / "run", config)
     trainer = Trainer(steps=2, batch_size=8, device="cpu", progress=False, checkpoint_every=1, log_every=1)
     trainer.fit(build_model(config), run.data(), DenoisingScoreMatching(), UniformTimes(), run.path, seed=0)
+    with pytest.raises(ValueError, match="has not learnt to do without its label: give the one"):
+        compared(tmp_path / "out", f"run={run.path}", "task=superres")
     figures = drawn(monkeypatch)
-    folder = compared(tmp_path / "out", f"run={run.path}", "task=superres", "restoration.samplers=[ddim,ancestral]",
+    folder = compared(tmp_path / "out", f"run={run.path}", "task=superres", "label=3", "restoration.samplers=[ddim,ancestral]",
                       "restoration.methods=[diffpir,mmps,repaint]")  # fmt: skip
     table = pd.read_csv(folder / "restorations.csv")
     assert list(table["method"]) == ["pseudo-inverse", "diffpir", "diffpir", "mmps", "mmps", "repaint"]

@@ -38,9 +38,11 @@ from score_sde.training import (
     ImportanceTimes,
     LadderTimes,
     Losses,
+    NoisyCrossEntropy,
     Times,
     Trainer,
     UniformTimes,
+    VariationalObjective,
     checkpoint,
 )
 from score_sde.training.draws import rows_of
@@ -430,6 +432,10 @@ def test_cuda_is_refused_where_there_is_none():
         Trainer(steps=1, batch_size=1, device="cuda")
 
 
+def on_ladder() -> LearnedScore:
+    return LearnedScore(MLP((2,)), sdes.DiscreteSDE.ddpm(100), Noise(), (2,))
+
+
 def labelled() -> TensorData:
     return TensorData(torch.randn(30, 2), torch.arange(30) % 3)
 
@@ -447,6 +453,16 @@ def labelled() -> TensorData:
             "the network knows 2",
         ),
         ({"time_sampler": LadderTimes()}, "VPSDE has no ladder"),
+        ({"objective": VariationalObjective()}, "VPSDE has no ladder: take a DiscreteSDE"),
+        (
+            {"objective": VariationalObjective(), "model": on_ladder()},
+            "the times drawn are none: take time_sampler=ladder",
+        ),
+        (
+            {"objective": VariationalObjective(), "model": on_ladder(), "time_sampler": LadderTimes()},
+            "variance='learned' needs a network with a variance head",
+        ),
+        ({"objective": NoisyCrossEntropy()}, "trains a classifier, the model is none"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, options, message):
