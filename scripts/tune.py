@@ -22,7 +22,18 @@ from score_sde.evaluation.coupled import RANKED, Course, best_of_each, course_ta
 from score_sde.keyed import generator
 from score_sde.targets import Target
 from score_sde.training import write_atomically
-from score_sde.tuning import EARLIER, Pairs, TunedSampler, TunedTable, check, converged_pairs, tune, tune_spectrum
+from score_sde.tuning import (
+    EARLIER,
+    GRIDS,
+    RULES,
+    Pairs,
+    TunedSampler,
+    TunedTable,
+    check,
+    converged_pairs,
+    tune,
+    tune_spectrum,
+)
 
 TEACHING = ("samples", "seed", "robust", "batch_size")
 FITTING = ("method", "iterations", "starts", "seed", "minutes")
@@ -34,26 +45,23 @@ LABELS = {"endpoint": "endpoint error / data std", "median": "median endpoint er
 @entry.main("tune")
 def main(config: DictConfig) -> None:
     check_options(config, typed())
-    steps, seeds = wholes("steps", listed(config.steps)), wholes("seeds", listed(config.seeds), 0)
-    whole("num_samples", config.num_samples, 2)
-    for calls in steps:
-        check(calls, **{name: config[name] for name in FITTING if name != "seed"})
+    steps = wholes("steps", listed(config.steps))
     subject = subjects.of_run_alike(config) if config.run else subjects.of_target(config)
     fits = Fits(config, subject, Path(config.output or tuned_tables.tuned_folder(config)))
     tuned_tables.check_conditions(fits.folder, fits.conditions)
     fits.folder.mkdir(parents=True, exist_ok=True)
     tables = {(kind, calls): table for calls in steps for kind, table in fits.of(calls).items()}
     if config.report:
-        law = subject.reference if isinstance(subject.reference, Target) and not config.run else None
-        foretell(subject.model, tables, config.num_samples, len(seeds))
-        course = Course(subject.model, law, num_samples=config.num_samples, seeds=seeds)
-        table = course_table(course, tables).assign(step=config.step or 0, num_samples=config.num_samples)
-        report(table, fits.folder)
+        report(measured(config, subject, tables), fits.folder)
 
 
 def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuses, with ValueError, options that do nothing in what the others ask for."""
+    """Refuses, with ValueError, options out of range, and those that do nothing in what the others ask for."""
     subjects.check_one(config, "tune for what")
+    for calls in wholes("steps", listed(config.steps)):
+        check(calls, **{name: config[name] for name in FITTING if name != "seed"})
+    wholes("seeds", listed(config.seeds), 0)
+    whole("num_samples", config.num_samples, 2)
     if config.run:
         idle(overrides, ["sde"], f"with run={config.run}, which has its own")
     else:
@@ -92,17 +100,16 @@ class Fits:
         return spectrum_of(self.subject.reference, self.config)
 
     def of(self, calls: int) -> dict[str, TunedTable]:
-        """kind -> table of so many calls, each written and told of."""
-        table = tune_spectrum(self.spectrum, calls, sde=self.subject.model.sde)
-        table.record.update(settings=self.conditions)
+        """The tables of so many calls by kind, "tuned" and "spectrum" or the latter alone, each written and told of."""
+        spectrum = tune_spectrum(self.spectrum, calls, sde=self.subject.model.sde)
+        spectrum.record.update(settings=self.conditions)
         tables = {} if self.config.spectrum else {"tuned": self.tuned(calls)}
-        tables |= {"spectrum": table}
-        for kind, table in tables.items():
+        for kind, table in (tables | {"spectrum": spectrum}).items():
             path = self.folder / f"{kind}-{calls}.json"
             write_atomically(path, table.text())
-            validation(table)
+            tell_validation(table)
             print(f"{path}: use it with sampler={kind} sampler.table={path}")
-        return tables
+        return tables | {"spectrum": spectrum}
 
     def tuned(self, calls: int) -> TunedTable:
         """The tuned table; one in the folder that these settings gave is taken as it is, another has to be beaten."""
@@ -127,31 +134,45 @@ def earlier_table(path: Path, sde: SDE) -> TunedTable | None:
     return None
 
 
-def foretell(model: ScoreModel, tables: Mapping[tuple[str, int], TunedTable], num_samples: int, seeds: int) -> None:
-    """Prints how long the report will take, where that is minutes: it measures more than a fit does, and no limit ends it."""
+Tables = Mapping[tuple[str, int], TunedTable]
+"""(kind, calls) -> table."""
+
+
+def measured(config: DictConfig, subject: subjects.Subject, tables: Tables) -> pd.DataFrame:
+    """Every table, and the best untuned solvers, on starting points that no fit has seen: a row for each solver and seed."""
+    seeds = wholes("seeds", listed(config.seeds), 0)
+    law = subject.reference if isinstance(subject.reference, Target) and not config.run else None
+    foretell(subject.model, tables, config.num_samples, len(seeds))
+    course = Course(subject.model, law, num_samples=config.num_samples, seeds=seeds)
+    return course_table(course, tables).assign(step=config.step or 0, num_samples=config.num_samples)
+
+
+def foretell(model: ScoreModel, tables: Tables, num_samples: int, seeds: int) -> None:
+    """Prints how long the report will take if that is minutes: it measures more than a fit does, and nothing limits it."""
     (_, calls), table = next(iter(tables.items()))
     budgets, count = {calls for _, calls in tables}, min(num_samples, 1024)
     began = time.monotonic()
     TunedSampler(table).sample(model, (count, *model.event_shape), seed=0)
     a_call = (time.monotonic() - began) / (count * calls)
-    # Of about eight solvers of every budget, and of twice the last; of the converged one, of a hundred calls; of the ranking.
-    every = sum(budgets) + 2 * max(budgets)
-    minutes = a_call * (num_samples * seeds * (8 * every + 100) + 132 * RANKED * every) / 60
+    every = sum(budgets) + 2 * max(budgets)  # the budgets that are measured
+    ranking = 2 * len(RULES) * len(GRIDS) * RANKED * every  # of the untuned solvers, and of those begun late
+    # About eight solvers of each budget are then measured, beside the converged solution of about a hundred calls.
+    minutes = a_call * (num_samples * seeds * (8 * every + 100) + ranking) / 60
     if minutes > 2:
         print(f"the report will take about {minutes:.0f} minutes: fewer num_samples={num_samples} or seeds={seeds} take less, "
               "report=false none; the tables are written", flush=True)  # fmt: skip
 
 
 def spectrum_of(reference: Any, config: DictConfig) -> torch.Tensor:
-    """Eigenvalues of the data's covariance, of draws of the law or examples; none below a millionth of the mean."""
+    """Eigenvalues of the data's covariance, by draws of the law or by examples; none below a millionth of their mean."""
     x = reference if isinstance(reference, torch.Tensor) else reference.sample(
         (2 * config.num_samples,), generator=generator(config.seed, "spectrum"))  # fmt: skip
     values = torch.linalg.eigvalsh(torch.cov(x.double().flatten(1).T).reshape(x[0].numel(), -1))
     return values.clamp_min(1e-6 * values.mean())
 
 
-def validation(table: TunedTable) -> None:
-    """The chosen table beside the best untuned solvers, by their loss on starting points that the fit did not see."""
+def tell_validation(table: TunedTable) -> None:
+    """Prints the chosen table beside its best rivals, by their loss on starting points that the fit did not see."""
     losses = table.record["validation"]
     spectrum = table.record["method"].startswith("spectrum")
     what = "W2 on Gaussian data of this covariance" if spectrum else "loss on starting points that no fit has seen"
@@ -161,9 +182,9 @@ def validation(table: TunedTable) -> None:
 
 
 def merged(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The table, after the rows of an earlier one for kinds and calls that it has not itself.
+    """The table below the rows of the file that are of other kinds or calls than its own.
 
-    Rows of other weights, seeds or numbers of samples are not to be compared with: there it is the table alone.
+    A file made with other weights, seeds or numbers of samples is dropped, as its rows do not compare.
     """
     if not path.exists():
         return table
@@ -180,7 +201,7 @@ def _combinations(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def report(table: pd.DataFrame, folder: Path) -> None:
-    """tuning.csv with every solver and seed, those of earlier calls too, tuning.png, and the best of each kind shown."""
+    """Writes tuning.csv, which keeps what earlier runs measured, and tuning.png; prints the best solver of each kind."""
     table = merged(folder / "tuning.csv", table)
     write_atomically(folder / "tuning.csv", table.to_csv(index=False))
     best = best_of_each(table.drop(columns=["step", "num_samples"]))

@@ -19,9 +19,9 @@ from score_sde.evaluation.diagnostics import (
     fokker_planck_residual,
     score_error,
 )
+from score_sde.evaluation.digits import DigitClassifier, digit_report
 from score_sde.evaluation.evaluate import Evaluation, check_counts, evaluate, starts
 from score_sde.evaluation.extractors import PCA, EfficientNetLite0, Extractor, Inception, Pixels
-from score_sde.evaluation.features import DigitClassifier, digit_report
 from score_sde.evaluation.metrics import (
     METRICS,
     MODE_METRICS,

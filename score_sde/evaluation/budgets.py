@@ -19,19 +19,19 @@ from score_sde.sampler import Sampler, SampleResult
 from score_sde.score import ScoreModel, WrappedScore
 from score_sde.sde import Time, as_time
 
-__all__ = ["UNBUDGETED", "Contestant", "Samples", "at_budget", "contest", "has_steps", "planned_calls", "reason"]
+__all__ = ["UNBUDGETED", "Contestant", "SamplerLike", "at_budget", "contest", "has_steps", "planned_calls", "reason"]
 
 UNBUDGETED = 0
 """The budget of a sampler that has no number of steps: its own tolerance or table decides."""
 
 
-class Samples(Protocol):
+class SamplerLike(Protocol):
     """What is compared: `Sampler`, `ProbabilityFlowODE`, or anything with their `sample`."""
 
     def sample(self, model: ScoreModel, shape: Sequence[int], *, seed: int) -> SampleResult: ...
 
 
-Contestant = Samples | Mapping[int, Samples] | Callable[[int], Samples]
+Contestant = SamplerLike | Mapping[int, SamplerLike] | Callable[[int], SamplerLike]
 """A sampler, a sampler for each number of calls, or a function from a budget to a sampler."""
 
 
@@ -128,7 +128,7 @@ def contest(
         yield budget, solver
 
 
-def _of_budget(contestant: Any, model: ScoreModel, budget: int, condition: Mapping[str, Any]) -> Samples:
+def _of_budget(contestant: Any, model: ScoreModel, budget: int, condition: Mapping[str, Any]) -> SamplerLike:
     if isinstance(contestant, Mapping):
         within = [calls for calls in contestant if calls <= budget]
         if not within:

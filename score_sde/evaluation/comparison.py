@@ -157,7 +157,7 @@ def _check(models: Mapping[str, ScoreModel], samplers: Mapping[str, Any], laws: 
 def _told(
     models: Mapping[str, ScoreModel], condition: Mapping[str, Tensor], num_samples: int
 ) -> dict[str, dict[str, Tensor]]:
-    """By model what it knows of the condition, on its device."""
+    """By model the part of the condition whose names it knows, on its device."""
     for name in condition:
         if not any(name in model.condition_names for model in models.values()):
             raise ValueError(f"condition {name!r} is known to none of the models {', '.join(models)}")
@@ -183,8 +183,13 @@ def _folder(home: Path | None) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A model and what it is told of the condition; the hash of all that its samples follow from (`who`), and that of the
-    noise floor they are held against (`floor`)."""
+    """A model in a comparison.
+
+    Attributes:
+        told: by name the rows of the condition that the model knows, one for each sample.
+        who: a hash of the model, of `told` and of all settings that its samples depend on.
+        floor: a hash of what its samples are held against, under which the journal keeps the noise floor.
+    """
 
     model: ScoreModel
     told: Mapping[str, Tensor]
@@ -192,13 +197,13 @@ class Entrant:
     floor: str
 
     def condition(self, first: int, size: int) -> dict[str, Tensor]:
-        """What the model is told of so many samples, from a first one on."""
+        """The condition of samples `first` to `first + size`."""
         return {name: value[first : first + size] for name, value in self.told.items()}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: `solver` is a sampler, or the status that says why there is none."""
+    """One run. Its `solver` is a sampler, or the status "refused: ..." where there is none; `keep` is for its samples."""
 
     model: str
     sampler: str

@@ -27,7 +27,7 @@ class ConvClassifier(Extractor):
     """Classifies uint8 images (n, C, H, W); its features are the 128 activations before the last layer.
 
     On MNIST two epochs gave 99.2 % of the test digits (76 s of one core), and it was sure (above 0.9) of 97 % of them. It
-    is sure of uniform noise too, as one class: the share means something beside the classes, precision and distance.
+    is sure of uniform noise too, all of one class: read the share beside the number of classes, precision and distance.
 
     Args:
         examples: how many images it sees in training, in batches of `batch_size`; every image is shifted by up to

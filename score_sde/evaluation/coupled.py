@@ -25,7 +25,7 @@ from score_sde.keyed import generator
 from score_sde.progress import tqdm
 from score_sde.score import ScoreModel
 from score_sde.targets import GaussianMixture, Target
-from score_sde.tuning import CONVERGED, Samples, TunedSampler, TunedTable, begun_late, untuned
+from score_sde.tuning import CONVERGED, Teacher, TunedSampler, TunedTable, begun_late, untuned
 
 
 def endpoint_error(x: Tensor, y: Tensor) -> float:
@@ -78,7 +78,7 @@ class Course:
 
     def __init__(
         self, model: ScoreModel, law: Target | None = None, *, num_samples: int = 5000, seeds: Sequence[int] = (0, 1, 2),
-        teacher: Samples | None = None, progress: bool = True,
+        teacher: Teacher | None = None, progress: bool = True,
     ) -> None:  # fmt: skip
         num_samples, seeds = whole("num_samples", num_samples, 2), wholes("seeds", seeds, 0)
         self.model, self.law = model, law

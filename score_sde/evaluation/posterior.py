@@ -20,7 +20,7 @@ from torch import Tensor
 
 from score_sde import grid
 from score_sde.evaluation import affine
-from score_sde.evaluation.budgets import Samples
+from score_sde.evaluation.budgets import SamplerLike
 from score_sde.evaluation.comparison import compare
 from score_sde.evaluation.metrics import Yardstick
 from score_sde.evaluation.verdicts import by_metric
@@ -101,7 +101,7 @@ class Case(Protocol):
 
 Method = Callable[[Any], ScoreModel]
 """From a `Case` to a guided model; those named in `KNOWING` need a `Problem`."""
-Solver = Callable[[Any, int], Samples]
+Solver = Callable[[Any, int], SamplerLike]
 
 KNOWING = ("exact", "prior")
 """Yardsticks rather than methods: the posterior's own score, and the prior's, which does not look at y."""
@@ -145,7 +145,7 @@ SOLVERS: dict[str, Solver] = {
 }
 """Methods that are samplers of their own, made for a number of steps."""
 
-SAMPLERS: dict[str, Callable[[int], Samples]] = {
+SAMPLERS: dict[str, Callable[[int], SamplerLike]] = {
     "ddim": lambda steps: Sampler(DDIM(), _log_snr(steps)),
     "adams2": lambda steps: Sampler(ExponentialAdams(2), _log_snr(steps)),
     "ancestral": lambda steps: Sampler(Ancestral(), _log_snr(steps)),
@@ -155,7 +155,7 @@ SAMPLERS: dict[str, Callable[[int], Samples]] = {
 
 def compare_posteriors(
     problem: Problem, budgets: Sequence[int], *, methods: Mapping[str, Method] | None = None,
-    samplers: Mapping[str, Callable[[int], Samples]] | None = None, solvers: Mapping[str, Solver] | None = None,
+    samplers: Mapping[str, Callable[[int], SamplerLike]] | None = None, solvers: Mapping[str, Solver] | None = None,
     num_samples: int = 2000, seeds: Sequence[int] = (0,), metrics: Sequence[str] = ("sliced_w2",), seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
@@ -335,7 +335,7 @@ def _check_cells(log_prob: Tensor, weights: Tensor) -> None:
 
 
 def compare_tilted(
-    mixture: GaussianMixture, label: int, scales: Sequence[float], sampler: Samples, sde: SDE, *,
+    mixture: GaussianMixture, label: int, scales: Sequence[float], sampler: SamplerLike, sde: SDE, *,
     num_samples: int = 4000, seed: int = 0, side: int = 801,
 ) -> pd.DataFrame:  # fmt: skip
     """Classifier-free guidance towards one component of a plane mixture, against the tilted density of the same scale.

@@ -11,7 +11,6 @@ Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861, eq. 13 with K_1 = 0.0
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import wholes
-from score_sde.evaluation.budgets import Samples
+from score_sde.evaluation.budgets import SamplerLike
 from score_sde.evaluation.metrics import frechet_distance
 from score_sde.evaluation.posterior import KNOWING, METHODS, SAMPLERS, SOLVERS, Method, Solver
 from score_sde.guidance import MMPS, LinearOperator
@@ -129,7 +128,7 @@ class Restoration:
 
 def compare_restorations(
     case: Restoration, budgets: Sequence[int], *, methods: Mapping[str, Method] | None = None,
-    samplers: Mapping[str, Callable[[int], Samples]] | None = None, solvers: Mapping[str, Solver] | None = None,
+    samplers: Mapping[str, Callable[[int], SamplerLike]] | None = None, solvers: Mapping[str, Solver] | None = None,
     seeds: Sequence[int] = (0,), features: Callable[[Tensor], Tensor] | None = None, progress: bool = True,
     on_result: Callable[[str, str, int, Tensor], None] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
@@ -151,7 +150,7 @@ def compare_restorations(
     """
     budgets, seeds = wholes("budgets", budgets), wholes("seeds", seeds, 0)
     chosen = SAMPLERS if samplers is None else samplers
-    runs: list[tuple[str, str, Callable[[int], Samples], Callable[[], ScoreModel]]] = [
+    runs: list[tuple[str, str, Callable[[int], SamplerLike], Callable[[], ScoreModel]]] = [
         (name, label, make, partial(method, case))
         for name, method in (LEARNED if methods is None else methods).items() for label, make in chosen.items()
     ]  # fmt: skip
@@ -177,10 +176,7 @@ def compare_restorations(
 
 def _drawn(case: Restoration, sampler: Any, model: ScoreModel, seed: int) -> SampleResult:
     count = len(case.truth) * case.draws
-    noise = SampleNoise.of_run(seed, range(count))
-    clock = time.perf_counter()
-    result = sampler.sample(model, (count, *case.model.event_shape), noise=noise)
-    return SampleResult(result.x, result.nfe, time.perf_counter() - clock, None, result.times)
+    return sampler.sample(model, (count, *case.model.event_shape), noise=SampleNoise.of_run(seed, range(count)))
 
 
 def _figures(case: Restoration, x: Tensor, features: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:

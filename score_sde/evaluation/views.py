@@ -12,8 +12,8 @@ from torch import Tensor
 
 from score_sde.data import Data, TensorData
 from score_sde.evaluation.convnet import ConvClassifier
+from score_sde.evaluation.digits import DigitClassifier, digit_report
 from score_sde.evaluation.extractors import in_range
-from score_sde.evaluation.features import DigitClassifier, digit_report
 from score_sde.evaluation.neighbours import Nearest, nearest
 from score_sde.evaluation.reference import FeatureView, Reference, check_count
 

@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 from score_sde.checks import number, one_of, whole
 from score_sde.progress import tqdm
 from score_sde.score import ScoreModel
-from score_sde.tuning.pairs import Pairs, Samples, converged_pairs
+from score_sde.tuning.pairs import Pairs, Teacher, converged_pairs
 from score_sde.tuning.span import Span
 from score_sde.tuning.table import TunedSampler, TunedTable
 from score_sde.tuning.untuned import RULES, begun_late, untuned
@@ -31,7 +31,7 @@ EARLIER = "the earlier table"
 
 def tune(
     model: ScoreModel, steps: int, *, method: str = "coefficients", samples: int | None = None, iterations: int = 50,
-    starts: int = 6, seed: int = 0, teacher: Samples | None = None, robust: float = 0.07,
+    starts: int = 6, seed: int = 0, teacher: Teacher | None = None, robust: float = 0.07,
     batch_size: int | None = None, minutes: float | None = None, pairs: tuple[Pairs, Pairs] | None = None,
     earlier: TunedTable | None = None, progress: bool = True,
 ) -> TunedTable:  # fmt: skip
@@ -55,9 +55,9 @@ def tune(
         robust: below this many data standard deviations per dimension the loss is quadratic in the error, above it
             grows as the root.
         batch_size: points at a time; by default 2^14 numbers' worth, 64 to 2048.
-        minutes: begin no iteration that would end later, by the time of the one before it, for large networks; the converged
-            solution comes before, the ranking of untuned solvers takes its share. The machine's speed then decides how many
-            there are; None gives the same table everywhere.
+        minutes: for large networks, begin no iteration that would end later, judged by the one before it. The ranking of
+            the untuned solvers counts, the converged solution does not. The result then depends on the machine's speed;
+            None gives the same table everywhere.
         pairs: what `converged_pairs` returned, which serves every number of calls; samples, seed, teacher, robust and
             batch_size are its own then.
         earlier: a table of as many calls to be held against the others, and returned where it validates best.
@@ -104,6 +104,7 @@ def check(
 
 
 def losses_of(tables: Mapping[str, TunedTable], pairs: Pairs, progress: bool = False) -> dict[str, float]:
+    """Each table's loss on the pairs, by name."""
     bar = tqdm(tables.items(), desc="untuned solvers", disable=not progress, delay=2)
     return {name: pairs.loss(table) for name, table in bar}
 
@@ -118,6 +119,7 @@ def chosen(
 
 
 def rule_of(name: str) -> str:
+    """The rule in a name "<rule> on <grid>"."""
     return name.partition(" on ")[0]
 
 
@@ -127,8 +129,9 @@ GLANCE = (6, 512)
 """Iterations, and points at most, of a candidate's fit."""
 
 PATHS = {"": (), ", from wide": (1.0, 0.3)}
-"""Values of `robust` that a candidate's fit goes through before its own. From wide to narrow, starts that end in another mode
-are drawn at first and given up later: some targets have their best table there, others at the end of the straight path."""
+"""Values of `robust` that a candidate is fitted with before its own: each is fitted once directly and once from wide to
+narrow. A wide loss first pulls in the starts that end in another mode, a narrow one then gives them up; which of the two
+paths leads to the better table depends on the target."""
 
 FINALISTS = 2
 """Candidates that are fitted to the end, on a quarter of the points; the best of them then on all."""
@@ -137,8 +140,10 @@ FINALISTS = 2
 def _fitted(
     fit: Pairs, validation: Pairs, tables: dict[str, TunedTable], iterations: int, end: float, progress: bool
 ) -> dict[str, TunedTable]:
-    """Short fits of each on few points, by each path; of the two that validate best then, longer ones on a quarter of the
-    points; of the better one, on all. Where the time is limited, each has a third of what is left.
+    """The best table, fitted in three rounds, each of which may take a third of the time that is left.
+
+    Every candidate on few points by each of PATHS; the FINALISTS that then validate best on a quarter of the points; the
+    better of these on all.
     """
     few, points = min(GLANCE[0], iterations), min(GLANCE[1], max(64, 2**14 // fit.x[0].numel()))
     now = time.monotonic()
@@ -183,7 +188,7 @@ def deadline(minutes: float | None) -> float:
 
 @contextmanager
 def searching(iterations: int, progress: bool) -> Iterator[tqdm]:
-    """A bar of at most so many iterations; what has converged before is at its end."""
+    """A bar of at most so many iterations, which is full at the end even if the fits converged before."""
     with tqdm(total=iterations, desc="tuning", disable=not progress, delay=2) as bar:
         yield bar
         bar.total = bar.n

@@ -35,7 +35,7 @@ STEEP = 10.0
 """A sample's derivatives beyond so many data standard deviations for a change of 1 count as if they were of that size."""
 
 
-class Samples(Protocol):
+class Teacher(Protocol):
     """What a teacher does: `ProbabilityFlowODE`, or a `Sampler` of many steps."""
 
     def sample(self, model: ScoreModel, shape: Sequence[int], *, x_init: Tensor) -> SampleResult: ...
@@ -133,7 +133,7 @@ class Pairs:
 
 
 def converged_pairs(
-    model: ScoreModel, *, samples: int | None = None, seed: int = 0, teacher: Samples | None = None,
+    model: ScoreModel, *, samples: int | None = None, seed: int = 0, teacher: Teacher | None = None,
     robust: float = 0.07, batch_size: int | None = None, progress: bool = True,
 ) -> tuple[Pairs, Pairs]:  # fmt: skip
     """Starting points and the teacher's endpoints, to fit on and to validate; arguments as `tune` has them.

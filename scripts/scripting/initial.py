@@ -56,7 +56,7 @@ def source_of(init: Any) -> Path:
 
 
 def network_weights(file: Path, known: Collection[str]) -> dict[str, Tensor]:
-    """Of a model's weights those of its network; of a network's, some of whose names are `known`, all."""
+    """A file's weights of a network: all, if some have `known` names, else those of a model's part `network`."""
     try:
         weights = load_file(file)
     except SafetensorError as error:

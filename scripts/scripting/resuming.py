@@ -14,7 +14,7 @@ from score_sde.run import Run
 from score_sde.training.trainer import has_stalled
 from scripting.command_line import check_known, key_of, typed
 
-# On which the weights and the order of examples depend: a resumed run keeps its own.
+# What the weights and the order of examples depend on: a resumed run keeps its own.
 FIXED = ("network", "sde", "parameterization", "data", "target", "event_shape", "seed", "trainer.batch_size", "init",
          "init_new")  # fmt: skip
 
@@ -51,10 +51,10 @@ def resumed(folder: str | Path, config: DictConfig) -> Run:
 
 
 def continued(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config of a run to resume, with the values given on the command line over its own, and in its `overrides`.
+    """The config of a run to resume, changed and its `overrides` extended by what the command line gives.
 
-    What is among its own overrides already says nothing new, whatever it is. Raises ValueError for another config group,
-    a group or key that is to go, or another value of what is FIXED. What was `auto` has been measured.
+    An override that the run has already, and a value of `auto`, which the run has measured, change nothing. Raises
+    ValueError for another choice in a config group, for ~key, and for another value of what is FIXED.
     """
     known = list(own.get("overrides") or [])
     resolved = OmegaConf.merge(own, {"overrides": [*overrides]}).overrides
@@ -71,7 +71,7 @@ def continued(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def values_of(overrides: Sequence[str], own: DictConfig) -> dict[str, str]:
-    """key -> value of overrides of a run that is resumed, its groups, which have to be its own, left out."""
+    """key -> value of the overrides, without those of config groups, whose choice has to be the run's own."""
     given: dict[str, str] = {}
     for override in overrides:
         name, value = key_of(override), override.partition("=")[2]
@@ -112,6 +112,6 @@ def check_steps_left(run: Run, new: Sequence[str]) -> None:
 
 
 def held_out_losses(run: Run, done: int) -> list[float]:
-    """Those of a run's first `done` steps, in order."""
+    """The held-out losses of a run's first `done` steps, in order."""
     rows = run.metrics().reindex(columns=["step", "loss_held_out"]).dropna()
     return [*rows.loc[rows["step"] <= done, "loss_held_out"]]

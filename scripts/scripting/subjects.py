@@ -22,7 +22,7 @@ class Subject:
 
     Attributes:
         reference: the law that its samples should have, or real examples.
-        conditions: count -> what so many samples are told of.
+        conditions: count -> the conditions of so many samples, by name.
     """
 
     model: ScoreModel
@@ -61,9 +61,9 @@ def of_run(config: DictConfig) -> Subject:
 
 
 def of_run_alike(config: DictConfig) -> Subject:
-    """A run's model under the one label and context that all samples are to have, and its law or examples of that label.
+    """A run's model under the one label and context of all samples, held against the run's law or examples of that label.
 
-    In `config` a label becomes its number.
+    A label that is given by name becomes its number, in `config` itself.
     """
     run = configs.open_run(config)
     data, model = run.data(), conditions.told_alike(configs.model_of(run, config), run, config)
@@ -73,5 +73,5 @@ def of_run_alike(config: DictConfig) -> Subject:
 
 
 def reference_of(data: Data, num_samples: int) -> Any:
-    """The law of data, or for samples and their noise floor twice as many examples as there are samples."""
+    """The law of the data, or twice `num_samples` examples: half for the samples, half for the noise floor."""
     return data.target if data.target is not None else data.reference(2 * num_samples).x

@@ -34,7 +34,7 @@ def is_pattern(table: Any) -> bool:
 
 
 def tables_of(folder: Path | None, pattern: str) -> dict[int, Path]:
-    """{calls: file} of the tables that scripts/tune.py left in a folder under names such as tuned-<calls>.json.
+    """{calls: file} of the tables that scripts/tune.py left in a folder, e.g. for the pattern tuned-*.json.
 
     Raises NoTablesError where there are none, ValueError where there is no folder.
     """
@@ -53,10 +53,12 @@ def tables_of(folder: Path | None, pattern: str) -> dict[int, Path]:
 
 
 def take_table(node: DictConfig, folder: Path | None, step: int | None) -> None:
-    """Puts a file in the place of a sampler's `table` that is a pattern in the folder: that of `calls`, or of the most.
+    """Replaces a pattern in a sampler's `table` by one of the folder's files, and drops `calls`, which chooses it.
 
-    Prints where it was fitted to other weights than those of the run in the folder at `step`, by default its last, or for
-    samples of one condition. Raises ValueError for a pattern that fits no file.
+    Without `calls` it is the table of the most. Prints a warning where the table was fitted to other weights than those of
+    the folder's run at `step` (by default its latest), and a note where it is for samples of one label or context alone.
+
+    Raises ValueError where no file matches, or `calls` stands beside a file.
     """
     calls = node.pop("calls", None)
     if is_pattern(node.get("table")):
@@ -75,7 +77,7 @@ def take_table(node: DictConfig, folder: Path | None, step: int | None) -> None:
 
 
 def check_conditions(folder: Path, own: Mapping[str, Any]) -> None:
-    """Refuses, with ValueError, a folder that has tables fitted under other conditions than those of the ones to come."""
+    """Refuses, with ValueError, a folder whose tables were fitted under other conditions than `own`."""
     for table in sorted(file for kind in ("tuned", "spectrum") for file in folder.glob(f"{kind}-*.json")):
         if (given := fitted_under(table)) not in (None, own):
             raise ValueError(
@@ -84,7 +86,7 @@ def check_conditions(folder: Path, own: Mapping[str, Any]) -> None:
 
 
 def fitted_under(table: Path) -> dict[str, Any] | None:
-    """The conditions of all samples that a table was fitted for; None where it does not say."""
+    """The label and context, by name, that a table was fitted under; None for a file that does not say."""
     settings = _record(table).get("settings")
     return None if settings is None else {name: settings[name] for name in CONDITIONS if name in settings}
 
@@ -94,7 +96,7 @@ def _words(given: Mapping[str, Any]) -> str:
 
 
 def _record(table: Path) -> dict[str, Any]:
-    """What a table says of how it came about; nothing where it is none of scripts/tune.py."""
+    """The `record` of a table, how it was made; empty where the file is no table."""
     with suppress(ValueError):
         if isinstance(read := json.loads(table.read_text()), dict):
             return dict(read.get("record") or {})
