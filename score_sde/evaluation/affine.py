@@ -51,6 +51,8 @@ def sampled_law(sampler: Sampler, model: ScoreModel) -> Law:
     Raises:
         ValueError: a step keeps a history or draws twice, or the output is not affine in x.
     """
+    # A move is run on rows: x = 0 without noise, each unit x without noise, each unit noise at x = 0, and beside these a row
+    # of any x and noise, which is their combination where the move is affine.
     (size,) = model.event_shape
     unit, nothing = torch.eye(size, dtype=torch.float64), torch.zeros(1 + size, size, dtype=torch.float64)
     x, z = torch.cat([nothing[:1], unit, nothing[1:]]), torch.cat([nothing, unit])

@@ -77,6 +77,11 @@ class Sizes:
     def __post_init__(self) -> None:
         whole("rounds", self.rounds)
 
+    @property
+    def few_rounds(self) -> int:
+        """Rounds of what takes long: the network, and the ODE solvers."""
+        return max(1, self.rounds // 3)
+
     @classmethod
     def quick(cls) -> Sizes:
         return cls((2, 3, 8, 8), 5, (2, 3, 8, 8), 8, (1, 2), 2, 50, (64,), 2)
@@ -289,7 +294,7 @@ def against_the_network(sizes: Sizes, device: torch.device, progress: bool = Fal
         graphed = entries(4 * sizes.network_steps, cuda_graph=True)
         found = longer | {f"{name}, CUDA graph": entry for name, entry in graphed.items()}
     for name, entry in tqdm(found.items(), desc="network", disable=not progress, leave=False):
-        rows.append({"sampler": name} | _beside_network(entry.sampler, model, x, max(1, sizes.rounds // 3), device))
+        rows.append({"sampler": name} | _beside_network(entry.sampler, model, x, sizes.few_rounds, device))
     return pd.DataFrame(rows)
 
 
@@ -370,11 +375,11 @@ def against_the_model(sizes: Sizes, device: torch.device, progress: bool = False
     model = ExactScore(targets.make("ring", weights=list(range(1, 9))), VPSDE())
     generator = torch.Generator().manual_seed(0)
     x = model.start(torch.randn(max(sizes.ode), 2, generator=generator))
-    tight = ProbabilityFlowODE("DOP853", 1e-10, 1e-10)
-    known = tight.sample(model, x[: min(sizes.ode)].shape, x_init=x[: min(sizes.ode)].double()).x
+    fewest = x[: min(sizes.ode)].double()
+    known = ProbabilityFlowODE("DOP853", 1e-10, 1e-10).sample(model, fewest.shape, x_init=fewest).x
     return pd.DataFrame([
         row for batch in sizes.ode
-        for row in _solved(model, x[:batch].to(device), known, max(1, sizes.rounds // 3), progress)
+        for row in _solved(model, x[:batch].to(device), known, sizes.few_rounds, progress)
     ])  # fmt: skip
 
 

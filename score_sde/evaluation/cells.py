@@ -167,7 +167,7 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _is_telling(value: Any) -> bool:
-    """Whether a global says what a function computes: values, arrays, own code and what is made of it."""
+    """Whether a global that a function uses says what it computes: values, arrays, code of one's own and its objects."""
     if isinstance(value, (type, FunctionType)):
         return not _is_steady(value.__module__)
     plain = isinstance(value, (Tensor, np.ndarray, nn.Module, Mapping, list, tuple, functools.partial)) or _is_constant(

@@ -95,10 +95,12 @@ def text(line: str) -> str:
 
 
 def bullets(lines: Sequence[str]) -> str:
+    """A list."""
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def code(lines: str) -> str:
+    """Lines as they are, in a box."""
     return f"<pre>{escape(lines)}</pre>"
 
 

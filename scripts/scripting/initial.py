@@ -28,7 +28,7 @@ def start_from(config: DictConfig, model: LearnedScore) -> None:
     for name in anew:
         if not any(key.startswith(name) for key in (*given, *own)):
             raise ValueError(unknown("weight of init_new", name, [*own]))
-    given, kept = ({name: value for name, value in weights.items() if not (anew and name.startswith(anew))}
+    given, kept = ({name: value for name, value in weights.items() if not name.startswith(anew)}
                    for weights in (given, own))  # fmt: skip
     there = config_beside(file)
     if wrong := differing(kept, given):

@@ -28,13 +28,14 @@ def opened(config: DictConfig) -> tuple[Run, bool]:
     if config.resume is not None and (not isinstance(config.resume, str) or not config.resume):
         raise ValueError(f"resume={config.resume!r} is no folder: give a run's directory, or auto")
     automatic, folder = config.resume == "auto", Path(HydraConfig.get().runtime.output_dir)
-    if automatic and folder == Path.cwd():
-        raise ValueError("resume=auto goes on in the folder that it started in: name it, hydra.run.dir=<folder>")
-    if automatic and distributed.agree(Run(folder).checkpoints.latest()) is not None:
-        return resumed(folder, config), True
-    if config.resume and not automatic:
+    if automatic:
+        if folder == Path.cwd():
+            raise ValueError("resume=auto goes on in the folder that it started in: name it, hydra.run.dir=<folder>")
+        if distributed.agree(Run(folder).checkpoints.latest()) is not None:
+            return resumed(folder, config), True
+    elif config.resume:
         return resumed(config.resume, config), True
-    if not automatic and (folder / "config.yaml").exists():
+    elif (folder / "config.yaml").exists():
         raise ValueError(f"{folder} holds a run already: give resume={folder} to continue it, or another folder")
     run = Run(folder, tuple(config.trust))
     run.config = config
