@@ -18,11 +18,11 @@ from score_sde.build import build
 from score_sde.checks import one_of
 from score_sde.evaluation import certify_all
 from score_sde.evaluation.certify import discover
+from score_sde.steps import Step
 from score_sde.training import write_atomically
 
 SHOWN = ["step", "noise", "order", "measured order", "calls", "point mass", "exact in", "exact degree",
          "std bias 10", "std bias 100", "stationary variance"]  # fmt: skip
-
 
 COLUMNS = (
     "point mass: by how much a step misses data at one point; exact in, exact degree: the prediction and the clock in which "
@@ -33,16 +33,8 @@ COLUMNS = (
 
 @entry.main("certify")
 def main(config: DictConfig) -> None:
-    trust = tuple(config.trust)
-    found = discover()
-    if config.steps is not None:
-        found = {one_of("a step", name, found): found[name] for name in listed(config.steps)}
-    if isinstance(config.step, str):
-        raise ValueError(f"step={config.step!r} is the config of a step, of conf/sampler/predictor or corrector: give "
-                         f"+sampler/predictor@step={config.step}, or +step._target_=<a class>")  # fmt: skip
-    if config.step is not None:
-        found = {str(config.step.get("_target_")): build(config.step, trust)}
-    result = certify_all(configs.sde_of(config), found, list(config.budgets), progress=True)
+    steps = steps_of(config)
+    result = certify_all(configs.sde_of(config), steps, list(config.budgets), progress=True)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "certificates.csv", result.table.to_csv(index=False))
@@ -50,8 +42,25 @@ def main(config: DictConfig) -> None:
     output.show(result.table[[name for name in SHOWN if name in result.table]], COLUMNS)
     for name, faults in result.faults.items():
         print(f"FAULT {name}: {'; '.join(faults)}")
-    print(f"\n{len(found)} steps, {len(result.faults)} with faults; {folder}: certificates.csv, certificates.png")
+    print(f"\n{len(steps)} steps, {len(result.faults)} with faults; {folder}: certificates.csv, certificates.png")
     sys.exit(1 if result.faults else 0)
+
+
+def steps_of(config: DictConfig) -> dict[str, Step]:
+    """The steps to certify by name: the user's own `step`, those of the package named in `steps`, or all of the package.
+
+    Raises ValueError for an unknown name, for a `step` that is no config, and where both are given.
+    """
+    if config.step is None:
+        known = discover()
+        names = known if config.steps is None else listed(config.steps)
+        return {one_of("a step", name, known): known[name] for name in names}
+    if isinstance(config.step, str):
+        raise ValueError(f"step={config.step!r} is the config of a step, of conf/sampler/predictor or corrector: give "
+                         f"+sampler/predictor@step={config.step}, or +step._target_=<a class>")  # fmt: skip
+    if config.steps is not None:
+        raise ValueError(f"steps={config.steps} does nothing beside a step of your own: leave one of them out")
+    return {str(config.step.get("_target_")): build(config.step, config.trust)}
 
 
 if __name__ == "__main__":

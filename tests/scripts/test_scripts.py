@@ -257,6 +257,7 @@ WRONG = {
     ),
     "a step by a name": ("certify", ["step=heun"], "give +sampler/predictor@step=heun, or"),
     "no such step": ("certify", ["steps=[Hen]"], "got 'Hen': did you mean 'Heun'?"),
+    "steps twice": ("certify", ["steps=[Heun]", "+sampler/predictor@step=ddim"], "does nothing beside a step"),
     "no seed": ("train", ["seed=abc"], "seed='abc' is no number: give one such as 0"),
     "no path": ("train", ["data=file"], "data.path has no value yet: give data.path=<value>"),
     "no snapshots": (
