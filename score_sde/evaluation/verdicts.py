@@ -88,19 +88,15 @@ def ranking(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
         `endpoint_error`, `excess`, the metric `worst` and `floors`.
     """
     summary = judge(table, within).dropna(subset="excess")
-    rows = []
-    for (model, sampler), own in summary.groupby(["model", "sampler"], sort=False):
-        there = own[own["excess"] <= 1].nsmallest(1, "nfe")
-        shown = there.iloc[0] if len(there) else own.loc[own["excess"].idxmin()]
-        calls = shown["nfe"] if len(there) else math.nan
-        figures = ["nfe", "seconds_per_sample", "endpoint_error", "excess", "worst", "floors"]
-        rows.append([model, sampler, calls, *shown[figures]])
-    columns = ["model", "sampler", "calls", "at", "seconds_per_sample", "endpoint_error", "excess", "worst", "floors"]
-    found = pd.DataFrame(rows, columns=columns)
-    place = found["model"].map({name: i for i, name in enumerate(dict.fromkeys(found["model"]))})
-    return (
-        found.assign(place=place).sort_values(["place", "calls", "excess"]).drop(columns="place").reset_index(drop=True)
-    )
+    figures, rows = ["seconds_per_sample", "endpoint_error", "excess", "worst", "floors"], []
+    for place, (model, runs) in enumerate(summary.groupby("model", sort=False)):
+        for sampler, own in runs.groupby("sampler", sort=False):
+            there = own[own["excess"] <= 1].nsmallest(1, "nfe")
+            shown = there.iloc[0] if len(there) else own.loc[own["excess"].idxmin()]
+            calls = shown["nfe"] if len(there) else math.nan
+            rows.append([place, model, sampler, calls, shown["nfe"], *shown[figures]])
+    found = pd.DataFrame(rows, columns=["place", "model", "sampler", "calls", "at", *figures])
+    return found.sort_values(["place", "calls", "excess"], ignore_index=True).drop(columns="place")
 
 
 def winners(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
