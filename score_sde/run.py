@@ -158,6 +158,10 @@ class Run:
         """Writes the run's final numbers to result.json, in one instant."""
         write_atomically(self.path / "result.json", json.dumps(dict(result), indent=2) + "\n")
 
+    def result(self) -> dict[str, Any]:
+        """What `save_result` wrote. Raises FileNotFoundError where the run has not come to its end."""
+        return json.loads((self.path / "result.json").read_text())
+
     @property
     def samples(self) -> Path:
         return self._folder("samples")

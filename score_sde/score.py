@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from score_sde.checks import number, one_of, real
-from score_sde.parameterization import Parameterization, Row
+from score_sde.parameterization import Denoised, Flow, Noise, Parameterization, Row, Score, Velocity
 from score_sde.prediction import Coefficient, Prediction
 from score_sde.sde import SDE, Time, as_time, expand
 
@@ -141,7 +141,7 @@ class ScoreModel(ABC):
 def checked_condition(
     model: ScoreModel, shape: Sequence[int], condition: Mapping[str, Any] | None, device: torch.device
 ) -> dict[str, Any]:
-    """A condition that fits a batch of this shape: one label, or one context vector (not of the batch's length), is for all.
+    """A condition that fits a batch of this shape: one label or context (no vector of the batch's length) is for all.
 
     Raises:
         ValueError, TypeError: see `ScoreModel.check`; or a label is no class of the model.
@@ -169,13 +169,21 @@ def in_rows(model: ScoreModel, count: int, condition: Mapping[str, Any] | None) 
 
 
 def _spread(model: ScoreModel, count: int, condition: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any]:
-    """A condition in which one label, or one context vector, has become one for each of `count` samples."""
+    """A condition in which one label or context, bare or as the only row, has become one for each of `count` samples."""
     given = dict(condition or {})
+    if isinstance(said := given.get("label"), str) or (
+        isinstance(said, Sequence) and any(isinstance(n, str) for n in said)
+    ):
+        raise TypeError(
+            f"a label is the number of a class, got {said!r}: list(run.config.class_names).index(name) is it"
+        )
     for name, single in (("label", 0), ("context", 1)):
         if given.get(name) is not None:
             value = torch.as_tensor(given[name], device=device)
-            shared = value.ndim == single and (single == 0 or len(value) != count)
-            given[name] = value.expand(count, *value.shape).contiguous() if shared else value
+            if value.ndim == single and (single == 0 or len(value) != count):
+                value = value.unsqueeze(0)
+            shared = len(value) == 1 != count
+            given[name] = value.expand(count, *value.shape[1:]).contiguous() if shared else value
     label = given.get("label")
     if isinstance(label, Tensor) and model.num_classes:
         strange = (label < -1) | (label >= model.num_classes)
@@ -453,8 +461,14 @@ class ExactScore(ScoreModel):
         return f"ExactScore({self.target!r}, {self.sde!r})"
 
 
+MEANINGS: Mapping[str, Parameterization] = {
+    "score": Score(), "denoised": Denoised(), "noise": Noise(), "velocity": Velocity(), "flow": Flow(),
+}  # fmt: skip
+"""What a function may give."""
+
+
 class FunctionScore(ScoreModel):
-    """A score model of a function that one has: a score, a denoiser, or a prediction of the noise or the velocity.
+    """A score model of a function that one has: a score, a denoiser, or a prediction of the noise or of a velocity.
 
     Args:
         function: (x, t, **condition) -> of x's shape (batch, *event_shape). t multiplies x: a scalar tensor, or of shape
@@ -462,8 +476,8 @@ class FunctionScore(ScoreModel):
             are the conditions it accepts.
         sde: the forward process in which x has its marginals.
         event_shape: shape of one sample.
-        gives: "score" (grad log p_t), "denoised" (E[x_0 | x_t]), "noise" (E[eps | x_t]) or "velocity" (alpha eps - sigma
-            D).
+        gives: "score" (grad log p_t), "denoised" (E[x_0 | x_t]), "noise" (E[eps | x_t]), "velocity" (alpha eps - sigma D)
+            or "flow", the field of flow matching (alpha' D + sigma' eps, which is eps - D on `RectifiedFlow`).
         data_std: standard deviation of the clean data, a scale for solvers.
 
     Raises:
@@ -479,7 +493,7 @@ class FunctionScore(ScoreModel):
             raise TypeError(f"FunctionScore(function, sde, event_shape) takes a function (x, t), got {function!r}")
         _check_sde(sde)
         self.function, self.sde, self.event_shape = function, sde, _event_shape(event_shape)
-        self.gives = one_of("gives", gives, ("score", "denoised", "noise", "velocity"))
+        self.gives = one_of("gives", gives, MEANINGS)
         self.data_std = number("data_std", data_std, above=0)
         self.condition_names = named(function)
 
@@ -492,14 +506,9 @@ class FunctionScore(ScoreModel):
             given = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
             raise ValueError(f"the function gives {given} for x of shape {tuple(x.shape)} and t of shape {tuple(at.shape)}: "
                              "it must give x's")  # fmt: skip
-        said = said.to(x.dtype)
-        if self.gives == "denoised":
-            return Prediction(x, said, alpha, sigma)
-        if self.gives == "velocity":
-            total = alpha**2 + sigma**2
-            return Prediction(x, said, alpha, sigma, alpha / total, -sigma / total)
-        make = Prediction.from_score if self.gives == "score" else Prediction.from_noise
-        return make(x, said, alpha, sigma)
+        means = MEANINGS[self.gives].output(self.sde, as_time(t).double())
+        c_skip, c_out = means if is_batched(t) else (part.item() for part in means)
+        return Prediction(x, said.to(x.dtype), alpha, sigma, c_skip, c_out)
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__name__", None) or repr(self.function)

@@ -158,7 +158,9 @@ class SDE(ABC):
         )
         near = 1e-9 * (ends.flip(0) - ends)  # a difference quotient costs a thirtieth of the derivative
         level = self.half_log_snr(ends)
-        beyond = ends + (value.unsqueeze(-1) - level) * near / (self.half_log_snr(ends + near) - level)
+        change = self.half_log_snr(ends + near) - level
+        change = torch.where(change == 0, near.sign().neg(), change)  # flat: any slope, but no NaN as a derivative
+        beyond = ends + (value.unsqueeze(-1) - level) * near / change
         t = torch.where(value > level[0], beyond[..., 0], torch.where(value < level[1], beyond[..., 1], t))
         return t.to(target.dtype)
 
@@ -213,6 +215,9 @@ class SDE(ABC):
                                  "make it elementwise in t, e.g. torch.ones_like(t) for a constant")  # fmt: skip
             bad = ~(torch.isfinite(values) & (values > 0))
             if bad.any():
+                if (self.half_log_snr(t[1:-1]).diff() > 0).all():
+                    raise ValueError(f"{name}: log(alpha / sigma) grows with t, here data lie at t_min and noise at t_max: "
+                                     "write the schedule with t_min + t_max - t for t")  # fmt: skip
                 first = t[bad][0].item()
                 raise ValueError(f"{name}.{part}({first:.6g}) is {values[bad][0].item()}: "
                                  f"alpha and sigma must be finite and positive on [t_min, t_max]")  # fmt: skip

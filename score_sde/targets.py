@@ -124,7 +124,8 @@ class GaussianMixture(Target):
     Args:
         weights: (K,), non-negative; normalised here.
         means: (K, D).
-        covariances: (K, D, D), symmetric and positive semi-definite.
+        covariances: (K, D, D), symmetric and positive semi-definite; or one variance for all, or (K,), one for each
+            component, where all directions are alike.
 
     Raises:
         ValueError: shapes do not fit, or a covariance is not symmetric and positive semi-definite.
@@ -133,6 +134,9 @@ class GaussianMixture(Target):
     def __init__(self, weights: Any, means: Any, covariances: Any) -> None:
         self.means = _float64(means)
         self.covariances = _float64(covariances)
+        if self.means.ndim == 2 and self.covariances.shape in ((), self.means.shape[:1]):
+            (K, D), variances = self.means.shape, self.covariances
+            self.covariances = variances.expand(K)[:, None, None] * torch.eye(D, dtype=torch.float64)
         if self.means.ndim != 2 or self.covariances.shape != (*self.means.shape, self.means.shape[-1]):
             raise ValueError(f"means have shape (K, D) and covariances (K, D, D), got {tuple(self.means.shape)} and "
                              f"{tuple(self.covariances.shape)}")  # fmt: skip

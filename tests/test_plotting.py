@@ -132,6 +132,11 @@ def test_trajectories_join_the_states_of_each_sample_in_order(ax: Axes) -> None:
     assert np.allclose(ends.get_offsets(), trajectory[-1, :3])
 
 
+def test_no_trajectories_are_refused() -> None:
+    with pytest.raises(ValueError, match="no trajectories: give one or more by name"):
+        plotting.trajectory_comparison({})
+
+
 def test_wide_trajectories_are_shrunk_to_the_spread_of_the_samples() -> None:
     last = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
     figure = plotting.trajectory_comparison({"SDE": torch.stack([50 * last, 0.5 * last, last])}, count=300)

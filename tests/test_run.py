@@ -94,7 +94,7 @@ def test_metrics_are_a_table_that_a_line_being_written_does_not_disturb(run, tmp
 def test_result_and_folders(run):
     run.save_result({"sliced_w2": 0.5, "steps": 6})
     run.save_result({"sliced_w2": 0.25})
-    assert json.loads((run.path / "result.json").read_text()) == {"sliced_w2": 0.25}
+    assert json.loads((run.path / "result.json").read_text()) == run.result() == {"sliced_w2": 0.25}
     assert run.samples.is_dir()
     assert run.figures == run.path / "figures"
     assert not list(run.path.glob(".partial*"))

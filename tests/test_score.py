@@ -15,7 +15,7 @@ from score_sde.networks import MLP
 from score_sde.parameterization import Karras, Noise, PublishedNoise
 from score_sde.sampler import Sampler
 from score_sde.score import KEPT, ExactScore, FunctionScore, LearnedScore, reparameterize
-from score_sde.sde import SDE, VPSDE, DiscreteSDE, KarrasSDE, RectifiedFlow
+from score_sde.sde import SDE, VPSDE, DiscreteSDE, KarrasSDE, RectifiedFlow, expand
 from score_sde.steps import DDIM, Ancestral
 from score_sde.targets import Empirical, GaussianMixture, make
 
@@ -311,7 +311,7 @@ def test_a_number_is_a_vector_of_length_one():
             make_model()
 
 
-@pytest.mark.parametrize("gives", ["score", "denoised", "noise", "velocity"])
+@pytest.mark.parametrize("gives", ["score", "denoised", "noise", "velocity", "flow"])
 def test_a_function_is_a_model_of_what_it_gives_with_one_time_or_one_for_each_sample(sde, gives):
     exact, x = (
         ExactScore(make("ring"), sde),
@@ -321,7 +321,13 @@ def test_a_function_is_a_model_of_what_it_gives_with_one_time_or_one_for_each_sa
 
     def function(v, t):
         asked.append(tuple(t.shape))
-        return getattr(exact(v, t.flatten() if t.ndim else t), gives)
+        t = t.flatten() if t.ndim else t
+        if gives == "flow":  # the slope of the path alpha D + sigma eps
+            said = exact(v, t)
+            _, alpha = torch.func.jvp(sde.alpha, (t.double(),), (torch.ones_like(t, dtype=F64),))
+            _, sigma = torch.func.jvp(sde.sigma, (t.double(),), (torch.ones_like(t, dtype=F64),))
+            return expand(alpha, v) * said.denoised + expand(sigma, v) * said.noise
+        return getattr(exact(v, t), gives)
 
     model = FunctionScore(function, sde, (2,), gives)
     t = sde.time_at(torch.tensor([0.7, -0.4], dtype=F64))
@@ -356,3 +362,25 @@ def test_labels_are_classes_or_none():
     for label in (-2, 3):
         with pytest.raises(ValueError, match=f"label={label}, but this model knows the classes 0 to 2"):
             sampler.sample(model, (2, 2), seed=0, condition={"label": torch.tensor([0, label])})
+
+
+@pytest.mark.parametrize(("name", "one"), [("label", torch.tensor([2])), ("context", torch.ones(1, 3, 5))])
+def test_a_condition_of_one_row_is_every_samples(name, one):
+    class Asked(torch.nn.Module):
+        def forward(self, x, c, label=None, context=None):
+            said = label if context is None else context
+            assert len(said) == len(x)
+            return x + said.to(x).reshape(len(x), -1).sum(1, keepdim=True)
+
+    model = LearnedScore(Asked(), VPSDE(), Noise(), (2,))
+    sampler = Sampler(DDIM(), functools.partial(grid.log_snr, steps=3))
+    first, each = (sampler.sample(model, (4, 2), seed=0, condition={name: condition}).x
+                   for condition in (one, one.expand(4, *one.shape[1:])))  # fmt: skip
+    assert torch.equal(first, each)
+
+
+def test_a_label_by_name_is_refused_with_the_fix():
+    model = FunctionScore(lambda x, t, label=None: -x, VPSDE(), (2,))
+    for label in ("cat", ["cat", "dog"]):
+        with pytest.raises(TypeError, match=r"the number of a class, got .*cat.*class_names"):
+            Sampler(DDIM(), functools.partial(grid.log_snr, steps=3)).sample(model, (2, 2), condition={"label": label})

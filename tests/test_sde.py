@@ -326,6 +326,7 @@ def a_user_sde(alpha=lambda t: 1 - t / 2, sigma=lambda t: t, **attributes):
         (a_user_sde(alpha=lambda t: 0.5 - t), r"Mine\.alpha\(0\.501133\) is -"),
         (a_user_sde(alpha=lambda t: t * torch.inf), r"Mine\.alpha\(0\.01\) is inf"),
         (a_user_sde(sigma=lambda t: 1.1 - t), "noise must grow with t"),
+        (a_user_sde(alpha=lambda t: t, sigma=lambda t: 1 - t), r"grows with t, .* write .* t_min \+ t_max - t for t"),
         (a_user_sde(sigma=lambda t: torch.ones_like(t), alpha=lambda t: torch.ones_like(t)), "noise must grow with t"),
         (a_user_sde(alpha=lambda t: 1.0), r"torch\.ones_like\(t\)"),
         (a_user_sde(alpha=lambda t: torch.ones(())), r"torch\.ones_like\(t\)"),

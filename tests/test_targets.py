@@ -221,6 +221,14 @@ def test_weights_are_the_share_of_each_component():
     torch.testing.assert_close(share, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=F64), rtol=0, atol=0.014)
 
 
+@pytest.mark.parametrize(("variances", "each"), [(0.25, (0.25, 0.25)), ([0.25, 4.0], (0.25, 4.0))])
+def test_one_variance_or_one_for_each_component_stands_for_equal_directions(variances, each):
+    law = GaussianMixture([1.0, 2.0], [[0.0] * 3, [1.0] * 3], variances)
+    whole = GaussianMixture([1.0, 2.0], [[0.0] * 3, [1.0] * 3], torch.stack([v * torch.eye(3) for v in each]))
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(law.log_prob(x), whole.log_prob(x))
+
+
 def test_a_component_of_weight_zero_is_never_drawn():
     law = GaussianMixture([0.0, 1.0, 0.0], [[9.0], [0.0], [-9.0]], torch.ones(3, 1, 1) * 0.01)
     x = draw(law, 1000)
@@ -276,6 +284,7 @@ def test_images_are_data_too():
     [
         (lambda: GaussianMixture([1.0], [0.0, 0.0], torch.eye(2)), r"means have shape \(K, D\)"),
         (lambda: GaussianMixture([1.0], [[0.0, 0.0]], torch.eye(2)), r"covariances \(K, D, D\)"),
+        (lambda: GaussianMixture([1.0, 1.0], [[0.0], [1.0]], [0.1, 0.1, 0.1]), r"covariances \(K, D, D\)"),
         (lambda: GaussianMixture([1.0, 1.0], [[0.0]], [[[1.0]]]), "weights are 1 non-negative"),
         (lambda: GaussianMixture([-1.0], [[0.0]], [[[1.0]]]), "non-negative"),
         (lambda: GaussianMixture([math.nan], [[0.0]], [[[1.0]]]), "non-negative"),

@@ -255,6 +255,8 @@ def trajectory_comparison(
     Given the same starting points, they show what the noise of an SDE adds to the flow of the ODE. States spread wider
     than the final samples, as those of variance-exploding processes are, are shrunk to the spread of these.
     """
+    if not samplers:
+        raise ValueError("there are no trajectories: give one or more by name")
     samplers = {name: _shrunk(_trajectory(paths)) for name, paths in samplers.items()}
     limits = limits or limits_of(torch.cat([paths[:, :count].flatten(0, 1) for paths in samplers.values()]))
     figure, axes = panels(len(samplers), width=4, height=4)

@@ -140,13 +140,16 @@ class ImportanceTimes(TimeSampler):
 
     As g^2 / sigma^2 = -2 d lambda / dt, this is lambda ~ U[lambda(t_max), lambda(t_min)] and p is known in closed form.
     Under `LikelihoodWeighting` every level then counts as under `SimpleWeighting`, but for one constant.
+    Of a schedule that is learnt neither t nor the weight has derivatives, as the mean that they stand for has none.
     Song et al. 2021, https://arxiv.org/abs/2101.09258, section 5.1.
     """
 
+    @torch.no_grad()
     def quantile(self, sde: SDE, u: Tensor) -> Tensor:
         first, last = sde.half_log_snr_range
         return sde.time_at(last + (first - last) * u).clamp(sde.t_min, sde.t_max)
 
+    @torch.no_grad()
     def weight(self, sde: SDE, t: Tensor) -> Tensor:
         first, last = sde.half_log_snr_range
         return 2 * (last - first) / (sde.t_max - sde.t_min) * (sde.sigma(t) / sde.diffusion(t)) ** 2

@@ -16,11 +16,11 @@ from score_sde.run import Run, does_without
 from scripting.conditions import check_labels, labels_of
 
 
-def check_unconditional(run: Run, scale: float, negative: Any = None) -> None:
-    """Refuses guidance away from what the network says without a label where it has not learnt to say anything."""
-    if scale != 1 and negative is None and not does_without(run.config):
-        raise ValueError(f"guidance of scale {scale:g} moves away from what the network says without a label, and it has not "
-                         "learnt to do without (objective.label_dropout=0 in its run): take scale=1, or train with "
+def check_unconditional(run: Run, scale: float, negative: Any = None, renoises: bool = False) -> None:
+    """Refuses guidance that asks what the network says without a label where it has not learnt to say anything."""
+    if (scale != 1 or renoises) and negative is None and not does_without(run.config):
+        raise ValueError("this guidance asks what the network says without a label, and it has not learnt to do without "
+                         "(objective.label_dropout=0 in its run): take classifier_free with scale=1, or train with "
                          "objective.label_dropout=0.1")  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def _by_method(guidance: DictConfig, labels: list[int], run: Run, model: Learned
         raise ValueError(f"{name} takes {wanted}: {guidance.run} is none")
     check_labels(labels, others[0] if by_classifier else model)
     if issubclass(kind, ClassifierFree):
-        check_unconditional(run, float(node.get("scale", 1)), node.get("negative"))
+        check_unconditional(run, float(node.get("scale", 1)), node.get("negative"), kind.renoises)
     check_labels(list((node.get("negative") or {}).values()), model)
     return method(model, *others)
 

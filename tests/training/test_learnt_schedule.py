@@ -14,7 +14,7 @@ from score_sde.evaluation import certify
 from score_sde.parameterization import Noise
 from score_sde.sde import SDE
 from score_sde.steps import Heun
-from score_sde.training import UniformTimes
+from score_sde.training import ImportanceTimes, UniformTimes
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -85,3 +85,27 @@ def test_a_schedule_is_not_learnt_by_several_processes_each_by_itself(monkeypatc
     frozen = model()
     frozen.sde.requires_grad_(False)
     tiny.trainer().check(frozen, tiny.data(), UniformTimes())
+
+
+class Flat(Learnt):
+    """log(sigma^2 / alpha^2) = e^a (10 t^2 - 5): flat at t = 0, where a secant has no slope."""
+
+    def gamma(self, t):
+        return self.log_p.double().exp() * (10 * t**2 - 5)
+
+
+@pytest.mark.parametrize("schedule", [Learnt, Flat])
+def test_importance_times_have_the_schedules_own_derivative(schedule: type[Learnt]) -> None:
+    """Of the mean of sigma^2 over t, which drawn times and weights stand for: against its value by quadrature, to 1 %."""
+    sde = schedule()
+    times = ImportanceTimes()(sde, 20_000, torch.Generator().manual_seed(0))
+    t = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+    means = [(times.weight * sde.sigma(times.t) ** 2).mean(), torch.trapezoid(sde.sigma(t) ** 2, t)]
+    drawn, exact = (torch.autograd.grad(mean, sde.log_p)[0] for mean in means)
+    torch.testing.assert_close(drawn, exact, rtol=0.01, atol=0)
+
+
+def test_the_time_of_a_level_has_a_derivative_where_the_schedule_is_flat() -> None:
+    sde = Flat()  # of e^a (5 - 10 t^2) = 2 lambda = 1 at a = 0, where t^2 = 0.4
+    slope = torch.autograd.grad(sde.time_at(torch.tensor(0.5, dtype=torch.float64)), sde.log_p)[0]
+    torch.testing.assert_close(slope, torch.tensor(1 / (20 * 0.4**0.5)), rtol=1e-4, atol=0)
