@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from score_sde.checks import real
 from score_sde.grid import below
 from score_sde.guidance.base import check_alike
 from score_sde.keyed import generator
@@ -33,7 +34,7 @@ def sdedit(
         seed: of the noise.
         condition: for the model.
     """
-    noise = torch.randn(x.shape, generator=generator(seed, "sdedit"), dtype=x.dtype).to(x.device)
+    noise = torch.randn(real("x", x).shape, generator=generator(seed, "sdedit"), dtype=x.dtype).to(x.device)
     start = model.sde.perturb(x, time, noise)
     later = copy.copy(sampler)
     if hasattr(sampler, "grid"):
@@ -87,7 +88,12 @@ def interpolate(
     """Spherical interpolation of latent codes: shape (len(shares), batch, *event_shape), x at share 0 and y at 1.
 
     Source: Song et al. 2021 (DDIM), https://arxiv.org/abs/2010.02502, appendix D.5.
+
+    Raises ValueError where x and y differ in shape, or there are no shares.
     """
+    if x.shape != y.shape or not len(shares):
+        raise ValueError(f"interpolate goes from x to y of one shape through one share or more, got {tuple(x.shape)}, "
+                         f"{tuple(y.shape)} and shares={shares}")  # fmt: skip
     a, b = (ode.encode(model, v, condition=condition).x for v in (x, y))
     codes = slerp(a, b, shares)
     return torch.stack([ode.sample(model, x.shape, x_init=code, condition=condition).x for code in codes])

@@ -219,6 +219,11 @@ def test_interpolation_meets_its_ends():
     a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 3.0]])
     torch.testing.assert_close(slerp(a, b, [1 / 3])[0], torch.tensor([[3 * math.cos(math.pi / 6), 1.5]]))
     torch.testing.assert_close(slerp(a, 2 * a, [0.5])[0], 1.5 * a)
+    for wrong, shares in ((y[:-1], [0.5]), (y, [])):
+        with pytest.raises(ValueError, match="of one shape through one share or more"):
+            interpolate(ode, model, x, wrong, shares)
+    with pytest.raises(TypeError, match="give floats"):
+        sdedit(Sampler(DDIM(), BASE), model, x.long(), 0.2, seed=0)
 
 
 @pytest.mark.parametrize("step", [None, ExponentialAdams(1, eta=1.0, prediction="noise")], ids=["ancestral", "noise"])
