@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from score_sde.adaptive import AdaptiveResult, PerSample, chosen_times
+from score_sde.checks import SolverError
 from score_sde.embedded import power, rms
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
@@ -93,7 +94,7 @@ class AdaptiveSDE(ErrorControlled):
                     break
                 bar.update(run.round(start.noise(attempt, 0)[run.ids]))
             else:
-                raise RuntimeError(f"a sample has not arrived after {MAX_ROUNDS} steps: loosen rtol and atol")
+                raise SolverError(f"a sample has not arrived after {MAX_ROUNDS} steps: loosen rtol and atol")
         x, calls = run.result, run.calls
         if self.final == "denoise":
             last = model(x, sde.t_min, **start.model.condition)
@@ -160,7 +161,7 @@ class _Paths:
         stuck = self.h < self.shortest
         arrived, lost, depth = torch.stack([done.sum(), (stuck & ~done).sum(), self.level.amax()]).tolist()
         if lost:
-            raise RuntimeError("the step size of a sample vanished: model output not finite, or atol too small")
+            raise SolverError("the step size of a sample vanished: model output not finite, or atol too small")
         if depth == len(self.lengths):
             self.lengths = torch.cat([self.lengths, torch.zeros_like(self.lengths)])
             self.pieces = torch.cat([self.pieces, torch.zeros_like(self.pieces)])

@@ -9,7 +9,11 @@ from typing import Any, SupportsFloat
 
 from torch import Tensor
 
-__all__ = ["differing", "number", "one_of", "real", "tensor", "whole", "wholes"]
+__all__ = ["SolverError", "differing", "number", "one_of", "real", "tensor", "whole", "wholes"]
+
+
+class SolverError(RuntimeError):
+    """A solver that chooses its own steps did not come to the end; the message says why."""
 
 
 def one_of(name: str, value: str, known: Iterable[str]) -> str:

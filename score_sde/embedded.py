@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from score_sde.checks import SolverError
 from score_sde.copies import Copies
 from score_sde.progress import tqdm
 from score_sde.sde import expand
@@ -314,7 +315,7 @@ def integrate(
             if not run.waiting and not len(run.ids):
                 return Solution(run.result, run.total_calls, run.total_rejected, run.dense)
             bar.update(run.round())
-    raise RuntimeError(f"a sample has not arrived after {MAX_STEPS} steps: loosen rtol and atol")
+    raise SolverError(f"a sample has not arrived after {MAX_STEPS} steps: loosen rtol and atol")
 
 
 class _Run:
@@ -428,6 +429,6 @@ class _Run:
         if stuck.any():
             place = int(stuck.nonzero()[0])
             way = f"vanished at {self.u[place]:g} on the way from {self.start:g} to {self.end:g}"
-            raise RuntimeError(
+            raise SolverError(
                 f"the step size of sample {int(self.ids[place])} {way}: the model's output there is not finite or has a jump"
             )

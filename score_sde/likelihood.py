@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from score_sde.adaptive import PerSample, whole_lanes
 from score_sde.brief import Brief
-from score_sde.checks import one_of, tensor, whole
+from score_sde.checks import SolverError, one_of, tensor, whole
 from score_sde.embedded import PAIRS, Norm, default_block, first_step, integrate, mixed_tolerance
 from score_sde.keyed import generator, key
 from score_sde.memory import keep_freed_memory
@@ -387,7 +387,7 @@ class _Flow:
 
     def __call__(self, y: Tensor, level: tuple[Tensor, ...], ids: Tensor) -> Tensor:
         if self.model.spent > self.most:
-            raise RuntimeError(f"the flow is not through after {MAX_CALLS:,} network calls, the model's score is too rough: "
+            raise SolverError(f"the flow is not through after {MAX_CALLS:,} network calls, the model's score is too rough: "
                                "loosen rtol and atol, or take method='adams', whose calls are fixed")  # fmt: skip
         t, scale, sigma, speed, of_noise, of_z = level
         z = y[:, : self.size]
@@ -476,7 +476,7 @@ def _integrate(
 
     solution = solve_ivp(flat, ends, start.flatten().cpu().numpy(), method, t_eval=[ends[1]], rtol=rtol, atol=atol)
     if not solution.success:
-        raise RuntimeError(f"{method} failed: {solution.message} Loosen rtol and atol, or take another method.")
+        raise SolverError(f"{method} failed: {solution.message} Loosen rtol and atol, or take another method.")
     end = torch.from_numpy(solution.y[:, -1].copy()).to(start.device).view_as(start)
     return end, torch.full_like(ids, model.spent - before)
 
@@ -484,7 +484,7 @@ def _integrate(
 def _finite(state: Tensor) -> Tensor:
     """The state, where all of it is finite; RuntimeError elsewhere."""
     if lost := int((~state.isfinite().all(1)).sum()):
-        raise RuntimeError(f"the flow of {lost} of {len(state)} samples is not finite: the model's outputs are wrong, or with "
+        raise SolverError(f"the flow of {lost} of {len(state)} samples is not finite: the model's outputs are wrong, or with "
                            "method='adams' too few steps are taken")  # fmt: skip
     return state
 

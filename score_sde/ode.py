@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from score_sde.checks import one_of
+from score_sde.checks import SolverError, one_of
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
 from score_sde.sampler import CountedModel, ErrorControlled, SampleResult, begin
@@ -125,7 +125,7 @@ class ProbabilityFlowODE(ErrorControlled):
         initial = x.double().flatten().cpu().numpy()
         solution = solve_ivp(velocity, span, initial, self.method, times.numpy(), rtol=self.rtol, atol=self.atol)
         if not solution.success:
-            raise RuntimeError(f"{self.method} did not reach t={span[1]:g}: {solution.message} "
+            raise SolverError(f"{self.method} did not reach t={span[1]:g}: {solution.message} "
                                "Loosen rtol and atol, or take another method.")  # fmt: skip
         return torch.from_numpy(np.ascontiguousarray(solution.y.T)).to(x).view(len(times), *x.shape)
 

@@ -31,14 +31,15 @@ from omegaconf.errors import (
 )
 
 from score_sde import distributed
-from score_sde.checks import whole
+from score_sde.checks import SolverError, whole
 from score_sde.run import Run
 from score_sde.training import DivergenceError
 from scripting import command_line
 from scripting.command_line import CONF, idle, misread, unknown, unknown_key
 
-# What a wrong input raises; anything else is a bug of ours and keeps its traceback.
-REFUSALS = (ValueError, TypeError, OSError, ImportError, DivergenceError, HydraException, OmegaConfBaseException)
+# What a wrong input raises, or a solver that fails; anything else is a bug of ours and keeps its traceback.
+REFUSALS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, SolverError, DivergenceError, HydraException,
+            OmegaConfBaseException)  # fmt: skip
 
 
 def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:

@@ -34,6 +34,15 @@ def untrained(path: Path, data: dict, shape: list[int]) -> Run:
     return run
 
 
+def test_a_solver_that_fails_ends_the_script_in_its_one_line(tmp_path: Path) -> None:
+    run = untrained(tmp_path, RING, [2])
+    lost = {name: torch.full_like(value, torch.nan) for name, value in run.model().state_dict().items()}
+    run.checkpoints.save(1, {"weights": lost, "ema": lost}, {"step": 1})
+    said = script("likelihood", f"run={run.path}", "count=8", "method=dopri5", cwd=tmp_path, code=1)
+    assert "not finite" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("dequantize", [True, False])
 def test_integers_come_back_from_the_scale_of_the_model(dequantize: bool) -> None:
     data = build({**DIGITS, "dequantize": dequantize})
