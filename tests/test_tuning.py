@@ -44,7 +44,7 @@ from score_sde.tuning import (
     tune_spectrum,
     untuned,
 )
-from score_sde.tuning.fitting import Search, fit_all, searching
+from score_sde.tuning.fitting import KEPT, Search, fit_all, losses_of, searching
 from score_sde.tuning.pairs import STEEP
 
 CALLS = 5
@@ -252,6 +252,15 @@ def test_tuning_improves_and_its_record_says_by_how_much(model: ExactScore, tune
     assert losses[tuned.record["chosen"]] < 0.5 * losses[tuned.record["best untuned"]]
     assert losses[tuned.record["best untuned"]] == min(losses[name] for name in untuned(model.sde, 3))
     assert losses.keys() >= begun_late(model.sde, 3).keys()
+
+
+def test_of_many_points_the_untuned_solvers_are_ranked_on_few_and_only_the_best_measured_on_all(model) -> None:
+    teacher = Sampler(ExponentialAdams(2), partial(grid.log_snr, steps=10))
+    fit, validation = converged_pairs(model, samples=1200, teacher=teacher, progress=False)
+    table = tune(model, 3, pairs=(fit.first(64), validation), iterations=1, starts=2, progress=False)
+    every, found = losses_of(untuned(model.sde, 3), validation), table.record["validation"]
+    assert len(found.keys() & every.keys()) == KEPT < len(every)
+    assert found[table.record["best untuned"]] == min(every.values())
 
 
 @pytest.mark.parametrize("method", ["coefficients", "grid"])

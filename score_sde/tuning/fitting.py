@@ -72,15 +72,15 @@ def tune(
         model, samples=samples, seed=seed, teacher=teacher, robust=robust, batch_size=batch_size, progress=progress
     )
     end = deadline(minutes)
-    losses = losses_of(known | late, validation, progress)
-    best, *_ = promising = sorted(late, key=losses.__getitem__)
+    losses = ranked(known, validation, progress) | ranked(late, validation, progress, starts)
+    best, *_ = promising = sorted(late.keys() & losses, key=losses.__getitem__)
     if method == "grid":
         with searching(iterations, progress) as bar:
             search = Search(bar, iterations, end)
             tuned = {f"tuned from {best}": search_levels(fit, late[best], RULES[rule_of(best)], search)}
     else:
-        ranked = {name: late[name] for name in promising[: (starts + 1) // 2]}
-        tables = ranked | _random(Span.of(model.sde), int(steps), starts // 2, seed)
+        known_good = {name: late[name] for name in promising[: (starts + 1) // 2]}
+        tables = known_good | _random(Span.of(model.sde), int(steps), starts // 2, seed)
         tuned = _fitted(fit, validation, tables, iterations, end, progress)
     if earlier is not None:
         if len(earlier.weights) != steps:
@@ -101,6 +101,19 @@ def check(
         whole(name, value)
     if minutes is not None:  # for as long as it takes
         number("minutes", minutes, above=0)
+
+
+FIRST, KEPT = 256, 12
+"""Points on which all untuned solvers are measured at first, and how many of the best then are measured on all."""
+
+
+def ranked(tables: Mapping[str, TunedTable], pairs: Pairs, progress: bool, kept: int = KEPT) -> dict[str, float]:
+    """The losses on all points of the tables that promise most by the first: `KEPT` or more; of few points, of all."""
+    losses = losses_of(tables, pairs.first(FIRST), progress)
+    if len(pairs.x) <= FIRST:
+        return losses
+    best = sorted(losses, key=losses.__getitem__)[: max(kept, KEPT)]
+    return losses_of({name: tables[name] for name in best}, pairs, progress)
 
 
 def losses_of(tables: Mapping[str, TunedTable], pairs: Pairs, progress: bool = False) -> dict[str, float]:

@@ -43,7 +43,7 @@ class TunedTable:
             call at the start itself has kappa = 1.
         signal: chi, the signal in the state of each call over the alpha of its level, positive, shape (N,); 1 where left
             out, and for the first, which has what its start has.
-        record: how it came about: the method, and the validation loss of every candidate.
+        record: how it came about: the method, and the validation losses of the candidates.
 
     Raises:
         ValueError: shapes do not fit, levels do not increase or begin before the start, noise or signal is not positive, or
