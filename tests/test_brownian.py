@@ -89,9 +89,9 @@ STOCHASTIC = {name: step for name, step in discover().items()
 def test_every_step_with_noise_converges_path_by_path_with_order_one(name):
     """The noise is additive, so that Euler-Maruyama already has strong order 1; fresh noise does not converge at all."""
     ends = []
-    for steps in (32, 64, 512):
+    for steps in (32, 64, 256):
         sampler = Sampler(STOCHASTIC[name], partial(grid.log_snr, steps=steps), final="none")
-        ends.append(sampler.sample(RING, (48, 2), noise=BrownianNoise(range(48)), dtype=F64).x)
+        ends.append(sampler.sample(RING, (40, 2), noise=BrownianNoise(range(40)), dtype=F64).x)
     coarse, fine = ((end - ends[-1]).norm(dim=1).median().item() for end in ends[:2])
     assert fine < 0.1
     assert 0.6 < math.log2(coarse / fine) < 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ from score_sde import ExactScore, sde, steps, targets
 from score_sde.build import build, build_model, trusted
 from score_sde.classifier import NoisyClassifier
 from score_sde.data import TargetStream, TensorData
-from score_sde.tuning import untuned
+from score_sde.tuning import TunedTable, untuned
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -70,12 +71,19 @@ class Knowing(ExactScore):
         return replace(super().__call__(x, t, **condition), variance_weight=torch.full_like(x, 0.5))
 
 
+@functools.cache
+def with_a_table(name: str) -> tuple[Knowing, TunedTable]:
+    """The ring on an SDE, and a table of two calls for it."""
+    model = Knowing(targets.make("ring"), build(option("sde", name)))
+    return model, untuned(model.sde, 2)["velocity Adams 2 on rectified"]
+
+
 @pytest.mark.parametrize("name", names("sde"))
 @pytest.mark.parametrize("sampler", names("sampler"))
 def test_every_sampler_takes_two_steps_on_every_sde(name: str, sampler: str, tmp_path: Path) -> None:
-    model = Knowing(targets.make("ring"), build(option("sde", name)))
+    model, table = with_a_table(name)
     for kind in ("tuned", "spectrum"):
-        untuned(model.sde, 2)["velocity Adams 2 on rectified"].save(tmp_path / f"{kind}-2.json")
+        table.save(tmp_path / f"{kind}-2.json")
     node = configs.sampler_config(sampler, tmp_path)
     if "grid" in node:
         node.grid.steps = 2
