@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -45,20 +45,27 @@ def sliced_w2(x: Tensor, y: Tensor, *, directions: int = 128, seed: int = 0) -> 
     Source: Bonneel et al. 2015, Sliced and Radon Wasserstein barycenters, section 3.
     """
     x, y = pair(x, y)
-    generator = torch.Generator().manual_seed(seed)
-    theta = torch.randn(directions, x.shape[1], generator=generator, dtype=x.dtype).to(x.device)
-    theta /= theta.norm(dim=1, keepdim=True)
+    theta = _directions(x, directions, seed)
     chunk = max(1, 2**23 // (len(x) + len(y)))
-    squared = [_w2_on_lines(part @ x.T, part @ y.T) for part in theta.split(chunk)]
+    squared = [_w2_on_lines(_sorted_along(part, x), _sorted_along(part, y)) for part in theta.split(chunk)]
     return torch.cat(squared).mean().sqrt().item()
 
 
+def _directions(x: Tensor, count: int = 128, seed: int = 0) -> Tensor:
+    theta = torch.randn(count, x.shape[1], generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
+    return theta / theta.norm(dim=1, keepdim=True)
+
+
+def _sorted_along(theta: Tensor, x: Tensor) -> Tensor:
+    """The sorted projections of points (n, D) on each direction, shape (directions, n)."""
+    return (theta @ x.T).sort(dim=1).values
+
+
 def _w2_on_lines(x: Tensor, y: Tensor) -> Tensor:
-    """Exact squared W2 between rows: (rows, n), (rows, m) -> (rows,), by integrating the two quantile functions.
+    """Exact squared W2 between sorted rows: (rows, n), (rows, m) -> (rows,), by integrating the two quantile functions.
 
     Both are step functions of u; their jumps i/n and j/m are counted in units of 1/(n m), so that none is rounded.
     """
-    x, y = x.sort(dim=1).values, y.sort(dim=1).values
     n, m = x.shape[1], y.shape[1]
     if n == m:
         return (x - y).square().mean(dim=1)
@@ -87,9 +94,18 @@ def energy_distance(x: Tensor, y: Tensor, *, max_points: int = 2000) -> float:
 
     Source: Székely and Rizzo 2013, Energy statistics, equation 2 (its V-statistic, which is never negative).
     """
-    x, y = (_thin(v, max_points) for v in pair(x, y))
-    mean = partial(_mean_over_pairs, lambda distance: distance)
-    return max(0.0, 2 * mean(x, y) - mean(x, x) - mean(y, y)) ** 0.5
+    x, y = pair(x, y)
+    return _energy_between(_spread(x, max_points), _spread(y, max_points))
+
+
+def _spread(x: Tensor, max_points: int = 2000) -> tuple[Tensor, float]:
+    """At most `max_points` points (n, D), and their mean distance E|x - x'|."""
+    x = _thin(_flat(x), max_points)
+    return x, _mean_over_pairs(_itself, x, x)
+
+
+def _energy_between(x: tuple[Tensor, float], y: tuple[Tensor, float]) -> float:
+    return max(0.0, 2 * _mean_over_pairs(_itself, x[0], y[0]) - x[1] - y[1]) ** 0.5
 
 
 def mmd(
@@ -220,6 +236,28 @@ MODE_METRICS: dict[str, Callable[[Tensor, GaussianMixture], float]] = {
 }
 
 
+class Profile(NamedTuple):
+    """A metric in two steps, metric(x, y) = between(of(x), of(y)): `of` is computed once for each set of samples."""
+
+    of: Callable[[Tensor], Any]
+    between: Callable[[Any, Any], float]
+
+
+def _projections(x: Tensor) -> Tensor:
+    x = _flat(x)
+    return _sorted_along(_directions(x), x)
+
+
+def _w2_of_projections(x: Tensor, y: Tensor) -> float:
+    return _w2_on_lines(x, y).mean().sqrt().item()
+
+
+PROFILES = {"sliced_w2": Profile(_projections, _w2_of_projections), "energy": Profile(_spread, _energy_between)}
+
+PROFILED = 20_000
+"""Up to so many samples profiles are used: the sorted projections of one set then take 20 MB."""
+
+
 def noise_floor(
     metric: Metric, reference: Target | Tensor, n: int, *, generator: torch.Generator, repeats: int = 8
 ) -> float:
@@ -269,10 +307,12 @@ class Yardstick:
         self.counts = {name: min(n, _most_points(metric) or n) for name, metric in self.metrics.items()}
         pairs = [_draw_pair(reference, n, generator) for _ in range(repeats)]
         self.draws = [draw for draw, _ in pairs]
-        between = {
-            name: torch.tensor([metric(x, y) for y, x in pairs], dtype=torch.float64)
-            for name, metric in self.metrics.items()
-        }
+        own = {name for name in PROFILES if n <= PROFILED and self.metrics.get(name) is METRICS[name]}
+        self.profiles = {name: PROFILES[name] if name in own else Profile(_itself, metric)
+                         for name, metric in self.metrics.items()}  # fmt: skip
+        self.known = {name: [of(draw) for draw in self.draws] for name, (of, _) in self.profiles.items()}
+        between = {name: torch.tensor([self._between(name, x, known[k : k + 1])[0] for k, (_, x) in enumerate(pairs)],
+                                      dtype=torch.float64) for name, known in self.known.items()}  # fmt: skip
         self.floors = {name: values.mean().item() for name, values in between.items()}
         self.spreads = {name: values.std(correction=int(repeats > 1)).item() for name, values in between.items()}
 
@@ -286,10 +326,16 @@ class Yardstick:
             raise ValueError(f"this yardstick measures {self.n} samples, its floors hold for no other number, "
                              f"got {len(samples)}")  # fmt: skip
         samples = samples.detach().cpu()
-        values = {name: sum(metric(samples, draw) for draw in self.draws) / len(self.draws)
-                  for name, metric in self.metrics.items()}  # fmt: skip
+        pair(samples[:1], self.draws[0][:1])
+        values = {name: sum(self._between(name, samples, known)) / len(known) for name, known in self.known.items()}
         table = pd.DataFrame({"metric": list(values), "value": values.values(), "floor": self.floors.values()})
         return table.assign(ratio=table["value"] / table["floor"])
+
+    def _between(self, name: str, samples: Tensor, known: Sequence[Any]) -> list[float]:
+        """A metric between the samples and each of the draws whose profiles are given."""
+        of, between = self.profiles[name]
+        own = of(samples)
+        return [between(own, each) for each in known]
 
 
 def score(
@@ -376,6 +422,10 @@ def _thin(x: Tensor, max_points: int) -> Tensor:
     if len(x) <= max_points:
         return x
     return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:max_points]]
+
+
+def _itself(x: Any) -> Any:
+    return x
 
 
 def _mean_over_pairs(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:

@@ -280,3 +280,13 @@ def test_a_function_is_a_metric_beside_those_known_by_name() -> None:
     table = score(x + 3, make("ring"), generator=torch.Generator().manual_seed(1), metrics=["sliced_w2", gap])
     assert table["metric"].tolist() == ["sliced_w2", "gap"]
     assert table["value"][1] == pytest.approx(3, abs=0.5)
+
+
+@pytest.mark.parametrize("name", metrics.PROFILES)
+@pytest.mark.parametrize("most", [0, metrics.PROFILED])
+def test_a_yardstick_s_figures_are_the_means_of_the_plain_metric_over_its_draws(name, most, monkeypatch):
+    """Bitwise, whether what a set alone takes is computed once or not."""
+    monkeypatch.setattr(metrics, "PROFILED", most)
+    law, source = make("ring"), torch.Generator().manual_seed(0)
+    yardstick, x = Yardstick(law, 50, generator=source, metrics=[name], repeats=3), law.sample((50,), generator=source)
+    assert yardstick(x)["value"].item() == sum(metrics.METRICS[name](x, draw) for draw in yardstick.draws) / 3
