@@ -14,7 +14,6 @@ import math
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,19 +84,20 @@ class SampleNoise(NoiseSource):
     def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:
         if len(self.seeds) != shape[0]:
             raise ValueError(f"SampleNoise has {len(self.seeds)} seeds for a batch of {shape[0]}: give one a sample")
-        elements = math.prod(shape[1:])
-        keys = _mix(self.seeds.to(device)[:, None] * _GOLDEN + _SALT)
-        counters = torch.arange(1, elements // 2 + elements % 2 + 1, device=device) * _GOLDEN
+        keys, counters = self._words(shape, device)
         real = torch.float64 if dtype == torch.float64 else torch.float32
 
         def stream(step: int, draw: int) -> Tensor:
-            bits = _mix(_mix(keys + ((step << 20) + draw + 1)) + counters)
-            radius = ((bits >> 32) & _LOW).to(real).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
-            angle = (bits & _LOW).to(real).mul_(math.tau * 2.0**-32)
-            normal = torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())], 1)
-            return normal[:, :elements].reshape(tuple(shape)).to(dtype)
+            radius, angle = _polar(keys + ((step << 20) + draw + 1), counters, real)
+            return _joined([radius * angle.cos(), radius.mul_(angle.sin_())], shape).to(dtype)
 
         return stream
+
+    def _words(self, shape: Sequence[int], device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """A word for each sample, (batch, 1), and one for every two elements, (pairs,)."""
+        pairs = (math.prod(shape[1:]) + 1) // 2
+        words = _mix(self.seeds.to(device)[:, None] * _GOLDEN + _SALT)
+        return words, torch.arange(1, pairs + 1, device=device) * _GOLDEN
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.seeds)} seeds)"
@@ -115,8 +115,10 @@ class BrownianNoise(SampleNoise):
     pathwise (strong) errors, not two draws. Row i depends on seeds[i] and the levels alone. The start and a corrector's noise
     are those of `SampleNoise`; where a grid goes up and down again (churn), each way down has a path of its own.
 
-    W is found by halving [-32, 32] in lambda twenty times, each midpoint drawn given the ends (a Brownian bridge), and
-    levels are rounded to that lattice, 6e-5 apart: at most twenty draws a move, fewer on fine grids.
+    W is found by halving [-32, 32] in lambda, each midpoint drawn given the ends (a Brownian bridge), and at last the level
+    itself in an interval that holds no other level of the way: 0.002 wide, or less where levels are closer. Two grids with
+    steps above 0.002 therefore see one path; a level that a closer one forces into a narrower interval moves by some 3 % of
+    its W. Levels nearer than 6e-5 are one level, with fresh noise in between.
     Source: the virtual Brownian tree of Li et al. 2020, https://arxiv.org/abs/2001.01328, section 4.
 
     Args:
@@ -135,82 +137,145 @@ class BrownianNoise(SampleNoise):
         return bound
 
     def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:
-        fresh, spans = super().open(shape, dtype, device), self._spans()
-        real = torch.float64 if dtype == torch.float64 else torch.float32
-        draw_of, paths = super().open(shape, real, device), dict[int, _BrownianPath]()
+        fresh, (ways, spans) = super().open(shape, dtype, device), self._ways()
+        words, real = self._words(shape, device), torch.float64 if dtype == torch.float64 else torch.float32
+        under_way = dict[int, _BrownianPath]()  # one at a time: grids leave a way for good
 
         def stream(step: int, draw: int) -> Tensor:
             if step and self._levels is None:
                 raise ValueError("BrownianNoise is for a Sampler on a grid, whose moves have ends: give this solver "
                                  "SampleNoise(seeds)")  # fmt: skip
-            path, low, high = spans.get((step, draw), (0, 0, 0))
+            way, low, high = spans.get((step, draw), (0, 0, 0))
             if low == high:
                 return fresh(step, draw)
-            if path not in paths:
-                paths[path] = _BrownianPath(partial(draw_of, -1 - path))
-            return paths[path].increment(low, high).to(dtype)
+            if way not in under_way:
+                under_way.clear()
+                under_way[way] = _BrownianPath(words, real, way, ways[way])
+            return _joined(under_way[way].increment(low, high), shape).to(dtype)
 
         return stream
 
-    def _spans(self) -> dict[tuple[int, int], tuple[int, int, int]]:
-        """(step, draw) -> (path, low, high), places on the lattice, for each draw of the moves that go down."""
-        if self._levels is None:
-            return {}
-        path, spans = 0, dict[tuple[int, int], tuple[int, int, int]]()
-        for i, (level, move) in enumerate(zip(self._levels.tolist(), self._levels.diff().tolist(), strict=False)):
-            path += move < 0
-            ends = [_place(level + share * move) for share in (0.0, *itertools.accumulate(self._shares))]
-            if move > 0:
-                spans |= {(2 * i + 1, k): (path, *between) for k, between in enumerate(itertools.pairwise(ends))}
-        return spans
+    def _ways(self) -> tuple[list[list[float]], dict[tuple[int, int], tuple[int, int, int]]]:
+        """The levels of each way down, and (step, draw) -> (way, low, high), places in its list, for each draw there."""
+        levels = [] if self._levels is None else self._levels.clamp(-_REACH, _REACH).tolist()
+        ways, spans = [list[float]()], dict[tuple[int, int], tuple[int, int, int]]()
+        for i, (level, following) in enumerate(itertools.pairwise(levels)):
+            if following < level:
+                ways.append([])
+                continue
+            low = _place(ways[-1], level)
+            for k, share in enumerate(itertools.accumulate(self._shares)):
+                high = _place(ways[-1], level + share * (following - level))
+                spans[2 * i + 1, k], low = (len(ways) - 1, low, high), high
+        return ways, spans
 
 
-_HALVINGS, _REACH = 20, 32.0
+_REACH, _WIDEST, _FINEST = 32.0, 2.0**-9, 2.0**-14
 
 
-def _place(half_log_snr: float) -> int:
-    """The nearest place on the lattice, 0 to 2^20."""
-    share = (min(max(half_log_snr, -_REACH), _REACH) + _REACH) / (2 * _REACH)
-    return round(share * 2**_HALVINGS)
+def _place(way: list[float], level: float) -> int:
+    """Where the level stands in the rising list, put there if it is no nearer to the last one than can be told apart."""
+    if not way or level - way[-1] >= _FINEST:
+        way.append(level)
+    return len(way) - 1
 
 
-def _passed(low: int, high: int) -> float:
-    """e^{2 lambda_high} - e^{2 lambda_low}, the clock's time between two places."""
-    width = 2 * _REACH / 2**_HALVINGS
-    return math.exp(2 * (low * width - _REACH)) * math.expm1(2 * (high - low) * width)
+def _passed(low: float, high: float) -> float:
+    """e^{2 high} - e^{2 low}, the clock's time between two levels."""
+    return math.exp(2 * low) * math.expm1(2 * (high - low))
+
+
+class _Interval:
+    """A node of the binary tree, counted by rows from 1, and W at its ends."""
+
+    def __init__(self, node: int, low: float, high: float, start: Tensor, end: Tensor) -> None:
+        self.node, self.low, self.high, self.start, self.end = node, low, high, start, end
+        self.centre: Tensor | None = None
 
 
 class _BrownianPath:
-    """W at places on the lattice. The intervals that hold the last one are kept: ways down share most of their halvings.
+    """W at the levels of one way down. The intervals that hold several of them are kept until they lie behind.
+
+    All tensors have the shape (2, batch, pairs) of cosines and sines (see `_joined`).
 
     Args:
-        draw: k -> the k-th standard normal draw of this path; 0 is the end's, k from 1 on the midpoint's of the k-th interval
-            of the binary tree, counted by rows.
+        words: a word for each sample, (batch, 1), and one for each pair, (pairs,).
+        real: float32 or float64.
+        way: number of the path.
+        levels: rising.
     """
 
-    def __init__(self, draw: Callable[[int], Tensor]) -> None:
-        end = draw(0).mul_(math.sqrt(_passed(0, 2**_HALVINGS)))
-        self.draw, self.inside = draw, [(1, 0, 2**_HALVINGS, torch.zeros_like(end), end)]
+    def __init__(self, words: tuple[Tensor, Tensor], real: torch.dtype, way: int, levels: Sequence[float]) -> None:
+        self.samples, self.pairs = words
+        self.real, self.first, self.levels = real, -(1 + way) << 21, levels  # keys below those of a SampleNoise
+        zero = self.pairs.new_zeros((2, len(self.samples), len(self.pairs)), dtype=real)
+        end = self._drawn(zero.clone(), [0], [math.sqrt(_passed(-_REACH, _REACH))])
+        self.inside = [_Interval(1, -_REACH, _REACH, zero, end)]
+        self.at: tuple[int, Tensor] = (-1, zero)
 
     def increment(self, low: int, high: int) -> Tensor:
         """(W(high) - W(low)) / sqrt(the clock's time between), standard normal."""
-        return (self._at(high) - self._at(low)).div_(math.sqrt(_passed(low, high)))
+        start = self.at[1] if self.at[0] == low else self._value(low)
+        self.at = (high, self._value(high))
+        return (self.at[1] - start).div_(math.sqrt(_passed(self.levels[low], self.levels[high])))
 
-    def _at(self, place: int) -> Tensor:
-        while not self.inside[-1][1] <= place <= self.inside[-1][2]:
+    def _value(self, place: int) -> Tensor:
+        level = self.levels[place]
+        before, after = (self.levels[k] if 0 <= k < len(self.levels) else math.inf for k in (place - 1, place + 1))
+        while not self.inside[-1].low <= level <= self.inside[-1].high:
             self.inside.pop()
         while True:
-            node, low, high, start, end = self.inside[-1]
-            if place in (low, high):
-                return start if place == low else end
-            middle = (low + high) // 2
-            first, second = _passed(low, middle), _passed(middle, high)
-            share = first / (first + second)
-            centre = torch.lerp(start, end, share).add_(self.draw(node), alpha=math.sqrt(share * second))
-            if place <= middle:
-                self.inside.append((2 * node, low, middle, start, centre))
-            else:
-                self.inside.append((2 * node + 1, middle, high, centre, end))
+            top = self.inside[-1]
+            if level in (top.low, top.high):
+                return top.start if level == top.low else top.end
+            middle = (top.low + top.high) / 2
+            if top.centre is None:
+                share, std = _bridge(top.low, middle, top.high)
+                top.centre = self._drawn(torch.lerp(top.start, top.end, share), [top.node], [std])
+            left = level <= middle
+            half = (_Interval(2 * top.node, top.low, middle, top.start, top.centre) if left else
+                    _Interval(2 * top.node + 1, middle, top.high, top.centre, top.end))  # fmt: skip
+            if not (half.low <= before <= half.high or half.low <= after <= half.high):
+                return self._within(half, level, min(_WIDEST, abs(level - before), abs(after - level)))
+            self.inside.append(half)
+
+    def _within(self, top: _Interval, level: float, width: float) -> Tensor:
+        """W at a level, from the ends of an interval that holds no other: all its normals in one sum.
+
+        Halving goes on to intervals of that width, in which the level itself is drawn.
+        """
+        node, low, high = top.node, top.low, top.high
+        start, end = [0.0], [1.0]  # of (W(high) - W(low)) there and of the normals so far
+        nodes = list[int]()
+        while level not in (low, high):
+            middle = level if high - low <= width else (low + high) / 2
+            share, std = _bridge(low, middle, high)
+            centre = [(1 - share) * s + share * e for s, e in zip(start, end, strict=True)] + [std]
+            nodes.append(node)
+            left = level <= middle
+            low, high = (low, middle) if left else (middle, high)
+            start, end = ([*start, 0.0], centre) if left else (centre, [*end, 0.0])
+            node = 2 * node + (not left)
+        share, *stds = start if level == low else end
+        return self._drawn(torch.lerp(top.start, top.end, share), nodes, stds)
+
+    def _drawn(self, total: Tensor, nodes: Sequence[int], stds: Sequence[float]) -> Tensor:
+        """total + sum_k stds_k z_k, z_k the standard normal draw of a node, 0 that of the whole; in place."""
+        most = max(1, 2**15 // max(1, total[0].numel()))  # small states take several nodes at once
+        for k in range(0, len(nodes), most):
+            samples = torch.stack([self.samples + (self.first + node) for node in nodes[k : k + most]])
+            radius, angle = _polar(samples, self.pairs, self.real)
+            for std, r, cos, sin in zip(stds[k : k + most], radius, angle.cos(), angle.sin_(), strict=True):
+                total[0].addcmul_(r, cos, value=std)
+                total[1].addcmul_(r, sin, value=std)
+        return total
+
+
+def _bridge(low: float, middle: float, high: float) -> tuple[float, float]:
+    """(share, std): W(middle) is W(low) + share (W(high) - W(low)) + std z."""
+    first, second = _passed(low, middle), _passed(middle, high)
+    share = first / (first + second)
+    return share, math.sqrt(share * second)
 
 
 # SplitMix64's constants, as signed 64-bit integers: torch's int64 arithmetic wraps around, as the algorithm needs.
@@ -222,6 +287,18 @@ _LOW = 0xFFFFFFFF
 
 def _mix(z: Tensor) -> Tensor:
     """SplitMix64's finaliser, a bijection of 64-bit words; shifts are made logical by masking."""
-    z = (z ^ ((z >> 30) & (2**34 - 1))).mul_(_FIRST)
-    z = (z ^ ((z >> 27) & (2**37 - 1))).mul_(_SECOND)
-    return z ^ ((z >> 31) & (2**33 - 1))
+    z = (z >> 30).bitwise_and_(2**34 - 1).bitwise_xor_(z).mul_(_FIRST)
+    z = (z >> 27).bitwise_and_(2**37 - 1).bitwise_xor_(z).mul_(_SECOND)
+    return (z >> 31).bitwise_and_(2**33 - 1).bitwise_xor_(z)
+
+
+def _polar(samples: Tensor, pairs: Tensor, real: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Radius and angle of a pair of independent standard normals for each word of a sample with each of a pair."""
+    bits = _mix(_mix(samples) + pairs)
+    radius = (bits >> 32).bitwise_and_(_LOW).to(real).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+    return radius, bits.bitwise_and_(_LOW).to(real).mul_(math.tau * 2.0**-32)
+
+
+def _joined(halves: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
+    """Of the cosines' and the sines' normals, each (batch, pairs), those of a batch of the given shape."""
+    return torch.cat([*halves], 1)[:, : math.prod(shape[1:])].reshape(tuple(shape))
