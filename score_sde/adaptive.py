@@ -25,7 +25,7 @@ from score_sde.checks import one_of, whole
 from score_sde.embedded import PAIRS, Exponential, Level, Norm, first_step, integrate, mixed_tolerance, rms
 from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
-from score_sde.sampler import ErrorControlled, SampleResult, begin
+from score_sde.sampler import ErrorControlled, SampleResult, begin, mean_calls
 from score_sde.score import ScoreModel
 from score_sde.sde import Time, as_time, expand
 
@@ -225,7 +225,7 @@ class AdaptiveODE(ErrorControlled):
         """
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
         ends = (model.sde.t_max, model.sde.t_min)
-        chosen = chosen_times(times, points, *ends) if trajectory or times is not None else None
+        chosen = chosen_times(trajectory, points, times, *ends)
         return self._solve(model, start.x, start.model.condition, *ends, chosen, progress, self.final == "denoise")
 
     @torch.no_grad()
@@ -239,7 +239,7 @@ class AdaptiveODE(ErrorControlled):
         """
         start = begin(model, x.shape, 0, None, x, condition, None)
         ends = (model.sde.t_min, model.sde.t_max)
-        chosen = chosen_times(times, points, *ends) if trajectory or times is not None else None
+        chosen = chosen_times(trajectory, points, times, *ends)
         return self._solve(model, x, start.model.condition, *ends, chosen, progress, denoise=False)
 
     def _solve(
@@ -247,8 +247,8 @@ class AdaptiveODE(ErrorControlled):
         times: Tensor | None, progress: bool, denoise: bool,
     ) -> AdaptiveResult:  # fmt: skip
         if self.rtol + self.atol < torch.finfo(x.dtype).eps:
-            warnings.warn(f"tolerances of {self.rtol:g} and {self.atol:g} are below what {x.dtype} resolves: what the steps "
-                          "follow is rounding; loosen them, or give dtype=torch.float32", stacklevel=4)  # fmt: skip
+            warnings.warn(f"rtol={self.rtol:g} and atol={self.atol:g} are below what {x.dtype} resolves, so the steps follow "
+                          "rounding errors: loosen them, or give dtype=torch.float32", stacklevel=4)  # fmt: skip
         clock = time.perf_counter()
         pair = PAIRS[self.method]()
         kind = DenoisedField if isinstance(pair, Exponential) else StandardField
@@ -256,12 +256,11 @@ class AdaptiveODE(ErrorControlled):
         field.model.check_apart()
         u_start, u_end = float(field.u(t_start)), float(field.u(t_end))
         first = first_step(pair, u_start, u_end, self.rtol + self.atol)
-        norm = field.norm(self.rtol, self.atol)
-        inner = None if times is None else field.u(times)
-        begin = field.state(x, t_start)
-        options: dict[str, Any] = {"times": inner, "block": self.block, "progress": progress}
-        options["spent"] = lambda: field.model.spent
-        found = integrate(field, pair, begin, u_start, u_end, norm, first, **options)
+        found = integrate(
+            field, pair, field.state(x, t_start), u_start, u_end, field.norm(self.rtol, self.atol), first,
+            times=None if times is None else field.u(times), block=self.block, progress=progress,
+            spent=lambda: field.model.spent,
+        )  # fmt: skip
         end, calls = field.back(found.y, t_end), found.calls
         if denoise:
             last = model(end, t_end, **condition)
@@ -269,22 +268,26 @@ class AdaptiveODE(ErrorControlled):
         path = None
         if found.dense is not None and times is not None:
             path = torch.stack([field.back(y, t) for y, t in zip(found.dense, times.tolist(), strict=True)])
-        mean = math.ceil(calls.double().mean().item()) if len(calls) else 0
-        seconds = time.perf_counter() - clock
+        nfe, seconds = mean_calls(calls), time.perf_counter() - clock
         grid = torch.tensor([t_start, t_end], dtype=torch.float64) if times is None else times
-        return AdaptiveResult(end, mean, seconds, path, grid, calls, found.rejected)
+        return AdaptiveResult(end, nfe, seconds, path, grid, calls, found.rejected)
 
     def __repr__(self) -> str:
         return f"AdaptiveODE({self.method!r}, rtol={self.rtol}, atol={self.atol})"
 
 
-def chosen_times(times: Tensor | None, points: int, t_start: float, t_end: float) -> Tensor:
-    """The times at which a solution is wanted, checked: `points` equally spaced ones unless given.
+def chosen_times(
+    trajectory: bool, points: int, times: Tensor | None, t_start: float, t_end: float
+) -> Tensor | None:  # fmt: skip
+    """The times at which a solution is kept, shape (T,) in float64: those given, or `points` equally spaced ones for a
+    trajectory; else None.
 
     Raises:
-        ValueError: they leave the interval, are not ordered in the direction of travel, or there are none.
+        ValueError: times leave the interval, are not ordered in the direction of integration, or there are none.
     """
     if times is None:
+        if not trajectory:
+            return None
         if points < 2:
             raise ValueError(f"a trajectory has points >= 2, got points={points}")
         return torch.linspace(t_start, t_end, points, dtype=torch.float64)

@@ -12,7 +12,6 @@ Source: Jolicoeur-Martineau et al. 2021, https://arxiv.org/abs/2105.14080, algor
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from score_sde.checks import SolverError
 from score_sde.embedded import power, rms
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
-from score_sde.sampler import ErrorControlled, begin
+from score_sde.sampler import ErrorControlled, begin, mean_calls
 from score_sde.score import ScoreModel
 from score_sde.sde import expand
 
@@ -84,7 +83,7 @@ class AdaptiveSDE(ErrorControlled):
         """
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
         sde, clock, ends = model.sde, time.perf_counter(), (model.sde.t_max, model.sde.t_min)
-        chosen = chosen_times(times, points, *ends) if trajectory or times is not None else None
+        chosen = chosen_times(trajectory, points, times, *ends)
         per_sample = PerSample(model, start.model.condition, len(start.x))
         per_sample.check_apart()
         run = _Paths(self, per_sample, start.x, chosen)
@@ -99,9 +98,9 @@ class AdaptiveSDE(ErrorControlled):
         if self.final == "denoise":
             last = model(x, sde.t_min, **start.model.condition)
             x, calls = last.denoised, calls + last.calls
-        mean = math.ceil(calls.double().mean().item()) if len(calls) else 0
+        nfe, seconds = mean_calls(calls), time.perf_counter() - clock
         grid = torch.tensor(ends, dtype=torch.float64) if chosen is None else chosen
-        return AdaptiveResult(x, mean, time.perf_counter() - clock, run.path, grid, calls, run.total_rejected)
+        return AdaptiveResult(x, nfe, seconds, run.path, grid, calls, run.total_rejected)
 
     def __repr__(self) -> str:
         return f"AdaptiveSDE(rtol={self.rtol}, atol={self.atol})"
@@ -121,9 +120,7 @@ class _Paths:
         inner = end[:0] if times is None else times[(times > self.sde.t_min) & (times < self.sde.t_max)]
         self.stops = torch.cat([inner, end]).to(x.device)
         self.times = None if times is None else times.to(x.device)
-        self.path = (
-            None if times is None else x.expand(len(times), *x.shape).clone()
-        )  # the start, where it is asked for
+        self.path = None if times is None else x.expand(len(times), *x.shape).clone()  # already right at t_max
         self.result = x.clone()
         self.calls = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.total_rejected = torch.zeros_like(self.calls)

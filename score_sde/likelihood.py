@@ -33,6 +33,7 @@ from score_sde.memory import keep_freed_memory
 from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS as SCIPY
 from score_sde.progress import tqdm
+from score_sde.sampler import mean_calls
 from score_sde.score import ScoreModel, checked_condition
 from score_sde.sde import expand
 from score_sde.trace import ExactTrace, Hutchinson, HutchPlusPlus, Trace
@@ -140,21 +141,19 @@ def log_likelihood(
     flow.trace = trace = _trace(divergence, probes, x, seed)
     law = _terminal_law(model, terminal)
     clock = time.perf_counter()
-    z = x.double().flatten(1) / flow.scale(flow.s_min)
+    z = x.double().flatten(1) / flow.data_scale
     start = torch.cat([z, z.new_zeros((len(x), trace.count))], 1)
     state, calls = _integrate(flow, start, flow.ends, method, rtol, atol, steps)
-    alpha = float(flow.sde.alpha(flow.sde.t_max))
-    latent = alpha * flow.scale(flow.s_max) * state[:, : flow.size].unflatten(1, flow.shape)
+    latent = flow.latent_scale * state[:, : flow.size].unflatten(1, flow.shape)
     log_terminal, draws = law(latent), state[:, flow.size :]
-    stretch = flow.size * math.log(alpha * flow.scale(flow.s_max) / flow.scale(flow.s_min))
+    stretch = flow.size * math.log(flow.latent_scale / flow.data_scale)
     before = flow.model.spent
     end = _truncation(flow)
     calls = calls + flow.model.spent - before
     log_prob = log_terminal + draws.mean(1) + stretch + (end if truncation == "tweedie" else 0.0)
     exact = torch.zeros_like(log_prob) if divergence == "exact" else torch.full_like(log_prob, math.nan)
     std_error = draws.std(1) / math.sqrt(trace.count) if trace.count > 1 else exact
-    seconds = time.perf_counter() - clock
-    nfe = math.ceil(calls.double().mean().item())
+    nfe, seconds = mean_calls(calls), time.perf_counter() - clock
     return LikelihoodResult(log_prob, std_error, nfe, calls, latent.to(x.dtype), log_terminal, end, seconds)
 
 
@@ -175,9 +174,9 @@ def encode(
     """The latent codes x(t_max) of data x; arguments and errors as `log_likelihood` has them."""
     _check_options("exact", 1, method, rtol, atol, steps, "none")
     flow = _Flow(model, x, condition, sigma_data)
-    z = x.double().flatten(1) / flow.scale(flow.s_min)
+    z = x.double().flatten(1) / flow.data_scale
     state, _ = _integrate(flow, z, flow.ends, method, rtol, atol, steps)
-    return (float(flow.sde.alpha(flow.sde.t_max)) * flow.scale(flow.s_max) * state).view_as(x).to(x.dtype)
+    return (flow.latent_scale * state).view_as(x).to(x.dtype)
 
 
 def decode(
@@ -187,9 +186,9 @@ def decode(
     """The data whose codes x(t_max) are `latent`: the inverse of `encode`, in data units."""
     _check_options("exact", 1, method, rtol, atol, steps, "none")
     flow = _Flow(model, latent, condition, sigma_data)
-    z = latent.double().flatten(1) / (float(flow.sde.alpha(flow.sde.t_max)) * flow.scale(flow.s_max))
-    state, _ = _integrate(flow, z, (flow.ends[1], flow.ends[0]), method, rtol, atol, steps)
-    return (flow.scale(flow.s_min) * state).view_as(latent).to(latent.dtype)
+    z = latent.double().flatten(1) / flow.latent_scale
+    state, _ = _integrate(flow, z, flow.ends[::-1], method, rtol, atol, steps)
+    return (flow.data_scale * state).view_as(latent).to(latent.dtype)
 
 
 def reconstruction_error(model: ScoreModel, x: Tensor, **options: Any) -> Tensor:
@@ -351,13 +350,14 @@ class _Flow:
         # Near s = 0 a rounding error of n is amplified by (k / s)^2: in single precision k is at most 32 s_min.
         finest = scale / 64 if x.dtype == torch.float64 else min(scale / 64, 32 * self.s_min)
         self.c2, self.k2 = scale**2, finest**2
-        self.ends = (self._variable(self.s_min), self._variable(self.s_max))
+        self.ends = (self._w(self.s_min), self._w(self.s_max))
+        self.data_scale = self._r(self.s_min)  # x / z for the data, which are y at s_min
+        self.latent_scale = float(self.sde.alpha(self.sde.t_max)) * self._r(self.s_max)  # x / z for x(t_max)
 
-    def _variable(self, s: float) -> float:
+    def _w(self, s: float) -> float:
         return -math.sqrt(-math.log1p((self.k2 - self.c2) / (s * s + self.c2)))
 
-    def scale(self, s: float) -> float:
-        """r = y / z."""
+    def _r(self, s: float) -> float:
         return math.sqrt(s * s + self.c2)
 
     def norm(self, rtol: float, atol: float) -> Norm:
@@ -449,44 +449,50 @@ def _trace(divergence: str, probes: int, x: Tensor, seed: int | Sequence[int]) -
 def _integrate(
     flow: _Flow, start: Tensor, ends: tuple[float, float], method: str, rtol: float, atol: float, steps: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The state at ends[1] and the calls of the model for each sample."""
+    """The state at ends[1], and the network calls of each sample."""
     keep_freed_memory()
-    ids, model = torch.arange(len(start), device=start.device), flow.model
-    before = model.spent
-    parts = math.ceil(len(start) / default_block(start)) if method in ON_DEVICE else 1
-    flow.most = math.inf if method == "adams" else before + parts * MAX_CALLS
+    model, before = flow.model, flow.model.spent
     if method in ON_DEVICE:
         model.check_apart()
+        flow.most = before + MAX_CALLS * math.ceil(len(start) / default_block(start))
         pair = PAIRS[method]()
         first = first_step(pair, *ends, rtol + atol)
         found = integrate(flow, pair, start, *ends, flow.norm(rtol, atol), first, spent=lambda: model.spent)
         return found.y, found.calls
+    ids = torch.arange(len(start), device=start.device)
 
     def field(w: float, state: Tensor) -> Tensor:
         return flow(state, flow.levels(torch.tensor(w, dtype=torch.float64)), ids)
 
     if method == "adams":
         end = _finite(_adams(field, start, ends, steps or 118))
-        return end, torch.full_like(ids, model.spent - before)
-
-    def flat(w: float, state: np.ndarray) -> np.ndarray:
-        return _finite(field(w, torch.from_numpy(state).to(start.device).view_as(start))).flatten().cpu().numpy()
-
-    from scipy.integrate import solve_ivp  # half a second to import
-
-    solution = solve_ivp(flat, ends, start.flatten().cpu().numpy(), method, t_eval=[ends[1]], rtol=rtol, atol=atol)
-    if not solution.success:
-        raise SolverError(f"{method} failed: {solution.message} Loosen rtol and atol, or take another method.")
-    end = torch.from_numpy(solution.y[:, -1].copy()).to(start.device).view_as(start)
+    else:
+        flow.most = before + MAX_CALLS
+        end = _scipy(field, start, ends, method, rtol, atol)
     return end, torch.full_like(ids, model.spent - before)
 
 
 def _finite(state: Tensor) -> Tensor:
-    """The state, where all of it is finite; RuntimeError elsewhere."""
+    """The state itself; SolverError if it is not finite."""
     if lost := int((~state.isfinite().all(1)).sum()):
         raise SolverError(f"the flow of {lost} of {len(state)} samples is not finite: the model's outputs are wrong, or with "
                            "method='adams' too few steps are taken")  # fmt: skip
     return state
+
+
+def _scipy(
+    field: Callable[[float, Tensor], Tensor], start: Tensor, ends: tuple[float, float], method: str, rtol: float,
+    atol: float,
+) -> Tensor:  # fmt: skip
+    from scipy.integrate import solve_ivp  # half a second to import
+
+    def flat(w: float, state: np.ndarray) -> np.ndarray:
+        return _finite(field(w, torch.from_numpy(state).to(start.device).view_as(start))).flatten().cpu().numpy()
+
+    solution = solve_ivp(flat, ends, start.flatten().cpu().numpy(), method, t_eval=[ends[1]], rtol=rtol, atol=atol)
+    if not solution.success:
+        raise SolverError(f"{method} failed: {solution.message} Loosen rtol and atol, or take another method.")
+    return torch.from_numpy(solution.y[:, -1].copy()).to(start.device).view_as(start)
 
 
 def _adams(field: Callable[[float, Tensor], Tensor], state: Tensor, ends: tuple[float, float], steps: int) -> Tensor:

@@ -25,7 +25,7 @@ from score_sde.embedded import rms
 from score_sde.grid import Grid
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
-from score_sde.sampler import FINALS, SampleResult, Start, begin, warn_of_lost
+from score_sde.sampler import FINALS, SampleResult, Start, begin, mean_calls, warn_of_lost
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, expand
 from score_sde.steps.linear import LinearRow, LinearStep
@@ -98,8 +98,7 @@ class ParallelSampler:
         if self.final == "denoise":
             last = model(x, times[-1].item(), **start.model.condition)
             x, calls, rounds = last.denoised, calls + last.calls, rounds + 1
-        nfe = math.ceil(calls.double().mean().item()) if len(calls) else 0
-        seconds = time.perf_counter() - clock
+        nfe, seconds = mean_calls(calls), time.perf_counter() - clock
         warn_of_lost(x, model, times[-1].item())
         return ParallelResult(x, nfe, seconds, run.path if trajectory else None, times, rounds)
 

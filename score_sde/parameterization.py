@@ -1,6 +1,6 @@
 r"""What a network's raw output means.
 
-A parameterization is one table row of functions of time (Karras et al. 2022, table 1):
+A parameterization is one row of a table of functions of time (Karras et al. 2022, table 1):
 
     D(x, t) = c_skip x + c_out F(c_in x, c_noise).
 
@@ -8,8 +8,8 @@ The regression target follows by solving D = x_0 for F at x_t = alpha x_0 + sigm
 
     F* = (x_0 - c_skip x_t) / c_out = ((1 - alpha c_skip) x_0 - sigma c_skip eps) / c_out.
 
-All rows share c_in = 1 / sqrt(alpha^2 sigma_data^2 + sigma^2), which gives the network inputs of unit variance, and
-c_noise = -lambda / 4 = log(sigma / alpha) / 4, which names a noise level in the same way for every SDE.
+All but `Published` share c_in = 1 / sqrt(alpha^2 sigma_data^2 + sigma^2), which gives the network inputs of unit variance,
+and c_noise = -lambda / 4 = log(sigma / alpha) / 4, which means the same noise level under every SDE.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 class Parameterization(ABC):
-    """Meaning of a network's output; a subclass gives `output(sde, t)`.
+    """The meaning of a network's output; a subclass defines `output(sde, t)`.
 
     Args:
         sigma_data: standard deviation of the clean data, in its units (positive).
@@ -140,19 +140,18 @@ PREDICTIONS: dict[str, Parameterization] = {
 
 
 class Published(Parameterization):
-    """F is sign times the noise, or another prediction, of a network in the units of its authors: it sees x as it is,
-    c_in = 1, and is told
+    """F is sign times the noise (or another prediction) of a published network, which takes x unscaled, c_in = 1, and
 
     c_noise = scale u + shift,    u = t ("time") or ln sigma ("log_sigma").
 
-    DDPM and score_sde's VP networks are told 999 t (sign 1); score_sde's VE networks, whose output over sigma is the
-    score, ln sigma (sign -1). Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, table 1, columns VP and VE.
+    DDPM and score_sde's VP networks take 999 t (sign 1); score_sde's VE networks, whose output over sigma is the score,
+    take ln sigma (sign -1). Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, table 1, columns VP and VE.
 
     Args:
-        level: which u.
-        scale, shift: the affine map to what the network is told.
+        level: "time" or "log_sigma", the u above.
+        scale, shift: of the noise-level input, as above.
         sign: 1 or -1.
-        prediction: what F is but for its sign: "noise", "velocity", "denoised" or "flow", as the classes above define it.
+        prediction: F up to its sign: "noise", "velocity", "denoised" or "flow", as the classes above define them.
 
     Raises:
         ValueError: an option is unknown.
@@ -179,9 +178,9 @@ class Published(Parameterization):
         return Row(torch.ones_like(c_skip), c_skip, c_out, self.scale * level + self.shift)
 
     def __repr__(self) -> str:
-        told = f"level={self.level!r}, scale={self.scale:g}, shift={self.shift:g}, sign={self.sign:g}"
-        return f"Published({told}, sigma_data={self.sigma_data}, prediction={self.prediction!r})"
+        level = f"level={self.level!r}, scale={self.scale:g}, shift={self.shift:g}, sign={self.sign:g}"
+        return f"Published({level}, sigma_data={self.sigma_data}, prediction={self.prediction!r})"
 
 
 PublishedNoise = Published
-"""The name in configs and saved runs, whose prediction is the noise."""
+"""The former name of `Published`, which configs and saved runs use."""

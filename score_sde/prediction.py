@@ -1,12 +1,12 @@
-r"""What a score model says about a noisy x_t = alpha x_0 + sigma eps.
+r"""What a score model predicts at a noisy x_t = alpha x_0 + sigma eps.
 
 A model evaluates one raw quantity F; the denoiser is affine in it, D(x, t) = E[x_0 | x_t] = c_skip x + c_out F, and
 every other view is affine in D:
 
     noise = (x - alpha D) / sigma,   score = -noise / sigma = grad log p_t(x),   velocity = alpha noise - sigma D.
 
-Each view is taken straight from (x, F) with coefficients combined in float64, so that no digits are lost on the way
-through another view. Source: Song et al. 2021; Salimans & Ho 2022, https://arxiv.org/abs/2202.00512, appendix D.
+Each view is computed directly from (x, F) with coefficients combined in float64: going through another view would lose
+digits. Source: Song et al. 2021; Salimans & Ho 2022, https://arxiv.org/abs/2202.00512, appendix D.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Prediction(Brief):
         raw: the model's native output F, shape (batch, *event).
         alpha, sigma: the kernel's scale and standard deviation at t, floats or tensors of shape (batch,).
         c_skip, c_out: the affine map D = c_skip x + c_out F, floats or tensors of shape (batch,).
-        calls: network calls that it took; guidance that asks twice says 2.
-        variance_weight: w of the variance large^w small^(1 - w) of a reverse step, of x's shape, where a network learns
+        calls: network calls that it took, e.g. 2 under guidance that evaluates two models.
+        variance_weight: w in the variance large^w small^(1 - w) of a reverse step, of x's shape, from a network that learns
             it (Nichol & Dhariwal 2021, eq. 15; see `training.variational`), else None.
     """
 
@@ -57,12 +57,12 @@ class Prediction(Brief):
 
     @classmethod
     def from_score(cls, x: Tensor, score: Tensor, alpha: Coefficient, sigma: Coefficient) -> Prediction:
-        """Of a score that is known as a function: D = (x + sigma^2 score) / alpha."""
+        """The prediction whose raw output is a score: D = (x + sigma^2 score) / alpha."""
         return cls(x, score, alpha, sigma, 1 / alpha, sigma**2 / alpha)
 
     @classmethod
     def from_noise(cls, x: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Prediction:
-        """Of an estimate of the noise: D = (x - sigma noise) / alpha."""
+        """The prediction whose raw output is an estimate of the noise: D = (x - sigma noise) / alpha."""
         return cls(x, noise, alpha, sigma, 1 / alpha, -sigma / alpha)
 
     @property
@@ -86,17 +86,17 @@ class Prediction(Brief):
         return self.mix(-self.sigma, self.alpha)
 
     def mix(self, of_denoised: Coefficient, of_noise: Coefficient) -> Tensor:
-        """of_denoised D + of_noise E[eps | x_t]: any rate of change along the path, e.g. dx/dt = alpha' D + sigma' eps."""
-        p, q = self._of_mix(of_denoised, of_noise)
+        """of_denoised D + of_noise E[eps | x_t], e.g. the velocity dx/dt = alpha' D + sigma' eps of the ODE."""
+        p, q = self._mix_coefficients(of_denoised, of_noise)
         return affine(p, self.x, q, self.raw)
 
     def combine(self, a: Coefficient, b: Coefficient, of_denoised: Coefficient, of_noise: Coefficient) -> Tensor:
-        """a x + b (of_denoised D + of_noise E[eps | x_t]), straight from x and F, the mix itself not formed; a new tensor."""
-        p, q = self._of_mix(of_denoised, of_noise)
+        """a x + b (of_denoised D + of_noise E[eps | x_t]) as a new tensor, from x and F without forming the mix."""
+        p, q = self._mix_coefficients(of_denoised, of_noise)
         x = affine(a + b * p, self.x, b * q, self.raw)
         return x.clone() if x is self.raw else x
 
-    def _of_mix(self, of_denoised: Coefficient, of_noise: Coefficient) -> tuple[Coefficient, Coefficient]:
+    def _mix_coefficients(self, of_denoised: Coefficient, of_noise: Coefficient) -> tuple[Coefficient, Coefficient]:
         """(p, q) with p x + q F = of_denoised D + of_noise E[eps | x_t]."""
         p = of_noise * (1 - self.alpha * self.c_skip) / self.sigma + of_denoised * self.c_skip
         return p, of_denoised * self.c_out - of_noise * self.alpha * self.c_out / self.sigma

@@ -62,6 +62,11 @@ class SampleResult(Brief):
 FINALS = ("denoise", "none")
 
 
+def mean_calls(calls: Tensor) -> int:
+    """The mean of the samples' network calls, rounded up: `nfe` where each sample takes its own steps."""
+    return math.ceil(calls.double().mean().item()) if len(calls) else 0
+
+
 class ErrorControlled:
     """What solvers that choose their own steps share.
 
@@ -147,41 +152,53 @@ def begin(
 ) -> Start:  # fmt: skip
     """Checks a request for samples and draws the model's start at times[0] (t_max if left out), unless `x_init` gives it.
 
-    Noise that depends on levels (`NoiseSource.along`) learns them where there is a predictor, which goes over all times.
+    A noise source that depends on the grid (`NoiseSource.along`) is bound to it where a predictor goes over all times.
 
     Raises:
-        ValueError: the shape is not (batch, *event_shape), x_init has another, or both seed and noise are given.
-        TypeError: the model is none, a condition's name is unknown to it, or noise is no noise source.
+        ValueError: the shape is not (batch, *event_shape), x_init has another shape, or both seed and noise are given.
+        TypeError: `model` is not a score model, a condition's name is unknown to it, or `noise` is not a noise source.
     """
     keep_freed_memory()
     check_model(model)
-    if not isinstance(shape, Sequence):
-        raise ValueError(f"shape is (batch, {', '.join(map(str, model.event_shape))}) for this model, got {shape!r}")
-    shape = tuple(whole("size in shape", size, 0) for size in shape)
+    shape = _checked_shape(model, shape)
+    _check_start(shape, seed, noise, x_init, dtype)
     device = model.device if x_init is None else x_init.device
     condition = checked_condition(model, shape, condition, device)
-    if seed is not None and noise is not None:
-        raise ValueError("give either seed= (one generator for the batch) or noise= (a noise source), not both")
-    if noise is not None and not isinstance(noise, NoiseSource):
-        raise TypeError(
-            f"noise is a noise source such as SampleNoise(range({shape[0]})), got {noise!r}; see also seed="
-        )
-    if x_init is not None and tuple(tensor("x_init", x_init).shape) != tuple(shape):
-        raise ValueError(f"x_init has shape {tuple(x_init.shape)}, but samples of shape {tuple(shape)} are asked for")
-    if x_init is not None and not x_init.is_floating_point():
-        raise TypeError(f"x_init is a floating-point tensor, got {x_init.dtype}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype is one of torch's floating-point types, such as torch.float64, got {dtype!r}")
     dtype = dtype or (model.dtype if x_init is None else x_init.dtype)
     if dtype != at_least_single(dtype):
-        warnings.warn(f"a state in {dtype} is rounded at every step, a thousand of which may spread it 20 % too far: give "
-                      "dtype=torch.float32, whatever the weights are, and round the samples", stacklevel=4)  # fmt: skip
+        warnings.warn(f"a state in {dtype} is rounded at every step; over a thousand steps its spread can grow by 20 %: "
+                      "give dtype=torch.float32, whatever the dtype of the weights, and round the samples",
+                      stacklevel=4)  # fmt: skip
     source, t = noise or BatchNoise(seed), model.sde.t_max if times is None else times[0].item()
     if predictor is not None and times is not None:
         source = source.along(model.sde.half_log_snr(times), predictor.shares)
     stream = source.open(shape, dtype, device)
     x = model.start_at(stream(0, 0), t) if x_init is None else x_init.to(dtype, copy=True)  # a step may write into it
     return Start(x, stream, CountedModel(model, condition))
+
+
+def _checked_shape(model: ScoreModel, shape: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(shape, Sequence):
+        raise ValueError(f"shape is (batch, {', '.join(map(str, model.event_shape))}) for this model, got {shape!r}")
+    return tuple(whole("size in shape", size, 0) for size in shape)
+
+
+def _check_start(
+    shape: tuple[int, ...], seed: int | None, noise: NoiseSource | None, x_init: Tensor | None,
+    dtype: torch.dtype | None,
+) -> None:  # fmt: skip
+    if seed is not None and noise is not None:
+        raise ValueError("give either seed= (one generator for the batch) or noise= (a noise source), not both")
+    if noise is not None and not isinstance(noise, NoiseSource):
+        raise TypeError(
+            f"noise is a noise source such as SampleNoise(range(batch)), got {noise!r}; for an integer use seed="
+        )
+    if x_init is not None and tuple(tensor("x_init", x_init).shape) != shape:
+        raise ValueError(f"x_init has shape {tuple(x_init.shape)}, but the samples' shape is {shape}")
+    if x_init is not None and not x_init.is_floating_point():
+        raise TypeError(f"x_init is a floating-point tensor, got {x_init.dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is one of torch's floating-point types, such as torch.float64, got {dtype!r}")
 
 
 def warn_of_lost(x: Tensor, model: ScoreModel, t: float) -> None:

@@ -1,7 +1,7 @@
 r"""Score models: callables (x, t, **condition) -> Prediction that know their SDE.
 
-A learned model wraps a network, D(x, t) = c_skip x + c_out F(c_in x, c_noise); an exact one asks a closed-form
-target for its posterior mean, D(x, t) = E[x_0 | alpha x_0 + sigma eps = x]. To a sampler they are the same thing.
+A learned model wraps a network, D(x, t) = c_skip x + c_out F(c_in x, c_noise); an exact one takes the posterior mean
+D(x, t) = E[x_0 | alpha x_0 + sigma eps = x] from a closed-form target. A sampler treats both alike.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class ScoreModel(ABC):
     Attributes:
         sde: the forward process whose marginals p_t the model describes.
         event_shape: shape of one sample.
-        condition_names: the keywords that a call accepts beside x and t.
+        condition_names: the keywords that a call accepts besides x and t.
         data_std: standard deviation of the clean data as far as the model knows it, a scale for solvers.
-        num_classes: how many classes the condition `label` may name, where that is known.
-        needed: conditions without which a network has not learnt to predict, as far as its training is known.
-        learns_variance: whether its predictions have a `variance_weight`, where that is known.
-        predicts: false for what only shares the interface, a classifier of noisy data.
+        num_classes: the number of classes that the condition `label` may name, None where unknown.
+        needed: conditions that every training example had, so that the network has not learnt to predict without them.
+        learns_variance: whether its predictions have a `variance_weight`, None where unknown.
+        predicts: False for a classifier of noisy data, which only shares the interface.
     """
 
     sde: SDE
@@ -63,23 +63,23 @@ class ScoreModel(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters lie, and samples start unless told otherwise."""
+        """The device of the model's parameters, and of samples by default."""
         return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """What samples are made in unless told otherwise: torch's default, or that of a network's weights."""
+        """The dtype of samples by default: torch's default, or that of a network's weights (float32 at least)."""
         return torch.get_default_dtype()
 
     @abstractmethod
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
-        """The prediction at x of shape (batch, *event_shape), t a float or a tensor of shape () or (batch,).
+        """The prediction at x of shape (batch, *event_shape), for t a float or a tensor of shape () or (batch,).
 
-        Of that shape adaptive solvers and likelihoods give it, in float64: `sde.expand(t, x)` makes it multiply x.
+        Adaptive solvers and likelihoods pass t of shape (batch,) in float64; `sde.expand(t, x)` shapes it to multiply x.
         """
 
     def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None:
-        """Refuses a batch shape or a condition that the model does not know.
+        """Refuses a batch shape or a condition that does not fit the model.
 
         Raises:
             ValueError: shape[1:] is not the model's event shape.
@@ -94,36 +94,36 @@ class ScoreModel(ABC):
             raise TypeError(f"unknown condition {', '.join(sorted(unknown))!r}; this model accepts: {known}")
 
     def per_sample(self, name: str, value: Any, batch: int) -> bool:
-        """Whether a condition has a row for each sample of a batch: a tensor whose first dimension is the batch."""
+        """Whether a condition's value has one row for each sample: a tensor whose first dimension is the batch."""
         return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
 
     def calls_at(self, t: float) -> int:
-        """Network calls that a prediction at time t takes: its `calls`, known beforehand. One that asks twice says 2."""
+        """Network calls that a prediction at time t will take, e.g. 2 under guidance; the later `Prediction.calls`."""
         return 1
 
     def start(self, z: Tensor) -> Tensor:
-        """Standard normal noise turned into a draw of the prior at t_max: prior_std z."""
+        """The draw of the prior at t_max that standard normal noise z makes: prior_std z."""
         return z * self.sde.prior_std
 
     def start_at(self, z: Tensor, t: float) -> Tensor:
-        """Where a grid that begins at t starts: alpha E[x_0] + sqrt(alpha^2 Var x_0 + sigma^2) z; at t_max, `start`."""
-        if self._begins(t):
+        """The start of a grid that begins at t: alpha E[x_0] + sqrt(alpha^2 Var x_0 + sigma^2) z; at t_max, `start(z)`."""
+        if self._is_t_max(t):
             return self.start(z)
         alpha, sigma = _kernel(self.sde, t)
         mean, std = self.clean_moments()
         return (alpha * torch.as_tensor(mean, device=z.device) + math.hypot(alpha * std, sigma) * z.double()).to(z)
 
-    def _begins(self, t: float) -> bool:
+    def _is_t_max(self, t: float) -> bool:
         return t >= self.sde.t_max - 1e-9 * (self.sde.t_max - self.sde.t_min)
 
     def clean_moments(self) -> tuple[Tensor | float, float]:
-        """E[x_0], and the standard deviation of x_0 about it, pooled over its elements: 0 and data_std."""
+        """E[x_0], and the standard deviation of x_0 about it, pooled over elements: 0 and `data_std` unless overridden."""
         return 0.0, self.data_std
 
     def log_start(self, x: Tensor, t: float) -> Tensor:
-        """log-density in nats at x, shape (batch,) in float64, of the Gaussian that `start_at` draws from at t.
+        """Log-density in nats at x, shape (batch,) in float64, of the Gaussian that `start_at` draws from at t.
 
-        Of one that is affine in its noise element by element: mean and standard deviation follow from two points.
+        `start_at` must be affine in z, element by element: two of its values then give mean and standard deviation.
         """
         zero = torch.zeros((1, *x.shape[1:]), dtype=torch.float64, device=x.device)
         mean = self.start_at(zero, t)
@@ -131,34 +131,34 @@ class ScoreModel(ABC):
         return law.log_prob(x.double()).flatten(1).sum(1)
 
     def log_terminal(self, x: Tensor, t: float | None = None) -> Tensor:
-        """log-density of x(t) at x likewise, t_max if t is left out: `log_start`, but where the law itself is known."""
+        """Log-density of x_t at x, shape (batch,), t_max if t is left out: `log_start` unless p_t itself is known."""
         return self.log_start(x, self.sde.t_max if t is None else t)
 
     def prepare(self, times: Iterable[float]) -> None:  # noqa: B027
-        """Tabulates what depends on time alone; called by a sampler with its whole grid before the first step."""
+        """Tabulates what depends only on time; a sampler calls it with its whole grid before the first step."""
 
 
 def checked_condition(
     model: ScoreModel, shape: Sequence[int], condition: Mapping[str, Any] | None, device: torch.device
 ) -> dict[str, Any]:
-    """A condition that fits a batch of this shape: one label or context (no vector of the batch's length) is for all.
+    """The condition for a batch of this shape; a single label or context is repeated for all samples.
 
     Raises:
-        ValueError, TypeError: see `ScoreModel.check`; or a label is no class of the model.
+        ValueError, TypeError: see `ScoreModel.check`; or a label is not a class of the model.
     """
     given = _spread(model, shape[0] if len(shape) else 0, condition, device)
     model.check(shape, given)
     if missing := sorted(model.needed - given.keys()):
-        warnings.warn(f"this network was told of each example's {' and '.join(missing)} and has not learnt to do without: "
-                      f"give condition={{{missing[0]!r}: ...}}", stacklevel=4)  # fmt: skip
+        warnings.warn(f"this network was trained with each example's {' and '.join(missing)} and has not learnt to do "
+                      f"without: give condition={{{missing[0]!r}: ...}}", stacklevel=4)  # fmt: skip
     return given
 
 
 def in_rows(model: ScoreModel, count: int, condition: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """A condition with a row for each of `count` samples that are drawn in parts, on the model's device.
+    """The condition with one row for each of `count` samples that are drawn in parts, on the model's device.
 
     Raises:
-        ValueError: it has another number of rows, or a label is no class of the model.
+        ValueError: it has another number of rows, or a label is not a class of the model.
     """
     given = {name: torch.as_tensor(value) for name, value in _spread(model, count, condition, model.device).items()}
     for name, value in given.items():
@@ -169,13 +169,12 @@ def in_rows(model: ScoreModel, count: int, condition: Mapping[str, Any] | None) 
 
 
 def _spread(model: ScoreModel, count: int, condition: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any]:
-    """A condition in which one label or context, bare or as the only row, has become one for each of `count` samples."""
+    """The condition with a single label or context, bare or as the only row, repeated for each of `count` samples."""
     given = dict(condition or {})
-    if isinstance(said := given.get("label"), str) or (
-        isinstance(said, Sequence) and any(isinstance(n, str) for n in said)
-    ):
+    label = given.get("label")
+    if isinstance(label, str) or (isinstance(label, Sequence) and any(isinstance(each, str) for each in label)):
         raise TypeError(
-            f"a label is the number of a class, got {said!r}: list(run.config.class_names).index(name) is it"
+            f"a label is the number of a class, got {label!r}: give list(run.config.class_names).index(name)"
         )
     for name, single in (("label", 0), ("context", 1)):
         if given.get(name) is not None:
@@ -186,9 +185,9 @@ def _spread(model: ScoreModel, count: int, condition: Mapping[str, Any] | None, 
             given[name] = value.expand(count, *value.shape[1:]).contiguous() if shared else value
     label = given.get("label")
     if isinstance(label, Tensor) and model.num_classes:
-        strange = (label < -1) | (label >= model.num_classes)
-        if strange.any():
-            raise ValueError(f"label={int(label[strange][0])}, but this model knows the classes 0 to "
+        unknown = (label < -1) | (label >= model.num_classes)
+        if unknown.any():
+            raise ValueError(f"label={int(label[unknown][0])}, but this model knows the classes 0 to "
                              f"{model.num_classes - 1} (and -1 for none)")  # fmt: skip
     return given
 
@@ -201,14 +200,14 @@ def named(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def _check_sde(sde: SDE) -> None:
-    """Refuses, with TypeError, what is no SDE, and with ValueError one whose schedule cannot be used."""
+    """Refuses what is not an SDE (TypeError) and a schedule that cannot be used (ValueError)."""
     if not isinstance(sde, SDE):
         raise TypeError(f"an SDE is an object, e.g. VPSDE(); got {sde!r}")
     sde.check()
 
 
 def _is_learnt(sde: SDE) -> bool:
-    """Whether a schedule may change with every step of an optimiser, so that no coefficients are kept."""
+    """Whether an optimiser may change the schedule at every step, so that its coefficients must not be kept."""
     return isinstance(sde, nn.Module) and any(parameter.requires_grad for parameter in sde.parameters())
 
 
@@ -218,9 +217,9 @@ def _kernel(sde: SDE, t: float) -> tuple[float, float]:
 
 
 def _level(sde: SDE, t: Time) -> tuple[Coefficient, Coefficient]:
-    """alpha and sigma at t: numbers, or float64 tensors (batch,) where each sample has its time.
+    """alpha and sigma at t: floats, or float64 tensors of shape (batch,) where each sample has its own time.
 
-    Raises ValueError for a number at which there is no noise, or no process.
+    Raises ValueError for a float at which there is no noise or the SDE is not defined.
     """
     if is_batched(t):
         times = as_time(t).double()
@@ -233,16 +232,16 @@ def _level(sde: SDE, t: Time) -> tuple[Coefficient, Coefficient]:
 
 
 def _outside(sde: SDE, t: Any) -> Any:
-    """Whether times are later than t_max, or earlier than both 0 and t_min; rounding aside."""
+    """Whether times, a float or a tensor, are above t_max or below both 0 and t_min, by more than rounding."""
     slack = 1e-6 * (sde.t_max - sde.t_min)
     return (t > sde.t_max + slack) | (t < min(0.0, sde.t_min) - slack)
 
 
 def _refuse_times(sde: SDE, t: Tensor) -> None:
-    """Refuses, with ValueError, times at which there is no noise and so no score, or no process."""
+    """Refuses, with ValueError, times at which there is no noise, and so no score, or where the SDE is not defined."""
     if (bare := ~(sde.sigma(t) > 0)).any():
         raise ValueError(
-            f"at t={t[bare][0]:g} {sde!r} has no noise, and a score needs some: its least time is t_min={sde.t_min:g}"
+            f"at t={t[bare][0]:g} {sde!r} has no noise, so there is no score: its least time is t_min={sde.t_min:g}"
         )
     if (lost := _outside(sde, t) | sde.half_log_snr(t).isnan()).any():
         raise ValueError(f"{sde!r} is not defined at t={t[lost][0]:g}: its times are {sde.t_min:g} to {sde.t_max:g}")
@@ -250,28 +249,28 @@ def _refuse_times(sde: SDE, t: Tensor) -> None:
 
 def _event_shape(given: Sequence[int]) -> tuple[int, ...]:
     if not len(given):
-        raise ValueError("an event has one dimension at least: numbers are vectors of length 1, event_shape=(1,)")
+        raise ValueError("an event has at least one dimension: give scalar data as vectors of length 1, event_shape=(1,)")
     return tuple(given)
 
 
 def is_batched(t: Time) -> bool:
-    """Whether t needs tensor arithmetic: a time per sample, one on a device, or one that gradients flow through."""
+    """Whether t needs tensor arithmetic: one time per sample, a time on an accelerator, or one that requires gradients."""
     return isinstance(t, Tensor) and (t.ndim > 0 or t.device.type != "cpu" or t.requires_grad)
 
 
 KEPT = 10_000
-"""Times of which a model keeps the coefficients: more than any grid has, fewer than adaptive solvers would leave."""
+"""Number of times whose coefficients a model keeps: more than any grid has, and a bound on what adaptive solvers leave."""
 
 
 def _remember(known: dict[float, Any], fresh: dict[float, Any]) -> None:
-    """Adds fresh coefficients in place; the old ones go where there would be more than KEPT."""
+    """Adds fresh coefficients in place, dropping the old ones where there would be more than KEPT."""
     if len(known) + len(fresh) > KEPT:
         known.clear()
     known |= fresh
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
-    """The dtype itself, or float32 for half precision, in which neither a time nor a sum of a thousand steps has room."""
+    """The dtype itself, or float32 for half precision, which is too coarse for a time or the sum of a thousand steps."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -280,24 +279,25 @@ class LearnedScore(nn.Module, ScoreModel):
 
     Args:
         network: module (x, c_noise, **condition) -> F, with x and F of shape (batch, *event_shape) and c_noise of
-            shape (batch,). x comes in the dtype of the network's weights, whatever the state's is; c_noise in float32 at
-            least: bfloat16 would tell step 999 as 1000. The named parameters of its `forward` beyond these two are the
-            conditions it accepts, but for `label` where it has an attribute `num_classes` that is None.
-            One whose attribute `learned_variance` is true gives twice as many channels: F, and v of the variance weight
-            w = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
+            shape (batch,). x arrives in the dtype of the network's weights, whatever the state's dtype; c_noise at least in
+            float32 (bfloat16 would round step 999 to 1000). The further named parameters of its `forward` are the
+            conditions it accepts, except `label` where the network has an attribute `num_classes` that is None.
+            A network whose attribute `learned_variance` is true returns twice as many channels: F, and then v of the
+            variance weight w = (v + 1) / 2 (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 15).
         sde: the forward process it is trained on.
         parameterization: what F means.
         event_shape: shape of one sample.
 
     Raises:
-        ValueError: the SDE's schedule cannot be used (see `SDE.check`).
+        TypeError: an argument is of another type, or `network.forward` does not take (x, c_noise).
+        ValueError: the SDE's schedule cannot be used (see `SDE.check`); when called, x or F has another shape.
     """
 
     sde: SDE
     parameterization: Parameterization
     data_std: float
     _levels: dict[float, tuple[float, ...]]
-    _weight: nn.Parameter | None  # one of the network's, which says its dtype
+    _weight: nn.Parameter | None  # one of the network's, for its dtype
 
     def __init__(
         self, network: nn.Module, sde: SDE, parameterization: Parameterization, event_shape: Sequence[int]
@@ -332,7 +332,7 @@ class LearnedScore(nn.Module, ScoreModel):
         return torch.get_default_dtype() if self._weight is None else at_least_single(self._weight.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("sde", "parameterization"):  # of which coefficients are kept
+        if name in ("sde", "parameterization"):  # the kept coefficients depend on both
             vars(self)["_levels"] = {}
         if name == "parameterization":
             vars(self)["data_std"] = value.sigma_data
@@ -341,11 +341,11 @@ class LearnedScore(nn.Module, ScoreModel):
         super().__setattr__(name, value)
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        self._levels.clear()  # of a schedule that is learnt
+        self._levels.clear()  # a learnt schedule is part of the state
         return super().load_state_dict(*args, **options)
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compiles the network, in place; what is around it looks coefficients up by time and is no work."""
+        """Compiles the network in place; the code around it only looks coefficients up and gains nothing."""
         self.network.compile(*args, **options)
 
     def forward(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
@@ -355,7 +355,7 @@ class LearnedScore(nn.Module, ScoreModel):
         return Prediction(x, raw, alpha, sigma, row.c_skip, row.c_out, variance_weight=weight)
 
     def raw(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
-        """The network's output F(c_in x, c_noise), what the training objective compares with its target."""
+        """The network's output F(c_in x, c_noise), which the training objective compares with its target."""
         self.check(real("x", x).shape, condition)
         return self._network(x, self._level(t)[2], condition)[0]
 
@@ -377,27 +377,27 @@ class LearnedScore(nn.Module, ScoreModel):
         return alpha, sigma, Row(*row)  # type: ignore[arg-type]
 
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
-        """What the network must give for x."""
+        """The shape that the network must return for x."""
         batch, *event = x.shape
         return (batch, 2 * event[0], *event[1:]) if self.learns_variance else (batch, *event)
 
     def _inputs(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """What the network is given: c_in x, c_noise (batch,) and the conditions, in the dtype of its weights."""
+        """The network's arguments: c_in x, c_noise of shape (batch,) and the conditions, in the dtype of its weights."""
         dtype = x.dtype if self._weight is None else self._weight.dtype
         if isinstance(row.c_in, Tensor):
             scaled = expand(row.c_in, x) * x
             c_noise = row.c_noise.to(x.device, at_least_single(dtype)).expand(x.shape[0])
         else:
             scaled, c_noise = row.c_in * x, x.new_full((x.shape[0],), row.c_noise, dtype=at_least_single(dtype))
-        told = {
+        given = {
             name: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for name, v in condition.items()
         }
-        return scaled.to(dtype), c_noise, told
+        return scaled.to(dtype), c_noise, given
 
     def _network(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """F, and the weight w of a learnt variance."""
-        scaled, c_noise, told = self._inputs(x, row, condition)
-        output = self.network(scaled, c_noise, **told)
+        scaled, c_noise, conditions = self._inputs(x, row, condition)
+        output = self.network(scaled, c_noise, **conditions)
         if not isinstance(output, Tensor) or output.shape != self._output_shape(x):
             given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise ValueError(f"{type(self.network).__name__} gives {given} for x of shape "
@@ -413,7 +413,7 @@ class LearnedScore(nn.Module, ScoreModel):
 class ExactScore(ScoreModel):
     """The exact score of the marginals of a closed-form target under an SDE.
 
-    Sampling starts at a Gaussian with the mean and the pooled variance of p(x_{t_max}) itself, so that what is left of an
+    Sampling starts from a Gaussian with the mean and the pooled variance of p(x_{t_max}) itself, so that the remaining
     error is the solver's.
 
     Args:
@@ -421,6 +421,7 @@ class ExactScore(ScoreModel):
         sde: the forward process.
 
     Raises:
+        TypeError: the target has no denoiser, or `sde` is not an SDE.
         ValueError: the SDE's schedule cannot be used (see `SDE.check`).
     """
 
@@ -436,13 +437,13 @@ class ExactScore(ScoreModel):
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(real("x", x).shape, condition)
         if is_batched(t):
-            expand(as_time(t), x)  # refuses another shape
+            expand(as_time(t), x)  # refuses t of any shape but () and (batch,)
         alpha, sigma = _level(self.sde, t)
         clean = self.target.denoise(x.to(at_least_single(x.dtype)), alpha, sigma)
         return Prediction(x, clean.to(x.dtype), alpha, sigma)
 
     def log_prob(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
-        """log p_t(x) in nats, shape (batch,), for a time shared by the batch; in single precision at least."""
+        """log p_t(x) in nats, shape (batch,), at one time for the whole batch; in single precision at least."""
         return self.target.marginal(*_kernel(self.sde, float(t))).log_prob(x.to(at_least_single(x.dtype)))
 
     def start(self, z: Tensor) -> Tensor:
@@ -454,7 +455,7 @@ class ExactScore(ScoreModel):
         return self.target.mean.double(), float(self.target.std)
 
     def log_terminal(self, x: Tensor, t: float | None = None) -> Tensor:
-        """log p_t(x) of the target itself, where the sampling start is a Gaussian with its first two moments."""
+        """log p_t(x) of the target itself; `log_start` is the Gaussian with its first two moments."""
         return self.log_prob(x.double(), self.sde.t_max if t is None else t)
 
     def __repr__(self) -> str:
@@ -464,25 +465,26 @@ class ExactScore(ScoreModel):
 MEANINGS: Mapping[str, Parameterization] = {
     "score": Score(), "denoised": Denoised(), "noise": Noise(), "velocity": Velocity(), "flow": Flow(),
 }  # fmt: skip
-"""What a function may give."""
+"""What the function of a `FunctionScore` may return, by name."""
 
 
 class FunctionScore(ScoreModel):
-    """A score model of a function that one has: a score, a denoiser, or a prediction of the noise or of a velocity.
+    """A score model from a plain function: a score, a denoiser, or a prediction of the noise or of a velocity.
 
     Args:
-        function: (x, t, **condition) -> of x's shape (batch, *event_shape). t multiplies x: a scalar tensor, or of shape
-            (batch, 1, ..., 1) where each sample has a time of its own, in x's dtype. Its named parameters beyond these two
+        function: (x, t, **condition) -> tensor of x's shape (batch, *event_shape). t is in x's dtype and multiplies x: a
+            scalar tensor, or of shape (batch, 1, ..., 1) where each sample has its own time. Its further named parameters
             are the conditions it accepts.
-        sde: the forward process in which x has its marginals.
+        sde: the forward process whose marginals p_t the function describes.
         event_shape: shape of one sample.
         gives: "score" (grad log p_t), "denoised" (E[x_0 | x_t]), "noise" (E[eps | x_t]), "velocity" (alpha eps - sigma D)
             or "flow", the field of flow matching (alpha' D + sigma' eps, which is eps - D on `RectifiedFlow`).
         data_std: standard deviation of the clean data, a scale for solvers.
 
     Raises:
-        TypeError: it is no function.
-        ValueError: `gives` is unknown, or the SDE's schedule cannot be used; when called, another shape is given.
+        TypeError: `function` cannot be called, or `sde` is not an SDE.
+        ValueError: `gives` is unknown, or the SDE's schedule cannot be used; when called, x or the function's value has
+            another shape.
     """
 
     def __init__(
@@ -501,14 +503,14 @@ class FunctionScore(ScoreModel):
         self.check(real("x", x).shape, condition)
         alpha, sigma = _level(self.sde, t)
         at = expand(as_time(t), x) if is_batched(t) else torch.tensor(float(t), dtype=x.dtype)
-        said = self.function(x, at, **condition)
-        if not isinstance(said, Tensor) or said.shape != x.shape:
-            given = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
+        value = self.function(x, at, **condition)
+        if not isinstance(value, Tensor) or value.shape != x.shape:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the function gives {given} for x of shape {tuple(x.shape)} and t of shape {tuple(at.shape)}: "
-                             "it must give x's")  # fmt: skip
-        means = MEANINGS[self.gives].output(self.sde, as_time(t).double())
-        c_skip, c_out = means if is_batched(t) else (part.item() for part in means)
-        return Prediction(x, said.to(x.dtype), alpha, sigma, c_skip, c_out)
+                             "it must return a tensor of x's shape")  # fmt: skip
+        output = MEANINGS[self.gives].output(self.sde, as_time(t).double())
+        c_skip, c_out = output if is_batched(t) else (part.item() for part in output)
+        return Prediction(x, value.to(x.dtype), alpha, sigma, c_skip, c_out)
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__name__", None) or repr(self.function)
@@ -516,7 +518,7 @@ class FunctionScore(ScoreModel):
 
 
 class WrappedScore(ScoreModel):
-    """A score model around another, which keeps what it does not change: SDE, event shape, conditions, device and start."""
+    """A score model around another, whose SDE, event shape, conditions, device and start it keeps unless it overrides them."""
 
     def __init__(self, model: ScoreModel) -> None:
         if not isinstance(model, ScoreModel):
@@ -543,7 +545,7 @@ class WrappedScore(ScoreModel):
         return self.model.start(z)
 
     def start_at(self, z: Tensor, t: float) -> Tensor:
-        return self.start(z) if self._begins(t) else self.model.start_at(z, t)
+        return self.start(z) if self._is_t_max(t) else self.model.start_at(z, t)
 
     def log_start(self, x: Tensor, t: float) -> Tensor:
         return self.model.log_start(x, t)
@@ -581,15 +583,15 @@ class ReparameterizedScore(WrappedScore):
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         alpha, sigma, inner, ratio = self._level(t)
         scaled = (expand(ratio, x) if isinstance(ratio, Tensor) else ratio) * x
-        said = self.model(scaled, inner, **condition)
-        return replace(said, x=x, alpha=alpha, sigma=sigma, c_skip=said.c_skip * ratio, variance_weight=None)
+        inside = self.model(scaled, inner, **condition)
+        return replace(inside, x=x, alpha=alpha, sigma=sigma, c_skip=inside.c_skip * ratio, variance_weight=None)
 
     def prepare(self, times: Iterable[float]) -> None:
         times = list(times)
         for t in times:
             if not self._range[0] <= t <= self._range[1]:
                 raise ValueError(f"t={t:g} lies outside [{self.sde.t_min:g}, {self.sde.t_max:g}], the times of "
-                                 f"{self.sde!r} whose noise levels the model knows")  # fmt: skip
+                                 f"{self.sde!r} at whose noise levels the model is defined")  # fmt: skip
         columns = self._map(torch.tensor(times, dtype=torch.float64))
         rows = zip(*(column.tolist() for column in columns), strict=True)
         _remember(self._levels, dict(zip(times, rows, strict=True)))
@@ -599,7 +601,7 @@ class ReparameterizedScore(WrappedScore):
         return self.model.calls_at(float(self._level(float(t))[2]))
 
     def start(self, z: Tensor) -> Tensor:
-        """The model's own start at the noise level of this t_max, on this path."""
+        """The model's own start at the noise level of this t_max, scaled to this path."""
         return self.start_at(z, self.sde.t_max)
 
     def start_at(self, z: Tensor, t: float) -> Tensor:
@@ -607,18 +609,18 @@ class ReparameterizedScore(WrappedScore):
         return (self.model.start_at(z.double(), float(inner)) / ratio).to(z)
 
     def log_start(self, x: Tensor, t: float) -> Tensor:
-        return self._brought(self.model.log_start, x, t)
+        return self._rescaled(self.model.log_start, x, t)
 
     def log_terminal(self, x: Tensor, t: float | None = None) -> Tensor:
-        return self._brought(self.model.log_terminal, x, self.sde.t_max if t is None else t)
+        return self._rescaled(self.model.log_terminal, x, self.sde.t_max if t is None else t)
 
-    def _brought(self, log_density: Callable[[Tensor, float], Tensor], x: Tensor, t: float) -> Tensor:
-        """A log-density of the model's at the same noise level: log p(r x) + d log r, r = alpha / alpha'."""
+    def _rescaled(self, log_density: Callable[[Tensor, float], Tensor], x: Tensor, t: float) -> Tensor:
+        """The model's log-density at the same noise level, on this path: log p(r x) + d log r, r = alpha / alpha'."""
         _, _, inner, ratio = self._level(float(t))
         return log_density(ratio * x.double(), float(inner)) + x[0].numel() * math.log(ratio)
 
     def _level(self, t: Time) -> tuple[Coefficient, Coefficient, Time, Coefficient]:
-        """alpha and sigma here, the model's time of the same noise level, and its alpha over this one."""
+        """alpha and sigma at t here, the model's time of the same noise level, and the model's alpha there over this one."""
         if is_batched(t):
             t = as_time(t).double()
             inside = (t >= self._range[0]) & (t <= self._range[1])
@@ -632,7 +634,7 @@ class ReparameterizedScore(WrappedScore):
         t = t.clamp(self.sde.t_min, self.sde.t_max)
         known, alpha = self.model.sde, self.sde.alpha(t)
         inner = known.time_at(self.sde.half_log_snr(t)).clamp(known.t_min, known.t_max)
-        inner = torch.where(t.isnan(), t, inner)  # an inverse need not hand a NaN on
+        inner = torch.where(t.isnan(), t, inner)  # an SDE's time_at need not pass a NaN on
         return alpha, self.sde.sigma(t), inner, known.alpha(inner) / alpha
 
     def __repr__(self) -> str:
@@ -643,35 +645,36 @@ class ReparameterizedDensity(ReparameterizedScore):
     """A `ReparameterizedScore` of a model with a density."""
 
     def log_prob(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
-        """log p_t(x) = log p(r x) + d log r at the model's time, r = alpha / alpha'; shape (batch,), t shared by it."""
+        """log p_t(x) = log p(r x) + d log r at the model's time, r = alpha / alpha'; shape (batch,), one t for the batch."""
         _, _, inner, ratio = self._level(float(t))
         size = math.prod(self.event_shape)
         return self.model.log_prob(ratio * x, inner, **condition) + size * math.log(ratio)  # type: ignore[attr-defined]
 
 
 def reparameterize(model: ScoreModel, sde: SDE, outside: str = "restrict") -> ScoreModel:
-    """A model of one SDE seen in another's coordinates, a score model again, for every sampler and solver.
+    """A model of one SDE seen in another's coordinates: again a score model, for every sampler and solver.
 
     At equal lambda = log(alpha / sigma) the paths of two SDEs carry the same mixture of data and noise up to scale:
 
         D'(x, t') = D(alpha(t) / alpha'(t') x, t),    lambda(t) = lambda'(t'),
 
-    and the probability-flow trajectories are the same up to scale and time. A learnt variance lies between two of the
-    model's own process, of which one is another here: it is left out. Source: Karras et al. 2022,
+    and the probability-flow trajectories are the same up to scale and time. A learnt variance is dropped: it lies between
+    two variances of the model's own process, which differ on another path. Source: Karras et al. 2022,
     https://arxiv.org/abs/2206.00364, appendix B; Kingma et al. 2021, https://arxiv.org/abs/2107.00630, section 5.1.
 
     Args:
         model: a model on its own path, `model.sde`.
-        sde: the path on which it shall be used.
-        outside: what is done about noise levels of `sde` that the model does not know. "restrict" moves t_min and t_max
-            of a copy of `sde` to the common range, and samplers stay inside; "refuse" raises.
+        sde: the path to use it on.
+        outside: what to do with noise levels of `sde` beyond the model's. "restrict" takes a copy of `sde` whose t_min and
+            t_max bound the common range, so that samplers stay inside; "refuse" raises.
 
     Returns:
-        The model on the new path, with a `log_prob` if it has one itself. Called with a float t outside its range it
-        raises ValueError; where t is a tensor, samples outside the range come out as NaN.
+        The model on the new path, with a `log_prob` if the model has one. A float t outside the common range raises
+        ValueError; in a tensor t, samples outside it become NaN.
 
     Raises:
-        ValueError: the two ranges of noise levels have nothing in common, or one is refused.
+        TypeError: `model` is not a score model, or `sde` not an SDE.
+        ValueError: the two ranges of noise levels do not overlap, or outside="refuse" and `sde` goes beyond the model's.
     """
     if not isinstance(model, ScoreModel) or not model.predicts:
         raise TypeError(f"reparameterize(model, sde) takes a score model, got {model!r}")
@@ -680,7 +683,7 @@ def reparameterize(model: ScoreModel, sde: SDE, outside: str = "restrict") -> Sc
 
 
 def _common_range(known: SDE, sde: SDE, outside: str) -> SDE:
-    """`sde`, or a copy of it whose t_min and t_max have noise levels that `known` has too."""
+    """`sde`, or a copy of it whose t_min and t_max lie within the noise levels of `known`."""
     (first, last), (lowest, highest) = sde.half_log_snr_range, known.half_log_snr_range
     low, high = max(first, lowest), min(last, highest)
     if low >= high:
@@ -690,8 +693,9 @@ def _common_range(known: SDE, sde: SDE, outside: str) -> SDE:
     if not (noisier or cleaner):
         return sde
     if outside == "refuse":
-        raise ValueError(f"{sde!r} has noise levels that the model's {known!r} does not know: log(alpha / sigma) lies "
-                         f"in [{low:.6g}, {high:.6g}]; give another t_min or t_max, or outside='restrict'")  # fmt: skip
+        raise ValueError(f"{sde!r} has noise levels that the model's {known!r} does not know: the common range of "
+                         f"log(alpha / sigma) is [{low:.6g}, {high:.6g}]; change t_min or t_max, or give "
+                         "outside='restrict'")  # fmt: skip
     t_min = float(sde.time_at(high)) if cleaner else sde.t_min
     t_max = float(sde.time_at(low)) if noisier else sde.t_max
     narrow = copy.copy(sde)

@@ -6,8 +6,9 @@ Every process of this package is a linear SDE whose transition kernel from clean
     f = d log(alpha) / dt,                 g^2 = d sigma^2 / dt - 2 f sigma^2 = -2 sigma^2 dlambda / dt,
 
 with the half log signal-to-noise ratio lambda(t) = log(alpha(t) / sigma(t)), strictly decreasing. Two functions of
-time, `alpha` and `sigma`, therefore say everything; `t_min` and `t_max` say where they are used.
-Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, sections 3.4 and appendix B; Kingma et al. 2021.
+time, `alpha` and `sigma`, therefore determine the process; models are trained and sampled at times in [t_min, t_max].
+Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, section 3.4 and appendix B; Kingma et al. 2021,
+https://arxiv.org/abs/2107.00630.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def expand(v: Tensor, x: Tensor) -> Tensor:
 def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """Derivative of a function that is elementwise in time.
 
-    Each value depends on its own time alone, so one backward pass from a vector of ones gives every derivative, at a fifth
+    Each value depends only on its own time, so one backward pass from a vector of ones gives all derivatives, at a fifth
     of the cost of forward mode (jvp).
     """
     values, pull, *_ = torch.func.vjp(function, t)
@@ -58,11 +59,11 @@ def _of_tensor(function: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Time
 
 
 def _root(falling: Callable[[Tensor], Tensor], value: Tensor, low: float, high: float) -> Tensor:
-    """Where a continuous, decreasing function takes each value: a table, dense at both ends, then Illinois steps.
+    """The t in [low, high] with falling(t) = value, elementwise, for a continuous and decreasing function.
 
-    Elementwise in `value`, with as many evaluations for each; the time with the least residual is returned. Dowell &
-    Jarratt 1971, https://doi.org/10.1007/BF01934364: the secant's point replaces the end of its sign, and the residual of
-    an end that stays twice is halved.
+    Brackets come from a table of nodes that are dense at both ends; then 12 steps of the Illinois method, in which the
+    secant point replaces the end whose residual has the same sign, and the residual of an end that stays twice is halved.
+    The t with the least residual is returned. Source: Dowell & Jarratt 1971, https://doi.org/10.1007/BF01934364.
     """
     nodes = low + (high - low) * torch.linspace(0, math.pi / 2, 513, dtype=value.dtype, device=value.device).sin() ** 2
     table = falling(nodes)
@@ -146,9 +147,9 @@ class SDE(ABC):
     def time_at(self, half_log_snr: Time) -> Tensor:
         """The time t at which lambda(t) takes the given value; the inverse of `half_log_snr`.
 
-        Found numerically where a subclass has no closed form, to float64's rounding of lambda unless it bends by factors of a
-        hundred within a thousandth of the way. For values beyond those of t_min and t_max the result lies outside
-        [t_min, t_max] (the closed form, or here the tangent at the end, continued), so that a grid can refuse it.
+        Where a subclass has no closed form it is found numerically, to float64's rounding of lambda unless the slope of
+        lambda changes a hundredfold within a thousandth of the interval. Values beyond those at t_min and t_max give times
+        outside [t_min, t_max] (by the closed form, here by the tangent at the end), so that a grid can refuse them.
         """
         target = as_time(half_log_snr)
         value = target.double()
@@ -159,7 +160,7 @@ class SDE(ABC):
         near = 1e-9 * (ends.flip(0) - ends)  # a difference quotient costs a thirtieth of the derivative
         level = self.half_log_snr(ends)
         change = self.half_log_snr(ends + near) - level
-        change = torch.where(change == 0, near.sign().neg(), change)  # flat: any slope, but no NaN as a derivative
+        change = torch.where(change == 0, near.sign().neg(), change)  # where flat: any slope, so that no gradient is NaN
         beyond = ends + (value.unsqueeze(-1) - level) * near / change
         t = torch.where(value > level[0], beyond[..., 0], torch.where(value < level[1], beyond[..., 1], t))
         return t.to(target.dtype)
@@ -205,36 +206,13 @@ class SDE(ABC):
             raise ValueError(f"{name} needs 0 <= t_min < t_max, got t_min={self.t_min} and t_max={self.t_max}")
         t = torch.linspace(self.t_min, self.t_max, 257, dtype=torch.float64)
         for part in ("alpha", "sigma"):
-            try:
-                values = torch.as_tensor(getattr(self, part)(t))
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{name}.{part}(t) fails for a tensor of times ({error}): write it with torch's "
-                                 "functions, e.g. torch.cos(t) for math.cos(t)") from error  # fmt: skip
-            if values.shape != t.shape:
-                raise ValueError(f"{name}.{part}(t) has shape {tuple(values.shape)} for t of shape {tuple(t.shape)}: "
-                                 "make it elementwise in t, e.g. torch.ones_like(t) for a constant")  # fmt: skip
-            bad = ~(torch.isfinite(values) & (values > 0))
-            if bad.any():
-                if (self.half_log_snr(t[1:-1]).diff() > 0).all():
-                    raise ValueError(f"{name}: log(alpha / sigma) grows with t, here data lie at t_min and noise at t_max: "
-                                     "write the schedule with t_min + t_max - t for t")  # fmt: skip
-                first = t[bad][0].item()
-                raise ValueError(f"{name}.{part}({first:.6g}) is {values[bad][0].item()}: "
-                                 f"alpha and sigma must be finite and positive on [t_min, t_max]")  # fmt: skip
+            _check_kernel(self, part, t)
         rising = self.half_log_snr(t).diff() >= 0
         if rising.any():
             raise ValueError(f"{name}: log(alpha / sigma) does not decrease at t={t[:-1][rising][0].item():.6g}: "
                              "noise must grow with t")  # fmt: skip
         for part in ("drift", "diffusion"):
-            try:
-                values = torch.as_tensor(getattr(self, part)(t)).expand(t.shape)[1:-1]
-            except RuntimeError as error:
-                raise ValueError(f"{name}.{part}(t), a derivative of alpha and sigma, fails ({error}): write these with "
-                                 "torch's functions, e.g. torch.cos(t) for numpy.cos(t)") from error  # fmt: skip
-            inside = t[1:-1]
-            if (bad := ~torch.isfinite(values)).any():
-                raise ValueError(f"{name}.{part}({inside[bad][0].item():.6g}) is not finite: define it, or keep both branches "
-                                 "of a torch.where in alpha and sigma finite, whose derivative it is")  # fmt: skip
+            _check_rate(self, part, t)
 
     def __repr__(self) -> str:
         options = ", ".join(
@@ -245,6 +223,40 @@ class SDE(ABC):
         return f"{type(self).__name__}({options})"
 
 
+def _check_kernel(sde: SDE, part: str, t: Tensor) -> None:
+    """Refuses, with ValueError, an alpha or sigma that is not elementwise, finite and positive at the times t."""
+    name = f"{type(sde).__name__}.{part}"
+    try:
+        values = torch.as_tensor(getattr(sde, part)(t))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}(t) fails for a tensor of times ({error}): write it with torch's functions, "
+                         "e.g. torch.cos(t) for math.cos(t)") from error  # fmt: skip
+    if values.shape != t.shape:
+        raise ValueError(f"{name}(t) has shape {tuple(values.shape)} for t of shape {tuple(t.shape)}: "
+                         "make it elementwise in t, e.g. torch.ones_like(t) for a constant")  # fmt: skip
+    bad = ~(torch.isfinite(values) & (values > 0))
+    if not bad.any():
+        return
+    if (sde.half_log_snr(t[1:-1]).diff() > 0).all():
+        raise ValueError(f"{type(sde).__name__}: log(alpha / sigma) grows with t, but t_min is the data end and t_max the "
+                         "noise end: write the schedule with t_min + t_max - t in place of t")  # fmt: skip
+    raise ValueError(f"{name}({t[bad][0].item():.6g}) is {values[bad][0].item()}: "
+                     "alpha and sigma must be finite and positive on [t_min, t_max]")  # fmt: skip
+
+
+def _check_rate(sde: SDE, part: str, t: Tensor) -> None:
+    """Refuses, with ValueError, a drift or diffusion that fails or is not finite between t[0] and t[-1]."""
+    name, inside = f"{type(sde).__name__}.{part}", t[1:-1]
+    try:
+        values = torch.as_tensor(getattr(sde, part)(t)).expand(t.shape)[1:-1]
+    except RuntimeError as error:
+        raise ValueError(f"{name}(t), a derivative of alpha and sigma, fails ({error}): write these with "
+                         "torch's functions, e.g. torch.cos(t) for numpy.cos(t)") from error  # fmt: skip
+    if (bad := ~torch.isfinite(values)).any():
+        raise ValueError(f"{name}({inside[bad][0].item():.6g}) is not finite; it is a derivative of alpha and sigma: "
+                         "keep both branches of every torch.where in them finite, or define it yourself")  # fmt: skip
+
+
 def _positive_and_ordered(owner: str, **ends: float) -> None:
     (low_name, low), (high_name, high) = ends.items()
     if isinstance(low, str) or isinstance(high, str) or not 0 < low < high < math.inf:
@@ -253,7 +265,7 @@ def _positive_and_ordered(owner: str, **ends: float) -> None:
 
 
 class _LinearBeta(SDE):
-    """Mean of the VP family: log alpha(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2."""
+    """The alpha that VP and sub-VP share: log alpha(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2."""
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> None:
         _positive_and_ordered(type(self).__name__, beta_min=beta_min, beta_max=beta_max)
@@ -293,7 +305,7 @@ class VPSDE(_LinearBeta):
 
     Args:
         beta_min, beta_max: noise rates at t = 0 and t = 1.
-        t_min: the least time that is sampled and trained; sigma(1e-3) = 0.0105 with the default rates.
+        t_min: the least time used in training and sampling; sigma(1e-3) = 0.0105 with the default rates.
     """
 
     def sigma(self, t: Time) -> Tensor:
@@ -319,7 +331,7 @@ class SubVPSDE(_LinearBeta):
 
     Args:
         beta_min, beta_max: noise rates at t = 0 and t = 1.
-        t_min: the least time that is sampled and trained; sigma(1e-3) = 1.1e-4 with the default rates.
+        t_min: the least time used in training and sampling; sigma(1e-3) = 1.1e-4 with the default rates.
     """
 
     def sigma(self, t: Time) -> Tensor:
@@ -341,11 +353,12 @@ class SubVPSDE(_LinearBeta):
 class VESDE(SDE):
     """Variance exploding: alpha = 1, sigma(t) = sigma_min (sigma_max / sigma_min)^t, the continuous limit of SMLD.
 
-    Data count as smoothed by sigma_min: sigma(0) = sigma_min, not 0. Source: Song et al. 2021, eq. 9 and appendix C.
+    sigma(0) = sigma_min, not 0: data count as already smoothed by sigma_min. Source: Song et al. 2021, eq. 9 and
+    appendix C.
 
     Args:
         sigma_min, sigma_max: noise levels at t = 0 and t = 1, in units of the data.
-        t_min: the least time that is sampled and trained.
+        t_min: the least time used in training and sampling.
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 1e-5) -> None:
@@ -382,7 +395,7 @@ class CosineSDE(SDE):
 
     Args:
         s: the offset that keeps the rate from vanishing at t = 0.
-        t_min: the least time that is sampled and trained.
+        t_min: the least time used in training and sampling.
     """
 
     t_max = 0.9946
@@ -407,8 +420,8 @@ class CosineSDE(SDE):
 
     def time_at(self, half_log_snr: Time) -> Tensor:
         _, start = self._angles(0.0)
-        # tan^2(angle) = (sigma^2 cos^2(start) + alpha^2 sin^2(start)) / (alpha^2 cos^2(start)); its excess over the
-        # start is found from the sine of the difference, so that small times keep their digits.
+        # tan^2(angle) = (sigma^2 cos^2(start) + alpha^2 sin^2(start)) / (alpha^2 cos^2(start)). Small times keep their
+        # digits because angle - start is found from its own sine.
         lmbda = as_time(half_log_snr)
         alpha, sigma = torch.sigmoid(2 * lmbda).sqrt(), torch.sigmoid(-2 * lmbda).sqrt()
         cosine = alpha * math.cos(start)
@@ -490,10 +503,10 @@ class RectifiedFlow(SDE):
 
 
 class DiscreteSDE(SDE):
-    """A ladder of noise levels, as DDPM and SMLD define them, made continuous.
+    """A ladder of noise levels, as DDPM and SMLD define them, made continuous in time.
 
     Time is the ladder's index: t = 0 is the least noisy level, t = num_steps - 1 the noisiest; between two levels
-    lambda is interpolated linearly. With `variance_preserving` alpha^2 = sigmoid(2 lambda), sigma^2 = 1 - alpha^2;
+    lambda is interpolated linearly. With `variance_preserving`, alpha^2 = sigmoid(2 lambda) and sigma^2 = 1 - alpha^2;
     otherwise alpha = 1 and sigma = exp(-lambda).
 
     Args:
@@ -580,22 +593,22 @@ class DiscreteSDE(SDE):
         event_shape: Sequence[int] = (3, 32, 32),
         overlap: float = 0.5,
     ) -> DiscreteSDE:
-        """The shortest geometric sequence whose neighbours' samples overlap by a share (NCSNv2's technique 2).
+        """The shortest geometric sequence in which neighbouring levels share `overlap` of their samples (NCSNv2, technique 2).
 
-        |x| / sigma of D normal numbers is nearly N(sqrt D, 1/2): neighbours sigma and gamma sigma overlap by
-        Phi(sqrt(2 D) (gamma - 1) + 3 gamma) - Phi(sqrt(2 D) (gamma - 1) - 3 gamma), which is `overlap` at the greatest
-        gamma. CIFAR-10 has 220 levels at the paper's 0.5; its published 232 are those of 0.566.
+        For noise of D = prod(event_shape) elements |x| / sigma is nearly N(sqrt D, 1/2), so that neighbours sigma and
+        gamma sigma overlap by Phi(sqrt(2 D) (gamma - 1) + 3 gamma) - Phi(sqrt(2 D) (gamma - 1) - 3 gamma); gamma is the
+        greatest with `overlap`. On CIFAR-10 the paper's 0.5 gives 220 levels; its published 232 correspond to 0.566.
         Source: Song & Ermon 2020, https://arxiv.org/abs/2006.09011, section 3.2.
 
         Raises ValueError where overlap is not in (0, 0.99), 0 < sigma_min < sigma_max does not hold, or D is below 5.
         """
         if not 0 < overlap < 0.99:
-            raise ValueError(f"the share of samples in which neighbours overlap lies in (0, 0.99), got {overlap=}")
+            raise ValueError(f"overlap, the share of samples in which neighbours overlap, lies in (0, 0.99), got {overlap}")
         _positive_and_ordered("a geometric ladder", sigma_min=sigma_min, sigma_max=sigma_max)
         root = math.sqrt(2 * math.prod(event_shape))
         if root <= 3:
             raise ValueError(f"in {math.prod(event_shape)} dimensions neighbours overlap whatever their ratio: NCSNv2's rule "
-                             "is for 5 or more, give a number of levels to DiscreteSDE.geometric (sde=smld)")  # fmt: skip
+                             "needs 5 or more; choose the number of levels by DiscreteSDE.geometric (sde=smld)")  # fmt: skip
         from scipy.optimize import brentq  # half a second to import
         from scipy.special import ndtr
 

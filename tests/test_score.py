@@ -278,7 +278,7 @@ def test_what_is_no_model_is_named(build, message):
 @pytest.mark.parametrize("model", [learned(VPSDE()), ExactScore(make("ring"), VPSDE())], ids=["learned", "exact"])
 def test_a_time_without_noise_is_refused_with_the_least_one(model):
     with pytest.raises(
-        ValueError, match=r"at t=0 .* has no noise, and a score needs some: its least time is t_min=0.001"
+        ValueError, match=r"at t=0 .* has no noise, so there is no score: its least time is t_min=0.001"
     ):
         model(torch.zeros(2, 2), 0.0)
 

@@ -334,7 +334,7 @@ def a_user_sde(alpha=lambda t: 1 - t / 2, sigma=lambda t: t, **attributes):
             a_user_sde(alpha=lambda t: 0.9 - torch.where(t < 0.5, t, 0.5 + (t - 0.5).sqrt()) / 8),
             r"drift\(0\.\d+\) is not finite",
         ),
-        (a_user_sde(drift=lambda self, t: t * torch.nan), r"drift\(0\.\d+\) is not finite: define it, or keep"),
+        (a_user_sde(drift=lambda self, t: t * torch.nan), r"drift\(0\.\d+\) is not finite; it is a derivative"),
         (
             a_user_sde(alpha=lambda t: torch.as_tensor(np.cos(t.numpy()))),
             r"Mine\.drift\(t\), a derivative of alpha and sigma, fails .* torch\.cos\(t\) for numpy\.cos\(t\)",
