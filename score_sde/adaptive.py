@@ -1,12 +1,12 @@
-r"""Adaptive solvers on the device, with an error control, a time and a step size for each sample.
+r"""The probability-flow ODE with adaptive steps on the device; each sample has its own time, step size and error control.
 
-The probability-flow ODE is stiff in x against t, and mild in the standardised state Y against the noise scale u:
+As dx/dt the ODE is stiff. It is mild in the standardised state Y as a function of u,
 
     Y = S x / sqrt(S^2 alpha^2 + sigma^2),   sinh(u) = S alpha / sigma,   dY/du = D(x, t) - tanh(u) Y,
 
-S the data's standard deviation. Y has the spread of the data at every noise level and stands still for Gaussian data of
-that spread; u is the signal-to-noise ratio where noise rules and its logarithm near the data; f and g do not occur.
-`embedded` integrates it, every sample on its own.
+S the data's standard deviation. Y has the spread of the data at every noise level, and is constant for Gaussian data of
+that spread; u is about S alpha / sigma in strong noise and log(2 S alpha / sigma) near the data; f and g do not occur.
+`embedded` integrates it, each sample independently.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from score_sde.sde import Time, as_time, expand
 
 
 class PerSample:
-    """A score model under a fixed condition, called with any choice of samples, each at its own time.
+    """A score model under a fixed condition, called with any subset of the batch, each sample at its own time.
 
-    Conditions with a row for each sample follow the choice (`ScoreModel.per_sample`); others are shared.
+    Conditions with one row per sample (`ScoreModel.per_sample`) are indexed with the subset; others are shared.
 
     Attributes:
-        calls: network calls that the last prediction took; guidance may ask more than once, and not at every time.
+        calls: network calls of the last prediction; guidance may take several, at some times only.
         spent: network calls of all predictions so far.
     """
 
@@ -47,19 +47,19 @@ class PerSample:
         self.own = {name: condition[name] for name in own}
 
     def check_apart(self) -> None:
-        """Refuses, with ValueError, a model with rows for the samples of a batch that are not among the conditions.
+        """Refuses, with ValueError, a model that holds one row per sample outside its conditions.
 
-        They would not follow a choice of samples: such a model does not take one sample alone.
+        Such rows would not follow a subset of the batch; the model then does not accept a single sample.
         """
         first = {name: value[:1] for name, value in self.own.items()}
         self.model.check((min(self.batch, 1), *self.model.event_shape), self.shared | first)
 
     def denoised(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """D(x, t), t of shape (samples,) and ids the samples' places in the batch."""
+        """D(x, t) for t of shape (samples,); ids are the samples' places in the batch."""
         return self.predict(x, t, ids).denoised.to(x.dtype)
 
     def predict(self, x: Tensor, t: Time, ids: Tensor) -> Prediction:
-        """The model's whole prediction, likewise."""
+        """The whole prediction at the same arguments."""
         own = {name: value[ids] for name, value in self.own.items()}
         prediction = self.model(x, t, **self.shared, **own)
         self.calls = prediction.calls
@@ -68,14 +68,15 @@ class PerSample:
 
 
 LANES, GRAIN = 64, 2**15
+"""A multiple of every vector unit's length, and the number of elements from which torch splits work between threads."""
 
 
 def whole_lanes(function: Callable[[Tensor], Level], u: Tensor) -> Level:
-    """function(u), elementwise, with the same bits for an element wherever it stands in u.
+    """function(u), elementwise, bitwise independent of an element's place in u.
 
-    On a CPU some functions (log1p, sigmoid) differ in the last bit between the vector unit and the loop that does the
-    rest of an array or of a thread's share: u is filled up to whole vectors, in pieces of which each thread gets whole
-    ones (torch shares out from GRAIN elements on), or too small to be shared out.
+    On a CPU some functions (log1p, sigmoid) differ in the last bit between the vector unit and the scalar loop that does
+    the remainder of an array, or of a thread's share. So u is padded to whole vectors, and cut into pieces that are either
+    split evenly between the threads or too small to be split.
     """
     if u.device.type != "cpu":
         return function(u)
@@ -89,12 +90,12 @@ def whole_lanes(function: Callable[[Tensor], Level], u: Tensor) -> Level:
 
 
 class StandardField:
-    """dY/du = D(x, t) - tanh(u) Y: the probability-flow ODE in the standardised state (see the module's opening).
+    """dY/du = D(x, t) - tanh(u) Y: the probability-flow ODE in the standardised state (see `score_sde.adaptive`).
 
     Args:
         model: the score model.
-        std: S, the data's standard deviation; a guess costs calls, not accuracy.
-        like: a tensor of the state's dtype and number of dimensions.
+        std: S, the data's standard deviation; a wrong value costs calls, not accuracy.
+        like: a tensor with the state's dtype and number of dimensions.
     """
 
     def __init__(self, model: PerSample, std: float, like: Tensor) -> None:
@@ -106,11 +107,11 @@ class StandardField:
         return torch.asinh(self.std * self.sde.half_log_snr(as_time(t)).exp())
 
     def state(self, x: Tensor, t: Time) -> Tensor:
-        """Y of x."""
+        """The state Y of x at t."""
         return x / expand(self._scale(as_time(t))[0], x)
 
     def back(self, y: Tensor, t: Time) -> Tensor:
-        """x of Y."""
+        """The x of the state Y at t."""
         return y * expand(self._scale(as_time(t))[0], y)
 
     def levels(self, u: Tensor) -> Level:
@@ -132,14 +133,14 @@ class StandardField:
         return mixed_tolerance(rtol, atol)
 
     def _scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x / Y = sqrt(alpha^2 + sigma^2 / S^2), and tanh(u) = alpha / that."""
+        """x / Y = sqrt(alpha^2 + sigma^2 / S^2), and tanh(u) = alpha Y / x."""
         alpha = self.sde.alpha(t)
         scale = torch.hypot(alpha, self.sde.sigma(t) / self.std)
         return scale, alpha / scale
 
 
 class DenoisedField(StandardField):
-    """D(x, t) with the state z = x / alpha against lambda: what `Exponential` integrates."""
+    """The state z = x / alpha as a function of lambda, and D(x, t) for its rate: `Exponential` adds the rest, -z."""
 
     def u(self, t: Time) -> Tensor:
         """lambda."""
@@ -154,9 +155,9 @@ class DenoisedField(StandardField):
         return self.model.denoised(y * alpha, t, ids)
 
     def norm(self, rtol: float, atol: float) -> Norm:
-        """The tolerance of the standardised state Y = tanh(u) z, so that both fields mean the same by it.
+        """The tolerance is meant for the standardised state Y = tanh(u) z, as in `StandardField`.
 
-        It is taken at the end of the step: z there, and not at the start, which a long step out of noise leaves far larger.
+        It is relative to z at the step's end, since after a long step out of noise z at its start is far larger.
         """
 
         def norm(error: Tensor, y: Tensor, end: Tensor, v: Tensor) -> Tensor:
@@ -172,11 +173,11 @@ class DenoisedField(StandardField):
 
 @dataclass(frozen=True, repr=False)
 class AdaptiveResult(SampleResult):
-    """What an adaptive solver returns; `nfe` is the mean number of network calls a sample, rounded up.
+    """What an adaptive solver returns; `nfe` is the mean of `calls`, rounded up.
 
     Attributes:
         calls: network calls of each sample, int64 of shape (batch,).
-        rejected: rejected steps of each sample, likewise.
+        rejected: rejected steps of each sample, int64 of shape (batch,).
     """
 
     calls: Tensor
@@ -186,16 +187,16 @@ class AdaptiveResult(SampleResult):
 class AdaptiveODE(ErrorControlled):
     """The probability-flow ODE by embedded pairs on the device, with a step size for each sample.
 
-    A sample is bitwise the same whatever its companions, if the model's arithmetic is. Dense output costs no calls.
-    "dopri5", "tsit5" and "bosh3" solve the standardised equation (see the module's opening), "exponential" integrates
-    the denoised prediction over lambda.
+    A sample is bitwise independent of the rest of its batch where the model's arithmetic is. Dense output costs no calls.
+    "dopri5", "tsit5" and "bosh3" solve the standardised equation of `score_sde.adaptive`; "exponential" integrates the
+    denoised prediction over lambda.
 
     Args:
         method: "dopri5", "tsit5", "exponential" (orders 5, 5 and 4) or "bosh3" (order 3, for loose tolerances).
         rtol, atol: relative and absolute tolerance of a step, in root mean square over a sample's elements, for the
             state scaled to the spread of the data: atol is in units of the data.
         final: "denoise" ends with Tweedie's formula at t_min; "none" keeps the solution, the inverse of `encode`.
-        block: how many samples are worked on at once; None takes what fits a CPU's cache, on a GPU the whole batch.
+        block: number of samples that are integrated at once; None takes what fits a CPU's cache, on a GPU the whole batch.
 
     Raises:
         ValueError: an option is unknown or a tolerance not positive.
@@ -216,8 +217,8 @@ class AdaptiveODE(ErrorControlled):
     ) -> AdaptiveResult:  # fmt: skip
         """Integrates from prior noise (or `x_init`) at t_max to t_min; arguments as `Sampler.sample` has them.
 
-        With `trajectory` the solution is also read off at `points` equally spaced times, or at the chosen `times`,
-        decreasing in [t_min, t_max].
+        With `trajectory` the solution is also kept at `points` equally spaced times; with `times`, at these, decreasing and
+        in [t_min, t_max].
 
         Raises:
             ValueError: the times leave [t_min, t_max] or are not ordered.
@@ -233,9 +234,9 @@ class AdaptiveODE(ErrorControlled):
         self, model: ScoreModel, x: Tensor, *, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
         progress: bool = False, points: int = 101, times: Tensor | None = None,
     ) -> AdaptiveResult:  # fmt: skip
-        """Integrates data x, taken as x(t_min), to their latent codes x(t_max); chosen times increase.
+        """Integrates data x, taken as x(t_min), to their latent codes x(t_max); `times`, if given, increase.
 
-        Where alpha(t_min) is not near 1, as on a rectified flow, give alpha(t_min) x, as `likelihood.encode` does itself.
+        Where alpha(t_min) is not near 1, as on a rectified flow, give alpha(t_min) x; `likelihood.encode` does so itself.
         """
         start = begin(model, x.shape, 0, None, x, condition, None)
         ends = (model.sde.t_min, model.sde.t_max)

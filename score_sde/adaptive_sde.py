@@ -29,25 +29,25 @@ from score_sde.score import ScoreModel
 from score_sde.sde import expand
 
 MAX_ROUNDS = 100_000
-MAX_GROWTH = 2.0  # of an accepted step: with few elements an error may be small by chance
+MAX_GROWTH = 2.0  # after an accepted step: over few elements an error may be small by chance
 
 
 class AdaptiveSDE(ErrorControlled):
     """The reverse SDE by the adaptive method of Jolicoeur-Martineau et al., with retained Brownian increments.
 
     The published method draws fresh noise after a rejection. Whether an increment is rejected depends on its value, so
-    that those which stay are no longer normal: their sum has 1.19 times its variance on a Gaussian target at tolerance
-    0.05. Here the rejected increment is retained, and the shorter step
-    takes its part of it by a Brownian bridge, w(h') | w(h) ~ N(h' / h w(h), h' (h - h') / h I); what remains is used by
-    the steps after, none of which straddles its end. All increments are disjoint pieces of one path
-    (Rackauckas & Nie 2017, https://doi.org/10.3934/dcdsb.2017133, "rejection sampling with memory"). A step at most
-    doubles; the published rule has no bound. On events of one element, whose error is small by chance more often than the
-    mean over many, loose tolerances can still leave outliers (on `KarrasSDE` at rtol 0.1 they double the spread).
+    the accepted ones are no longer normal: on a Gaussian target at tolerance 0.05 their sum has 1.19 times the right
+    variance. Here the rejected increment is retained, and the shorter step takes its part of it by a Brownian bridge,
+    w(h') | w(h) ~ N(h' / h w(h), h' (h - h') / h I); the rest is used by the following steps, none of which goes past its
+    end. All increments are disjoint pieces of one path (Rackauckas & Nie 2017, https://doi.org/10.3934/dcdsb.2017133,
+    "rejection sampling with memory"). A step at most doubles; the published rule has no such bound. On events of one
+    element, whose error is small by chance more often than a mean over many, loose tolerances can still leave outliers (on
+    `KarrasSDE` at rtol 0.1 they double the spread).
 
     Args:
-        rtol, atol: the tolerance of an element is max(atol, rtol max(|x'|, |x'_before|)), x' Euler-Maruyama's proposal;
-            a sample's error is the root mean square over its elements. The defaults are the paper's for data in [-1, 1]
-            of 8 bits: atol = 2 / 256.
+        rtol, atol: the tolerance of an element is max(atol, rtol max(|x'|, |x'_before|)), x' the Euler-Maruyama proposal;
+            a sample's error is the root mean square over its elements. The defaults are the paper's for 8-bit data in
+            [-1, 1]: atol = 2 / 256.
         safety, exponent: theta and r of the step-size rule h <- theta h error^(-r).
         final: "denoise" ends with Tweedie's formula at t_min; "none" keeps the sample.
 
@@ -72,14 +72,14 @@ class AdaptiveSDE(ErrorControlled):
     ) -> AdaptiveResult:  # fmt: skip
         """Integrates from prior noise (or `x_init`) at t_max to t_min; arguments as `Sampler.sample` has them.
 
-        With `trajectory` the state is also kept at `points` equally spaced times, or at the chosen `times`, decreasing
-        in [t_min, t_max]: steps end there, which changes the run.
+        With `trajectory` the state is also kept at `points` equally spaced times; with `times`, at these, decreasing and
+        in [t_min, t_max]. Steps end at these times, which changes the run.
 
-        Noise is keyed by a sample's count of attempts: with `SampleNoise` a sample does not depend on its companions.
+        Noise is keyed by a sample's number of attempts: with `SampleNoise` a sample does not depend on its batch.
 
         Raises:
             ValueError: the times leave [t_min, t_max] or are not ordered.
-            RuntimeError: a step size vanished: the model's output is not finite.
+            RuntimeError: a step size vanished because the model's output is not finite, or `MAX_ROUNDS` is reached.
         """
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
         sde, clock, ends = model.sde, time.perf_counter(), (model.sde.t_max, model.sde.t_min)
@@ -107,10 +107,10 @@ class AdaptiveSDE(ErrorControlled):
 
 
 class _Paths:
-    """The samples under way, each with the Brownian increments that it has seen but not used.
+    """The unfinished samples, each with the Brownian increments that it has drawn but not used.
 
-    `lengths` (depth, samples) and `pieces` (depth, samples, *event) hold these as stacks: the piece of time that comes
-    next on top, at index level - 1. Steps end at the `stops`, decreasing times of which the last is t_min.
+    `lengths` (depth, samples) and `pieces` (depth, samples, *event) hold these as stacks, with the increment of the next
+    stretch of time on top, at index level - 1. Steps end at the `stops`, decreasing times of which the last is t_min.
     """
 
     def __init__(self, method: AdaptiveSDE, model: PerSample, x: Tensor, times: Tensor | None = None) -> None:
@@ -133,7 +133,7 @@ class _Paths:
         self.pieces = x.new_zeros((2, *x.shape))
 
     def round(self, z: Tensor) -> int:
-        """One attempt of every sample under way, with fresh noise z; returns how many arrived."""
+        """One attempt of every unfinished sample, with fresh noise z; returns how many arrived."""
         h, s, lands = self._length()
         w, here = self._increment(h, z), self.t
         k1 = self._slope(self.x, here, h, w)
@@ -147,7 +147,7 @@ class _Paths:
         self.t = torch.where(good, s, here)
         growth = power(size.clamp_min(1e-3), -self.method.exponent).mul_(self.method.safety)
         growth = growth.nan_to_num_(0.1).clamp_(0.1, MAX_GROWTH)
-        # Neither a stop nor the end of a retained piece is a reason to go on in shorter steps.
+        # A step that a stop or the end of a retained piece cut short is no reason for shorter steps afterwards.
         wished = torch.where(good & (h < self.h), self.h, 0.0)
         self.h = torch.maximum(h * torch.where(good, growth, growth.clamp(max=self.method.safety)), wished)
         self._push(~good, h, w)
@@ -167,7 +167,7 @@ class _Paths:
         return int(arrived)
 
     def _length(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The step to try, at most to the end of the retained piece and to the next stop, its end, and if it lands there."""
+        """The step to try, up to the end of the retained piece or the next stop; its end; whether it lands on that stop."""
         stop = self.stops[torch.searchsorted(-self.stops, -self.t, right=True)]
         left, piece = self.t - stop, self._top(self.lengths)
         h = torch.where(self.level > 0, torch.minimum(self.h, piece), self.h)
@@ -175,16 +175,16 @@ class _Paths:
         return torch.where(lands, left, h), torch.where(lands, stop, self.t - h), lands
 
     def _keep(self, landed: Tensor) -> None:
-        """Writes down the states of samples that have come to a chosen time."""
+        """Stores the states of the samples that have landed on one of the chosen times."""
         at = (self.t == self.times[:, None]) & landed  # type: ignore[index]
         row, column = at.nonzero(as_tuple=True)
         self.path[row, self.ids[column]] = self.x[column]  # type: ignore[index]
 
     def _increment(self, h: Tensor, z: Tensor) -> Tensor:
-        """The Brownian increment over h: retained, a bridge's part of a retained one, or fresh."""
+        """The Brownian increment over h: a retained one, a part of it by the bridge, or a fresh one."""
         piece, length = self._top(self.pieces), self._top(self.lengths)
         held = self.level > 0
-        whole = held & (h >= length * (1 - 1e-9) - self.shortest)  # no piece is left of a rounding error's length
+        whole = held & (h >= length * (1 - 1e-9) - self.shortest)  # leave no piece as short as a rounding error
         part = torch.where(held, (h / length).clamp(max=1), 0.0)
         spread = torch.where(whole, 0.0, (h * (1 - part)).sqrt())
         w = expand(torch.where(whole, 1.0, part), z).nan_to_num() * piece + expand(spread, z) * z
@@ -198,7 +198,7 @@ class _Paths:
         self.level = self.level + mask.long()
 
     def _write(self, mask: Tensor, level: Tensor, length: Tensor, piece: Tensor) -> None:
-        """Sets the stack entry at `level` where the mask says so."""
+        """Sets the stack entry at `level` for the samples of the mask."""
         level, column = level.clamp_min(0), torch.arange(len(mask), device=mask.device)
         keep = mask.view(-1, *[1] * (piece.ndim - 1))
         self.lengths[level, column] = torch.where(mask, length, self.lengths[level, column])
@@ -214,7 +214,7 @@ class _Paths:
         return expand(-h * f, x) * x + expand(h * g**2, x) * score + expand(g, x) * w
 
     def _size(self, twice: Tensor, proposal: Tensor) -> Tensor:
-        """The error (K_2 - K_1) / 2 of each sample in tolerances."""
+        """The error (K_2 - K_1) / 2 of each sample, in units of its tolerance."""
         scale = torch.maximum(proposal.abs(), self.before.abs()).mul_(self.method.rtol).clamp_min_(self.method.atol)
         return rms(twice / (2 * scale))
 

@@ -12,7 +12,7 @@ __all__ = ["Brief"]
 
 
 class Brief:
-    """What a dataclass of large things inherits, itself made with repr=False."""
+    """A base for dataclasses with large fields, which are to be declared with repr=False: a repr on one line."""
 
     def __repr__(self) -> str:
         parts = (f"{part.name}={_brief(getattr(self, part.name))}" for part in fields(self))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""From a plain configuration to objects: what the `_target_`s of nested mappings make, by Hydra's rules and without Hydra.
+"""Builds the objects that nested mappings with `_target_`s describe, by Hydra's rules and without Hydra.
 
-Nothing built executes code of the file's: a `_target_` is called only where it is a class or function of the rooms in
-ROOMS, a module class of torch.nn, or lies in a module that the caller trusts by name.
+A configuration file cannot execute code of its own: a `_target_` is called only if it is a class or function of the
+modules in ROOMS, a module class of torch.nn, or lies in a module that the caller trusts by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from score_sde.score import LearnedScore
 
 __all__ = ["build", "build_model", "trusted"]
 
-# Where a `_target_` of a run directory may be defined: what only builds things, and touches no file but to read data.
+# Modules in which a `_target_` of a run directory may be defined: they only build objects, and open files only to read data.
 ROOMS = (
     "score_sde.sde",
     "score_sde.parameterization",
@@ -54,7 +54,7 @@ ROOMS = (
 def build_model(config: Mapping[str, Any], trust: Sequence[str] = ()) -> LearnedScore:
     """The untrained model of a configuration with `sde`, `parameterization`, `network`, `event_shape` and `seed`.
 
-    Its first weights follow from `seed` alone; torch's global generator is left as it was.
+    Its initial weights depend only on `seed`; torch's global generator keeps its state. Errors are those of `build`.
     """
     with seeded(key(config["seed"], "network")):
         network = build(config["network"], trust)
@@ -65,11 +65,13 @@ def build_model(config: Mapping[str, Any], trust: Sequence[str] = ()) -> Learned
 
 
 def build(node: Any, trust: Sequence[str] = ()) -> Any:
-    """What a config's `_target_`s make, `_partial_` ones functions still, from the innermost outwards.
+    """The configuration with each mapping that has a `_target_` replaced by what it builds, innermost first.
+
+    One with `_partial_: true` becomes a `functools.partial`. Other mappings become dicts, sequences lists.
 
     Raises:
-        ValueError: a `_target_` is neither of ROOMS, nor of torch.nn, nor of the modules in `trust`.
-        ImportError: there is nothing of its name.
+        ValueError: a `_target_` is not in ROOMS, in torch.nn or in the modules of `trust`.
+        ImportError: there is nothing of that name.
         TypeError: the keys beside it are not its arguments.
     """
     if isinstance(node, Mapping):
@@ -85,28 +87,28 @@ def build(node: Any, trust: Sequence[str] = ()) -> Any:
 
 
 def _check_arguments(target: str, make: Callable[..., Any], given: Mapping[str, Any], partial: bool) -> None:
-    """Refuses, with TypeError, keys that are no arguments, null for a plain number or word, and too few for a call."""
+    """Refuses, with TypeError, unknown or missing arguments, and null for a plain number or string."""
     signature = inspect.signature(make)
     for name in [name for name, value in given.items() if value is None and name in signature.parameters]:
         kind, default = signature.parameters[name].annotation, signature.parameters[name].default
         if default is not None and kind in (int, float, bool, str, "int", "float", "bool", "str"):
-            raise TypeError(f"{target}: {name}=null is no {getattr(kind, '__name__', kind)}: give a value")
+            raise TypeError(f"{target}: {name}=null is not a {getattr(kind, '__name__', kind)}: give a value")
     try:
         (signature.bind_partial if partial else signature.bind)(**given)
     except TypeError as error:
         known = [*signature.parameters]
         wrong = [name for name in given if name not in known]
         if not wrong:
-            raise TypeError(f"{target}: {error}; the keys beside its _target_ are its arguments") from None
+            raise TypeError(f"{target}: {error}; the keys beside a _target_ are its arguments") from None
         near = difflib.get_close_matches(wrong[0], known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        left_out, known = " ".join(f"'~<...>.{name}'" for name in wrong), known or ["none"]
-        raise TypeError(f"{target}: unknown argument {', '.join(map(repr, wrong))}: {hint}known: {', '.join(known)}; what "
-                        f"another class took is left out by {left_out}") from None  # fmt: skip
+        dropped, known = " ".join(f"'~<...>.{name}'" for name in wrong), known or ["none"]
+        raise TypeError(f"{target}: unknown argument {', '.join(map(repr, wrong))}: {hint}known: {', '.join(known)}; drop "
+                        f"what another class took by {dropped}") from None  # fmt: skip
 
 
 def trusted(target: Any, trust: Sequence[str] = ()) -> Callable[..., Any]:
-    """What a `_target_` names, where it lies in a trusted module; what such a module merely imports is refused.
+    """The class or function that a `_target_` names, where a trusted module defines it (importing it is not enough).
 
     Raises ValueError for anything else, ImportError where there is nothing of that name.
     """
@@ -114,7 +116,7 @@ def trusted(target: Any, trust: Sequence[str] = ()) -> Callable[..., Any]:
     if isinstance(target, str) and _within(target, ("score_sde", "torch.nn", *trust)):
         found = _located(target)
         home = getattr(found, "__module__", None) or ""
-        # A class, a function or a class method; never a method, whose `self` the file would choose.
+        # A class, a function or a class method; never an instance method, whose `self` the file would choose.
         builds = inspect.isclass(found) or inspect.ismethod(found) or "." not in getattr(found, "__qualname__", ".")
         if builds and _within(home, (*ROOMS, *trust)):
             return found
@@ -134,7 +136,7 @@ def _located(target: str) -> Any:
         try:
             found: Any = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            # The name goes on with attributes; a package that the module itself lacks is another matter.
+            # The rest of the name is attributes, unless what is missing is a package that the module itself imports.
             if error.name is None or not _within(module, (error.name,)):
                 raise
             continue

@@ -1,4 +1,4 @@
-"""Arguments that are checked alike everywhere: each function returns the value, or raises ValueError with what is allowed."""
+"""Checks of arguments, the same everywhere: each returns the value, or raises an error that says what is allowed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SolverError(RuntimeError):
 
 
 def one_of(name: str, value: str, known: Iterable[str]) -> str:
-    """The value, where it is known."""
+    """The value itself, if it is one of the known ones; ValueError otherwise."""
     known = list(known)
     if value not in known:
         near = difflib.get_close_matches(str(value), known, n=1)
@@ -27,7 +27,7 @@ def one_of(name: str, value: str, known: Iterable[str]) -> str:
 
 
 def whole(name: str, value: Any, least: float = 1) -> int:
-    """The value as an int, where it is a whole number of any type and at least `least`."""
+    """The value as an int, if it is a whole number (of any type) of at least `least`; ValueError otherwise."""
     if not _is_number(value) or not math.isfinite(value) or int(value) != value or value < least:
         bound = "" if least == -math.inf else f" >= {least}"
         raise ValueError(f"give a whole number {name}{bound}, got {name}={value!r}")
@@ -35,7 +35,7 @@ def whole(name: str, value: Any, least: float = 1) -> int:
 
 
 def wholes(name: str, values: Any, least: float = 1) -> list[int]:
-    """The values, or one alone, as a list of ints, where there are some and each is `whole`."""
+    """One value or a non-empty sequence as a list of ints, each checked by `whole`; ValueError otherwise."""
     given = values if isinstance(values, Sequence) and not isinstance(values, str) else [values]
     if not len(given):
         raise ValueError(f"{name} is empty: give one or more")
@@ -43,7 +43,7 @@ def wholes(name: str, values: Any, least: float = 1) -> list[int]:
 
 
 def number(name: str, value: Any, least: float = -math.inf, above: float = -math.inf) -> float:
-    """The value as a float, where it is a number of any type, at least `least` and greater than `above`."""
+    """The value as a float, if it is a number (of any type) >= `least` and > `above`; ValueError otherwise."""
     within = _is_number(value) and (value >= least or least == -math.inf) and (value > above or above == -math.inf)
     if not within:
         bound = f" > {above:g}" if above > -math.inf else f" >= {least:g}" if least > -math.inf else ""
@@ -52,22 +52,22 @@ def number(name: str, value: Any, least: float = -math.inf, above: float = -math
 
 
 def tensor(name: str, value: Any) -> Tensor:
-    """The value, where it is a tensor."""
+    """The value itself, if it is a tensor; TypeError otherwise."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a tensor, got {type(value).__name__}: torch.as_tensor makes one")
     return value
 
 
 def real(name: str, value: Any) -> Tensor:
-    """The value, where it is a tensor of floats."""
+    """The value itself, if it is a tensor of floats; TypeError otherwise."""
     if not tensor(name, value).is_floating_point():
-        raise TypeError(f"{name} is {value.dtype}: give floats in the units of the model, as a data set's reference, examples "
-                        "and plain do")  # fmt: skip
+        raise TypeError(f"{name} is {value.dtype}: give floats in the units of the model, as a data set's `reference`, "
+                        "`examples` and `plain` return them")  # fmt: skip
     return value
 
 
 def differing(known: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """Where given weights are none for those known: each name with both shapes."""
+    """The names at which given weights do not fit the known ones, each with both shapes."""
     names = dict.fromkeys([*known, *given])
     held = (given, known)
     shapes = {name: [tuple(part[name].shape) if name in part else "missing" for part in held] for name in names}

@@ -1,4 +1,4 @@
-"""Constants kept once in float64, with a copy for each device and dtype that asks for them."""
+"""Constants kept once in float64, with a copy for each device and dtype in which they are used."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["Copies", "outside_transforms"]
 
 @contextmanager
 def outside_transforms() -> Iterator[None]:
-    """For constants that outlive a call: made in inference mode they would take no gradients, in a transform of torch.func
-    they would end with it."""
+    """A context for making tensors that outlive a call: made in inference mode they could not take part in gradients, made
+    in a torch.func transform they would be valid only inside it."""
     with torch.inference_mode(False), temporarily_clear_interpreter_stack():
         yield
 
 
 class Copies:
-    """Named constants; real ones are kept in float64 and copied in the dtype that is asked for, indices as they are."""
+    """Named constants; real ones are kept in float64 and copied to the requested dtype, integers keep theirs."""
 
     def __init__(self, **constants: Tensor) -> None:
         self._constants = {
@@ -31,7 +31,7 @@ class Copies:
         self._copies: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
 
     def like(self, x: Tensor) -> dict[str, Tensor]:
-        """The constants on x's device and in its dtype; they are shared, so not to be written into."""
+        """The constants on x's device and in its dtype; they are shared, so do not write into them."""
         key = (x.device, x.dtype)
         if key not in self._copies:
             with outside_transforms():

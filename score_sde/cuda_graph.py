@@ -1,12 +1,12 @@
-r"""The moves of a run as CUDA graphs: the host launches one graph a move instead of its hundreds of kernels.
+r"""The moves of a run as CUDA graphs: the host launches one graph per move instead of its hundreds of kernels.
 
-Moves of a kind, that is of one step whose rows have the same shape and the same zeros, differ in numbers only. The first
-of a kind runs as usual and so warms up; the second is captured, with the step's own `advance` on static buffers
+Moves of one kind (one step, rows of the same shape with the same zeros) differ only in their numbers. The first of a kind
+runs as usual, as a warm-up. The second is captured: the step's own `advance` on static buffers for
 
-    x, history, the draws z_k, and the row's numbers as scalars on the device, a line of a table copied there at the start,
+    x, the history, the draws z_k, and the row's numbers, as scalars on the device from a table that was copied at the start.
 
-and from then on a move is: fill the buffers, replay. Noise is drawn outside the graph, in the order of a usual run, so
-that samples are the same to rounding. Graphs live as long as the run: nothing is kept that a later batch could read.
+From then on a move fills the buffers and replays the graph. Noise is drawn outside the graph, in the order of a usual run,
+so that samples are the same to rounding. Graphs live as long as the run: nothing is kept that a later batch could read.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from score_sde.steps.step import Draw, Evaluate, History, Step
 
 
 def capture(body: Callable[[], None]) -> Callable[[], None]:
-    """Captures the body in a CUDA graph, after a run of it on a side stream; returns the replay.
+    """Captures the body in a CUDA graph, after one run of it on a side stream; returns the function that replays it.
 
     Raises:
-        ValueError: the body waits for the device or does else what a graph cannot hold.
+        ValueError: the body waits for the device, or does something else that a graph cannot hold.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -43,7 +43,7 @@ def capture(body: Callable[[], None]) -> Callable[[], None]:
 
 
 def require_cuda(x: Tensor) -> None:
-    """Refuses, with ValueError, a state that lies on the host."""
+    """Refuses, with ValueError, a state that is not on a CUDA device."""
     if not x.is_cuda:
         raise ValueError(f"cuda_graph=True, but the state lies on {x.device}: move the model to CUDA, or leave it out")
 
@@ -66,7 +66,7 @@ def rebuilt(row: Any, values: Iterator[Any]) -> Any:
 
 
 def kind_of(step: Step, row: Any) -> tuple[int, Any]:
-    """What two moves share that a graph can serve both: the step, the row's shape, and where it is 0."""
+    """What two moves must share to be served by one graph: the step, the row's shape, and where it is 0."""
     return id(step), rebuilt(row, (value == 0.0 for value in numbers(row)))
 
 
@@ -74,15 +74,15 @@ class GraphedKind:
     """The moves of one kind: eager at first, then a graph.
 
     Args:
-        step: theirs.
-        rows: all of them.
-        like: a tensor of the state's shape, dtype and device.
+        step: the step of these moves.
+        rows: their rows, in order.
+        like: a tensor with the state's shape, dtype and device.
     """
 
     def __init__(self, step: Step, rows: list[Any], like: Tensor) -> None:
         self.step, self.like, self.template = step, like, rows[0]
         table = torch.tensor([list(numbers(row)) for row in rows], dtype=torch.float64)
-        self.varies = (table != table[0]).any(0).tolist()  # what does not stays a number, and its zeros are left out
+        self.varies = (table != table[0]).any(0).tolist()  # other columns stay plain numbers, whose zeros are skipped
         self.table = table.to(like.device)
         self.line = self.table[0].clone()
         self.x, self.draws = torch.empty_like(like), dict[int, Tensor]()
@@ -108,7 +108,7 @@ class GraphedKind:
         self.history = tuple(torch.empty_like(output) for output in history)
         self.x.copy_(x)
         _copy(self.history, history)
-        inner = copy.copy(model)  # counts the calls of one move, where replays count none
+        inner = copy.copy(model)  # counts the calls of one move, since replays count none
 
         def body() -> None:
             inner.calls = 0
@@ -124,7 +124,7 @@ class GraphedKind:
                   for i, (value, varies) in enumerate(zip(numbers(self.template), self.varies, strict=True))]  # fmt: skip
         row = rebuilt(self.template, iter(lifted))
         x, history = self.step.advance(row, self.x, self.history, evaluate, self._static_draw)
-        _copy(self.history, history[: len(self.history)])  # a corrector's is not kept
+        _copy(self.history, history[: len(self.history)])  # a corrector's history is not kept
         self.x.copy_(x)
 
     def _static_draw(self, k: int) -> Tensor:
@@ -140,18 +140,18 @@ class GraphedKind:
 
 
 def _copy(buffers: History, history: History) -> None:
-    """The oldest first: a history is the one before, moved on by one, and may be made of the buffers themselves."""
+    """Copies the oldest output first: a history is the one before moved on by one, and may consist of the buffers."""
     for buffer, output in reversed(list(zip(buffers, history, strict=True))):
         if buffer is not output:
             buffer.copy_(output)
 
 
 class GraphedMoves:
-    """All moves of a run; `advance` is called for each of them, in their order.
+    """All moves of a run; `advance` is called once for each, in order.
 
     Args:
-        moves: (step, row) of each.
-        like: a tensor of the state's shape, dtype and device.
+        moves: the (step, row) of each move.
+        like: a tensor with the state's shape, dtype and device.
     """
 
     def __init__(self, moves: Iterable[tuple[Step, Any]], like: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Embedded pairs, and ODEs integrated with an error control, a time and a step size for each sample.
+"""Embedded pairs, and the integration of ODEs in which each sample has its own time, step size and error control.
 
-Samples that arrive make room for waiting ones, so that companions change nothing and calls stay full.
+A sample that arrives is replaced by a waiting one, so that samples do not affect each other and calls stay full.
 Source: Hairer, Norsett & Wanner 1993, sections II.4 and II.5, for the pairs and the step-size rule.
 """
 
@@ -21,14 +21,14 @@ from score_sde.progress import tqdm
 from score_sde.sde import expand
 
 Level = tuple[Tensor, ...]
-"""What a field needs to know about its time, each of shape (samples, ...)."""
+"""What a field needs to know about its times: tensors of shape (samples, ...)."""
 
 
 class Field(Protocol):
-    """The right-hand side of dy/du = field(y, u), evaluated sample by sample, each at its own u."""
+    """The right-hand side of dy/du = field(y, u), with each sample at its own u."""
 
     def levels(self, u: Tensor) -> Level:
-        """What depends on time alone, for float64 times of shape (samples,); called once for all stages of a step."""
+        """What depends only on time, for float64 times of shape (samples,); called once for all stages of a step."""
 
     def __call__(self, y: Tensor, level: Level, ids: Tensor) -> Tensor:
         """dy/du for y of shape (samples, *event); ids (samples,) are their places in the batch."""
@@ -36,11 +36,11 @@ class Field(Protocol):
 
 @dataclass(frozen=True)
 class Attempt:
-    """A step from y to `end`, before it is accepted.
+    """A step from y to `end` that is not yet accepted.
 
     Attributes:
         end: the state at the step's end.
-        slope: the field there, the next step's first stage.
+        slope: the field there, which is the next step's first stage.
         error: the estimate of the local error.
         stages: the field's values, the first at the step's start.
     """
@@ -55,9 +55,9 @@ class Pair(ABC):
     """An embedded pair of one-step methods whose last stage is the next step's first.
 
     Attributes:
-        order: of the solution that is kept; the error estimate, of the lower solution, falls with the same power of h.
-        calls: field evaluations a step.
-        longest: steps are never longer, whatever their error estimate says.
+        order: of the solution that is kept; the error estimate falls as h^order.
+        calls: field evaluations per step.
+        longest: upper bound of a step, whatever its error estimate.
     """
 
     order: int
@@ -66,7 +66,7 @@ class Pair(ABC):
 
     @abstractmethod
     def attempt(self, field: Field, y: Tensor, slope: Tensor, u: Tensor, v: Tensor, ids: Tensor) -> Attempt:
-        """A step from u to v, both float64 of shape (samples,)."""
+        """A step from y (samples, *event) at u to v, both float64 of shape (samples,); slope is the field at (y, u)."""
 
     @abstractmethod
     def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class RungeKutta(Pair):
     """An explicit pair: k_i = f(y + h sum_j a_ij k_j, u + c_i h), y_1 = y + h sum_j b_j k_j with b the last row of a.
 
     Args:
-        a: the rows below the diagonal, from the second stage to the last (which is at the step's end).
+        a: the tableau's rows below the diagonal, from the second stage to the last (which is at the step's end).
         error: b minus the weights of the lower-order solution.
         dense: (stages, degree), b_i(theta) = sum_j dense[i][j] theta^(j + 1), for y(theta) = y + h sum b_i(theta) k_i.
         order: of y_1.
@@ -88,10 +88,10 @@ class RungeKutta(Pair):
     ) -> None:
         self.dense, self.order, self.calls = dense, order, len(a)
         c = [round(sum(row), 15) for row in a]
-        self.inner = [node for node in c if node != 1]  # the stages before the step's end, each at a time of its own
+        self.inner = [node for node in c if node != 1]  # of the stages before the step's end, all different
         self.level = [min(i, len(self.inner)) for i in range(len(c))]
         rows = [*a, error]
-        weights = {f"k{j}": [row[j] for row in rows[j:]] for j in range(len(rows))}  # of k_j in what comes after it
+        weights = {f"k{j}": [row[j] for row in rows[j:]] for j in range(len(rows))}  # of k_j in the stages after it
         self.columns = Copies(**{name: torch.tensor(column, dtype=torch.float64) for name, column in weights.items()})
 
     def attempt(self, field: Field, y: Tensor, slope: Tensor, u: Tensor, v: Tensor, ids: Tensor) -> Attempt:
@@ -100,7 +100,7 @@ class RungeKutta(Pair):
         levels = list(zip(*(part.split(len(u)) for part in field.levels(nodes)), strict=True))
         step, stages, at = expand(h, y), [slope], y
         weights = self._weights(y)
-        sums = weights[0] * slope  # of every stage to come and of the error, each term added to all of them at once
+        sums = weights[0] * slope  # for all later stages and the error at once; each new slope is added to all of them
         for i, level in enumerate(self.level):
             at = torch.addcmul(y, sums[i], step)
             stages.append(field(at, levels[level], ids))
@@ -108,7 +108,7 @@ class RungeKutta(Pair):
         return Attempt(at, stages[-1], sums[-1].mul_(step), stages)
 
     def _weights(self, y: Tensor) -> list[Tensor]:
-        """The columns in y's dtype, on its device, to go before its dimensions."""
+        """The columns in y's dtype and on its device, shaped (rows, 1, ..., 1) to multiply y."""
         return [column.view(-1, *[1] * y.ndim) for column in self.columns.like(y).values()]
 
     def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
@@ -123,10 +123,10 @@ class RungeKutta(Pair):
 class Exponential(Pair):
     """The exponential pair of orders 4 and 3 for dz/dlambda = D - z, exact where D is a quadratic in lambda.
 
-    z = x / alpha, h = lambda_s - lambda_t, phi_k = phi_k(-h). Five stages at 0, 1/2, 1/2, 1, 1/2; the error estimate is
-    the change when the value of D at the step's end replaces its fourth stage, which makes it the next step's first.
-    All but the last stage of a long step lie in noise, where D is flat and the estimate small whatever comes after it: no
-    step goes over more than e in the signal-to-noise ratio.
+    z = x / alpha, h = lambda_s - lambda_t, phi_k = phi_k(-h). Five stages at 0, 1/2, 1/2, 1, 1/2. The error estimate is
+    the change made by replacing the fourth stage with D at the step's end, which is also the next step's first stage. In
+    a long step all stages but the last lie in strong noise, where D is flat and the estimate is small whatever follows:
+    so no step is longer than 1 in lambda.
     Source: Hochbruck & Ostermann 2005, https://doi.org/10.1137/040611434, eq. 5.19 (stiff order 4).
     """
 
@@ -161,7 +161,7 @@ class Exponential(Pair):
 def _phi(h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """phi_0 to phi_3 at -h: phi_0(z) = e^z, phi_{k+1}(z) = (phi_k(z) - 1 / k!) / z.
 
-    By that recursion upwards for |h| > 1, else downwards from the Taylor series of phi_3: no cancellation in either.
+    The recursion runs upwards for |h| > 1, and downwards from the Taylor series of phi_3 otherwise: neither cancels.
     """
     small = (-h).clamp(-1, 1)
     series = torch.zeros_like(h)
@@ -227,11 +227,11 @@ PAIRS: dict[str, Callable[[], Pair]] = {
 }  # fmt: skip
 
 Norm = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(error, y, end, v) -> the size of a step's error in tolerances, of shape (samples,); at most 1 is accepted."""
+"""(error, y, end, v) -> the error of a step from y to end at v, in units of its tolerance, (samples,); 1 is accepted."""
 
 
 def power(size: Tensor, exponent: float) -> Tensor:
-    """size^exponent by logarithm and exponential, in place: unlike `pow`, the same bits wherever an element stands."""
+    """size^exponent by logarithm and exponential, in place: unlike `pow`, bitwise independent of an element's place."""
     return size.log_().mul_(exponent).exp_()
 
 
@@ -259,8 +259,8 @@ class Solution:
     Attributes:
         y: the states at u_end, shape (batch, *event).
         calls: field evaluations of each sample, or what `spent` counts, int64 of shape (batch,).
-        rejected: rejected steps of each sample, likewise.
-        dense: states at the chosen times, shape (len(times), batch, *event), if asked for.
+        rejected: rejected steps of each sample, int64 of shape (batch,).
+        dense: states at `times`, shape (len(times), batch, *event), if requested.
     """
 
     y: Tensor
@@ -269,20 +269,20 @@ class Solution:
     dense: Tensor | None
 
 
-# Steps are about as long as the structure of p_t, so many are rejected: slightly shorter ones, 0.6 in place of the usual 0.9,
-# cost less than rejected ones.
+# Steps are about as long as the structure of p_t, so many are rejected: a safety factor of 0.6, shorter steps than with the
+# usual 0.9, costs less than the rejections that it saves.
 SAFETY, SHRINK, GROW = 0.6, 0.2, 5.0
 MAX_STEPS = 100_000
 
 
 def default_block(y: Tensor) -> int:
-    """How many samples are worked on at once: all on a GPU; on a CPU as many as keep the stages in its cache."""
+    """The number of samples to integrate at once: all on a GPU; on a CPU as many as keep the stages in its cache."""
     elements = max(1, math.prod(y.shape[1:]))
     return len(y) if y.device.type != "cpu" else max(64, 2**17 // elements)
 
 
 def first_step(pair: Pair, u_start: float, u_end: float, tolerance: float) -> float:
-    """The length of a first step: the share tolerance^(1 / order) of the way, a fifth of it at most."""
+    """The length of a first step: the fraction tolerance^(1 / order) of the interval, at most a fifth of it."""
     return abs(u_end - u_start) * min(0.2, tolerance ** (1 / pair.order))
 
 
@@ -293,21 +293,22 @@ def integrate(
 ) -> Solution:  # fmt: skip
     """Integrates dy/du = field from u_start to u_end, every sample with its own step sizes.
 
-    The next step is 0.6 h size^(-1 / order), between 0.2 and 5 times the last, not longer after a rejection, and never
-    longer than the pair allows.
+    After a step h with error `size`, in units of the tolerance, the next is 0.6 h size^(-1 / order), between 0.2 and 5
+    times h, shorter after a rejection, and at most `pair.longest`.
 
     Args:
         field, pair: the right-hand side and the method.
         y: states at u_start, shape (batch, *event).
-        norm: the size of a step's error in tolerances, per sample.
+        norm: the error of a step in units of its tolerance, per sample.
         first: length of the first step, positive.
-        times: float64 times between u_start and u_end, in the direction of travel, at which the solution is wanted.
-        block: how many samples are worked on at once; see `default_block`.
+        times: float64 times between u_start and u_end, in the direction of integration, at which to keep the solution.
+        block: number of samples to integrate at once; see `default_block`.
         progress: show a bar.
-        spent: what all evaluations so far have cost, if that is not one each.
+        spent: returns the cost of all field evaluations so far, where that is not 1 for each.
 
     Raises:
-        RuntimeError: a step size vanished (the field is not finite or has a jump), with place and reason.
+        RuntimeError: a step size vanished (the field is not finite or has a jump), or a sample takes over `MAX_STEPS`
+            steps.
     """
     run = _Run(field, pair, y, u_start, u_end, norm, first, times, block or default_block(y), spent)
     with tqdm(total=len(y), desc="samples", disable=not progress, delay=1.0, leave=False) as bar:
@@ -319,7 +320,7 @@ def integrate(
 
 
 class _Run:
-    """The state of `integrate`: the samples under way, those that wait and those that have arrived."""
+    """The state of `integrate`: the samples being integrated, those waiting and those that have arrived."""
 
     def __init__(
         self, field: Field, pair: Pair, y: Tensor, u_start: float, u_end: float, norm: Norm, first: float,
@@ -359,7 +360,7 @@ class _Run:
         return self.field(y, self.field.levels(u), ids)
 
     def round(self) -> int:
-        """One step of every sample under way; returns how many arrived."""
+        """One attempted step of every sample being integrated; returns how many arrived."""
         v = self.u + self.h
         last = (self.end - v).mul_(self.sign) <= 1e-9 * abs(self.end - self.start)
         v = torch.where(last, self.end, v)
@@ -379,15 +380,15 @@ class _Run:
         self.rejected = self.rejected.add(~good)
         self.rounds += 1
         done = last.logical_and_(good)
-        arrived = int(done.sum())  # the round's one wait for the device
+        arrived = int(done.sum())  # the only wait for the device in a round
         if arrived:
-            self._turn_over(done, arrived)
+            self._replace(done, arrived)
         if self.rounds % 16 == 0:
             self._refuse_stuck()
         return arrived
 
-    def _turn_over(self, done: Tensor, arrived: int) -> None:
-        """Puts the arrived samples away, lets waiting ones take their places and closes the gaps that are left."""
+    def _replace(self, done: Tensor, arrived: int) -> None:
+        """Stores the arrived samples, puts waiting ones in their places and closes the remaining gaps."""
         places = done.nonzero().squeeze(-1)
         ids = self.ids[places]
         self.result[ids] = self.y[places]
@@ -397,7 +398,7 @@ class _Run:
         if fresh:
             begin, self.next = self.next, self.next + fresh
             spot = places[:fresh]
-            # Out of place: self.y may be a view of what the caller gave.
+            # Out of place: self.y may be a view of the caller's tensor.
             self.y = self.y.index_copy(0, spot, self.result[begin : self.next])
             self.slope = self.slope.index_copy(0, spot, self.slopes[begin : self.next])
             self.ids = self.ids.index_copy(0, spot, self.every[begin : self.next])

@@ -1,7 +1,7 @@
 r"""Time grids: functions of an SDE that return N + 1 times, from t_max to t_min, as a float64 tensor.
 
-A grid says where the network is called; it is data to the sampler. Noise levels are meant in the scaled variable
-x / alpha, whose level is s(t) = sigma(t) / alpha(t) = exp(-lambda(t)). Bind the number of steps with
+A grid lists the times at which the network is called; to a sampler it is data. Noise levels are those of the scaled
+variable x / alpha, s(t) = sigma(t) / alpha(t) = exp(-lambda(t)). Bind the number of steps with
 `functools.partial(grid.karras, steps=17)`.
 """
 
@@ -26,7 +26,7 @@ Grid = Callable[[SDE], Tensor]
 def check(times: Tensor, sde: SDE) -> Tensor:
     """The grid itself, as float64 on the CPU, or a ValueError that says what is wrong with it.
 
-    Times beyond t_max or t_min by the rounding of single precision become these.
+    Times beyond t_max or t_min by no more than single-precision rounding are set to t_max or t_min.
     """
     times = torch.as_tensor(times).detach().to("cpu", torch.float64)
     if times.ndim != 1 or len(times) < 2:
@@ -55,12 +55,12 @@ def check_callable(grid: Grid) -> None:
         raise ValueError("grid is a function SDE -> times, e.g. partial(grid.uniform, steps=100), or lambda sde: times; got "
                          f"{grid!r}")  # fmt: skip
     try:
-        if isinstance(grid, partial):  # what is bound, first of all
+        if isinstance(grid, partial):  # an unknown keyword that is bound is the better error
             inspect.signature(grid.func).bind_partial(*grid.args, **grid.keywords)
         inspect.signature(grid).bind(None)
     except TypeError as error:
         name = getattr(grid.func if isinstance(grid, partial) else grid, "__name__", repr(grid))
-        raise ValueError(f"grid is a function of the SDE alone, {name} is not ({error}): bind the rest, "
+        raise ValueError(f"grid is a function of the SDE alone, {name} is not ({error}): bind its other arguments, "
                          "e.g. partial(grid.uniform, steps=100)") from None  # fmt: skip
 
 
@@ -69,13 +69,13 @@ def _fractions(steps: int) -> Tensor:
     return torch.linspace(0, 1, whole("steps", steps) + 1, dtype=torch.float64)
 
 
-def _between(sde: SDE, inner: Tensor) -> Tensor:
-    """The inner times with the two ends set exactly."""
-    return torch.cat([inner.new_tensor([sde.t_max]), inner[1:-1], inner.new_tensor([sde.t_min])])
+def _between(sde: SDE, times: Tensor) -> Tensor:
+    """The times with the two ends set exactly to t_max and t_min."""
+    return torch.cat([times.new_tensor([sde.t_max]), times[1:-1], times.new_tensor([sde.t_min])])
 
 
 def uniform(sde: SDE, steps: int) -> Tensor:
-    """Equal steps in time; on a `DiscreteSDE` with steps = num_steps - 1, its levels themselves."""
+    """Equal steps in time; with steps = num_steps - 1 of a `DiscreteSDE`, exactly its levels."""
     return _between(sde, sde.t_max + _fractions(steps) * (sde.t_min - sde.t_max))
 
 
@@ -120,10 +120,9 @@ def poly_exponential(sde: SDE, steps: int, rho: float = 1.0) -> Tensor:
 def hyperbolic(sde: SDE, steps: int, width: float = 1.0) -> Tensor:
     """Equal steps in arcsinh(lambda / width), lambda = log(alpha / sigma): dense where noise and data balance.
 
-    There, within some `width` of lambda = 0, steps are equal in lambda; far from it they grow in proportion to |lambda|. A
-    width far above |lambda| gives `log_snr`. Found here, for data with a standard deviation of some 0.5 to 3: with
-    `RectifiedAdams(3)` the strongest untuned solver at 10 calls on every SDE of this package
-    (docs/choosing_a_sampler.md).
+    Within about `width` of lambda = 0 steps are equal in lambda; farther out they grow in proportion to |lambda|. A width
+    far above |lambda| gives `log_snr`. Source: this package. With `RectifiedAdams(3)` it is the best untuned solver at 10
+    calls on every SDE here, for data with a standard deviation of about 0.5 to 3 (docs/choosing_a_sampler.md).
     """
     if not 0 < width < math.inf:
         raise ValueError(f"the hyperbolic grid needs a finite width > 0, got width={width}")
@@ -156,8 +155,9 @@ def beta(sde: SDE, steps: int, a: float = 0.6, b: float = 0.6) -> Tensor:
 def iddpm(sde: SDE, steps: int, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000) -> Tensor:
     """Equal steps in the index of iDDPM's levels u_{j-1}^2 + 1 = (u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1), u_M = 0.
 
-    abar_j = sin^2(pi / 2 j / (M (C_2 + 1))). Between two levels log u is linear in j; the grid ends at the SDE's own
-    levels, also where these lie beyond the table's, 0.0064 to 20,291. Source: Karras et al. 2022, table 1.
+    abar_j = sin^2(pi / 2 j / (M (C_2 + 1))). Between two levels log u is linear in j; the ends are the SDE's own levels,
+    even where these lie beyond the table's, 0.0064 to 20,291. Source: Karras et al. 2022,
+    https://arxiv.org/abs/2206.00364, table 1.
     """
     abar = np.sin(np.pi / 2 * np.arange(M + 1) / (M * (C_2 + 1))) ** 2
     ratio = np.maximum(abar[:-1] / abar[1:], C_1)  # index j - 1
@@ -177,14 +177,18 @@ ALIGN_YOUR_STEPS = {
 
 
 def tabulated(sde: SDE, steps: int, levels: str | Sequence[float], stretch: bool = True) -> Tensor:
-    """A list of noise levels sigma / alpha, interpolated log-linearly in its index to `steps` steps.
+    """A list of noise levels sigma / alpha, interpolated to `steps` steps, log-linearly in the list's index.
 
     Args:
         sde: the forward process.
-        steps: how many.
+        steps: number of steps.
         levels: decreasing and positive, or a name in `ALIGN_YOUR_STEPS`.
         stretch: map log(level) affinely so that the ends are the SDE's own, where sampling starts and stops; False
-            keeps the levels, which then lie in the SDE's range.
+            keeps the levels, which must then lie in the SDE's range.
+
+    Raises:
+        ValueError: the levels do not decrease or are not positive, the name is unknown, or with stretch=False the levels
+            go beyond the SDE's.
     """
     if isinstance(levels, str):
         levels = ALIGN_YOUR_STEPS[one_of("levels", levels, ALIGN_YOUR_STEPS)]
@@ -197,21 +201,21 @@ def tabulated(sde: SDE, steps: int, levels: str | Sequence[float], stretch: bool
     if stretch:
         return _between(sde, sde.time_at(-(last + (noise - noise[-1]) / (noise[0] - noise[-1]) * (first - last))))
     if noise[0] > first + 1e-9 or noise[-1] < last - 1e-9:
-        raise ValueError(f"levels {table[0].item():g} to {table[-1].item():g} reach beyond {sde!r}'s own, "
+        raise ValueError(f"levels {table[0].item():g} to {table[-1].item():g} reach beyond those of {sde!r}, "
                          f"{math.exp(first):g} to {math.exp(last):g}: use stretch=True")  # fmt: skip
     return sde.time_at(-noise)
 
 
 def respaced(sde: SDE, steps: int, spacing: str = "trailing") -> Tensor:
-    """A sub-ladder of steps + 1 of the N levels of a `DiscreteSDE`, its indices real numbers, not rounded.
+    """n = steps + 1 of the N levels of a `DiscreteSDE`, at indices that are real numbers, not rounded.
 
-    "leading": N / n i; "trailing": N - 1 - N / n i (both n = steps + 1 levels, the first without the noisiest, the
-    second without the cleanest); "linspace": both ends. With a final Tweedie step every level is one call. "leading"
-    begins below t_max; its published start has noise too strong for that level, x_init = model.start(z).
+    "leading": (N / n) i, without the noisiest level; "trailing": N - 1 - (N / n) i, without the cleanest; "linspace": both
+    ends. With a final Tweedie step every level takes one call. "leading" begins below t_max; the published samplers start
+    it from noise too strong for that level, which is x_init = model.start(z) here.
     Source: Lin et al. 2024, https://arxiv.org/abs/2305.08891, table 2 and section 3.3.
 
     Raises:
-        ValueError: the SDE is no ladder, has too few levels, or the spacing is unknown.
+        ValueError: the SDE is not a `DiscreteSDE`, has too few levels, or the spacing is unknown.
     """
     levels = getattr(sde, "num_steps", None)
     if levels is None:
@@ -225,11 +229,11 @@ def respaced(sde: SDE, steps: int, spacing: str = "trailing") -> Tensor:
     return index.flip(0) if spacing == "leading" else levels - 1 - index
 
 
-# --- noise on the way: grids that go up as well as down ---------------------------------------------------------------
+# --- grids that go up as well as down: noise is added on the way ------------------------------------------------------
 
 
 def _based(base: Callable[..., Tensor], steps: int | None) -> Grid:
-    """The base grid, with `steps` in the place of its own where they are given."""
+    """The base grid, with its number of steps replaced by `steps` unless that is None."""
     return base if steps is None else partial(base, steps=steps)
 
 
@@ -237,11 +241,11 @@ def churn(
     sde: SDE, base: Callable[..., Tensor], S_churn: float = 40.0, S_min: float = 0.05, S_max: float = 50.0,
     steps: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """EDM's stochastic sampler as a grid: before each move from a level in [S_min, S_max], up to (1 + gamma) times it.
+    """EDM's stochastic sampler as a grid: each move from a level s in [S_min, S_max] first goes up to (1 + gamma) s.
 
-    gamma = min(S_churn / N, sqrt(2) - 1), N the levels of the base grid; upward moves are the exact forward transition, but
-    for `Sampler`'s S_noise, and no level exceeds the SDE's noisiest. Use a one-step predictor: an upward move ends
-    every history. `steps`, where given, are the base's.
+    gamma = min(S_churn / N, sqrt(2) - 1), N the number of levels of the base grid. Upward moves are the exact forward
+    transition, with the noise times `Sampler`'s S_noise, and no level exceeds the SDE's noisiest. Use a one-step
+    predictor: an upward move clears the history of a multistep one. `steps`, where given, replaces the base grid's own.
     Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 2; the defaults are table 5's for
     ImageNet-64.
     """
@@ -258,20 +262,19 @@ def churn(
 
 
 def ancestral(sde: SDE, base: Callable[..., Tensor], eta: float = 1.0, steps: int | None = None) -> Tensor:
-    """k-diffusion's "ancestral" sampling as a grid: each move of the base grid but the last goes further down than it is to
-    end, and up again by noise.
+    """k-diffusion's "ancestral" sampling as a grid: each move but the last overshoots its end, then adds noise to return.
 
-    From level l to m the descent ends at m_down, where m_down^2 = m^2 (1 - eta^2 (1 - m^2 / l^2)), and the exact forward
-    transition leads back to m: that with DDIM is DDIM(eta), with one-step methods of a higher order what k-diffusion's
-    samplers ending in _ancestral do. No descent goes below the grid's end. Upward moves end every history, as in `churn`,
-    and `steps` are the base's.
+    A move from level l to m descends to m_down, m_down^2 = m^2 (1 - eta^2 (1 - m^2 / l^2)), and the exact forward
+    transition leads back up to m. With DDIM that is DDIM(eta); with one-step methods of higher order it is k-diffusion's
+    samplers whose names end in _ancestral. No descent goes below the grid's end. Upward moves clear the history of a
+    multistep predictor, as in `churn`.
     Source: Song, Meng & Ermon 2021, https://arxiv.org/abs/2010.02502, eq. 16; the split is Crowson's in k-diffusion.
 
     Args:
         sde: the forward process.
         base: a grid without upward moves.
         eta: share of the ancestral noise, in [0, 1]; 0 is the base grid.
-        steps: of the base grid, where given.
+        steps: replaces the base grid's own number of steps, where given.
 
     Raises:
         ValueError: eta is out of range, or the base grid goes up.
@@ -280,7 +283,7 @@ def ancestral(sde: SDE, base: Callable[..., Tensor], eta: float = 1.0, steps: in
         raise ValueError(f"ancestral's eta lies in [0, 1], got {eta}")
     times = check(_based(base, steps)(sde), sde)
     if not (times.diff() < 0).all():
-        raise ValueError("ancestral needs a base grid that goes down only: noise is added in one way or in the other")
+        raise ValueError("ancestral adds noise of its own: give it a base grid that only goes down")
     level = sde.noise_level(times)
     share = eta**2 * -torch.expm1(2 * level.log().diff())
     down = sde.time_at_noise_level(level[1:] * (1 - share).sqrt()).clamp(min=times[-1].item())
@@ -293,10 +296,11 @@ def restart(
     sde: SDE, base: Callable[..., Tensor], intervals: Sequence[tuple[float, float, int, int]] = ((0.06, 0.3, 3, 2),),
     steps: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Restart sampling as a grid: from the level nearest `low`, up to `high` by exact noise and down again in `down`
-    Karras steps, `repeats` times, for each interval (low, high, down, repeats); `steps` are the base's, as in `churn`.
+    """Restart sampling as a grid, for each interval (low, high, down, repeats): at the level nearest `low`, go up to `high`
+    by the exact forward transition and down again in `down` Karras steps, `repeats` times.
 
-    Source: Xu et al. 2023, https://arxiv.org/abs/2306.14878, algorithm 1.
+    `steps`, where given, replaces the base grid's own. Source: Xu et al. 2023, https://arxiv.org/abs/2306.14878,
+    algorithm 1.
     """
     times = check(_based(base, steps)(sde), sde)
     levels = sde.noise_level(times)
@@ -316,18 +320,18 @@ def restart(
 
 
 def jump_back(sde: SDE, base: Grid, length: int = 10, repeats: int = 10, low: float = 0.0) -> Tensor:
-    """RePaint's resampling: after every `length` steps of the base grid, `repeats` - 1 times back up and down again.
+    """RePaint's resampling: every stretch of `length` steps of the base grid is gone through `repeats` times.
 
-    A grid of N steps becomes one of `repeats` N steps down, with a jump up before each repeat; a jump costs no call.
+    N steps down become `repeats` N steps down, with a jump up before each repeat; a jump costs no call.
     Source: Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865, section 4.2 and appendix.
 
     Args:
         sde: the forward process.
         base: the grid to repeat, e.g. `functools.partial(grid.uniform, steps=250)`.
         length: steps of one jump, 1 or more.
-        repeats: how often each stretch is gone through, 1 (no jump) or more.
-        low: the noise level sigma / alpha below which no stretch is repeated. With `Impute` of noisy observations,
-            noise_std / operator.least_singular_value(): below it nothing knows of y, and each repeat forgets more of it.
+        repeats: times that each stretch is gone through, 1 (no jump) or more.
+        low: the noise level sigma / alpha below which no stretch is repeated. With `Impute` and noisy observations take
+            noise_std / operator.least_singular_value(): below it y no longer enters, and each repeat forgets more of it.
 
     Raises:
         ValueError: length or repeats is below 1.
@@ -347,10 +351,10 @@ def jump_back(sde: SDE, base: Grid, length: int = 10, repeats: int = 10, low: fl
 
 
 def below(sde: SDE, base: Grid, time: float) -> Tensor:
-    """The base grid from `time` down: `time` itself and what follows the base's last descent through it.
+    """The base grid from `time` down: `time` itself, then the base grid's times after its last descent through it.
 
     Raises:
-        ValueError: the time does not lie above the grid's end, within (t_min, t_max].
+        ValueError: `time` is not in (end of the base grid, t_max].
     """
     times = base(sde)
     if not times[-1].item() < time <= sde.t_max:

@@ -1,6 +1,6 @@
-"""Random numbers that depend on names alone: generator(seed, "noise", 17) is the same wherever and whenever it is made.
+"""Random numbers that depend only on names: generator(seed, "noise", 17) is the same wherever and whenever it is made.
 
-No iterator or generator state has to be saved, therefore: what step n draws is a function of (seed, n).
+What step n draws is therefore a function of (seed, n), and no iterator or generator state has to be saved.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def generator(seed: int, *words: int | str, device: torch.device | str = "cpu") 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds torch's global generator of the host, for what takes no other, and restores it; no device's is touched."""
+    """Seeds torch's global CPU generator, for code that takes no other, and restores it; device generators are untouched."""
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -39,15 +39,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers, one row an example, for the rows of a global batch that one process holds.
+    """Random numbers, one row per example, for the rows of a global batch that one process holds.
 
-    Global draws, then rows: every process draws for all `batch_size` examples and keeps its own `rows`, so that what an
-    example gets is bitwise the same for any number of processes on one kind of device.
+    Every process draws for all `batch_size` examples and keeps its own `rows`, so that an example's numbers are bitwise
+    the same for any number of processes on one kind of device.
 
     Args:
         source: a generator in the same state in every process, on the device that the numbers are for.
         batch_size: of the global batch.
-        rows: those of this process.
+        rows: those of this process; all by default.
     """
 
     source: torch.Generator

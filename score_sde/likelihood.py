@@ -1,13 +1,15 @@
-r"""Log-likelihood through the probability-flow ODE, latent codes, and what discrete data need.
+r"""Log-likelihood through the probability-flow ODE, latent codes, and likelihoods of discrete data.
 
 With y = x / alpha, s = sigma / alpha, n = E[eps | x] and u = log s the flow is dy/du = s n. It is integrated in
 
     z = y / r,  r^2 = s^2 + c^2,   dz/du = s n / r - z s^2 / r^2,   d log p(z) / du = -(sigma tr(dn/dx) - d s^2 / r^2),
     w = -sqrt(log((s^2 + c^2) / (s^2 + k^2))),    c = sqrt(2) sigma_data,  k << c,
 
-in which state and divergence have bounded derivatives at both ends: w is linear in s^2 for s << k and, as z is, in 1 / s for
-s >> c.
-log p_0(x) = log p_T(x_T) + int div + d log(alpha_T r_T / r_0) + truncation (see `log_likelihood`).
+in which state and divergence have bounded derivatives at both ends: w is linear in s^2 for s << k, and w and z are linear
+in 1 / s for s >> c. With d the dimension of x,
+
+    log p_0(x) = log p_T(x_T) + int div + d log(alpha_T r_T / r_0) + truncation (see `log_likelihood`).
+
 Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, appendix D.2; Chen et al. 2018.
 """
 
@@ -56,7 +58,7 @@ ON_DEVICE = ("dopri5", "tsit5", "bosh3")
 METHODS = ("adams", *ON_DEVICE, *SCIPY)
 TRUNCATIONS = ("none", "tweedie")
 MAX_CALLS = 30_000
-"""Network calls after which an adaptive solver is given up; on the ring of eight Gaussians dopri5 takes 130 by default."""
+"""Network calls after which an adaptive solver gives up; by default dopri5 takes 130 on the ring of eight Gaussians."""
 
 
 class HasLogProb(Protocol):
@@ -67,18 +69,18 @@ class HasLogProb(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class LikelihoodResult(Brief):
-    """Log-likelihoods in nats of the data that were passed.
+    """Log-likelihoods, in nats.
 
     Attributes:
         log_prob: shape (batch,), float64.
-        std_error: of the trace estimate, shape (batch,): 0 for the exact trace, NaN for a single probe. From the spread
-            of the probes: a few probes of +-1 in a few dimensions agree by chance, and 0 says nothing there.
-        nfe: network calls, counted, the truncation's included; a divergence shares its call's forward pass. The mean of
-            `calls`, rounded up.
-        calls: those of each sample, int64 of shape (batch,); equal where samples share their steps.
+        std_error: of the trace estimate, shape (batch,): 0 for the exact trace, NaN for a single probe, else from the spread
+            of the probes. In few dimensions a few probes of +-1 may agree by chance: 0 does not mean exact there.
+        nfe: the mean of `calls`, rounded up.
+        calls: network calls of each sample, counted, int64 of shape (batch,); equal where samples share their steps. That
+            of the truncation is included; a divergence takes no call of its own, only backward passes.
         latent: the codes x(t_max), shape (batch, *event), in x's dtype.
         log_terminal: log p_T of the codes, shape (batch,).
-        truncation: the estimate of log p_0(x) - log p_{t_min}(x), shape (batch,), whether it was added or not.
+        truncation: the estimate of log p_0(x) - log p_{t_min}(x), shape (batch,), whether or not it was added.
         seconds: wall-clock time.
     """
 
@@ -100,9 +102,9 @@ def log_likelihood(
 ) -> LikelihoodResult:  # fmt: skip
     """The log-density of data x under the probability-flow ODE of the model, in nats.
 
-    x stands at t_min as x_{t_min} = alpha x: its density in data units is that of data with noise s_min.
+    The flow starts from x_{t_min} = alpha x, so that it gives log p_{s_min}(x), the density of data with noise s_min.
     Bayes' rule at y = x, log p_0(x) = log p_{s_min}(x) + log p(x_0 = x | y = x) - log N(0; 0, s_min^2 I), gives the
-    truncation term; with the Gaussian posterior of Tweedie's mean D and variance s_min^2 J, J = tr(dD/dy) / d, it is
+    truncation term. For a Gaussian posterior with Tweedie's mean D and variance s_min^2 J, J = tr(dD/dy) / d, it is
 
         truncation = -d / 2 log J - |x - D|^2 / (2 J s_min^2) = -s_min^2 / 2 (Laplacian p) / p + O(s_min^4),
 
@@ -111,30 +113,30 @@ def log_likelihood(
     Args:
         model: the score model; a network should be in evaluation mode.
         x: real-valued data, shape (batch, *event_shape). Closed-form models deserve float64.
-        divergence: "exact" (one vector-Jacobian product a dimension), "hutchinson" (Rademacher probes, unbiased but for
-            the truncation, which is not linear in the trace) or "hutch++" (the trace within a sketched range and
-            normalised probes for the rest: three products a probe, for less variance; Meyer et al. 2021, algorithm 1).
-        probes: random vectors a sample, fixed along its path; two or more give a standard error.
-        method: "dopri5", "tsit5" or "bosh3", on the device, with an error and a step size for each sample, which no
-            companion changes; one of scipy's adaptive solvers (RK45, DOP853, ...), which control the error of the batch
-            as one system; or "adams", the four-step Adams-Bashforth method on a fixed grid of w, one call a step: an
-            exact budget and no error control.
-        rtol, atol: tolerances of the adaptive solvers. On the device a step's error is measured in z (root mean square
-            over dimensions) and in the log-density per dimension, and the greater counts.
-        steps: grid steps of "adams" (118 unless given, 128 calls); refused for other methods.
+        divergence: "exact" (one vector-Jacobian product per dimension), "hutchinson" (Rademacher probes; unbiased except in
+            the truncation, which is not linear in the trace) or "hutch++" (the trace within a sketched range plus normalised
+            probes for the rest: three products per probe, for less variance; Meyer et al. 2021, algorithm 1).
+        probes: random vectors per sample, fixed along its path; two or more give a standard error.
+        method: "dopri5", "tsit5" or "bosh3", on the device, with an error and a step size for each sample, independent of
+            the rest of the batch; one of scipy's adaptive solvers (RK45, DOP853, ...), which control the error of the batch
+            as one system; or "adams", the four-step Adams-Bashforth method on a fixed grid of w, one call per step: a
+            fixed budget without error control.
+        rtol, atol: tolerances of the adaptive solvers. On the device a step's error is the larger of that in z (root mean
+            square over dimensions) and that in the log-density per dimension.
+        steps: grid steps of "adams" (118, or 128 calls, by default); refused for other methods.
         seed: of the probes; an integer, or one for each sample.
         truncation: "tweedie" adds the term above, "none" leaves it out and returns log p_{s_min}.
-        terminal: the law of x(t_max): "model", the model's own (`ScoreModel.log_terminal`): for an exact score the exact
-            marginal, whose distance from a Gaussian is no rounding error (VE at sigma_max = 50: 6e-4 nats on data of
-            spread 2), for a network the Gaussian that its samplers start from; "prior", the SDE's; or a law with
+        terminal: the law of x(t_max). "model" is the model's own (`ScoreModel.log_terminal`): for an exact score the exact
+            marginal, whose distance from a Gaussian is more than rounding (6e-4 nats on VE at sigma_max = 50, data of
+            spread 2), for a network the Gaussian that its samplers start from. "prior" is the SDE's. Or a law with
             `log_prob`.
-        sigma_data: standard deviation of the data, which sets c and k and so the cost alone; the model's unless given.
+        sigma_data: standard deviation of the data, the model's by default; it sets c and k and so only the cost.
         condition: named conditions for the model.
 
     Raises:
-        TypeError: integer data, which have no density, or an unknown condition.
-        ValueError: an option is unknown or out of range, or x has another event shape.
-        RuntimeError: the solver failed, with its reason, or is not through after `MAX_CALLS` network calls.
+        TypeError: x holds integers, which have no density, or x and the network differ in dtype, or a condition is unknown.
+        ValueError: an option is unknown or out of range, x has another event shape, is empty or not finite.
+        RuntimeError: the solver failed, with its reason, or has not finished after `MAX_CALLS` network calls.
     """
     _check_options(divergence, probes, method, rtol, atol, steps, truncation)
     flow = _Flow(model, x, condition, sigma_data)
@@ -171,7 +173,7 @@ def encode(
     model: ScoreModel, x: Tensor, *, method: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-5,
     steps: int | None = None, sigma_data: float | None = None, condition: Mapping[str, Any] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The latent codes x(t_max) of data x; arguments and errors as `log_likelihood` has them."""
+    """The latent codes x(t_max) of data x, in x's shape; arguments and errors as in `log_likelihood`."""
     _check_options("exact", 1, method, rtol, atol, steps, "none")
     flow = _Flow(model, x, condition, sigma_data)
     z = x.double().flatten(1) / flow.data_scale
@@ -183,7 +185,7 @@ def decode(
     model: ScoreModel, latent: Tensor, *, method: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-5,
     steps: int | None = None, sigma_data: float | None = None, condition: Mapping[str, Any] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The data whose codes x(t_max) are `latent`: the inverse of `encode`, in data units."""
+    """The data whose codes x(t_max) are `latent`, in data units and latent's shape: the inverse of `encode`."""
     _check_options("exact", 1, method, rtol, atol, steps, "none")
     flow = _Flow(model, latent, condition, sigma_data)
     z = latent.double().flatten(1) / flow.latent_scale
@@ -192,15 +194,15 @@ def decode(
 
 
 def reconstruction_error(model: ScoreModel, x: Tensor, **options: Any) -> Tensor:
-    """Root mean square of decode(encode(x)) - x for each sample, shape (batch,); options as `encode` has them."""
+    """Root mean square of decode(encode(x)) - x for each sample, shape (batch,); options as in `encode`."""
     return (decode(model, encode(model, x, **options), **options) - x).flatten(1).square().mean(1).sqrt()
 
 
 def slerp(a: Tensor, b: Tensor, fractions: Tensor | Sequence[float]) -> Tensor:
-    """Spherical interpolation sin((1 - f) o) / sin o a + sin(f o) / sin o b, o the angle between a and b, per sample;
-    on a line where sin o vanishes.
+    """Spherical interpolation sin((1 - f) o) / sin o a + sin(f o) / sin o b, o the angle between a and b, per sample.
 
-    Shapes (batch, *event) and (F,) give (F, batch, *event). Source: Shoemake 1985; White 2016, arXiv:1609.04468.
+    Where sin o vanishes it is linear. a and b of shape (batch, *event) and F fractions give (F, batch, *event).
+    Source: Shoemake 1985; White 2016, https://arxiv.org/abs/1609.04468.
     """
     f = torch.as_tensor(fractions, dtype=torch.float64, device=a.device).reshape(-1, *[1] * a.ndim)
     u, v = a.double(), b.double()
@@ -217,9 +219,10 @@ def slerp(a: Tensor, b: Tensor, fractions: Tensor | Sequence[float]) -> Tensor:
 
 
 def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int], bin_width: float) -> Tensor:
-    """-log2(p(x) bin_width^d) / d: bits a dimension of data quantised with bins of that width, in the units of x.
+    """-log2(p(x) bin_width^d) / d: bits per dimension of data that are quantised in bins of that width, in units of x.
 
-    8-bit data scaled to [-1, 1] have bins of 2 / 256 (an offset of 7 bits), scaled to [0, 1] bins of 1 / 256 (8 bits).
+    log_prob is in nats. 8-bit data scaled to [-1, 1] have bins of width 2 / 256 (an offset of 7 bits), to [0, 1] of 1 / 256
+    (8 bits).
     Source: Theis et al. 2016, https://arxiv.org/abs/1511.01844, section 3.1.
     """
     if not bin_width > 0:
@@ -230,16 +233,16 @@ def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int], bin_width: float)
 def dequantize(
     codes: Tensor, generator: torch.Generator, *, bin_width: float, low: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:  # fmt: skip
-    """low + bin_width (codes + u), u uniform on [0, 1): data of integer codes 0, 1, 2, ..."""
+    """low + bin_width (codes + u), u uniform on [0, 1): real-valued data from integer codes 0, 1, 2, ..., in codes' shape."""
     _check_codes(codes)
     u = torch.rand(codes.shape, generator=generator, device=codes.device, dtype=torch.float64)
     return (low + bin_width * (codes + u)).to(dtype)
 
 
 class GaussianDequantizer(nn.Module):
-    """u = sigmoid(mean + std eps) within a bin, with a mean and a std for each dimension: variational dequantisation.
+    """Variational dequantisation: u = sigmoid(mean + std eps) in [0, 1], with a mean and a std for each dimension.
 
-    At mean 0 and std 1.7 the law is close to the uniform one. Source: Ho et al. 2019, https://arxiv.org/abs/1902.00275,
+    At mean 0 and std 1.7, the start, u is nearly uniform. Source: Ho et al. 2019, https://arxiv.org/abs/1902.00275,
     section 3.1 (a flow there, an elementwise Gaussian here).
     """
 
@@ -249,7 +252,7 @@ class GaussianDequantizer(nn.Module):
         self.log_std = nn.Parameter(torch.full(tuple(event_shape), math.log(1.7), dtype=torch.float64))
 
     def forward(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """u and log q(u) (summed over the event) at standard normal eps of shape (batch, *event_shape)."""
+        """u, and log q(u) of shape (batch,), for standard normal eps of shape (batch, *event_shape)."""
         v = self.mean + self.log_std.exp() * eps
         log_slope = nn.functional.logsigmoid(v) + nn.functional.logsigmoid(-v)
         log_q = -(eps.square() + math.log(2 * math.pi)) / 2 - self.log_std - log_slope
@@ -283,17 +286,20 @@ def discrete_log_likelihood(
     model: ScoreModel, codes: Tensor, *, bin_width: float, low: float, draws: int = 1,
     dequantizer: GaussianDequantizer | None = None, seed: int = 0, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """A lower bound on log P(codes), in nats: log mean_k p(x_k) bin_width^d / q(u_k).
+    """A lower bound on log P(codes), in nats, shape (batch,): log mean_k p(x_k) bin_width^d / q(u_k).
 
-    x_k = low + bin_width (codes + u_k), u_k uniform unless a dequantizer is given; more draws raise it to log P.
-    The draws share their probes: an estimated trace leaves the bound right in the mean, where probes of their own would
-    lift it, as the draws are averaged as densities.
-    Source: Theis et al. 2016, section 3.1; Burda et al. 2016, https://arxiv.org/abs/1509.00519, eq. 8.
+    x_k = low + bin_width (codes + u_k), u_k uniform unless a dequantizer is given; more draws raise it towards log P.
+    The draws share their probes, so that an estimated trace does not bias the bound; with separate probes the average over
+    densities would raise it.
+    Source: Theis et al. 2016, https://arxiv.org/abs/1511.01844, section 3.1; Burda et al. 2016,
+    https://arxiv.org/abs/1509.00519, eq. 8.
 
     Args:
         codes: integers 0, 1, 2, ..., shape (batch, *event_shape).
         bin_width, low: width of a bin and lower edge of the first, in the units the model was trained in.
-        draws: importance-weighted draws.
+        draws: number of importance-weighted draws.
+        dequantizer: draws u and gives its density; uniform if left out.
+        seed: of the draws and probes.
         options: for `log_likelihood`.
 
     Raises:
@@ -322,7 +328,7 @@ def discrete_log_likelihood(
 class _Flow:
     """d(z, div)/dw for float64 states of shape (samples, d + trace.count): z of the flow, then a column for each probe.
 
-    A `score_sde.adaptive.Field`: `levels` gives what depends on w alone, for w of shape () or (samples,).
+    A `score_sde.embedded.Field`: `levels` gives what depends only on w, for w of shape () or (samples,).
     """
 
     def __init__(
@@ -337,7 +343,7 @@ class _Flow:
         weight = next(model.parameters(), x) if isinstance(model, nn.Module) else x
         if weight.dtype != x.dtype:
             raise TypeError(
-                f"x is {x.dtype}, the network {weight.dtype}: give x.to({weight.dtype}), or make it model.to({x.dtype})"
+                f"x is {x.dtype}, the network {weight.dtype}: give x.to({weight.dtype}), or model.to({x.dtype})"
             )
         scale = math.sqrt(2) * (model.data_std if sigma_data is None else sigma_data)
         if not 0 < scale < math.inf:
@@ -361,7 +367,7 @@ class _Flow:
         return math.sqrt(s * s + self.c2)
 
     def norm(self, rtol: float, atol: float) -> Norm:
-        """The greater of the errors of z and of the divergence per dimension, each in its tolerance."""
+        """The larger of the errors of z and of the divergence per dimension, each in units of its tolerance."""
         one = mixed_tolerance(rtol, atol)
 
         def norm(error: Tensor, y: Tensor, end: Tensor, v: Tensor) -> Tensor:
@@ -387,7 +393,7 @@ class _Flow:
 
     def __call__(self, y: Tensor, level: tuple[Tensor, ...], ids: Tensor) -> Tensor:
         if self.model.spent > self.most:
-            raise SolverError(f"the flow is not through after {MAX_CALLS:,} network calls, the model's score is too rough: "
+            raise SolverError(f"the flow has not ended after {MAX_CALLS:,} network calls, as the model's score is too rough: "
                                "loosen rtol and atol, or take method='adams', whose calls are fixed")  # fmt: skip
         t, scale, sigma, speed, of_noise, of_z = level
         z = y[:, : self.size]
@@ -396,7 +402,7 @@ class _Flow:
         return torch.cat([rate, expand(speed, z) * slope - expand(of_z, z) * self.size], 1) if self.trace else rate
 
     def noise(self, x: Tensor, t: Tensor, sigma: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """n and the columns of sigma tr(dn / dx) at flat points x, both float64, from one call of the model."""
+        """n and the columns of sigma tr(dn/dx) at flat points x (samples, d), both float64, from one model call."""
         time = t.item() if t.ndim == 0 else t
 
         def evaluate(v: Tensor) -> Tensor:
@@ -424,7 +430,7 @@ def _terminal_law(model: ScoreModel, terminal: str | HasLogProb) -> Callable[[Te
 def _log_prob_of(law: HasLogProb, latent: Tensor) -> Tensor:
     log_prob = law.log_prob(latent).double()
     if log_prob.shape != latent.shape[:1]:
-        raise ValueError(f"terminal gives a log-density of shape {tuple(log_prob.shape)} for {len(latent)} codes: it is a law "
+        raise ValueError(f"terminal gives a log-density of shape {tuple(log_prob.shape)} for {len(latent)} codes: give a law "
                          f"of whole events, e.g. torch.distributions.Independent(law, {latent.ndim - 1})")  # fmt: skip
     return log_prob
 
@@ -432,7 +438,7 @@ def _log_prob_of(law: HasLogProb, latent: Tensor) -> Tensor:
 def _trace(divergence: str, probes: int, x: Tensor, seed: int | Sequence[int]) -> Trace:
     if divergence == "exact":
         return ExactTrace(x.flatten(1))
-    # Keyed apart from samplers' noise: probes that are the noise x was made of would not be independent of x.
+    # Keyed apart from samplers' noise: probes equal to the noise that x was sampled from would not be independent of x.
     if np.ndim(seed):  # a seed for each sample
         noise = SampleNoise([key(one, "probes") for one in seed])  # type: ignore[union-attr]
     else:

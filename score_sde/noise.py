@@ -1,9 +1,9 @@
 r"""Sources of standard normal noise, keyed by (step, draw); none touches torch's global generator.
 
 `BatchNoise(seed)` draws a whole batch from one generator: fastest, but sample i depends on the batch it is drawn in.
-`SampleNoise(seeds)` gives each sample a seed of its own and computes its noise as a function of (seed, step, draw,
-element) by a counter-based generator (SplitMix64 and Box-Muller): sample i is bitwise the same in any batch.
-`BrownianNoise(seeds)` gives each sample a Brownian path of its own, whatever the grid: more steps refine the same sample.
+`SampleNoise(seeds)` gives each sample its own seed and computes its noise as a function of (seed, step, draw, element)
+by a counter-based generator (SplitMix64 and Box-Muller): sample i is bitwise the same in any batch.
+`BrownianNoise(seeds)` gives each sample its own Brownian path, independent of the grid: more steps refine the same sample.
 Sources: Steele, Lea & Flood 2014, https://doi.org/10.1145/2660193.2660195; Salmon et al. 2011 for counter-based use.
 """
 
@@ -19,35 +19,39 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import whole
+from score_sde.score import at_least_single
 
 Stream = Callable[[int, int], Tensor]
 """(step, draw) -> standard normal noise of the shape, dtype and device with which the stream was opened."""
 
 
 class NoiseSource(ABC):
-    """Where a sampler's noise comes from: a value, opened anew by every run."""
+    """Where a sampler's noise comes from: an immutable value, from which every run opens its own stream."""
 
     def along(self, half_log_snr: Tensor, shares: Sequence[float]) -> NoiseSource:
-        """The source of a run over grid times with these half log SNRs (float64, shape (N + 1,)), for a predictor whose
-        draws have these `Step.shares`; most sources do not look at them."""
+        """The source of a run on a grid with these half log SNRs (float64, shape (N + 1,)), for a predictor with these
+        `Step.shares`; most sources ignore both."""
         return self
 
     @abstractmethod
     def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:
-        """The stream of one run, for noise of the given shape (batch, *event)."""
+        """The stream of one run, (step, draw) -> noise of the given shape (batch, *event)."""
 
 
 class BatchNoise(NoiseSource):
     """One generator for the whole batch, read in the order of the calls.
 
     Args:
-        seed: an integer, or None for one from the operating system (kept in `seed`).
+        seed: an integer, or None to take one from the operating system; the attribute `seed` holds it.
+
+    Raises:
+        ValueError: the seed is not a whole number, or needs more than 64 bits.
     """
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = secrets.randbits(63) if seed is None else whole("seed", seed, -math.inf)
         if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed={self.seed} is beyond the 64 bits of torch's generators: give a smaller one")
+            raise ValueError(f"seed={self.seed} is beyond the 64 bits of torch's generators: give a smaller seed")
 
     def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:
         generator = torch.Generator(device).manual_seed(self.seed)
@@ -58,10 +62,14 @@ class BatchNoise(NoiseSource):
 
 
 class SampleNoise(NoiseSource):
-    """A seed for each sample; row i of a stream depends on seeds[i] alone.
+    """A seed for each sample; row i of a stream depends only on seeds[i].
 
     Args:
-        seeds: one integer a sample, e.g. `range(64)`.
+        seeds: one integer per sample, e.g. `range(64)`.
+
+    Raises:
+        TypeError: `seeds` is a single integer.
+        ValueError: the seeds are not integers; when opened, their number is not the batch size.
     """
 
     def __init__(self, seeds: Iterable[int] | Tensor) -> None:
@@ -71,21 +79,21 @@ class SampleNoise(NoiseSource):
             )
         seeds = torch.as_tensor(seeds if isinstance(seeds, Tensor) else list(seeds))
         if seeds.ndim != 1 or (seeds.is_floating_point() and len(seeds)):
-            raise ValueError(f"seeds are one integer a sample, got {seeds.dtype} of shape {tuple(seeds.shape)}")
+            raise ValueError(f"seeds are one integer per sample, got {seeds.dtype} of shape {tuple(seeds.shape)}")
         self.seeds = seeds.to(torch.int64)
 
     @classmethod
     def of_run(cls, seed: int, samples: Iterable[int] | Tensor) -> SampleNoise:
-        """The noise of samples 0, 1, 2, ... of the run `seed` (which counts modulo 2^32), in whatever batch they are."""
+        """The noise of the samples numbered `samples` in the run `seed` (taken modulo 2^32), in any batch."""
         samples = torch.as_tensor(samples if isinstance(samples, Tensor) else list(samples), dtype=torch.int64)
         seed = whole("seed", seed, -math.inf)
         return cls(samples + (((seed + 2**31) % 2**32 - 2**31) << 32))
 
     def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:
         if len(self.seeds) != shape[0]:
-            raise ValueError(f"SampleNoise has {len(self.seeds)} seeds for a batch of {shape[0]}: give one a sample")
+            raise ValueError(f"SampleNoise has {len(self.seeds)} seeds for a batch of {shape[0]}: give one per sample")
         keys, counters = self._words(shape, device)
-        real = torch.float64 if dtype == torch.float64 else torch.float32
+        real = at_least_single(dtype)
 
         def stream(step: int, draw: int) -> Tensor:
             radius, angle = _polar(keys + ((step << 20) + draw + 1), counters, real)
@@ -106,14 +114,14 @@ class SampleNoise(NoiseSource):
 class BrownianNoise(SampleNoise):
     r"""A Brownian path W(alpha^2 / sigma^2) for each sample, whose increments are the predictor's noise.
 
-    With D constant over a move the reverse SDE ends at
+    If D is constant over a move, the reverse SDE ends at
 
         x_s = (sigma_s / sigma_t) e^{-h} x_t + alpha_s (1 - e^{-2 h}) D + (sigma_s^2 / alpha_s) (W(snr_s) - W(snr_t)),
 
-    h = lambda_s - lambda_t, snr = e^{2 lambda}: the signal-to-noise ratio is the clock in which its noise is a plain
-    increment. So a sample of many steps is the refinement of that of few, and differences between grids and steps are
-    pathwise (strong) errors, not two draws. Row i depends on seeds[i] and the levels alone. The start and a corrector's noise
-    are those of `SampleNoise`; where a grid goes up and down again (churn), each way down has a path of its own.
+    h = lambda_s - lambda_t, snr = e^{2 lambda}: its noise is a plain Brownian increment in the clock snr. So a sample of
+    many steps refines the sample of few, and differences between grids or steps are pathwise (strong) errors instead of
+    differences between two draws. Row i depends only on seeds[i] and the levels. The start and a corrector's noise are
+    those of `SampleNoise`; where a grid goes up and down again (churn), each way down has its own path.
 
     W is found by halving [-32, 32] in lambda, each midpoint drawn given the ends (a Brownian bridge), and at last the level
     itself in an interval that holds no other level of the way: 0.002 wide, or less where levels are closer. Two grids with
@@ -122,10 +130,10 @@ class BrownianNoise(SampleNoise):
     Source: the virtual Brownian tree of Li et al. 2020, https://arxiv.org/abs/2001.01328, section 4.
 
     Args:
-        seeds: one integer a sample, e.g. `range(64)`.
+        seeds: one integer per sample, e.g. `range(64)`.
 
     Raises:
-        ValueError: a solver that is no `Sampler` on a grid asks for more noise than its start's.
+        ValueError: a solver other than a `Sampler` on a grid asks for more noise than that of its start.
     """
 
     _levels: Tensor | None = None
@@ -138,13 +146,13 @@ class BrownianNoise(SampleNoise):
 
     def open(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Stream:
         fresh, (ways, spans) = super().open(shape, dtype, device), self._ways()
-        words, real = self._words(shape, device), torch.float64 if dtype == torch.float64 else torch.float32
+        words, real = self._words(shape, device), at_least_single(dtype)
         under_way = dict[int, _BrownianPath]()  # one at a time: grids leave a way for good
 
         def stream(step: int, draw: int) -> Tensor:
             if step and self._levels is None:
-                raise ValueError("BrownianNoise is for a Sampler on a grid, whose moves have ends: give this solver "
-                                 "SampleNoise(seeds)")  # fmt: skip
+                raise ValueError("BrownianNoise is for a Sampler on a grid, which knows where its moves end: give this "
+                                 "solver SampleNoise(seeds)")  # fmt: skip
             way, low, high = spans.get((step, draw), (0, 0, 0))
             if low == high:
                 return fresh(step, draw)
@@ -278,7 +286,7 @@ def _bridge(low: float, middle: float, high: float) -> tuple[float, float]:
     return share, math.sqrt(share * second)
 
 
-# SplitMix64's constants, as signed 64-bit integers: torch's int64 arithmetic wraps around, as the algorithm needs.
+# SplitMix64's constants as signed 64-bit integers; torch's int64 arithmetic wraps around, which the algorithm needs.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _SALT = 0x2545F4914F6CDD1D
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
@@ -286,7 +294,7 @@ _LOW = 0xFFFFFFFF
 
 
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser, a bijection of 64-bit words; shifts are made logical by masking."""
+    """SplitMix64's finaliser, a bijection of 64-bit words; the masks turn arithmetic shifts into logical ones."""
     z = (z >> 30).bitwise_and_(2**34 - 1).bitwise_xor_(z).mul_(_FIRST)
     z = (z >> 27).bitwise_and_(2**37 - 1).bitwise_xor_(z).mul_(_SECOND)
     return (z >> 31).bitwise_and_(2**33 - 1).bitwise_xor_(z)

@@ -2,8 +2,8 @@ r"""The probability-flow ODE through scipy's adaptive solvers, forward and backw
 
     dx/dt = f(t) x - g(t)^2 score(x, t) / 2
 
-has the marginals p_t of the SDE (Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. 13): integrated from t_max to
-t_min it turns prior noise into samples, from t_min to t_max data into latent codes.
+has the marginals p_t of the SDE (Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. 13). From t_max to t_min it
+turns prior noise into samples, from t_min to t_max data into latent codes.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 class ProbabilityFlowODE(ErrorControlled):
     """The probability-flow ODE by `scipy.integrate.solve_ivp`.
 
-    It is integrated over t. Between the steps of a `DiscreteSDE` the rate of lambda jumps, which step-size control does not
-    see: there errors are tens of times the tolerance, and `AdaptiveODE`, which integrates over the noise level, is to be had.
+    It is integrated over t. On a `DiscreteSDE` the derivative of lambda jumps at every level, which step-size control does
+    not notice: errors are tens of times the tolerance. Take `AdaptiveODE` there, which integrates over the noise level.
 
     Args:
         method: one of scipy's: RK45, RK23, DOP853, Radau, BDF, LSODA.
-        rtol, atol: relative and absolute tolerance of the step-size control, in root mean square over what is controlled.
-        error_control: "joint" solves the batch as one system, so that its error is that of the batch on average; "each"
-            solves sample by sample, slower, with an error and a step size of its own and no effect of its companions.
+        rtol, atol: relative and absolute tolerance of the step-size control, in root mean square over the system solved.
+        error_control: "joint" solves the batch as one system and controls its average error; "each" solves sample by
+            sample, slower, each with its own error and step size and independent of the rest of the batch.
         final: "denoise" ends with Tweedie's formula at t_min; "none" keeps the solution, the inverse of `encode`.
 
     Raises:
@@ -61,8 +61,8 @@ class ProbabilityFlowODE(ErrorControlled):
     ) -> SampleResult:  # fmt: skip
         """Integrates from prior noise (or `x_init`) at t_max to t_min; arguments as `Sampler.sample` has them.
 
-        With `trajectory` the solution is also read off at `points` equally spaced times. `nfe` counts calls with the whole
-        batch; with error_control="each" it is the largest count of any sample.
+        With `trajectory` the solution is also kept at `points` equally spaced times. `nfe` counts calls on the whole batch;
+        with error_control="each" it is the largest count of any sample.
 
         Raises:
             RuntimeError: the solver failed, with its reason.
@@ -77,7 +77,7 @@ class ProbabilityFlowODE(ErrorControlled):
         self, model: ScoreModel, x: Tensor, *, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
         progress: bool = False, points: int = 101,
     ) -> SampleResult:  # fmt: skip
-        """Integrates data x, taken as x(t_min), to their latent codes x(t_max); see `AdaptiveODE.encode`."""
+        """Integrates data x, taken as x(t_min), to their latent codes x(t_max) (see `AdaptiveODE.encode`)."""
         start = begin(model, x.shape, 0, None, x, condition, None)
         sde = model.sde
         times = torch.linspace(sde.t_min, sde.t_max, points if trajectory else 2, dtype=torch.float64)
@@ -91,24 +91,18 @@ class ProbabilityFlowODE(ErrorControlled):
         clock = time.perf_counter()
         parts = [x] if self.error_control == "joint" else list(x.split(1))
         states, calls = list[Tensor](), list[int]()
-        with tqdm(
-            total=len(parts), desc=self.method, unit="solve", disable=not progress, delay=1.0, leave=False
-        ) as bar:
-            for part in parts:
-                own = model if part is x else _of_sample(model, len(states), len(x))
-                before = own.calls
-                states.append(self._solve(own, part, times))
-                calls.append(own.calls - before)
-                bar.update()
+        for part in tqdm(parts, desc=self.method, unit="solve", disable=not progress, delay=1.0, leave=False):
+            own = model if part is x else _of_sample(model, len(states), len(x))
+            before = own.calls
+            states.append(self._solve(own, part, times))
+            calls.append(own.calls - before)
         path = torch.cat(states, dim=1)
-        end = path[-1]
+        end, nfe = path[-1], max(calls)
         if denoise:
             last = model(end, times[-1].item())
-            end = last.denoised
+            end, nfe = last.denoised, nfe + last.calls
         seconds = time.perf_counter() - clock
-        return SampleResult(
-            end, max(calls) + (last.calls if denoise else 0), seconds, path if trajectory else None, times
-        )
+        return SampleResult(end, nfe, seconds, path if trajectory else None, times)
 
     def _solve(self, model: CountedModel, x: Tensor, times: Tensor) -> Tensor:
         from scipy.integrate import solve_ivp  # half a second to import
@@ -131,7 +125,7 @@ class ProbabilityFlowODE(ErrorControlled):
 
 
 def _of_sample(model: CountedModel, i: int, batch: int) -> CountedModel:
-    """The model under the conditions of sample i of a batch."""
+    """The model under the conditions of sample i of the batch alone."""
     own = {name: value[i : i + 1] if model.model.per_sample(name, value, batch) else value
            for name, value in model.condition.items()}  # fmt: skip
     return CountedModel(model.model, own)

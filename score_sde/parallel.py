@@ -2,9 +2,9 @@ r"""Sampling in parallel over time: Picard iteration on the rows of a linear ste
 
 A run x_{i+1} = a_i x_i + sum_k b_ik D_{i-k} + c_i z_i is known once all D_i = D(x_i, t_i) are. Over a window of times,
 guess the D_i, unroll the recursion, evaluate the network at all its points in one call, and repeat: after k rounds the
-first k points are those of the sequential run, and in practice many more, to any tolerance. The window then slides on
-by as many points as have settled. Same samples, more network calls, fewer of them one after the other.
-Source: Shih et al. 2023 (ParaDiGMS), https://arxiv.org/abs/2305.16317, algorithm 1.
+first k points are those of the sequential run, and in practice many more are, to within a tolerance. The window then
+slides on by the number of points that have settled. The samples are the same, with more network calls in total but fewer
+one after another. Source: Shih et al. 2023 (ParaDiGMS), https://arxiv.org/abs/2305.16317, algorithm 1.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from score_sde.steps.linear import LinearRow, LinearStep
 
 @dataclass(frozen=True, repr=False)
 class ParallelResult(SampleResult):
-    """What a parallel sampler returns; `nfe` is the mean number of network evaluations a sample, rounded up.
+    """What a parallel sampler returns; `nfe` is the mean number of network evaluations per sample, rounded up.
 
     Attributes:
-        rounds: network calls one after the other, what a sequential run has `nfe` of.
+        rounds: network calls one after another, which a sequential run has `nfe` of.
     """
 
     rounds: int
@@ -45,20 +45,20 @@ class ParallelResult(SampleResult):
 class ParallelSampler:
     """Picard iteration with a sliding window, for a predictor that is a `LinearStep`, with or without noise.
 
-    Every sample has a window of its own, so that companions change nothing; the noise is that of the sequential
+    Every sample has its own window, so that samples do not affect each other. The noise is that of the sequential
     `Sampler(predictor, grid)` with the same seed, and so is the result, to the tolerance.
 
     Args:
         predictor: the step; any order, any noise.
         grid: function SDE -> times, decreasing.
-        window: how many times are worked on at once; None takes the whole grid.
+        window: number of grid times that are iterated at once; None takes the whole grid.
         tolerance: a point has settled when a round moves it by no more than this, in root mean square over the sample,
-            in units of the marginal spread sqrt(alpha^2 S^2 + sigma^2). What is left is magnified where the flow tears
-            modes apart; 0 iterates to the sequential run's rounding.
+            in units of the marginal spread sqrt(alpha^2 S^2 + sigma^2), S the data's standard deviation. The remaining
+            error grows where the flow separates modes; 0 iterates to the sequential run's rounding.
         final: "denoise" ends with Tweedie's formula at the last grid time (one more call), "none" keeps the sample.
 
     Raises:
-        ValueError: the predictor is no `LinearStep`, or an option is outside its range.
+        ValueError: the predictor is not a `LinearStep`, or an option is outside its range.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ParallelSampler:
         x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
         progress: bool = False, dtype: torch.dtype | None = None,
     ) -> ParallelResult:  # fmt: skip
-        """Draws samples; arguments as `Sampler.sample` has them, and the trajectory likewise over the grid's times."""
+        """Draws samples; arguments as in `Sampler.sample`, and so the trajectory, over the grid's times."""
         times, rows = self._rows(model.sde)
         start = begin(model, shape, seed, noise, x_init, condition, dtype, times, self.predictor)
         clock = time.perf_counter()
@@ -105,7 +105,7 @@ class ParallelSampler:
     def _rows(self, sde: SDE) -> tuple[Tensor, list[LinearRow]]:
         times = grids.check(self.grid(sde), sde)
         if (times.diff() > 0).any():
-            raise ValueError("parallel sampling needs a grid that only decreases: use Sampler for churned ones")
+            raise ValueError("parallel sampling needs a grid that only decreases: use Sampler for grids with churn")
         rows = list(self.predictor.plan(sde, times[:-1], times[1:]))
         if not all(row.b for row in rows[1:]):
             raise ValueError(
@@ -118,9 +118,9 @@ class ParallelSampler:
 
 
 class _Windows:
-    """The samples under way: each with the settled state at its window's first time and guesses of D in the window.
+    """The unfinished samples, each with the settled state at its window's first time and guesses of D in the window.
 
-    Rows past the grid's end carry the state unchanged (a = 1), so that all windows have one length.
+    Rows past the grid's end keep the state unchanged (a = 1), so that all windows have the same length.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class _Windows:
         self.evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.ids = torch.arange(len(x), device=x.device)
         self.base = torch.zeros_like(self.ids)
-        self.low = self.high = 0  # the least and the greatest of it
+        self.low = self.high = 0  # the least and the greatest base
         self.x = x
         first = self._call(x, self.base, self.ids)
         self.evaluations += model.calls
@@ -153,7 +153,7 @@ class _Windows:
         self.a, self.c = (torch.tensor(v, dtype=torch.float64).to(x) for v in (a, c))
         self.b = torch.tensor(b, dtype=torch.float64).to(x).T
         self.noisy = [row.c != 0.0 for row in rows]
-        # What a row weighs is u D + w eps; most steps have u = 1 and w = 0 throughout.
+        # The outputs are u D + w eps; most steps have u = 1 and w = 0 in every row.
         mixed = any(row.output != (1.0, 0.0) for row in rows)
         self.output = torch.tensor([row.output for row in rows], dtype=torch.float64).to(x.device).T if mixed else None
         t = torch.tensor([row.t for row in rows], dtype=torch.float64)
@@ -181,9 +181,9 @@ class _Windows:
         self.base = self.base + stride
         done = self.base == self.count
         self.rounds += 1
-        under_way = torch.where(done, self.count, self.base).amin(), torch.where(done, 0, self.base).amax()
-        # The round's one wait for the device beside the choice of points.
-        arrived, self.low, self.high = torch.stack([done.sum(), *under_way]).tolist()
+        unfinished = torch.where(done, self.count, self.base).amin(), torch.where(done, 0, self.base).amax()
+        # The only wait for the device in a round, besides the choice of points in `_evaluate`.
+        arrived, self.low, self.high = torch.stack([done.sum(), *unfinished]).tolist()
         if arrived:
             self._put_away(done)
         return arrived
@@ -214,12 +214,12 @@ class _Windows:
         return outputs
 
     def _call(self, x: Tensor, place: Tensor, ids: Tensor) -> Tensor:
-        """The network output that the rows at these grid places weigh."""
+        """The network outputs N = u D + w eps at these grid places."""
         prediction = self.model.predict(x, self.t[place], ids)
         return prediction.denoised if self.output is None else prediction.mix(*self.output[:, place])
 
     def _settled(self, before: Tensor, after: Tensor) -> Tensor:
-        """How far each window may slide: past its first point, and every next one that hardly moved in the round."""
+        """The number of points by which each window may slide: its first, and all those after it that have settled."""
         place = self.base + torch.arange(1, self.window, device=self.base.device)[:, None]
         moved = [rms(after[j] - before[j]) for j in range(1, self.window)]
         still = torch.stack(moved) <= self.tolerance * self.spread[place] if moved else place < 0
@@ -227,13 +227,13 @@ class _Windows:
         return torch.minimum(stride, self.count - self.base)
 
     def _keep(self, after: Tensor, stride: Tensor) -> None:
-        """Writes down the states at the times that a window slides past."""
+        """Stores the states at the times that each window slides past."""
         step = torch.arange(self.window, device=self.x.device)[:, None]
         row, column = (step < stride).nonzero(as_tuple=True)
         self.path[self.base[column] + row + 1, self.ids[column]] = after[row, column]  # type: ignore[index]
 
     def _draw(self) -> None:
-        """Keeps the noise of all moves that some window needs, drawn in the sequential sampler's order and keys."""
+        """Keeps the noise of all moves that some window needs, drawn in the order and by the keys of `Sampler`."""
         if not any(self.noisy):
             return
         low, high = self.low, min(self.high + self.window, self.count)

@@ -1,9 +1,9 @@
-r"""The one loop: a start at t_0, then at each grid time a predictor, a corrector or both, then Tweedie's formula.
+r"""The one sampling loop: a start at t_0, then at each grid time a predictor, a corrector or both, then Tweedie's formula.
 
     x <- the model's start at t_0;  x <- corrector(x, t_i);  x <- predictor(x, t_i, t_{i+1});  ...;  x <- D(x, t_N).
 
-All coefficients are computed before the first network call, in float64 on the CPU; in the loop nothing waits for the
-device. Where a grid goes up (towards noise) the move is a draw of the exact forward transition.
+All coefficients are computed in float64 on the CPU before the first network call; the loop never waits for the device.
+Where a grid goes up (towards noise) the move is a draw of the exact forward transition.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from score_sde.prediction import Prediction
 from score_sde.progress import tqdm
 from score_sde.score import ScoreModel, at_least_single, checked_condition
 from score_sde.sde import SDE, as_time
-from score_sde.steps.linear import Carry, LinearRow, Renoise
+from score_sde.steps.linear import Carry, Renoise
 from score_sde.steps.step import Draw, History, Step
 from score_sde.steps.tabulated import Table, Tabulated
 
@@ -46,9 +46,9 @@ class SampleResult(Brief):
 
     Attributes:
         x: the samples, shape (batch, *event).
-        nfe: network calls a sample, counted.
-        seconds: wall-clock time, the device's work included.
-        trajectory: the states at `times`, shape (len(times), batch, *event), if asked for.
+        nfe: network calls per sample, counted during the run.
+        seconds: wall-clock time, including the device's work.
+        trajectory: the states at `times`, shape (len(times), batch, *event), if requested.
         times: the grid, float64, shape (N + 1,).
     """
 
@@ -68,7 +68,7 @@ def mean_calls(calls: Tensor) -> int:
 
 
 class ErrorControlled:
-    """What solvers that choose their own steps share.
+    """The options that solvers which choose their own steps share.
 
     Args:
         rtol, atol: relative and absolute tolerance.
@@ -105,7 +105,7 @@ class CountedModel:
         return prediction
 
     def _check_kernel(self, prediction: Prediction, t: float) -> None:
-        """Refuses, with ValueError, a prediction with other coefficients than the SDE's, as far as the host knows them."""
+        """Refuses, with ValueError, a prediction whose alpha and sigma are not the SDE's, if known without a device wait."""
         given, sde = (prediction.alpha, prediction.sigma), self.model.sde
         if any(isinstance(part, Tensor) and (part.is_cuda or part.numel() != 1) for part in given):
             return
@@ -115,13 +115,13 @@ class CountedModel:
                              f"where its sde has {alpha:.4g} and {sigma:.4g}")  # fmt: skip
 
     def log_prob(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """Log-density of p_t at x, shape (batch,), of a model that has one; for the steps with `needs_density`."""
+        """Log-density of p_t at x, shape (batch,), for steps with `needs_density`; the model must have one."""
         return self.model.log_prob(x, t, **self.condition)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class Start:
-    """A checked request for samples: where they start, their noise and their model."""
+    """A checked request for samples: where they start, the stream of their noise and their model."""
 
     x: Tensor
     noise: Stream
@@ -129,9 +129,9 @@ class Start:
 
 
 def check_model(model: ScoreModel) -> None:
-    """Refuses, with TypeError, what is no score model, and warns of dropout that is at work."""
+    """Refuses, with TypeError, what is not a score model, and warns of active dropout."""
     if isinstance(getattr(model, "_orig_mod", None), ScoreModel):
-        raise TypeError("samples are drawn from a ScoreModel, got one inside torch.compile: compile its network alone, "
+        raise TypeError("samples are drawn from a ScoreModel, got one inside torch.compile: compile only its network, by "
                         "model.compile() or model.network.compile()")  # fmt: skip
     if not isinstance(model, ScoreModel):
         raise TypeError(f"samples are drawn from a ScoreModel, got {type(model).__name__}: wrap a network, "
@@ -142,7 +142,9 @@ def check_model(model: ScoreModel) -> None:
             raise TypeError(f"{type(model).__name__} has no {name}: a ScoreModel sets self.sde and self.event_shape")
     parts = [*model.modules()] if isinstance(model, nn.Module) and model.training else []
     if any(isinstance(part, nn.Dropout | nn.Dropout1d | nn.Dropout2d) and part.training and part.p for part in parts):
-        warnings.warn("the model is in training mode, its dropout changes every call: model.eval() first", stacklevel=4)
+        warnings.warn(
+            "the model is in training mode, so its dropout changes every call: model.eval() first", stacklevel=4
+        )
 
 
 def begin(
@@ -202,8 +204,8 @@ def _check_start(
 
 
 def warn_of_lost(x: Tensor, model: ScoreModel, t: float) -> None:
-    """Warns where samples at t are not finite, or a hundred times as large as x_t is for the model's data."""
-    norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
+    """Warns where samples at t are not finite, or over a hundred times as large as x_t is for the model's data."""
+    norm = torch.linalg.vector_norm(x, dtype=at_least_single(x.dtype)).item()
     (mean, std), at = model.clean_moments(), as_time(t)
     clean = math.hypot(float(torch.as_tensor(mean).square().mean().sqrt()), std)
     usual = math.hypot(float(model.sde.alpha(at)) * clean, float(model.sde.sigma(at)))
@@ -212,7 +214,7 @@ def warn_of_lost(x: Tensor, model: ScoreModel, t: float) -> None:
         return
     lost = 0 if math.isfinite(size) else int((~x.reshape(len(x), -1).isfinite().all(1)).sum())
     what = (f"{lost} of {len(x)} samples are not finite" if lost else
-            f"samples have a root mean square of {size:.2g}, where {usual:.2g} is what the model's data have")  # fmt: skip
+            f"samples have a root mean square of {size:.2g}, where {usual:.2g} is expected of the model's data")  # fmt: skip
     warnings.warn(f"{what}: the model's outputs are wrong, or the sampler diverged; take more steps, or weaker guidance",
                   stacklevel=4)  # fmt: skip
 
@@ -228,7 +230,7 @@ class Move:
 
 
 def _shown(part: Any) -> str:
-    """A part of a sampler as one writes it."""
+    """A part of a sampler as it is written in Python."""
     if isinstance(part, partial):
         bound = ", ".join(
             [*map(_shown, part.args), *(f"{name}={_shown(value)}" for name, value in part.keywords.items())]
@@ -238,7 +240,7 @@ def _shown(part: Any) -> str:
 
 
 def _grad_if_asked(sample: F) -> F:
-    """Turns autograd on where the argument `gradient` is true, and off elsewhere."""
+    """Decorates `sample`: autograd is on where its argument `gradient` is true, and off otherwise."""
 
     @functools.wraps(sample)
     def switched(*arguments: Any, **options: Any) -> Any:
@@ -260,10 +262,10 @@ class Sampler:
             start is corrected, the end is not); False predicts and then corrects, as their algorithm 1 does.
         corrector_where: function (SDE, times) -> boolean mask of the grid times at which the corrector acts, e.g.
             `functools.partial(grid.within, low=0.1, high=10.0)`; everywhere if left out.
-        cuda_graph: replay the moves as CUDA graphs (see `score_sde.cuda_graph`): less work for the host where the
-            network is small. The model must not look at values on the host.
-        S_noise: factor of the noise in moves that go up, slightly above 1 to make good what a network smooths away (Karras
-            et al. 2022, https://arxiv.org/abs/2206.00364, section 4); 1 is the exact forward transition.
+        cuda_graph: replay the moves as CUDA graphs (see `score_sde.cuda_graph`), which saves the host's time where the
+            network is small. The model must not read values back to the host.
+        S_noise: factor on the noise of moves that go up, slightly above 1 to make up for detail that a network smooths away
+            (Karras et al. 2022, https://arxiv.org/abs/2206.00364, section 4); 1 is the exact forward transition.
 
     Raises:
         ValueError: neither predictor nor corrector, a step in the other's place, an unknown `final`, or a CUDA graph
@@ -305,7 +307,7 @@ class Sampler:
 
     @classmethod
     def tabulated(cls, table: str | Path | Table) -> Sampler:
-        """A table of scalars on the table's own grid (see `Tabulated`), then Tweedie's formula unless it ends at level 0."""
+        """The sampler of a table of scalars on its own grid (see `Tabulated`), with Tweedie's formula unless it ends at 0."""
         step = Tabulated(table)
         return cls(step, step.grid, final="denoise" if step.levels[-1] > 0 else "none")
 
@@ -320,22 +322,22 @@ class Sampler:
         Args:
             model: the score model.
             shape: (batch, *event_shape).
-            seed: of one generator for the batch (`BatchNoise`); None takes one from the operating system.
+            seed: of one generator for the whole batch (`BatchNoise`); None takes a seed from the operating system.
             noise: another noise source, e.g. `SampleNoise(range(batch))`, or `BrownianNoise(range(batch))`, with which more
                 steps refine the same samples.
-            x_init: start here instead of where the model does at the grid's first time: at t_max the prior
-                (`ScoreModel.start`), below it the Gaussian of that level (`ScoreModel.start_at`); sets the dtype and device.
+            x_init: start from this tensor, in its dtype and on its device. By default a run starts from the model's prior
+                at t_max (`ScoreModel.start`), or from a Gaussian where the grid begins below (`ScoreModel.start_at`).
             condition: named conditions for the model.
             trajectory: keep the state at every grid time.
             progress: show a bar.
-            dtype: of the state; x_init's, or the model's own.
-            gradient: let derivatives flow through the run, to x_init, conditions and weights; it then keeps every state.
+            dtype: of the state; by default x_init's, or else the model's.
+            gradient: let gradients flow through the run to x_init, conditions and weights; autograd then keeps every state.
 
         Raises:
-            ValueError, TypeError: see `begin` and `grid.check`; nothing has been computed then.
+            ValueError, TypeError: see `begin` and `grid.check`; raised before any network call.
         """
         if gradient and self.cuda_graph:
-            raise ValueError("gradient=True needs the moves one by one: build the sampler with cuda_graph=False")
+            raise ValueError("gradient=True cannot go through CUDA graphs: build the sampler with cuda_graph=False")
         check_model(model)
         times = grids.check(self.grid(model.sde), model.sde)
         start = begin(model, shape, seed, noise, x_init, condition, dtype, times, self.predictor or Carry())
@@ -359,7 +361,7 @@ class Sampler:
         return SampleResult(x, start.model.calls, seconds, torch.stack(states) if trajectory else None, times)
 
     def check(self, sde: SDE) -> None:
-        """Refuses, with ValueError, an SDE on which the grid or a step does not work; computes the whole table."""
+        """Refuses, with ValueError, an SDE on which the grid or a step does not work, by computing the whole table."""
         self.plan(sde, grids.check(self.grid(sde), sde))
 
     def plan(self, sde: SDE, times: Tensor) -> list[Move]:
@@ -383,7 +385,7 @@ class Sampler:
         return moves
 
     def _mask(self, sde: SDE, times: Tensor) -> Tensor:
-        """Where the corrector acts, once it is found to be a mask of the grid."""
+        """The grid times at which the corrector acts, as a checked mask."""
         mask = torch.as_tensor(self.corrector_where(sde, times))  # type: ignore[misc]
         if mask.shape != times.shape or mask.dtype != torch.bool:
             raise ValueError(f"corrector_where gives a boolean for each of the {len(times)} grid times, got "
@@ -391,13 +393,15 @@ class Sampler:
         return mask
 
     def _run(self, moves: Sequence[Move], start: Start, progress: bool) -> Iterator[tuple[Tensor, bool]]:
+        """The state after each move, and whether it stands at the next grid time."""
         x = start.x
         history: History = ()
         advance = GraphedMoves(((m.step, m.row) for m in moves), x).advance if self.cuda_graph else _advance
         for move in tqdm(moves, desc="sampling", disable=not progress, delay=1.0, leave=False):
-            past: History = history if move.step is self.predictor else ()
+            predicting = move.step is self.predictor
+            past = history if predicting else ()
             x, past = advance(move.step, move.row, x, past, start.model, partial(start.noise, move.key))
-            if move.step is self.predictor:
+            if predicting:
                 history = past
             yield x, move.arrives
 
@@ -411,7 +415,8 @@ def _advance(
     return moved
 
 
-def _rows(step: Step, sde: SDE, t: Tensor, s: Tensor, mask: Tensor) -> dict[int, tuple[Step, LinearRow]]:
+def _rows(step: Step, sde: SDE, t: Tensor, s: Tensor, mask: Tensor) -> dict[int, tuple[Step, Any]]:
+    """The step and its row for each move t[i] -> s[i] where mask[i] holds, by i."""
     chosen = mask.nonzero().squeeze(-1).tolist()
     rows = step.plan(sde, t[mask], s[mask]) if chosen else []
     if len(rows) != len(chosen):

@@ -249,7 +249,7 @@ def _refuse_times(sde: SDE, t: Tensor) -> None:
 
 def _event_shape(given: Sequence[int]) -> tuple[int, ...]:
     if not len(given):
-        raise ValueError("an event has at least one dimension: give scalar data as vectors of length 1, event_shape=(1,)")
+        raise ValueError("an event has at least one dimension: numbers are vectors of length 1, event_shape=(1,)")
     return tuple(given)
 
 

@@ -160,7 +160,7 @@ class SDE(ABC):
         near = 1e-9 * (ends.flip(0) - ends)  # a difference quotient costs a thirtieth of the derivative
         level = self.half_log_snr(ends)
         change = self.half_log_snr(ends + near) - level
-        change = torch.where(change == 0, near.sign().neg(), change)  # where flat: any slope, so that no gradient is NaN
+        change = torch.where(change == 0, near.sign().neg(), change)  # flat: any slope, so that no gradient is NaN
         beyond = ends + (value.unsqueeze(-1) - level) * near / change
         t = torch.where(value > level[0], beyond[..., 0], torch.where(value < level[1], beyond[..., 1], t))
         return t.to(target.dtype)
@@ -603,7 +603,9 @@ class DiscreteSDE(SDE):
         Raises ValueError where overlap is not in (0, 0.99), 0 < sigma_min < sigma_max does not hold, or D is below 5.
         """
         if not 0 < overlap < 0.99:
-            raise ValueError(f"overlap, the share of samples in which neighbours overlap, lies in (0, 0.99), got {overlap}")
+            raise ValueError(
+                f"overlap, the share of samples that neighbours have in common, lies in (0, 0.99), got {overlap}"
+            )
         _positive_and_ordered("a geometric ladder", sigma_min=sigma_min, sigma_max=sigma_max)
         root = math.sqrt(2 * math.prod(event_shape))
         if root <= 3:

@@ -1,8 +1,8 @@
-r"""Traces of a batch's Jacobians from vector-Jacobian products, sample by sample.
+r"""The trace of each sample's Jacobian from vector-Jacobian products.
 
     tr J = sum_i e_i^T J e_i = E v^T J v for E v v^T = I  (Hutchinson 1990).
 
-All take flat vectors: a pull (batch, d) -> (batch, d), v -> J^T v, as `torch.func.vjp` gives it from one forward pass.
+All take flat vectors: a pull (batch, d) -> (batch, d), v -> J^T v, which `torch.func.vjp` gives from one forward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Pull = Callable[[Tensor], Tensor]
 
 
 class Trace(ABC):
-    """(pull, ids) -> `count` columns for the samples of those places in the batch, whose mean estimates the trace."""
+    """(pull, ids) -> `count` columns whose mean estimates the trace, for the samples at the places ids of the batch."""
 
     count: int = 1
 
@@ -29,11 +29,11 @@ class Trace(ABC):
 
 
 AT_ONCE = 256
-"""How many vectors go through a network's backward pass together: more only need memory for their activations."""
+"""Number of vectors per backward pass of the network: more only take more memory."""
 
 
 class ExactTrace(Trace):
-    """Basis vector by basis vector, AT_ONCE of all samples together; `like` (batch, d) gives size, dtype and device."""
+    """sum_i e_i^T J e_i, with AT_ONCE products per pass; `like` (batch, d) gives size, dtype and device."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
@@ -59,13 +59,15 @@ class Hutchinson(Trace):
 
 
 class HutchPlusPlus(Trace):
-    """tr(Q^T J Q) + (d - k) g^T P J P g / |P g|^2, P = 1 - Q Q^T of rank d - k, for J near a multiple of 1.
+    """tr(Q^T J Q) + (d - k) g^T P J P g / |P g|^2, P = I - Q Q^T of rank d - k, for J near a multiple of I.
 
-    The Jacobian of sigma n is 1 but for a few directions under strong noise, and 0 without noise. Q spans 1 - J^T, of the
-    denoiser, times the first half of the standard normal probes (2 count, batch, d); g are the others. P g / |P g| is
-    uniform on its sphere: unbiased, and without variance where J is a multiple of 1 on it. Signs would not be uniform, and
-    in few dimensions two of them may coincide, of which Q would hold a direction of round-off.
-    Source: Meyer et al. 2021, arXiv:2010.09649, algorithm 1; the norm: Epperly et al. 2024, arXiv:2301.07825.
+    The Jacobian J = I - alpha dD/dx of sigma n is near I in strong noise, except in a few directions, and 0 without noise.
+    Q is an orthonormal basis of (I - J^T) S, S the first half of the standard normal probes (2 count, batch, d). g are the
+    other probes: P g / |P g| is uniform on its sphere, which makes the estimate unbiased, and exact where J is a multiple
+    of I on the range of P. Random signs would not be uniform there, and in few dimensions two of them may coincide, so that
+    Q would contain a direction of round-off.
+    Source: Meyer et al. 2021, https://arxiv.org/abs/2010.09649, algorithm 1; the norm: Epperly et al. 2024,
+    https://arxiv.org/abs/2301.07825.
     """
 
     def __init__(self, probes: Tensor) -> None:

@@ -404,7 +404,7 @@ def test_a_model_that_is_not_finite_ends_in_one_line(method):
 def test_a_flow_that_does_not_end_is_given_up(method, monkeypatch):
     monkeypatch.setattr("score_sde.likelihood.MAX_CALLS", 50)
     rough = FunctionScore(lambda x, t: 50 * (1e4 * x).sin() - x, VPSDE(), (2,))
-    with pytest.raises(RuntimeError, match="not through after 50 network calls"):
+    with pytest.raises(RuntimeError, match="not ended after 50 network calls"):
         log_likelihood(rough, torch.full((2, 2), 0.1), method=method)
 
 

@@ -145,8 +145,8 @@ def test_torchs_global_generator_is_left_alone(source):
     ("use", "message"),
     [
         (lambda: SampleNoise(range(3)).open((4, 2), torch.float32, "cpu"), "3 seeds for a batch of 4"),
-        (lambda: SampleNoise(torch.zeros(2, 2, dtype=torch.long)), "one integer a sample"),
-        (lambda: SampleNoise([0.5, 1.5]), "one integer a sample"),
+        (lambda: SampleNoise(torch.zeros(2, 2, dtype=torch.long)), "one integer per sample"),
+        (lambda: SampleNoise([0.5, 1.5]), "one integer per sample"),
     ],
 )
 def test_wrong_seeds_are_refused(use, message):

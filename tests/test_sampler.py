@@ -510,7 +510,7 @@ def test_finite_samples_that_have_run_off_are_warned_of_wherever_the_data_and_th
         Sampler(DDIM(), early, final="none").sample(ExactScore(make("ring"), KarrasSDE()), (3, 2), seed=0)
     for sampler in (Sampler(DDIM(), FIVE), ParallelSampler(DDIM(), FIVE)):
         wild = FunctionScore(lambda x, t: 300 * x, KarrasSDE(), (2,), gives="denoised")
-        with pytest.warns(UserWarning, match=r"samples have a root mean square of .* where 1 is what"):
+        with pytest.warns(UserWarning, match=r"samples have a root mean square of .* where 1 is expected"):
             sampler.sample(wild, x.shape, seed=0)
 
 

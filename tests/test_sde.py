@@ -326,7 +326,7 @@ def a_user_sde(alpha=lambda t: 1 - t / 2, sigma=lambda t: t, **attributes):
         (a_user_sde(alpha=lambda t: 0.5 - t), r"Mine\.alpha\(0\.501133\) is -"),
         (a_user_sde(alpha=lambda t: t * torch.inf), r"Mine\.alpha\(0\.01\) is inf"),
         (a_user_sde(sigma=lambda t: 1.1 - t), "noise must grow with t"),
-        (a_user_sde(alpha=lambda t: t, sigma=lambda t: 1 - t), r"grows with t, .* write .* t_min \+ t_max - t for t"),
+        (a_user_sde(alpha=lambda t: t, sigma=lambda t: 1 - t), r"grows with t, .* t_min \+ t_max - t in place of t"),
         (a_user_sde(sigma=lambda t: torch.ones_like(t), alpha=lambda t: torch.ones_like(t)), "noise must grow with t"),
         (a_user_sde(alpha=lambda t: 1.0), r"torch\.ones_like\(t\)"),
         (a_user_sde(alpha=lambda t: torch.ones(())), r"torch\.ones_like\(t\)"),
@@ -427,7 +427,7 @@ def test_neighbours_of_such_a_ladder_do_overlap() -> None:
     # Rounding the number of levels up narrows gamma by up to 3 %, worth another 5 %.
     assert 0.57 < within < 0.68
     for overlap in (0.0, 1.0):
-        with pytest.raises(ValueError, match="neighbours overlap"):
+        with pytest.raises(ValueError, match="neighbours have in common"):
             DiscreteSDE.overlapping(overlap=overlap)
     with pytest.raises(ValueError, match="in 2 dimensions neighbours overlap whatever their ratio"):
         DiscreteSDE.overlapping(event_shape=(2,))

@@ -1,12 +1,12 @@
 r"""Steps that are linear in x, in recent denoiser outputs and in fresh noise.
 
-    x_s = a x_t + sum_k b_k D_k + c z,        D_0 = D(x_t, t), D_1, D_2, ... the outputs of the moves before,
+    x_s = a x_t + sum_k b_k D_k + c z,        D_0 = D(x_t, t), and D_1, D_2, ... the outputs of earlier moves
 
-(or, in place of D, a mix u D + w eps of two views that is better extrapolated: see `LinearStep.output`). So a step is
-three functions of time, and its properties follow from the scalars without a network: a point mass is carried exactly
-where a alpha_t + sum b = alpha_s and (a sigma_t)^2 + c^2 = sigma_s^2. Throughout, h = s - t < 0, the score is
-(alpha_t D - x) / sigma_t^2, and the step's noise ratio is G^2 = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2,
-the variance of the exact forward transition from s to t.
+(or with a mix u D + w eps in place of D, where that extrapolates better: see `LinearStep.output`). So a step is given by
+three functions of time, and its properties follow from these scalars without a network: it is exact for a point mass if
+a alpha_t + sum b = alpha_s and (a sigma_t)^2 + c^2 = sigma_s^2. Throughout, h = s - t < 0, the score is
+(alpha_t D - x) / sigma_t^2, and G^2 = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 is the variance of the exact forward
+transition from s to t.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
 
 Coefficients = tuple[Tensor, Sequence[Tensor], Tensor]
 Scalar = float | Tensor
-"""A number of a row; in a CUDA graph, which serves many rows, one that lies on the device."""
+"""A number of a row; in a CUDA graph, which serves many rows, a 0-dimensional tensor on the device."""
 
 
 class LinearRow(NamedTuple):
@@ -40,7 +40,7 @@ class LinearRow(NamedTuple):
 
 
 def combine(x: Tensor, a: Scalar, b: Sequence[Scalar], outputs: Sequence[Tensor]) -> Tensor:
-    """a x + sum_k b_k D_k, in one temporary."""
+    """a x + sum_k b_k D_k, with a single temporary."""
     return accumulate(x * a, b, outputs)
 
 
@@ -54,15 +54,16 @@ def accumulate(x: Tensor, weights: Sequence[Scalar], outputs: Sequence[Tensor]) 
     return x
 
 
-def told(prediction: Prediction, of_denoised: Scalar, of_noise: Scalar) -> tuple[Tensor, Tensor]:
-    """The point that the prediction is of, and of_denoised D + of_noise eps there."""
+def point_and_output(prediction: Prediction, of_denoised: Scalar, of_noise: Scalar) -> tuple[Tensor, Tensor]:
+    """The x that the prediction is for, from which a move goes on, and of_denoised D + of_noise eps there."""
     return prediction.x, prediction.mix(of_denoised, of_noise)
 
 
 def by_history(t: Tensor, s: Tensor, memory: int) -> dict[int, Tensor]:
-    """The moves t[i] -> s[i] by the number of evaluations each may use, `memory` at most: those since the last break.
+    """The indices of the moves t[i] -> s[i] by the number of outputs that each may use: its own and those since the last
+    break, `memory` at most.
 
-    A break is a move that does not begin where the one before it ended.
+    A break is a move that does not begin where the one before it ended, as after an upward move.
     """
     move = torch.arange(len(t))
     breaks = torch.cat([move[:1] == 0, t[1:] != s[:-1]])
@@ -74,9 +75,8 @@ class LinearStep(Step):
     """A step given by its scalar coefficients; a subclass defines `coefficients`.
 
     Attributes:
-        memory: how many denoiser outputs the step uses once enough moves lie behind it; before, it uses those there
-            are.
-        repeats: how often a move is carried out, each time with a new network call (correctors).
+        memory: number of denoiser outputs that the step uses; the first moves of a run use those that exist.
+        repeats: number of times that a move is carried out, each with a new network call (correctors).
     """
 
     memory: int = 1
@@ -89,11 +89,11 @@ class LinearStep(Step):
         Args:
             sde: the forward process.
             times: (k, ...) float64 times of the last k <= memory evaluations, the newest first: times[0] is t.
-            s: (...) float64 times to go to. Write the formula elementwise: it is called for many moves at once.
+            s: (...) float64 times to go to. Write the formula elementwise: it is evaluated for many moves at once.
         """
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(u, w) of the network output u D + w eps that the history holds and `coefficients` weighs; D by default."""
+        """(u, w) of the output N = u D + w eps that the b of `coefficients` weigh and the history holds; D by default."""
         return torch.ones_like(t), torch.zeros_like(t)
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[LinearRow]:
@@ -108,7 +108,7 @@ class LinearStep(Step):
         return [rows[move] for move in range(len(t))]
 
     def _coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
-        """The coefficients, once they are found to be as `coefficients` is to give them."""
+        """The coefficients, or a ValueError where a subclass's `coefficients` returns something else."""
         given = self.coefficients(sde, times, s)
         if not isinstance(given, Sequence) or len(given) != 3:
             raise ValueError(f"{type(self).__name__}.coefficients gives three things, (a, [b_0, ...], c) of x_s = a x_t + "
@@ -116,8 +116,8 @@ class LinearStep(Step):
         a, b, c = given
         if isinstance(b, Tensor) or len(b) > len(times):
             what = f"a tensor of shape {tuple(b.shape)}" if isinstance(b, Tensor) else f"{len(b)} of them"
-            raise ValueError(f"{type(self).__name__}.coefficients gives b as a list, a tensor for each of the last outputs "
-                             f"it uses, at most memory={self.memory}, here {len(times)}: [b_0, ...]; got {what}")  # fmt: skip
+            raise ValueError(f"{type(self).__name__}.coefficients gives b as a list [b_0, ...], one tensor for each output "
+                             f"it uses, at most memory={self.memory}, here {len(times)}; got {what}")  # fmt: skip
         return a, b, c
 
     def advance(
@@ -129,10 +129,10 @@ class LinearStep(Step):
             else:
                 outputs = history
                 if row.b:
-                    x, output = told(evaluate(x, row.t), *row.output)
+                    x, output = point_and_output(evaluate(x, row.t), *row.output)
                     outputs = (output, *history)
                 x = combine(x, row.a, row.b, outputs)
-                history = outputs[: self.memory - 1]  # what the next move needs beside its own
+                history = outputs[: self.memory - 1]  # the next move adds its own
             if isinstance(row.c, Tensor) or row.c != 0.0:
                 x = accumulate(x, (row.c,), (draw(k),))
         return x, history
@@ -144,13 +144,13 @@ def noise_ratio(sde: SDE, t: Tensor, s: Tensor) -> Tensor:
 
 
 def with_score(sde: SDE, t: Tensor, of_x: Tensor, of_score: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """(a, [b]) of of_x x + of_score score, written in terms of x and D."""
+    """(a, [b]) with a x + b D = of_x x + of_score score."""
     variance = sde.sigma(t) ** 2
     return of_x - of_score / variance, [of_score * sde.alpha(t) / variance]
 
 
 class Carry(LinearStep):
-    """x_s = alpha_s / alpha_t x: the scaled variable x / alpha stays where it is, at no network call."""
+    """x_s = alpha_s / alpha_t x: the scaled variable x / alpha does not change; no network call."""
 
     calls = 0
     point_mass = False
@@ -200,11 +200,11 @@ class ProbabilityFlowEuler(LinearStep):
 
 
 class ReverseDiffusion(LinearStep):
-    """x_s = (2 - r) x + G^2 score + G z, with r = alpha_t / alpha_s: the forward chain's own discretisation, reversed.
+    """x_s = (2 - r) x + G^2 score + G z, with r = alpha_t / alpha_s: the discretisation of the forward chain, reversed.
 
-    The forward transition from s to t is exact, so that this is Song et al.'s sampler for every ladder:
+    r and G are those of the exact forward transition from s to t, so that this is Song et al.'s sampler for every ladder:
     r = sqrt(1 - beta_i) and G^2 = beta_i for DDPM's, r = 1 and G^2 = sigma_i^2 - sigma_{i-1}^2 for SMLD's.
-    Source: Song et al. 2021, eq. 46 and algorithms 2, 3.
+    Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. 46 and algorithms 2, 3.
     """
 
     point_mass = False
@@ -216,9 +216,10 @@ class ReverseDiffusion(LinearStep):
 
 
 class DDIM(LinearStep):
-    """x_s = alpha_s D + sqrt(sigma_s^2 - c^2) eps + c z, with c = eta G sigma_s / sigma_t: none to ancestral noise.
+    """x_s = alpha_s D + sqrt(sigma_s^2 - c^2) eps + c z, with c = eta G sigma_s / sigma_t.
 
-    eta = 0 is the exponential Euler step of the probability-flow ODE; eta = 1 the posterior p(x_s | x_t, x_0 = D).
+    eta = 0 is the exponential Euler step of the probability-flow ODE; eta = 1 is ancestral sampling, a draw of the
+    posterior p(x_s | x_t, x_0 = D).
     Source: Song, Meng & Ermon 2021, https://arxiv.org/abs/2010.02502, eq. 12 and 16, for every alpha and sigma.
 
     Args:
@@ -240,10 +241,10 @@ class DDIM(LinearStep):
 
 
 class Ancestral(LinearStep):
-    """A draw of the posterior p(x_s | x_t, x_0 = D) of the forward chain: DDPM's for VP, SMLD's for VE, in one formula.
+    """A draw of the posterior p(x_s | x_t, x_0 = D) of the forward chain: DDPM's under VP, SMLD's under VE.
 
     x_s = r sigma_s^2 / sigma_t^2 x + alpha_s G^2 / sigma_t^2 D + c z, with r = alpha_t / alpha_s. The noise is
-    c = G sigma_s / sigma_t for "posterior" (DDPM's fixed-small, exact for a point mass) and c = G for "forward" (its
+    c = G sigma_s / sigma_t for "posterior" (DDPM's fixed-small, exact for a point mass) and c = G for "forward" (DDPM's
     fixed-large, exact for standard normal data under VP).
     Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 6, 7 and section 3.2; Song et al. 2021, appendix F.
 
@@ -270,19 +271,21 @@ NO_HEAD = (
     "LearnedVariance needs a network with a variance head: train one with network.learned_variance=true objective=hybrid, "
     "or take Ancestral(); on another SDE's path (reparameterize) a model has none"
 )
+"""The refusal of a model without `Prediction.variance_weight`."""
 
 
 class LearnedVariance(Step):
-    """A linear step with a variance that the network has learnt, between those of two that differ in it alone.
+    """A linear step whose variance the network has learnt, between the variances of two steps that differ only in these.
 
-    x_s = a x + b N + c_small^(1 - w) c_large^w z for the weight w of the prediction (`Prediction.variance_weight`), of x's
-    shape. Source: Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 15.
+    x_s = a x + b N + c_small^(1 - w) c_large^w z, with the weight w = `Prediction.variance_weight` of x's shape.
+    Source: Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 15.
 
     Args:
-        small, large: of memory 1, e.g. Ancestral() and Ancestral("forward"); x and N are weighed as `small` does.
+        small, large: linear predictors of memory 1, e.g. Ancestral() and Ancestral("forward"); a and b are `small`'s.
 
     Raises:
-        ValueError: a step has a memory, no noise, or is none; given to a sampler, the network has no variance head.
+        ValueError: a step is not a linear predictor of memory 1, or adds no noise; in a sampler, the network has no
+            variance head.
     """
 
     point_mass = False  # the variance is the network's
@@ -297,7 +300,7 @@ class LearnedVariance(Step):
         """The rows of `small`, and log(c_large / c_small) of each."""
         pairs = list(zip(self.small.plan(sde, t, s), self.large.plan(sde, t, s), strict=True))
         if not all(small.c > 0 and large.c > 0 for small, large in pairs):
-            raise ValueError(f"LearnedVariance is between steps with noise, got {self.small!r} and {self.large!r}")
+            raise ValueError(f"LearnedVariance is between steps that add noise, got {self.small!r} and {self.large!r}")
         return [(small, math.log(large.c / small.c)) for small, large in pairs]
 
     def check_model(self, model: ScoreModel) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from score_sde.checks import number, one_of
 from score_sde.sde import SDE
-from score_sde.steps.linear import accumulate, combine, told
+from score_sde.steps.linear import accumulate, combine, point_and_output
 from score_sde.steps.multistep import carried
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
 
@@ -66,7 +66,7 @@ class StagedStep(Step):
         outputs: list[Tensor] = []
         draws: list[Tensor] = []
         for next_time, a, b, c in row.stages:
-            point, output = told(evaluate(at, time), *weighed)
+            point, output = point_and_output(evaluate(at, time), *weighed)
             x = x if outputs else point
             outputs.append(output)
             draws.extend(draw(k) for k in range(len(draws), len(c)))

@@ -1,8 +1,8 @@
-r"""What a sampler's step is.
+r"""The interface of a sampler's steps.
 
-A predictor brings x from grid time t to the less noisy s; a corrector moves it at s = t. Before the first network call
-the sampler asks each step for its `plan`: one row a move, plain floats computed in vectorised float64. `advance`
-then carries one row out. All state is a value: the past outputs go in and come back.
+A predictor takes x from grid time t to the less noisy s; a corrector moves it at s = t. Before the first network call
+the sampler asks each step for its `plan`: one row per move, plain floats computed in vectorised float64. `advance` then
+carries out one row. A step holds no state: past outputs are passed in and returned.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from score_sde.score import ScoreModel
 from score_sde.sde import SDE
 
 Evaluate = Callable[[Tensor, float], Prediction]
-"""(x, t) -> Prediction, counted as one network call; a move goes on from the prediction's x, which guidance may have moved."""
+"""(x, t) -> Prediction; the call is counted. A move goes on from the prediction's x, which guidance may have moved."""
 
 Draw = Callable[[int], Tensor]
 """k -> the k-th standard normal draw of this move, of x's shape."""
 
 History = tuple[Tensor, ...]
-"""What a step keeps of the moves before: network outputs, the newest first."""
+"""The network outputs of earlier moves that a step keeps, the newest first."""
 
 
 class Step(ABC):
@@ -37,12 +37,12 @@ class Step(ABC):
     Attributes:
         role: "predictor" (s less noisy than t) or "corrector" (s = t).
         order: for an ODE step the global order of convergence, for an SDE step the weak order.
-        point_mass: whether a predictor carries data at one point exactly, N(alpha_t x_0, sigma_t^2 I) to N(alpha_s x_0,
-            sigma_s^2 I) over every move of a run; a step that does not says so.
-        calls: network calls a move.
-        shares: of a move's way in half log SNR, which the draws of its noise cover, one after the other.
-        needs_density: whether `advance` also asks `evaluate.log_prob(x, t)`, which only a model with a density has.
-        presets: constructor arguments by the name under which they are known; each is certified.
+        point_mass: whether a predictor is exact for data at one point, taking N(alpha_t x_0, sigma_t^2 I) to
+            N(alpha_s x_0, sigma_s^2 I) in every move of a run; a step that is not sets it to False.
+        calls: network calls per move.
+        shares: the fractions of a move in half log SNR that its successive draws of noise cover; their sum is 1.
+        needs_density: whether `advance` also calls `evaluate.log_prob(x, t)`, which only a model with a density has.
+        presets: constructor arguments by the names of published methods; each is certified.
     """
 
     role: ClassVar[Literal["predictor", "corrector"]] = "predictor"
@@ -55,30 +55,30 @@ class Step(ABC):
 
     @property
     def batch_independent(self) -> bool:
-        """Whether a sample is the same whatever its companions; a step that couples them says so."""
+        """Whether a sample is independent of the rest of its batch; a step that couples samples overrides it."""
         return True
 
     @abstractmethod
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Any]:
-        """One row for each move t[i] -> s[i], for float64 tensors of shape (moves,).
+        """One row for each move t[i] -> s[i], for float64 times of shape (moves,).
 
         Raises:
             ValueError: a coefficient is not finite.
         """
 
     def check_model(self, model: ScoreModel) -> None:
-        """Refuses, with ValueError, a model known not to say what the step asks of it."""
+        """Refuses, with ValueError, a model that is known to lack what the step needs."""
         if self.needs_density and not hasattr(type(model), "log_prob"):
             raise ValueError(f"{type(self).__name__} needs a model with a density log_prob(x, t), which "
-                             f"{type(model).__name__} has not: use ExactScore or EnergyScore (network=conservative), "
+                             f"{type(model).__name__} lacks: use ExactScore or EnergyScore (network=conservative), "
                              "or UnadjustedLangevin")  # fmt: skip
         if self.role == "corrector" and self.calls and _renoises(model):
-            raise ValueError(f"{type(self).__name__} follows a score, which guidance that renoises has not: take a "
+            raise ValueError(f"{type(self).__name__} needs a score, which guidance that renoises does not have: use a "
                              "predictor alone, or ClassifierFree")  # fmt: skip
 
     @abstractmethod
     def advance(self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw) -> tuple[Tensor, History]:
-        """Carries out one row on x of shape (batch, *event); returns the new x and history."""
+        """Carries out one row on x of shape (batch, *event); returns the new x, of the same shape, and the new history."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -91,12 +91,12 @@ class Step(ABC):
 
 
 def _renoises(model: object) -> bool:
-    """Whether the model, or one that it wraps, moves x (see `guidance.ClassifierFreePlusPlus`)."""
+    """Whether the model, or one inside it, moves x (see `guidance.ClassifierFreePlusPlus`)."""
     return getattr(model, "renoises", False) or (hasattr(model, "model") and _renoises(model.model))
 
 
 def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor, which also keeps what it was called with, defaults included, for `repr`."""
+    """The constructor, which also stores its arguments, defaults included, for `repr`."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -111,16 +111,16 @@ def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
                 written += [("", each) for each in value]
             else:
                 written += value.items() if kind is inspect.Parameter.VAR_KEYWORD else [(name, value)]
-        object.__setattr__(self, "_written", written)  # the outermost class's is the last
+        object.__setattr__(self, "_written", written)  # the outermost constructor's are stored last
 
     return kept
 
 
 def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[list[float]]:
-    """The columns of a table as lists of floats, one for each time t of shape (moves,).
+    """The columns of a table as lists of len(t) floats, for t of shape (moves,).
 
     Raises:
-        ValueError: a column is neither a number nor of t's shape, or an entry is not finite, with the time of the first.
+        ValueError: a column is neither a number nor of t's shape, or an entry is not finite; says at which t.
     """
     columns = [torch.as_tensor(column, dtype=torch.float64) for column in columns]
     for column in columns:
@@ -136,5 +136,5 @@ def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[l
 
 
 def tuples(columns: Sequence[Sequence[float]]) -> Iterable[tuple[float, ...]]:
-    """What stands in each row of the columns; of none, for ever nothing."""
+    """The rows of these columns; without columns, empty rows without end."""
     return zip(*columns, strict=True) if columns else itertools.repeat(())

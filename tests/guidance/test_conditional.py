@@ -247,8 +247,8 @@ def test_plus_plus_says_the_noise_without_the_label_bitwise_and_one_point():
         (AdaptiveODE(), "one time of a fixed grid"),
         (AdaptiveSDE(), "one time of a fixed grid"),
         (ParallelSampler(DDIM(), LEVELS), "one time of a fixed grid"),
-        (Sampler(DDIM(), LEVELS, LangevinCorrector()), "follows a score"),
-        (Sampler(DDIM(), LEVELS, UnadjustedLangevin()), "follows a score"),
+        (Sampler(DDIM(), LEVELS, LangevinCorrector()), "needs a score"),
+        (Sampler(DDIM(), LEVELS, UnadjustedLangevin()), "needs a score"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )

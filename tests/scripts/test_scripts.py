@@ -246,7 +246,7 @@ WRONG = {
     "a null that a class does not take": (
         "train",
         ["sde.beta_max=null"],
-        "VPSDE: beta_max=null is no float: give a value",
+        "VPSDE: beta_max=null is not a float: give a value",
     ),
     "a run's file": ("sample", ["run={run}/config.yaml"], "config.yaml is a file, so it is no run: give the folder"),
     "a folder that cannot be": ("train", ["hydra.run.dir=/proc/x"], "/proc/x cannot be created: No such file"),
@@ -284,12 +284,12 @@ WRONG = {
     "a key that a class does not take": (
         "sample",
         ["run={run}", "sampler=heun", "+sampler.predictor.eta=1"],
-        "Heun: unknown argument 'eta': known: none; what another class took is left out by '~<...>.eta'",
+        "Heun: unknown argument 'eta': known: none; drop what another class took by '~<...>.eta'",
     ),
     "keys of the class that was there": (
         "sample",
         ["run={run}", "sampler=heun", "sampler._target_=score_sde.ProbabilityFlowODE"],
-        "what another class took is left out by '~<...>.predictor' '~<...>.corrector' '~<...>.corrector_first'",
+        "drop what another class took by '~<...>.predictor' '~<...>.corrector' '~<...>.corrector_first'",
     ),
     "no such checkpoint": ("sample", ["run={run}", "step=77"], "none of step 77"),
     "nothing to compare": ("compare", [], "either run=<directory> or target=<name>"),

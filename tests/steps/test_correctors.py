@@ -84,10 +84,10 @@ def test_metropolis_needs_a_density():
     sampler = Sampler(DDIM(), partial(grid.log_snr, steps=3), MetropolisLangevin())
     half = sampler.sample(ExactScore(ONE, SDE), (4, 1), seed=0, dtype=torch.bfloat16).x
     assert half.isfinite().all()
-    with pytest.raises(ValueError, match=r"needs a model with a density log_prob\(x, t\), which LearnedScore has not"):
+    with pytest.raises(ValueError, match=r"needs a model with a density log_prob\(x, t\), which LearnedScore lacks"):
         sampler.sample(LearnedScore(Net(), SDE, Denoised(), (1,)), (4, 1), seed=0)
     guided = Classifier(ExactScore(ONE, SDE), lambda x, t: -x.square().sum(1))  # its log_prob is the label's
-    with pytest.raises(ValueError, match="which Classifier has not"):
+    with pytest.raises(ValueError, match="which Classifier lacks"):
         sampler.sample(guided, (4, 1), seed=0)
     assert sampler.sample(ExactScore(ONE, SDE), (4, 1), seed=0).nfe == 3 * (1 + 2) + 1
 
