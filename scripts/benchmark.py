@@ -1,4 +1,4 @@
-"""Measures what samplers cost beside their network calls: python scripts/benchmark.py
+"""Measures what samplers cost besides their network calls: python scripts/benchmark.py
 
 Prints tables of ratios and writes them, with the machine they were measured on, to <output>/benchmark.json.
 """

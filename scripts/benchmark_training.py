@@ -1,4 +1,4 @@
-"""Measures a training step beside forward, backward and AdamW of its network alone, and how well it uses the device.
+"""Compares a training step with forward, backward and AdamW of its network alone, and measures how well it uses the device.
 
 python scripts/benchmark_training.py network.width=64                          a U-Net of 3.9 M parameters on 32x32 images
 python scripts/benchmark_training.py network=dit_b device=cuda trainer.precision=bf16-mixed trainer.compile=true

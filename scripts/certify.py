@@ -1,7 +1,7 @@
-"""Certifies solvers: what each does, computed on models whose answer is known. python scripts/certify.py
+"""Certifies solvers: measures each on models with known answers. python scripts/certify.py
 
 Writes certificates.csv and certificates.png into `output`, prints the table, and exits with status 1 if a step does not
-keep what its class declares.
+do what its class declares.
 """
 
 from __future__ import annotations

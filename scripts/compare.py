@@ -1,6 +1,6 @@
 """Compares samplers over budgets of network calls: python scripts/compare.py run=<dir> | target=<name> sde=<name>
 
-Leaves comparison.csv (every run), summary.csv (means over seeds), figures, samples and report.html, all of it on a page.
+Writes comparison.csv (every run), summary.csv (means over seeds), figures, samples and report.html, one page with all of it.
 """
 
 from __future__ import annotations

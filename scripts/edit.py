@@ -1,4 +1,4 @@
-"""Edits images with a trained model, and imputes what is missing of examples of any shape.
+"""Edits images with a trained model, and imputes missing entries of examples of any shape.
 
 python scripts/edit.py run=<dir> task=inpaint mask=<image> input=<image>
 python scripts/edit.py run=<dir> task=inpaint input=<array with NaN where entries are missing>

@@ -1,6 +1,6 @@
-"""Measures a trained model's samples, each metric beside its floor.
+"""Measures a trained model's samples: every metric and its noise floor.
 
-python scripts/evaluate.py run=<dir> sampler=heun num_samples=10000      writes evaluation.json and a sample sheet
+python scripts/evaluate.py run=<dir> sampler=heun num_samples=10000      writes evaluation.json and sheets of samples
 python scripts/evaluate.py run=<dir> samplers=[heun,ode] features=[pca,efficientnet_lite0]
 """
 

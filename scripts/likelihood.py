@@ -1,9 +1,9 @@
-"""Log-likelihoods of held-out data, and of files of your own, under a trained model.
+"""Log-likelihoods of held-out data, and of your own files, under a trained model.
 
 python scripts/likelihood.py run=<dir> count=200
 python scripts/likelihood.py run=<dir> input=[mine.npy,photos]
 
-In likelihood.csv `index` is the row of the array that an example was read from, or that a set out of distribution was made of.
+In likelihood.csv, `index` is an example's row in its source array; out of distribution, in the array that was altered.
 """
 
 from __future__ import annotations

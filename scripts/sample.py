@@ -1,8 +1,8 @@
 """Draws samples from a trained model; images also as PNG files, and as images.npz for other tools' metrics.
 
 python scripts/sample.py run=<dir> sampler=heun num_samples=1000
-python scripts/sample.py run=<dir> label=3 guidance.scale=2                   labels, or names of classes: classifier-free
-torchrun --nproc-per-node 2 scripts/sample.py run=<dir> num_samples=50000     on several GPUs, to the same samples
+python scripts/sample.py run=<dir> label=3 guidance.scale=2                   classifier-free guidance; or class names
+torchrun --nproc-per-node 2 scripts/sample.py run=<dir> num_samples=50000     on several GPUs, with the same samples
 """
 
 from __future__ import annotations

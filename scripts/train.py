@@ -1,12 +1,12 @@
-"""Trains a score model, then samples from it, measures the samples and draws them.
+"""Trains a score model, draws samples from it, measures them and plots the results.
 
 python scripts/train.py [experiment=digits] [sde=ve] [trainer.steps=2000] ...    see conf/train.yaml
 python scripts/train.py resume=outputs/toy/2026-01-01_12-00-00                   continues a run
-python scripts/train.py resume=auto hydra.run.dir=runs/mine ...                  starts it, or continues it where it was
+python scripts/train.py resume=auto hydra.run.dir=runs/mine ...                  starts a run, or continues it
 python scripts/train.py init=runs/mine data.path=others ...                      a new run from another's weights
-torchrun --nproc-per-node 8 scripts/train.py ...                                 eight GPUs, to the weights of one
+torchrun --nproc-per-node 8 scripts/train.py ...                                 eight GPUs, with the weights of one
 
-SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2 end a run after the step at hand, with a checkpoint.
+On SIGTERM, Ctrl-C, SIGUSR1 or SIGUSR2 a run finishes the current step, writes a checkpoint and ends.
 """
 
 from __future__ import annotations
