@@ -3,7 +3,7 @@
 python scripts/likelihood.py run=<dir> count=200
 python scripts/likelihood.py run=<dir> input=[mine.npy,photos]
 
-In likelihood.csv, `index` is an example's row in its source array; out of distribution, in the array that was altered.
+In likelihood.csv, `index` is an example's row in its source array; out of distribution, in the array it was made from.
 """
 
 from __future__ import annotations
