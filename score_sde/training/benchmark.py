@@ -1,10 +1,10 @@
 """What a training step costs beside the network's own work, and how well it uses the device.
 
     overhead = (data + noise + loss + forward + backward + clipping + optimiser + averages + metrics)
-             / (forward + backward + AdamW of the same network, precision and layout, on inputs that lie ready)
+             / (forward + backward + AdamW of the same network, precision and layout, on inputs already in memory)
 
-Both run in turns in one process, so that what disturbs the machine disturbs both; figures are medians over the rounds.
-The network is one and the same object: where the weights of a copy come to lie in memory is worth some per cent.
+Both run alternately in one process, so that other load on the machine affects both; figures are medians over rounds.
+Both use the same network object: a copy at other memory addresses can differ in speed by a few per cent.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ def training_overhead(
     trainer: Trainer, model: LearnedScore, data: Data, objective: Objective, time_sampler: TimeSampler, *,
     rounds: int = 9, steps: int = 3, seed: int = 0, progress: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Times `rounds` turns of `steps` training steps and as many bare ones; a step of the trainer trains `model`.
+    """Times training steps, which train `model`, against bare ones: `rounds` rounds with 2 `steps` of each.
 
     Returns:
-        ratio, ratio_low, ratio_high: the median overhead and the quartiles of the rounds.
-        cpu_ratio: on a CPU, that of the process's CPU time, which with one thread no neighbour disturbs.
-        step_seconds, bare_seconds, examples_per_second, gflops_per_example, parameters, and where known mfu, that of
-        the bare loop mfu_bare, and peak_memory_gib of both together.
+        ratio, ratio_low, ratio_high: the overhead, its median and quartiles over rounds.
+        cpu_ratio: on a CPU, the same ratio of the process's CPU time; with one thread, other processes do not affect it.
+        step_seconds, bare_seconds: medians of the seconds per step.
+        examples_per_second, gflops_per_example, parameters: of the training step and the network.
+        mfu, mfu_bare: model-FLOPs utilisation of both, where the device's peak is known.
+        peak_memory_gib: on CUDA, of both together.
     """
     rounds, steps = whole("rounds", rounds), whole("steps", steps)
     trainer.check(model, data, time_sampler)
@@ -60,7 +62,7 @@ def training_overhead(
         seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "step": []}
         contenders = {"bare": bare, "step": step}
         for _ in tqdm(range(rounds), desc="training", disable=not progress, delay=2, leave=False):
-            # There and back, so that coming after the other (its memory, its caches) favours neither.
+            # Forward, then reversed: neither gains from the memory and caches that the other leaves behind.
             turn = [(name, _timed(contenders[name], steps, state.device)) for name in ("bare", "step", "step", "bare")]
             for name in contenders:
                 pair = [took for at, took in turn if at == name]
@@ -71,7 +73,7 @@ def training_overhead(
 def _bare_step(
     trainer: Trainer, network: torch.nn.Module, ready: list[Batch], device: torch.device
 ) -> Callable[[], None]:
-    """Forward, backward and AdamW by hand, on the micro-batches that lie ready; its rate moves nothing."""
+    """Forward, backward and AdamW written out, on prepared micro-batches; the tiny rate leaves the weights as they are."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-9, fused=True)
     run = torch.compile(network) if trainer.compile else network
     dtype = PRECISIONS[trainer.precision]
@@ -89,7 +91,7 @@ def _bare_step(
 
 
 def _timed(step: Callable[[], None], steps: int, device: torch.device) -> tuple[float, float]:
-    """Seconds a step on the clock, and of this process's CPU."""
+    """Seconds per step: wall clock, and CPU time of this process."""
     began, worked = time.perf_counter(), time.process_time()
     for _ in range(steps):
         step()

@@ -1,9 +1,9 @@
-"""Checkpoints that a kill at any instant cannot spoil.
+"""Checkpoints that stay intact if the process is killed at any instant.
 
     checkpoints/step-000001000/   weights.safetensors  ema.safetensors  [ema-<name>.safetensors]  state.pt
 
-A checkpoint is written under a hidden name, flushed to the disk and renamed: a folder called step-* is complete.
-Weights are safetensors, the state of training is read with `weights_only=True`; neither can execute code.
+A checkpoint is written under a hidden name, flushed to disk and renamed, so a folder named step-* is always complete.
+Weights are safetensors, and the training state is read with `weights_only=True`: neither can execute code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Checkpoints:
-    """The checkpoints in a folder, of which the last `keep` stay, or all for None. One process writes at a time."""
+    """The checkpoints in a folder. Saving keeps the last `keep` (None: all). Only one process may write at a time."""
 
     def __init__(self, folder: str | Path, keep: int | None = 2) -> None:
         self.folder, self.keep = Path(folder), keep
@@ -41,21 +41,22 @@ class Checkpoints:
         return sorted(int(match[1]) for match in names if match)
 
     def latest(self) -> int | None:
+        """Step of the latest checkpoint, None if there is none."""
         return max(self.steps(), default=None)
 
     def path(self, step: int | None = None) -> Path:
-        """Folder of a checkpoint, the latest by default; FileNotFoundError where there is none."""
+        """Folder of a checkpoint, the latest by default. Raises FileNotFoundError if there is none."""
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             has = f"has checkpoints of the steps {steps}" if steps else "has no checkpoint yet"
             wanted = "" if step is None else f", none of step {step}"
-            raise FileNotFoundError(f"{self.folder} {has}{wanted}: train on, or choose another")
+            raise FileNotFoundError(f"{self.folder} {has}{wanted}: train further, or choose another")
         return self.folder / f"step-{steps[-1] if step is None else step:09d}"
 
     def weights(self, step: int | None = None, *, ema: bool | str = True) -> dict[str, Tensor]:
         """Averaged weights, raw ones (`ema=False`), or those of the average called `ema`.
 
-        Raises FileNotFoundError for a step or an average that is not there.
+        Raises FileNotFoundError if that step or average was not saved.
         """
         folder, name = self.path(step), ema if isinstance(ema, str) else "ema" if ema else "weights"
         if not (folder / f"{name}.safetensors").exists():
@@ -64,10 +65,11 @@ class Checkpoints:
         return self._read(folder / f"{name}.safetensors", load_file)
 
     def state(self, step: int | None = None) -> dict[str, Any]:
+        """The training state beside the weights, as `save` was given it."""
         return self._read(self.path(step) / "state.pt", partial(torch.load, map_location="cpu", weights_only=True))
 
     def _read(self, file: Path, read: Callable[[Path], T]) -> T:
-        """What a file holds; ValueError where it is damaged, with the step before it that may serve instead."""
+        """The content of a file. Raises ValueError if it is damaged, naming the previous checkpoint to go back to."""
         try:
             return read(file)
         except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
@@ -79,9 +81,9 @@ class Checkpoints:
     def save(
         self, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes weights, a file each, and a state, unless that step has a checkpoint.
+        """Writes a checkpoint: a file for each entry of `weights`, and the state. An existing one of that step is kept.
 
-        Old ones are removed, and what a kill left half-written.
+        Also removes checkpoints older than the last `keep`, and what a killed process left half-written.
         """
         if step not in self.steps():
             unfinished = self.folder / f".partial-{step}"
@@ -110,7 +112,7 @@ class Checkpoints:
 
 
 def write_atomically(path: Path, text: str, new: bool = False) -> None:
-    """Replaces the content of a file in one instant; raises FileExistsError where it is to be `new` and is not."""
+    """Replaces the content of a file atomically. With `new`, raises FileExistsError if the file exists."""
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}" if new else f".partial-{path.name}")
     partial.write_text(text)
     _flush(partial)
@@ -130,14 +132,14 @@ def write_atomically(path: Path, text: str, new: bool = False) -> None:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Replaces a .npy file in one instant, whichever of several processes writes it first."""
+    """Replaces a .npy file atomically; several processes may do so at once."""
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     np.save(partial, array)
     partial.replace(path)
 
 
 def write_weights(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors, of which some may share memory, as safetensors; raises OSError where the disk is full."""
+    """Writes tensors, some of which may share memory, as safetensors. Raises OSError if the write fails."""
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with _writing(file):
         save_file(copies, file)
@@ -145,7 +147,7 @@ def write_weights(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _writing(file: Path) -> Iterator[None]:
-    """What safetensors and torch raise for a failed write, as the OSError that it is."""
+    """Turns the errors that safetensors and torch raise for a failed write into OSError."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:

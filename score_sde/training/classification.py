@@ -2,7 +2,7 @@
 
     L = E_{x_0, label, t, eps} [-w(t) log p(label | x_t, t)],    x_t = alpha x_0 + sigma eps, w the importance weight of t
 
-Its minimum is p(label | x_t), the posterior of the label given the noisy x. Dhariwal & Nichol 2021, section 4.
+It is minimal at the posterior of the label given the noisy x, p(label | x_t). Dhariwal & Nichol 2021, section 4.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ __all__ = ["NoisyCrossEntropy"]
 
 
 class NoisyCrossEntropy:
-    """The cross-entropy of each example's label in nats, at its time; the model is a `NoisyClassifier`.
+    """Cross-entropy in nats of each example's label given x_t, for a `NoisyClassifier`.
 
-    Raises ValueError for examples without a `label`, and before training for a model that is no classifier.
+    Raises ValueError for examples without a `label` and, before training, for a model that is not a classifier.
     """
 
     def check(self, model: LearnedScore, time_sampler: TimeSampler) -> None:
-        """Refuses, with ValueError, a score model, of which the first numbers of each x would pass for logits."""
+        """Raises ValueError for a score model, whose output would otherwise be read as logits."""
         if model.predicts:
-            raise ValueError("cross-entropy trains a classifier, the model is none: take objective=simple, or "
-                             "network=encoder, a NoisyClassifier")  # fmt: skip
+            raise ValueError("cross-entropy trains a classifier, and this model is a score model: use objective=simple, "
+                             "or network=encoder, a NoisyClassifier")  # fmt: skip
 
     def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
         if "label" not in batch.condition:

@@ -1,8 +1,8 @@
-"""Global draws, then rows: what is random in a loss is drawn for the whole batch, of which a process keeps its rows.
+"""Random numbers of a loss are drawn for the whole batch, and each process keeps those of its own rows.
 
-So any number of processes, and any cut of a batch into micro-batches, gives an example the same time, noise, label
-dropout and, by a key for each layer and example, the same masks of `networks.Dropout`. The exception is what a network of
-one's own draws otherwise: masks of `torch.nn.Dropout` come from (seed, step, process), one micro-batch after the other.
+An example therefore gets the same time, noise, label dropout and `networks.Dropout` masks (keyed by layer and example)
+however the batch is split over processes and micro-batches. Only random numbers that a custom network draws itself
+depend on the split: `torch.nn.Dropout` draws from generators seeded by (seed, step, process), micro-batch by micro-batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RowsGenerator(torch.Generator):
 
 
 def rows_of(source: torch.Generator, batch_size: int, rows: slice) -> RowsGenerator:
-    """A generator for some rows of a batch, in the state in which `source` is."""
+    """A generator for some rows of a batch, in the same state as `source`."""
     part = RowsGenerator(source.device)
     part.set_state(source.get_state())
     part.batch_size, part.rows = batch_size, rows
@@ -36,8 +36,8 @@ def draw(
 ) -> Tensor:
     """`make(shape, generator=generator, **options)`, e.g. `draw(torch.randn, x.shape, generator, device=x.device)`.
 
-    Where the generator is one for rows, the whole batch is drawn along `dim` and the rows are returned. An objective
-    that draws in this way gives the same loss however a batch is split.
+    Given a `RowsGenerator`, draws the whole batch along `dim` and returns its rows: an objective that draws all its
+    random numbers this way gives the same losses however a batch is split.
     """
     if not isinstance(generator, RowsGenerator):
         return make(tuple(shape), generator=generator, **options)

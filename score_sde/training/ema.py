@@ -6,8 +6,8 @@ https://arxiv.org/abs/2206.00364, code `training_loop.py`). With a power functio
     theta_ema(n) = (gamma + 1) / n^(gamma + 1) int_0^n tau^gamma theta(tau) dtau,    beta = (1 - B / (n + B))^(gamma + 1),
     std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)),
 
-which forgets its start however long the run (Karras et al. 2024, https://arxiv.org/abs/2312.02696, eq. 122-127).
-Averages of any width follow afterwards from stored ones: see `posthoc`.
+whose width is a fixed share of the run, however long (Karras et al. 2024, https://arxiv.org/abs/2312.02696, eq. 122-127).
+After training, `posthoc` reconstructs averages of any width from stored ones.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ __all__ = ["EMA", "Decay", "HalfLife", "PowerFunction", "decays", "ema_decay", "
 
 
 class Decay(Protocol):
-    """beta for a batch of `batch_size` that comes after `images` images."""
+    """beta for a batch of `batch_size` images, after `images` have been seen."""
 
     def __call__(self, batch_size: int, images: int) -> float: ...
 
 
 def ema_decay(batch_size: int, images: int, half_life: float = 500_000, ramp: float = 0.05) -> float:
-    """beta for a batch that comes after `images` images; 0 for the first."""
+    """beta for a batch of `batch_size` images, after `images` have been seen; 0 for the first batch."""
     horizon = min(half_life, ramp * images)
     return 0.5 ** (batch_size / horizon) if horizon > 0 else 0.0
 
 
 class HalfLife:
-    """A half-life in images, at most the share `ramp` of the images seen."""
+    """Decay with a half-life in images, capped at the fraction `ramp` of the images seen."""
 
     def __init__(self, half_life: float = 500_000, ramp: float = 0.05) -> None:
         self.half_life, self.ramp = half_life, ramp
@@ -55,11 +55,11 @@ def power_exponent(std: float) -> float:
     def excess(gamma: float) -> float:
         return (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) - std**2
 
-    return brentq(excess, 0.0, 1 / std, xtol=1e-12)  # the width falls in gamma, and is below 1 / (gamma + 2)
+    return brentq(excess, 0.0, 1 / std, xtol=1e-12)  # the width decreases in gamma and is below 1 / (gamma + 2)
 
 
 class PowerFunction:
-    """A power function of relative width `std`; ValueError outside (0, 0.288)."""
+    """Decay of a power-function average of relative width `std`. Raises ValueError outside (0, 0.288)."""
 
     def __init__(self, std: float) -> None:
         self.std, self.exponent = std, power_exponent(std)
@@ -69,9 +69,9 @@ class PowerFunction:
 
 
 def decays(half_lives: Sequence[float], ramp: float, widths: Sequence[float]) -> dict[str, Decay]:
-    """The averages of a run by the names of their files; the first is the one that samples are drawn from.
+    """The averages that a run tracks, by file name. Samples are drawn from the first, "ema".
 
-    Raises ValueError for widths that no power function has, and for two averages of one name.
+    Raises ValueError for a width that no power function has, and for two averages with one name.
     """
     first, *others = half_lives
     kept: dict[str, Decay] = {"ema": HalfLife(first, ramp)}
@@ -80,7 +80,7 @@ def decays(half_lives: Sequence[float], ramp: float, widths: Sequence[float]) ->
     for width, decay in further:
         if f"ema-{width:g}" in kept:
             raise ValueError(
-                f"two averages have the name ema-{width:g}, which tells widths to six digits: leave one out"
+                f"two averages have the name ema-{width:g}, which keeps six digits of the width: leave one out"
             )
         kept[f"ema-{width:g}"] = decay
     return kept
@@ -89,7 +89,7 @@ def decays(half_lives: Sequence[float], ramp: float, widths: Sequence[float]) ->
 class EMA:
     """The average `tensors` of a list of weights, updated in place and without gradients.
 
-    In single precision at least: a share of 1e-4 of a weight is less than a bfloat16 can take in.
+    Averages are kept in float32 or wider: bfloat16 would round away an update of 1e-4 of a weight.
     """
 
     def __init__(self, weights: Sequence[Tensor], decay: Decay) -> None:
@@ -99,7 +99,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor], batch_size: int, images: int) -> None:
-        """Takes in the weights after a step on `batch_size` images, `images` having come before."""
+        """Includes the weights after a step on `batch_size` images, which `images` others came before."""
         if self.converts:
             weights = [w.to(average.dtype) for w, average in zip(weights, self.tensors, strict=True)]
         torch._foreach_lerp_(self.tensors, list(weights), 1 - self.decay(batch_size, images))

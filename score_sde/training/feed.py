@@ -1,4 +1,4 @@
-"""Micro-batches on the device, read ahead."""
+"""Micro-batches on the device, read one step ahead."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["feed"]
 def feed(
     data: Data, rows: Sequence[slice], batch_size: int, seed: int, device: torch.device
 ) -> Iterator[Callable[[int], list[Batch]]]:
-    """A function from a step to those rows of its global batch on the device, prepared as the model sees them.
+    """A function from a step to its micro-batches: these rows of its global batch, on the device and prepared.
 
-    For a CUDA device the next step's are read and copied meanwhile, by a thread of its own.
+    For a CUDA device, a thread reads and copies the next step's meanwhile.
     """
     whole = list(rows) == [slice(0, batch_size)]
 
@@ -50,7 +50,7 @@ def feed(
 
 
 def _check_batch(data: Data, batch: Batch, size: int) -> None:
-    """Refuses, with TypeError, what is not a Batch of so many examples."""
+    """Raises TypeError unless it is a Batch of `size` examples."""
     given = f"{len(batch.x)} examples" if isinstance(batch, Batch) else type(batch).__name__
     if not isinstance(batch, Batch) or len(batch.x) != size:
-        raise TypeError(f"{type(data).__name__}.batch returns Batch(x) with {size} examples here, got {given}")
+        raise TypeError(f"{type(data).__name__}.batch must return Batch(x) with {size} examples here, got {given}")

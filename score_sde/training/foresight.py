@@ -1,4 +1,4 @@
-"""What can be foreseen of a run's samples before its first step."""
+"""Warnings, before training, of settings that will spoil a run's samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["warn_of_samples"]
 
 
 def warn_of_samples(model: LearnedScore, data: Data, count: int) -> None:
-    """Warns, in the name of the caller's caller, of what will spoil samples; `count` training examples are looked at."""
+    """Warns of what will spoil samples; reads `count` training examples. Warnings point to the caller's caller."""
     _warn_of_cancellation(model)
     _warn_of_start(model)
     _warn_of_end(model)
@@ -22,18 +22,18 @@ def warn_of_samples(model: LearnedScore, data: Data, count: int) -> None:
 
 
 def _warn_of_cancellation(model: LearnedScore) -> None:
-    """Warns where samples start at times at which D = c_skip x + c_out F is a small difference of large numbers."""
+    """Warns if at t_max, where sampling starts, D = c_skip x + c_out F is a small difference of large numbers."""
     t_max = torch.tensor(model.sde.t_max, dtype=torch.float64)
     size = abs(model.parameterization.row(model.sde, t_max).c_skip.item()) * model.sde.prior_std / model.data_std
     if size > 1000:
         kind, alpha = type(model.parameterization).__name__, model.sde.alpha(t_max).item()
         warnings.warn(f"where samples start (alpha={alpha:.2g} at t_max) an error of the {kind} prediction is {size:,.0f} "
-                      "times as large in x_0, and some samples will end far away: take parameterization=velocity or karras",
-                      stacklevel=4)  # fmt: skip
+                      "times as large in x_0, and some samples will end far from the data: use parameterization=velocity "
+                      "or karras", stacklevel=4)  # fmt: skip
 
 
 def _warn_of_start(model: LearnedScore) -> None:
-    """Warns where the prior lacks more than a twentieth of the spread that data of this size have at t_max."""
+    """Warns if noisy data at t_max have a standard deviation over 1.05 times the prior's."""
     sde = model.sde
     spread = math.hypot(sde.alpha(sde.t_max).item() * model.data_std, sde.sigma(sde.t_max).item())
     if spread > 1.05 * sde.prior_std:
@@ -43,18 +43,18 @@ def _warn_of_start(model: LearnedScore) -> None:
 
 
 def _warn_of_end(model: LearnedScore) -> None:
-    """Warns where Tweedie's formula at t_min, which leaves v / sqrt(v + s^2) of a spread sqrt(v), takes over a twentieth."""
+    """Warns if Tweedie's formula at t_min, which takes a std sqrt(v) to v / sqrt(v + s^2), narrows samples by over 1.05."""
     share = math.hypot(1, (least := model.sde.noise_level_range[1]) / model.data_std)
     if share > 1.05:
         warnings.warn(f"the least noise level is {least:.3g}, where data have a standard deviation of {model.data_std:.3g}: "
-                      f"samples will be {share:.3g} times too narrow, or with that noise too wide; standardise the data, or "
-                      "lower the least noise level", stacklevel=4)  # fmt: skip
+                      f"samples will be {share:.3g} times too narrow, or too wide if that noise is kept; standardise the "
+                      "data, or lower the least noise level", stacklevel=4)  # fmt: skip
 
 
 def _warn_of_scales(data: Data, count: int) -> None:
-    """Warns where coordinates of vectors, or channels of other events, vary less than a twentieth of the widest.
+    """Warns if coordinates of vectors, or channels of other events, vary less than a twentieth of the widest.
 
-    Of a set of floats, by `count` examples, more where they are small; what does not vary at all is left out.
+    Applies to finite sets of floats, measured on `count` examples (more if these are small). Constant ones are ignored.
     """
     if not isinstance(data, TensorData) or data.dequantize is not None:
         return

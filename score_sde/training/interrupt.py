@@ -1,6 +1,7 @@
-"""Ends a run in order: a first signal is noted for the loop to see, a second has its usual effect.
+"""Ends a run cleanly: the first signal is recorded for the training loop to see, a second has its usual effect.
 
-SIGTERM, Ctrl-C, and the warnings of schedulers before a limit or a preemption: SIGUSR1, SIGUSR2.
+The signals are SIGTERM, SIGINT (Ctrl-C), and those that schedulers send before a time limit or a preemption: SIGUSR1 and
+SIGUSR2.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ NOTED = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIG
 
 @contextmanager
 def interrupts() -> Iterator[list[signal.Signals]]:
-    """A list in which the first such signal appears; outside the main thread signals are left alone."""
+    """A list to which the first such signal is appended; outside the main thread, signals are left alone."""
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -42,6 +43,6 @@ def interrupts() -> Iterator[list[signal.Signals]]:
 
 
 def hand_on(number: signal.Signals) -> None:
-    """Lets a launcher's own handler of a signal have it, once the run has ended: submitit requeues the job there."""
+    """Raises the signal again once the run has ended, for a launcher's own handler: submitit requeues the job in its."""
     if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler):
         signal.raise_signal(number)

@@ -1,4 +1,4 @@
-"""What a run reports of itself: sums kept on the device between two lines of metrics.jsonl, and the file."""
+"""Metrics of a run: sums kept on the device between two lines of metrics.jsonl, and the file itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["MetricsLog", "Window"]
 
 
 class Window:
-    """Means since the last reading. Adding waits for nothing; only `read` fetches numbers from the device."""
+    """Means since the last `read`, which alone waits for the device; `add` does not."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._names = device, ["loss"]
@@ -40,10 +40,12 @@ class Window:
         nonfinite: Tensor,
         diagnostics: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """This process's losses (batch,) at the noise quantiles u (batch,).
+        """Adds a step: this process's losses (batch,) at the noise quantiles u (batch,).
 
-        A step that is not `good` enters no mean; one that is `nonfinite` is counted as such.
-        `diagnostics` are further numbers of each example by name, the same names in every step.
+        Args:
+            good: whether the step enters the means, a scalar.
+            nonfinite: whether it is counted as non-finite, a scalar.
+            diagnostics: further values (batch,) by name, with the same names at every step.
         """
         values = {"loss": losses, **(diagnostics or {})}
         if list(values) != self._names:
@@ -57,10 +59,7 @@ class Window:
         self._sums[1:] += torch.where(good, sums, 0.0)
 
     def read(self, examples: int) -> dict[str, Any]:
-        """Means over all processes, non-finite steps, and the rate at which `examples` went by; then starts anew.
-
-        A mean over nothing is NaN.
-        """
+        """Means over all processes (NaN if over nothing), non-finite steps and `examples` per second; then resets."""
         nonfinite, grad_norm, steps, *rest = distributed.mean(self._sums).tolist()
         counts, totals, quartiles = rest[:4], rest[4 : 4 + len(self._names)], rest[4 + len(self._names) :]
         seconds = time.perf_counter() - self._started
@@ -79,23 +78,23 @@ class Window:
 
     @property
     def nonfinite(self) -> int:
-        """Non-finite steps since the last reading."""
+        """Non-finite steps since the last `read`."""
         return int(self._sums[0])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves what happens inside out of the rate."""
+        """Excludes the time spent inside from the rate."""
         began = time.perf_counter()
         yield
         self._started += time.perf_counter() - began
 
 
 class MetricsLog:
-    """Rows of numbers, in `rows` and, where there is a directory, in its metrics.jsonl, one object a line; old ones first.
+    """Rows of numbers, kept in `rows` and, given a directory, written to its metrics.jsonl, one JSON object a line.
 
-    Where asked for they go to TensorBoard's event files in the folder `tensorboard` too, and the pictures given to `show`.
-
-    Lines beyond `step`, and one that a kill cut short, are removed on opening: a resumed run has each step once.
+    With `tensorboard`, rows and the pictures given to `show` also go to event files in the directory's `tensorboard`.
+    Opening an existing file reads its rows up to `step` and removes later lines and any that was cut short, so that a
+    resumed run has each step once.
     """
 
     def __init__(self, directory: Path | None, step: int, tensorboard: bool = False) -> None:
@@ -123,7 +122,7 @@ class MetricsLog:
                 self._board.add_scalar(name, row[name], row["step"])
 
     def show(self, step: int, pictures: Mapping[str, Path]) -> None:
-        """Picture files by name, for TensorBoard."""
+        """Sends picture files, by name, to TensorBoard if it is on."""
         from PIL import Image
 
         if self._board is not None:
@@ -146,7 +145,7 @@ def _ratio(total: float, count: float) -> float:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line, infinity for a line that is no complete object."""
+    """The step of a line; infinity if the line is not a complete object."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):

@@ -2,9 +2,13 @@
 
     L = E_{x_0, t, eps} w(t) lambda(t) c_out(t)^2 mean_d (F(c_in x_t, c_noise) - F*)_d^2,    x_t = alpha x_0 + sigma eps
 
-lambda is the weighting (see `weighting`), w the importance weight of t (see `times`), the mean runs over the dimensions
-of an event. Of E|eps - n|^2 / d, n the predicted noise, E|eps - n*|^2 / d is irreducible and the excess, the Fisher
-divergence E|n - n*|^2 / d, is what a network can lower. Vincent 2011; Song et al. 2021, arXiv:2011.13456, eq. 7.
+lambda is the weighting (see `weighting`), w the importance weight of t (see `times`), and the mean is over the d
+dimensions of an event. The error of the predicted noise n splits at the exact n* = E[eps | x_t] into an irreducible part
+and an excess, the Fisher divergence, which is all that a network can lower:
+
+    E|eps - n|^2 / d = E|eps - n*|^2 / d + E|n - n*|^2 / d
+
+Vincent 2011; Song et al. 2021, arXiv:2011.13456, eq. 7.
 """
 
 from __future__ import annotations
@@ -29,11 +33,11 @@ __all__ = ["DenoisingScoreMatching", "LabelDropout", "Losses", "Objective", "exc
 
 @dataclass(frozen=True)
 class Losses:
-    """What an objective says of a batch.
+    """The losses of a batch.
 
     Attributes:
         loss: of each example, shape (batch,); training minimises the mean.
-        diagnostics: by name, without gradients, each of shape (batch,); training logs the means, also by noise level.
+        diagnostics: further values (batch,) by name, without gradients; training logs their means, also by noise level.
     """
 
     loss: Tensor
@@ -41,29 +45,29 @@ class Losses:
 
     @classmethod
     def joined(cls, parts: Sequence[Losses]) -> Losses:
-        """Those of parts of a batch as one."""
+        """The losses of a batch from those of its parts, in order."""
         diagnostics = {name: torch.cat([part.diagnostics[name] for part in parts]) for name in parts[0].diagnostics}
         return cls(torch.cat([part.loss for part in parts]), diagnostics)
 
 
 class Objective(Protocol):
-    """What training minimises the mean of, and a test of a model may report.
+    """A loss for each example, whose mean training minimises.
 
-    One that draws by `draws.draw` gives the same losses however a batch is split over processes. A method `check(model,
-    time_sampler)`, where it has one, refuses before the first step what does not fit.
+    An objective that draws its random numbers by `draws.draw` gives the same losses however a batch is split over
+    processes. It may have a method `check(model, time_sampler)` that raises ValueError before training if they do not fit.
     """
 
     def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
-        """The losses of the examples of a batch at their times; all randomness is the generator's."""
+        """The losses of a batch at the given times; all random numbers come from the generator."""
 
 
 exact_score: Callable[[Any, SDE], ExactScore] = lru_cache(8)(ExactScore)
-"""The exact score of a law and an SDE, checked once for all steps."""
+"""The exact score of a law under an SDE; cached, so that its checks run once rather than at every step."""
 
 
 @torch.no_grad()
 def exact_noise(target: ClosedForm, sde: SDE, x_t: Tensor, t: Tensor) -> Tensor:
-    """E[eps | x_t] under a closed-form law of the data, in float32 where the network computes in half precision."""
+    """E[eps | x_t] under a closed-form law of the data, outside autocast: never in half precision."""
     with torch.autocast(x_t.device.type, enabled=False):
         return exact_score(target, sde)(x_t, t).noise
 
@@ -75,7 +79,7 @@ def excess(
     """{"fisher": |n - n*|^2 / d, "irreducible": |eps - n*|^2 / d} of each example, n* the exact E[eps | x_t].
 
     Args:
-        target: the closed-form law of the data; without one there is nothing to say.
+        target: the closed-form law of the data; None returns an empty dict.
         x_t, t, eps, noise: noisy points (batch, *event), their times and noise, and the predicted noise n.
     """
     if target is None:
@@ -86,13 +90,13 @@ def excess(
 
 
 class LabelDropout:
-    """Leaves conditions out of examples, so that one network learns the conditional and the unconditional score.
+    """Drops conditions at random, so that one network learns the conditional and the unconditional score.
 
-    With probability `share` all conditions of an example, its `augment` labels aside, become their nulls: -1 for `label`,
-    NaN for `context`, and what `nulls` says for others, by name (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
+    With probability `share`, all conditions of an example except `augment` are replaced by their null values: -1 for
+    `label`, NaN for `context`, and `nulls[name]` for others (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
 
     Raises:
-        ValueError: `share` is outside [0, 1]; when called, examples have no condition, or one without a null.
+        ValueError: `share` is outside [0, 1]; when called, the examples have no condition, or one without a null value.
     """
 
     def __init__(self, share: float, nulls: Mapping[str, float] | None = None) -> None:
@@ -103,12 +107,13 @@ class LabelDropout:
     def __call__(self, given: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         if not self.share:
             return dict(given)
-        left_out = {name: value for name, value in given.items() if name != "augment"}  # which is of x, not of its law
+        # `augment` says how x was transformed, not what it depends on.
+        left_out = {name: value for name, value in given.items() if name != "augment"}
         if not left_out:
             raise ValueError(f"label_dropout={self.share}, and the data have no conditions: leave it out")
         if without := sorted(left_out.keys() - self.nulls.keys()):
             raise ValueError(f"label_dropout={self.share} knows no null of the condition {without[0]!r}: give one, "
-                             f"nulls={{{without[0]!r}: <the value that tells the network there is none>}}")  # fmt: skip
+                             f"nulls={{{without[0]!r}: <the value that means no condition>}}")  # fmt: skip
         first = next(iter(left_out.values()))
         dropped = draw(torch.rand, first.shape[:1], generator, device=first.device) < self.share
         nulls = {
@@ -119,16 +124,21 @@ class LabelDropout:
 
 
 def _signed(value: Tensor) -> Tensor:
-    """Small unsigned integers, which cannot hold the null -1, as int64."""
+    """uint8, which cannot hold the null value -1, as int64."""
     return value.long() if value.dtype == torch.uint8 else value
 
 
 class DenoisingScoreMatching:
-    """The loss of each example of a batch.
+    """Denoising score matching: the loss of the module's formula for each example.
 
-    `label_dropout` is the probability with which an example's conditions are left out, `nulls` are what they become (see
-    `LabelDropout`). With `target`, the closed-form law of the (unlabelled) data, the diagnostics are those of `excess`.
-    Raises ValueError where `label_dropout` is outside [0, 1].
+    Args:
+        weighting: lambda; `SimpleWeighting` by default.
+        label_dropout: the probability with which an example's conditions are dropped (see `LabelDropout`).
+        target: the closed-form law of the (unlabelled) data, for the diagnostics of `excess`.
+        nulls: what dropped conditions become, by name, besides -1 for `label` and NaN for `context`.
+
+    Raises:
+        ValueError: `label_dropout` is outside [0, 1].
     """
 
     def __init__(
@@ -144,12 +154,12 @@ class DenoisingScoreMatching:
         noise = draw(torch.randn, x0.shape, generator, device=x0.device, dtype=x0.dtype)
         target = model.parameterization.target(sde, t, x0, noise)
         x_t = sde.perturb(x0, t, noise)
-        said = model(x_t, t, **self.label_dropout(batch.condition, generator))
-        miss = said.raw.float() - target
-        weight = times.weight * self.weighting(sde, t) * said.c_out**2
-        loss = weight.float() * miss.square().flatten(1).mean(1)
+        prediction = model(x_t, t, **self.label_dropout(batch.condition, generator))
+        error = prediction.raw.float() - target
+        weight = times.weight * self.weighting(sde, t) * prediction.c_out**2
+        loss = weight.float() * error.square().flatten(1).mean(1)
         if self.target is None:
             return Losses(loss)
-        # The predicted noise errs by -alpha c_out / sigma times the output's error.
-        error = expand(said.alpha * said.c_out / said.sigma, miss) * miss.detach()
-        return Losses(loss, excess(self.target, model, x_t, t, noise, noise - error))
+        # The error of the predicted noise is -alpha c_out / sigma times that of the output.
+        scale = expand(prediction.alpha * prediction.c_out / prediction.sigma, error)
+        return Losses(loss, excess(self.target, model, x_t, t, noise, noise - scale * error.detach()))

@@ -462,7 +462,7 @@ def labelled() -> TensorData:
             {"objective": VariationalObjective(), "model": on_ladder(), "time_sampler": LadderTimes()},
             "variance='learned' needs a network with a variance head",
         ),
-        ({"objective": NoisyCrossEntropy()}, "trains a classifier, the model is none"),
+        ({"objective": NoisyCrossEntropy()}, "trains a classifier, and this model is a score model"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, options, message):
