@@ -366,6 +366,15 @@ class Empirical(Target):
         return f"Empirical({len(self.data)} points of shape {tuple(self.event_shape)}, bandwidth={self.bandwidth:g})"
 
 
+def log_mass(low: Tensor, high: Tensor) -> Tensor:
+    """log(Phi(high) - Phi(low)), the log-probability of an interval under N(0, 1), elementwise for low < high."""
+    # In the upper tail the same mass is taken from the lower one by symmetry, where log_ndtr keeps its digits.
+    flip = low > 0
+    upper, lower = torch.where(flip, -low, high), torch.where(flip, -high, low)
+    top = torch.special.log_ndtr(upper)
+    return top + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - top))
+
+
 class UniformBoxes(Target):
     """A mixture of uniform laws on axis-parallel boxes, smoothed by bandwidth^2 I.
 
@@ -435,12 +444,9 @@ class UniformBoxes(Target):
         p = self._copies.like(y)
         alpha, std = _columns(y, alpha, std)
         a, b = (y[:, None] - alpha * p["low"]) / std, (y[:, None] - alpha * p["high"]) / std
-        # In the upper tail the same mass is taken from below by symmetry, where log_ndtr keeps its digits.
-        upper, lower = torch.where(b > 0, -b, a), torch.where(b > 0, -a, b)
-        top = torch.special.log_ndtr(upper)
-        log_mass = top + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - top))
+        mass = log_mass(b, a)
         size = (alpha * (p["high"] - p["low"])).log().sum(-1)
-        return p["log_weights"] + log_mass.sum(-1) - size, a, b, log_mass
+        return p["log_weights"] + mass.sum(-1) - size, a, b, mass
 
     def __repr__(self) -> str:
         return f"UniformBoxes({len(self.low)} boxes in {self.low.shape[1]} dimensions)"

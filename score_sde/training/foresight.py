@@ -43,7 +43,7 @@ def _warn_of_start(model: LearnedScore) -> None:
 
 
 def _warn_of_end(model: LearnedScore) -> None:
-    """Warns if Tweedie's formula at t_min, which takes a std sqrt(v) to v / sqrt(v + s^2), narrows samples by over 1.05."""
+    """Warns if Tweedie's formula at t_min, which takes a std sqrt(v) to v / sqrt(v + s^2), narrows it more than 1.05 times."""
     share = math.hypot(1, (least := model.sde.noise_level_range[1]) / model.data_std)
     if share > 1.05:
         warnings.warn(f"the least noise level is {least:.3g}, where data have a standard deviation of {model.data_std:.3g}: "

@@ -1,8 +1,8 @@
 """AdamW for every weight, or Muon for the hidden matrices and AdamW for the rest.
 
-Muon takes a step along the orthogonal factor of the momentum of a matrix, scaled so that its root mean square is 0.2
-times the learning rate, as AdamW's is: both share one rate. A convolution (out, in, *kernel) is the matrix (out, in *
-kernel). Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, https://arxiv.org/abs/2502.16982.
+Muon steps along the orthogonal factor of a matrix's momentum, scaled to a root mean square of 0.2 times the learning
+rate, about that of AdamW's steps, so that both share one rate. A convolution weight (out, in, *kernel) is treated as the
+matrix (out, in * kernel). Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, https://arxiv.org/abs/2502.16982.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 def hidden_matrices(network: nn.Module, channels: int) -> list[bool]:
-    """Which parameters Muon takes: those of two or more dimensions, but for embeddings and what faces the data.
+    """For each parameter, whether Muon trains it: all of two or more dimensions but embeddings, first and last layers.
 
-    A weight faces the data if it has no more than `channels` inputs or outputs, or is part of a network's `first` or
-    `last` layer, which may see patches, or whole events.
+    A weight belongs to a first or last layer if it has at most `channels` inputs or outputs, or is part of a layer that a
+    network names `first` or `last` (which may take whole patches or events).
     """
     others: list[nn.Module] = [module for module in network.modules() if isinstance(module, nn.Embedding)]
     for part in (network, *network.children()):
@@ -32,14 +32,16 @@ def hidden_matrices(network: nn.Module, channels: int) -> list[bool]:
 
 
 class Optimizer:
-    """Takes steps on the gradients of `weights`.
+    """AdamW, or Muon with AdamW for the rest, on the gradients of `weights`.
 
     Args:
         name: "adamw" or "muon".
-        hidden: which weights Muon takes.
+        weights: what is trained.
+        hidden: for each weight, whether Muon trains it (see `hidden_matrices`).
+        betas, weight_decay: AdamW's; Muon has the same weight decay.
 
     Raises:
-        ValueError: Muon, where no weight is a hidden matrix.
+        ValueError: Muon, if no weight is a hidden matrix or torch is older than 2.9.
     """
 
     def __init__(
@@ -57,15 +59,15 @@ class Optimizer:
 
     @property
     def parts(self) -> dict[str, torch.optim.Optimizer]:
-        """By the name under which a checkpoint keeps them."""
+        """The optimisers, by their names in a checkpoint."""
         return {"optimizer": self.adamw} | ({} if self.muon is None else {"muon": self.muon})
 
     def step(self, rate: float, good: Tensor) -> None:
-        """A step at a learning rate, or none where the scalar `good` is False."""
+        """Takes a step at learning rate `rate`, or none if the scalar `good` is False."""
         for part in self.parts.values():
             for group in part.param_groups:
                 group["lr"] = rate
-        # The fused step skips itself where `found_inf` is 1, so that nothing has to wait for the device.
+        # The fused step skips itself if `found_inf` is 1, so that nothing has to wait for the device.
         self.adamw.found_inf = (~good).float()  # type: ignore[attr-defined]
         self.adamw.step()
         if self.muon is not None:
@@ -73,7 +75,7 @@ class Optimizer:
 
     @torch.no_grad()
     def _step_or_undo(self, muon: torch.optim.Optimizer, good: Tensor) -> None:
-        """Muon cannot skip itself, and to ask first would wait for the device: a step that was not good is taken back."""
+        """Steps, then undoes a step that was not good: Muon cannot skip one, and reading `good` would wait for the device."""
         changed = [part for _, matrix in self.matrices for part in (matrix, muon.state[matrix]["momentum_buffer"])]
         before = [part.clone() for part in changed]
         for weight, matrix in self.matrices:
@@ -88,11 +90,11 @@ def _muon(matrices: Sequence[nn.Parameter], weight_decay: float) -> torch.optim.
         raise ValueError(f"optimizer='muon' needs torch 2.9 or newer, this is {torch.__version__}: use 'adamw'")
     options: dict[str, Any] = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
     muon = torch.optim.Muon(matrices, **options)
-    for matrix in matrices:  # which it would make at its first step
+    for matrix in matrices:  # made here, as Muon itself makes it only at its first step
         muon.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
     return muon
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """(out, everything else), sharing memory in either memory format: the order of columns is nothing to Muon."""
+    """(out, everything else), a view in either memory format: Muon's step does not depend on the order of columns."""
     return (weight if weight.is_contiguous() else weight.movedim(1, -1)).flatten(1)

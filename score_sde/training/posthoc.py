@@ -1,13 +1,13 @@
 r"""Averaged weights of any width, after training, from a few stored averages.
 
-Snapshot i is the average of the trajectory theta(tau) under p_i(tau) = (g_i + 1) / n_i^(g_i + 1) tau^g_i on [0, n_i]. The
-combination sum_i x_i p_i nearest in L2 to a wanted profile p, among those with sum_i x_i = 1, solves
+Snapshot i is the average of the trajectory theta(tau) under p_i(tau) = (g_i + 1) / n_i^(g_i + 1) tau^g_i on [0, n_i]. Of
+all combinations sum_i x_i p_i with sum_i x_i = 1, the one nearest in L2 to a wanted profile p solves
 
     A x + mu 1 = b,   1^T x = 1,   A_ij = <p_i, p_j>,   b_i = <p_i, p>,
     <p_a, p_b> = (a + 1)(b + 1) / (a + b + 1) (n_a / n_b)^b / n_b  for n_a <= n_b,
 
-and sum_i x_i theta_i stands for the average under p. Karras et al. 2024, https://arxiv.org/abs/2312.02696, appendix C,
-but for the constraint, with which weights that stand still come out exactly.
+and sum_i x_i theta_i approximates the average under p. Karras et al. 2024, https://arxiv.org/abs/2312.02696, appendix C;
+the constraint is ours: it makes weights that never changed come out exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["combination", "reconstruct"]
 
 
 def combination(steps: Tensor, stds: Tensor, step: float, std: float) -> Tensor:
-    """The weights x of snapshots taken at `steps` with relative widths `stds`, for width `std` at `step`; float64."""
+    """The coefficients x (n,), float64, of snapshots at `steps` with widths `stds`, for relative width `std` at `step`."""
     known = torch.stack([steps.double(), torch.tensor([power_exponent(float(s)) for s in stds])], 1)
     wanted = torch.tensor([[float(step), power_exponent(std)]], dtype=torch.float64)
     count = len(steps)
@@ -44,13 +44,13 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def reconstruct(run: str | Path, std: float, step: int | None = None) -> dict[str, Tensor]:
-    """Averaged weights of relative width `std` at a step (the last snapshot's by default) of a run directory.
+    """Weights of a run directory averaged with relative width `std`, as of a step (by default the last snapshot's).
 
-    Widths near those that were tracked, and between them, come out best; `std` is in units of the length of the run.
+    `std` is in units of the length of the run. The reconstruction is best for widths near or between the tracked ones.
 
     Raises:
-        FileNotFoundError: the run stored no snapshots up to that step.
-        ValueError: `std` outside (0, 0.288).
+        FileNotFoundError: the run stored no snapshots, or none at that step.
+        ValueError: `std` is outside (0, 0.288).
     """
     folder = Checkpoints(Path(run) / "snapshots", keep=None)
     if not folder.steps():
@@ -72,5 +72,5 @@ def reconstruct(run: str | Path, std: float, step: int | None = None) -> dict[st
 
 
 def _profile(file: Path) -> tuple[float, float]:
-    """The step and the width in a snapshot's name."""
+    """The step and the relative width that a snapshot's path names."""
     return float(file.parent.name.removeprefix("step-")), float(re.findall(r"ema-(.+)\.safetensors", file.name)[0])

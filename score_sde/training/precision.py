@@ -1,4 +1,4 @@
-"""The precisions that a step computes in; weights stay in float32."""
+"""Precisions of a training step (the dtype of its autocast, None for none); weights stay in float32."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.f
 
 
 class LossScale:
-    """Dynamic loss scaling: halved at a step whose gradient overflows, doubled after `interval` good ones in a row.
+    """Dynamic loss scaling: halved after a step whose gradient overflows, doubled after `interval` good steps in a row.
 
-    Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2. Lives on the device: nothing waits.
+    The scale stays on the device, so that no step waits for it.
+    Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2.
     """
 
     def __init__(self, device: torch.device, start: float = 2.0**16, interval: int = 2000) -> None:

@@ -4,8 +4,8 @@ With n(x) = -sigma s(x), n* that of the true p_t, and x ~ p_t (clean data noised
 
     E |n - n*|^2 = E [|n|^2 - 2 sigma tr(dn/dx)] + E |n*|^2,        E |n*|^2 = sigma^2 E |grad log p_t|^2 constant,
 
-so that each objective here has, in expectation, the gradient of explicit score matching, from samples of p_t alone.
-The loss is w(t) lambda(t) sigma^2 / alpha^2 / d times the bracket: that of denoising score matching but for a constant.
+so the bracket, which needs only samples of p_t, has the same gradient in expectation as explicit score matching. The
+loss is w(t) lambda(t) sigma^2 / alpha^2 / d times the bracket: that of denoising score matching up to a constant.
 Source: Hyvarinen 2005, JMLR 6, theorem 1; Song et al. 2019, https://arxiv.org/abs/1905.07088.
 """
 
@@ -41,7 +41,7 @@ Field = Callable[[Tensor], Tensor]
 
 
 class ScoreMatching(ABC):
-    """The weighted loss of each example; a subclass gives the bracket of the module's formula.
+    """The weighted loss of each example; a subclass defines the bracket of the module's formula.
 
     Args:
         weighting: lambda, the weight of the denoiser's error, as for `DenoisingScoreMatching`.
@@ -57,25 +57,25 @@ class ScoreMatching(ABC):
         noise = draw(torch.randn, x0.shape, generator, device=x0.device, dtype=x0.dtype)
         x = sde.perturb(x0, t, noise)
         weight = times.weight * self.weighting(sde, t) * sde.noise_level(t) ** 2
-        bracket, said = self.bracket(lambda v: model(v, t, **batch.condition).noise, model, x, t, generator)
+        bracket, predicted = self.bracket(lambda v: model(v, t, **batch.condition).noise, model, x, t, generator)
         loss = (weight * bracket / x0[0].numel()).float()
-        return Losses(loss, excess(self.target, model, x, t, noise, said.detach()))
+        return Losses(loss, excess(self.target, model, x, t, noise, predicted.detach()))
 
     @abstractmethod
     def bracket(
         self, field: Field, model: LearnedScore, x: Tensor, t: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """|n|^2 - 2 sigma tr(dn/dx), or an estimate of it, shape (batch,), and n at x (batch, *event) for the field n."""
+        """|n|^2 - 2 sigma tr(dn/dx) or an estimate of it, shape (batch,), and n(x), (batch, *event); `field` is x -> n(x)."""
 
 
 class ImplicitScoreMatching(ScoreMatching):
-    """|n|^2 - 2 sigma tr(dn/dx), the trace exact (one product a dimension) or by Rademacher probes.
+    """|n|^2 - 2 sigma tr(dn/dx), with the trace exact or estimated by Rademacher probes.
 
     Args:
-        probes: None for the exact trace, else probes a sample (Hutchinson).
+        probes: probes per sample (Hutchinson), or None for the exact trace, one product per dimension.
 
     Raises:
-        ValueError: probes is no whole number from 1.
+        ValueError: probes is not a whole number >= 1.
     """
 
     def __init__(
@@ -116,9 +116,9 @@ class SlicedScoreMatching(ImplicitScoreMatching):
 
 
 class FiniteDifferenceScoreMatching(ScoreMatching):
-    """|m|^2 - v^T (n(x + h v) - n(x - h v)) sigma / h, m the mean of both values, h = step sigma.
+    """|m|^2 - v^T (n(x + h v) - n(x - h v)) sigma / h, with h = step sigma and m the mean of n(x + h v) and n(x - h v).
 
-    The bias is O(step^2); two evaluations of the network in one call. Source: Pang et al. 2020,
+    The bias is O(step^2); the network is evaluated twice, without derivatives in x. Source: Pang et al. 2020,
     https://arxiv.org/abs/2007.03317, eq. 18.
 
     Args:
@@ -143,10 +143,10 @@ class FiniteDifferenceScoreMatching(ScoreMatching):
 
 
 class ExplicitScoreMatching(ScoreMatching):
-    """|n - n*|^2 against the known score of a closed-form law of the data: the yardstick of the others.
+    """|n - n*|^2 against the exact score of a closed-form law of the data: the reference for the other objectives.
 
     Raises:
-        ValueError: there is no target, whose score it matches.
+        ValueError: `target`, the law of the data, is not given.
     """
 
     def __init__(self, weighting: Weighting | None = None, target: ClosedForm | None = None) -> None:

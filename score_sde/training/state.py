@@ -1,6 +1,6 @@
-"""What changes while a run goes on: one optimiser step of it, and how it is kept and taken up again.
+"""The state of a training run: one optimiser step, and how it is saved and restored.
 
-With rows R of a global batch of B examples on each process, cut into micro-batches, the gradient is that of
+Each process holds some rows of a global batch of B examples, cut into micro-batches. The gradient is that of
 
     1/B sum_{i <= B} L_i,     L_i the loss of example i at its time and noise, which follow from (seed, step, i).
 """
@@ -31,7 +31,7 @@ from score_sde.training.metrics import Window
 from score_sde.training.objective import Losses, Objective
 from score_sde.training.optimizers import Optimizer, hidden_matrices
 from score_sde.training.precision import PRECISIONS, LossScale
-from score_sde.training.strategy import seen_through, strategy
+from score_sde.training.strategy import strategy, with_network
 from score_sde.training.throughput import flops_per_example, peak_flops
 from score_sde.training.times import Times, TimeSampler
 
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def channels_last(module: nn.Module) -> None:
-    """Lays the weights of convolutions over images and video out with their channels last."""
+    """Converts the weights of 2-D and 3-D convolutions to the channels-last memory format."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for weight in module.parameters():
         if weight.ndim in formats:
@@ -55,7 +55,7 @@ def channels_last(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _coefficients(model: LearnedScore) -> Tensor:
-    """What SDE and parameterization do at nine times: alpha, sigma, c_in, c_skip, c_out and c_noise."""
+    """alpha, sigma, c_in, c_skip, c_out and c_noise at nine times, (6, 9), by which a checkpoint knows its process."""
     sde = model.sde
     t = sde.t_min + (sde.t_max - sde.t_min) * torch.linspace(0, 1, 9, dtype=torch.float64)
     return torch.stack(
@@ -64,7 +64,7 @@ def _coefficients(model: LearnedScore) -> Tensor:
 
 
 class TrainingState:
-    """Weights, averages, optimiser, step, and counts since the last report."""
+    """Model, averages, optimiser, step count and metrics of a run, and the operations on them."""
 
     def __init__(
         self,
@@ -82,20 +82,20 @@ class TrainingState:
         if trainer.channels_last:
             channels_last(model)
         hidden = hidden_matrices(model, model.event_shape[0])
-        self.place = strategy(trainer.strategy, model, self.device)
+        self.strategy = strategy(trainer.strategy, model, self.device)
         self.view: LearnedScore | None = None
-        self.optimizer = Optimizer(trainer.optimizer, self.place.held, hidden, trainer.betas, trainer.weight_decay)
+        self.optimizer = Optimizer(trainer.optimizer, self.strategy.held, hidden, trainer.betas, trainer.weight_decay)
         kept = decays(trainer.half_lives, trainer.ema_ramp, trainer.power_emas)
-        self.averages = {name: EMA(self.place.held, decay) for name, decay in kept.items()}
+        self.averages = {name: EMA(self.strategy.held, decay) for name, decay in kept.items()}
         self.loss_scale = LossScale(self.device) if trainer.precision == "16-mixed" else None
-        self.dropouts = [module for module in self.place.network.modules() if isinstance(module, Dropout)]
+        self.dropouts = [module for module in self.strategy.network.modules() if isinstance(module, Dropout)]
         self.window = Window(self.device)
         self.nonfinite, self.reported, self.flops = 0, 0, 0
         self.peak = trainer.peak_flops or peak_flops(self.device, trainer.precision)
         self._averaged: LearnedScore | None = None
 
     def due(self, every: int) -> bool:
-        """Whether what is done every so many steps is done after this one; never for 0."""
+        """Whether an action done every `every` steps is due after this one; never if `every` is 0."""
         return bool(every) and self.step % every == 0
 
     def micro_batches(self) -> list[slice]:
@@ -105,17 +105,17 @@ class TrainingState:
         return [slice(mine.start + i * size, mine.start + (i + 1) * size) for i in range(parts)]
 
     def feed(self, data: Data) -> AbstractContextManager[Callable[[int], list[Batch]]]:
-        """A function from a step to its micro-batches on the device, as the model sees them."""
+        """A function from a step to this process's micro-batches, on the device and prepared."""
         return feed(data, self.micro_batches(), self.trainer.batch_size, self.seed, self.device)
 
     def advance(self, batches: Sequence[Batch]) -> None:
-        """One optimiser step on the micro-batches of this process."""
+        """Takes one optimiser step on the micro-batches of this process."""
         size = self.trainer.batch_size
         if self.peak and not self.flops:
             self.flops = flops_per_example(self.model, batches[0].to(self.model.device))
         source = generator(self.seed, "step", self.step, device=self.device)
         times = self.time_sampler(self.model.sde, size, source)
-        for parameter in self.place.parameters:
+        for parameter in self.strategy.parameters:
             parameter.grad = None
         rows = self.micro_batches()
         if self.view is None:
@@ -131,29 +131,29 @@ class TrainingState:
         if type(self.time_sampler).update is not TimeSampler.update:  # gathering waits for the device
             self.time_sampler.update(times, distributed.gather(found.loss))
         for average in self.averages.values():
-            average.update(self.place.held, size, self.step * size)
+            average.update(self.strategy.held, size, self.step * size)
         self.step += 1
 
     def _seed_dropout(self, seed: int) -> None:
-        """Seeds torch's global generators of the host and of this device; torch.manual_seed looks for every other one too."""
+        """Seeds torch's global generators of the host and of this device; torch.manual_seed would seed all devices, slowly."""
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
     def _dropout_keys(self) -> Tensor:
-        """int32 of shape (layers, batch): what this step's masks of each layer are made of, for every example."""
+        """Keys of this step's dropout masks for each layer and example of the global batch, int32 (layers, batch)."""
         whole, shape = torch.iinfo(torch.int32), (len(self.dropouts), self.trainer.batch_size)
         source = generator(self.seed, "dropout", self.step, device=self.device)  # a copy from the host would wait
         return torch.randint(whole.min, whole.max, shape, generator=source, dtype=torch.int32, device=self.device)
 
     def _connected(self, batch: Batch, rows: slice, times: Times, source: torch.Generator) -> LearnedScore:
-        """The model as the objective sees it, its network distributed and compiled."""
-        network = self.place.connect(lambda: self._loss(self.model, batch, rows, times, source).loss.mean())
+        """The model that objectives call: its network wrapped for several processes and compiled, where asked for."""
+        network = self.strategy.connect(lambda: self._loss(self.model, batch, rows, times, source).loss.mean())
         network = torch.compile(network) if self.trainer.compile else network  # type: ignore[assignment]
-        return self.model if network is self.model.network else seen_through(self.model, network)
+        return self.model if network is self.model.network else with_network(self.model, network)
 
     def _loss(self, model: LearnedScore, batch: Batch, rows: slice, times: Times, source: torch.Generator) -> Losses:
-        """The losses of some rows of the global batch."""
+        """The losses of `batch`, which is `rows` of the global batch."""
         dtype = PRECISIONS[self.trainer.precision]
         drawn = Times(times.t[rows], times.u[rows], times.weight[rows])
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
@@ -165,31 +165,31 @@ class TrainingState:
         return found
 
     def _differentiated(self, batch: Batch, rows: slice, times: Times, source: torch.Generator, last: bool) -> Losses:
-        """The losses of a micro-batch, whose gradient has been added."""
+        """Adds the gradient of a micro-batch; returns its losses."""
         assert self.view is not None
-        with self.place.collecting(last):
+        with self.strategy.collecting(last):
             found = self._loss(self.view, batch, rows, times, source)
             mean = found.loss.mean() / self.trainer.accumulate
             (mean if self.loss_scale is None else mean * self.loss_scale.scale).backward()
         return Losses(found.loss.detach(), found.diagnostics)
 
     def _update(self, found: Losses, u: Tensor) -> None:
-        """Clips the gradient and steps, unless the loss or the gradient is not finite on some process."""
-        gradients = self.place.gradients()
+        """Clips the gradient and takes the step, unless the loss or the gradient is not finite on some process."""
+        gradients = self.strategy.gradients()
         if self.loss_scale is not None:
             torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)
-        norm = self.place.clip(self.trainer.gradient_clip or math.inf)
+        norm = self.strategy.clip(self.trainer.gradient_clip or math.inf)
         finite_loss = torch.isfinite(distributed.mean(found.loss.mean()))
         good = finite_loss & torch.isfinite(norm)
         self.optimizer.step(self.trainer.rate(self.step), good)
         counted = ~good
-        if self.loss_scale is not None:  # an overflow is how the scale finds its place, and no fault
+        if self.loss_scale is not None:  # an overflow only lowers the scale, and is no fault
             counted = counted & ~(finite_loss & (self.loss_scale.scale > 1))
             self.loss_scale.update(good)
         self.window.add(found.loss, u, norm, good, counted, found.diagnostics)
 
     def report(self) -> dict[str, Any]:
-        """The line of metrics.jsonl for the steps since the last one."""
+        """The row of metrics.jsonl for the steps since the last one."""
         row = self.window.read((self.step - self.reported) * self.trainer.batch_size)
         if row["nonfinite"]:
             log.warning("%d non-finite losses up to step %d: steps skipped", row["nonfinite"], self.step)
@@ -205,10 +205,9 @@ class TrainingState:
         return {"step": self.step, **row, **more}
 
     def held_out_loss(self, batch: Batch) -> float:
-        """The mean loss of the first average on these examples, in training's batches but always at the same times and noise.
+        """Mean loss of the first averaged model on these examples, batched as in training, with the same noise at each call.
 
-        A time sampler that learns chooses and weighs its times as it does by then. All processes call it, and share the
-        examples out as in training.
+        Times are the same too, unless the time sampler learns. All processes call it and share the examples as in training.
         """
 
         def mean(step: int, raw: LearnedScore, averaged: LearnedScore) -> float:
@@ -219,7 +218,9 @@ class TrainingState:
                 for rows in self.micro_batches():
                     part = batch.rows(slice(first + rows.start, first + rows.stop)).to(self.device)
                     if count := len(part.x):
-                        with torch.enable_grad():  # by x, which an objective may ask for; no weight of the average does
+                        with (
+                            torch.enable_grad()
+                        ):  # an objective may differentiate by x; averaged weights need no gradient
                             losses = self._loss(averaged, part, slice(rows.start, rows.start + count), times, source)
                         loss = losses.loss.detach()
                         found += torch.stack([loss.sum().double(), found.new_tensor(count)])
@@ -239,27 +240,27 @@ class TrainingState:
             "coefficients": _coefficients(self.model),
             "nonfinite": self.nonfinite + self.window.nonfinite,
             "times": self.time_sampler.state_dict(),
-            **{name: self.place.whole_moments(part.state_dict()) for name, part in self.optimizer.parts.items()},
+            **{name: self.strategy.whole_moments(part.state_dict()) for name, part in self.optimizer.parts.items()},
         }
         if self.loss_scale is not None:
             state |= {"loss_scale": float(self.loss_scale.scale), "good_steps": float(self.loss_scale.good_steps)}
-        weights = {"weights": self.place.state_dict(self.place.held)}
-        weights |= {name: self.place.state_dict(average.tensors) for name, average in self.averages.items()}
+        weights = {"weights": self.strategy.state_dict(self.strategy.held)}
+        weights |= {name: self.strategy.state_dict(average.tensors) for name, average in self.averages.items()}
         if distributed.is_main():
             checkpoints.save(self.step, weights, state)
 
     def snapshot(self, snapshots: Checkpoints) -> None:
         """Stores the power-function averages, from which `posthoc` reconstructs others. All processes call it."""
         known = {name: average for name, average in self.averages.items() if isinstance(average.decay, PowerFunction)}
-        weights = {name: self.place.state_dict(average.tensors) for name, average in known.items()}
+        weights = {name: self.strategy.state_dict(average.tensors) for name, average in known.items()}
         if distributed.is_main():
             snapshots.save(self.step, weights)
 
     def restore(self, checkpoints: Checkpoints, step: int) -> None:
-        """Takes up a checkpoint.
+        """Loads a checkpoint.
 
-        Raises ValueError where it is of another seed, batch size, number of examples, SDE, parameterization, optimiser, set
-        of averages or network.
+        Raises ValueError if the run was started with another seed, batch size, number of examples, SDE, parameterization,
+        optimiser or network, and FileNotFoundError if it lacks one of the averages.
         """
         state = checkpoints.state(step)
         for name, given in (("seed", self.seed), ("batch_size", self.trainer.batch_size), ("examples", self.examples)):
@@ -271,14 +272,16 @@ class TrainingState:
             was = "muon" if "muon" in state else "adamw"
             raise ValueError(f"optimizer={self.trainer.optimizer}, but the run was started with {was}: resume it so")
         for name, average in self.averages.items():
-            self.place.load_state_dict(average.tensors, checkpoints.weights(step, ema=name))
-        self.place.load_state_dict(self.place.held, checkpoints.weights(step, ema=False))  # last: it fills the model
-        own = _coefficients(self.model)  # which may be learnt
+            self.strategy.load_state_dict(average.tensors, checkpoints.weights(step, ema=name))
+        self.strategy.load_state_dict(
+            self.strategy.held, checkpoints.weights(step, ema=False)
+        )  # last: it fills the model
+        own = _coefficients(self.model)  # after loading, as the SDE may be learnt
         if not torch.allclose(state.get("coefficients", own), own, rtol=1e-6, atol=0):
             was, now = " and ".join(state["process"]), f"{self.model.sde!r} and {self.model.parameterization!r}"
             raise ValueError(f"the run was started with {was}, not with {now}: resume it so, or choose a new directory")
         for name, part in self.optimizer.parts.items():
-            part.load_state_dict(self.place.own_moments(state[name]))
+            part.load_state_dict(self.strategy.own_moments(state[name]))
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.scale.fill_(state["loss_scale"])
             self.loss_scale.good_steps.fill_(state["good_steps"])
@@ -287,18 +290,18 @@ class TrainingState:
         self.nonfinite = state["nonfinite"]
 
     def shown(self) -> tuple[LearnedScore, LearnedScore]:
-        """The model and its first average with whole weights, in evaluation mode. All processes call it."""
+        """The model and its first averaged model, with whole weights, in evaluation mode. All processes call it."""
         if self._averaged is None:
             self._averaged = copy.deepcopy(self.model).requires_grad_(False)
         average = next(iter(self.averages.values()))
-        self.place.fill(self.model, self.place.held)
-        self.place.fill(self._averaged, average.tensors)
+        self.strategy.fill(self.model, self.strategy.held)
+        self.strategy.fill(self._averaged, average.tensors)
         for shown, current in zip(self._averaged.buffers(), self.model.buffers(), strict=True):
             shown.copy_(current)
         return self.model.to(self.device).eval(), self._averaged.to(self.device).eval()
 
     def show(self, hook: Callable[[int, LearnedScore, LearnedScore], T]) -> T:
-        """Calls a hook with both models in evaluation mode."""
+        """Calls hook(step, model, averaged model), both in evaluation mode, without gradients. All processes call it."""
         with torch.no_grad():
             answer = hook(self.step, *self.shown())
         self.model.train()

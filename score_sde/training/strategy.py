@@ -1,8 +1,8 @@
-"""How weights lie on processes: whole on one, whole on each (DDP), or in shards (FSDP).
+"""How weights are placed on processes: whole on a single one, whole on each (DDP), or in shards (FSDP).
 
-A process holds `held[i]` of parameter i: all of it, or its shard. Optimisers and averages that work element by element
-see held tensors alone; `full` and `part` convert, so that checkpoints hold whole tensors and any number of processes
-can take them up. What converts is called by all processes together.
+Of parameter i, a process holds `held[i]`: all of it, or its shard. Optimisers and averages work element by element on
+held tensors alone. `full` and `part` convert between held and whole tensors, so that checkpoints hold whole tensors and
+can be resumed by any number of processes. All processes must call the converting methods together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from score_sde import distributed
 from score_sde.networks.magnitude import MPConv, on_sphere
 from score_sde.score import LearnedScore
 
-__all__ = ["STRATEGIES", "Replicated", "Sharded", "Single", "seen_through", "strategy"]
+__all__ = ["STRATEGIES", "Replicated", "Sharded", "Single", "strategy", "with_network"]
 
 STRATEGIES = ("ddp", "fsdp")
 
@@ -33,8 +33,8 @@ class Single:
     """One process.
 
     Attributes:
-        parameters: those that gradients arrive at.
-        held: what this process keeps and updates of each.
+        parameters: the parameters to which backward passes add gradients.
+        held: the part of each that this process keeps and updates.
     """
 
     def __init__(self, model: LearnedScore, device: torch.device) -> None:
@@ -43,73 +43,73 @@ class Single:
         self.held = self.parameters
 
     def connect(self, loss: Callable[[], Tensor]) -> nn.Module:
-        """Called before the first step with a loss like those to come; returns what the objective shall call."""
+        """Called before the first step, with a loss like those to come; returns the network that objectives are to call."""
         return self.network
 
     def disconnect(self) -> None:
         """Called after the last step."""
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of the held tensors, which are theirs from now on."""
+        """Moves the gradients to the held tensors, and returns them."""
         return [weight.grad for weight in self.held if weight.grad is not None]
 
     def clip(self, limit: float) -> Tensor:
-        """Scales the whole gradient to a norm of at most `limit`; returns the norm it had, the same on every process."""
+        """Scales the whole gradient to a norm of at most `limit`; returns its norm before, the same on every process."""
         return nn.utils.clip_grad_norm_(self.held, limit)
 
     def collecting(self, last: bool) -> AbstractContextManager[None]:
-        """Around the loss and gradient of a micro-batch: only at the last one gradients are averaged over processes."""
+        """Context of a micro-batch's loss and backward pass: gradients are averaged over processes only at the last one."""
         return contextlib.nullcontext()
 
     def full(self, i: int, part: Tensor) -> Tensor:
-        """The whole of a tensor like parameter i, of which this process holds `part`."""
+        """The whole tensor, shaped like parameter i, of which this process holds `part`."""
         return part
 
     def part(self, i: int, full: Tensor) -> Tensor:
-        """What this process holds of a tensor like parameter i."""
+        """The part that this process holds of a whole tensor shaped like parameter i."""
         return full
 
     def fill(self, model: LearnedScore, held: Sequence[Tensor]) -> None:
-        """Gives the weights of a model like this one the whole of what is held."""
+        """Sets the parameters of a copy of the model to the whole tensors of `held`."""
         for i, (weight, tensor) in enumerate(zip(model.parameters(), held, strict=True)):
             if weight is not tensor:
                 weight.data = self.full(i, tensor.detach()).to(self.device, weight.dtype)
 
     def state_dict(self, held: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Whole tensors by the names of the model's state, in the place of its parameters those of `held`."""
+        """The model's state dict in whole tensors, with `held` in place of its parameters."""
         known = {id(parameter): i for i, parameter in enumerate(self.model.parameters())}
         state = self.model.state_dict(keep_vars=True)
-        whole = [self._kept(i, tensor) for i, tensor in enumerate(held)]
+        whole = [self._whole_on_main(i, tensor) for i, tensor in enumerate(held)]
         return {name: whole[known[id(value)]] if id(value) in known else value for name, value in state.items()}
 
     @torch.no_grad()
     def load_state_dict(self, held: Sequence[Tensor], weights: dict[str, Tensor]) -> None:
-        """Takes up what `state_dict` gave, into `held` and the model; ValueError where it is another network's."""
+        """Loads a `state_dict` into `held` and the model. Raises ValueError if it is another network's."""
         try:
             self.model.load_state_dict(weights)  # checks names and shapes, and fills buffers
         except RuntimeError as error:
             first = str(error).partition("\n\t")[2].partition("\n")[0]
             raise ValueError(f"the checkpoint is of another network than this model's: {first}") from error
         for i, (tensor, (name, parameter)) in enumerate(zip(held, self.model.named_parameters(), strict=True)):
-            if tensor is not parameter:  # from the file: the model may hold fewer digits
+            if tensor is not parameter:  # from the file, as the model may have a lower precision
                 tensor.copy_(self.part(i, weights[name]))
 
     def whole_moments(self, state: dict[str, Any]) -> dict[str, Any]:
-        """An optimiser's state with its tensors whole."""
-        return _converted(state, self._kept)
+        """An optimiser's state dict with whole tensors."""
+        return _converted(state, self._whole_on_main)
 
     def own_moments(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What this process holds of an optimiser's whole state."""
+        """The part that this process holds of an optimiser's state dict with whole tensors."""
         return _converted(state, self.part)
 
-    def _kept(self, i: int, part: Tensor) -> Tensor:
-        """The whole of a tensor like parameter i on the main process, which alone has a use for it."""
+    def _whole_on_main(self, i: int, part: Tensor) -> Tensor:
+        """`full` on the main process, which alone writes it; an empty tensor on the others."""
         whole = self.full(i, part.detach())
         return whole if distributed.is_main() else whole.new_empty(0)
 
 
 def _converted(state: dict[str, Any], convert: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
-    """An optimiser's state with its tensors, but for scalars, made whole or cut."""
+    """An optimiser's state dict with every tensor but the scalars converted."""
 
     def converted(i: int, value: Any) -> Any:
         return convert(i, value) if isinstance(value, Tensor) and value.ndim else value
@@ -119,12 +119,12 @@ def _converted(state: dict[str, Any], convert: Callable[[int, Tensor], Tensor]) 
 
 
 class Replicated(Single):
-    """Whole weights on each process; gradients are averaged while they are computed."""
+    """Whole weights on each process (DDP); gradients are averaged while they are computed."""
 
     unreached: Sequence[nn.Parameter] = ()
 
     def connect(self, loss: Callable[[], Tensor]) -> nn.Module:
-        # DDP waits for the gradient of every parameter: those that no loss reaches are kept from it.
+        # DDP waits for the gradient of every trainable parameter, so those that the loss does not reach are frozen.
         trained = [p for p in self.parameters if p.requires_grad]
         reached = torch.autograd.grad(loss(), trained, allow_unused=True)
         self.unreached = [p for p, gradient in zip(trained, reached, strict=True) if gradient is None]
@@ -147,7 +147,7 @@ class Replicated(Single):
 
 
 class _Transparent(DistributedDataParallel):
-    """Shows the attributes of the network within."""
+    """DDP that has the attributes of the wrapped network."""
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
         try:
@@ -157,16 +157,16 @@ class _Transparent(DistributedDataParallel):
 
 
 class Sharded(Single):
-    """Weights, gradients, moments and averages in shards; each entry of a ModuleList is gathered when it computes.
+    """Weights, gradients, moments and averages in shards (FSDP2); each entry of a ModuleList is gathered to compute.
 
-    An objective that differentiates the network's derivative (implicit or sliced score matching) needs `ddp`.
+    Objectives that differentiate the network's derivative (implicit or sliced score matching) need `ddp` instead.
     """
 
     def __init__(self, model: LearnedScore, device: torch.device) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard  # a second, for those who need it
+        from torch.distributed.fsdp import fully_shard  # takes a second to import
 
-        # A warning meant for those who write into a network's output, which nothing here does.
+        # That warning is about writing into a network's output, which nothing here does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(device.type, (distributed.count(),))
         self.device, self.model, self.network = device, model, copy.deepcopy(model.network).to(device)
@@ -181,7 +181,7 @@ class Sharded(Single):
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
-        for weight in self.filters:  # what `MPConv` wrote was a gathered copy; a shard holds whole filters
+        for weight in self.filters:  # `MPConv` normalised only a gathered copy; shards hold whole filters
             weight.copy_(on_sphere(weight))
         for weight, parameter in zip(self.held, self.parameters, strict=True):
             weight.grad = None if parameter.grad is None else parameter.grad.to_local()  # type: ignore[attr-defined]
@@ -216,13 +216,13 @@ class Sharded(Single):
 
 
 def strategy(name: str, model: LearnedScore, device: torch.device) -> Single:
-    """The strategy of a run, which one process alone does not need."""
+    """The strategy called `name` for several processes; `Single` for one."""
     kind = {"ddp": Replicated, "fsdp": Sharded}[name] if distributed.count() > 1 else Single
     return kind(model, device)
 
 
-def seen_through(model: LearnedScore, network: nn.Module) -> LearnedScore:
-    """`model` with another module in the place of its network, as an objective sees it; the model itself is not changed."""
+def with_network(model: LearnedScore, network: nn.Module) -> LearnedScore:
+    """A shallow copy of `model` that calls another module as its network, for objectives; `model` itself stays as it is."""
     view = copy.copy(model)
     view.__dict__["_modules"] = {**model._modules, "network": network}
     return view

@@ -1,7 +1,7 @@
-"""How well a device is used: the floating-point operations of a training step over what the device could have done.
+"""How well a device is used: the floating-point operations of a training step over what the device could do in that time.
 
 Model-FLOPs utilisation = examples per second * FLOPs of forward and backward for one example / peak FLOPs of all devices
-(Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B). Matrix products, convolutions and attention count.
+(Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B), counting matrix products, convolutions and attention.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from score_sde.score import LearnedScore
 
 __all__ = ["PEAKS", "flops_per_example", "peak_flops"]
 
-# Dense TFLOP/s without sparsity by NVIDIA's data sheets: 16-bit tensor cores, TF32, and float32 without it.
+# Peak TFLOP/s by NVIDIA's data sheets, without sparsity: 16-bit tensor cores, TF32 tensor cores, float32.
 PEAKS = {
     "B200": (2250, 1125, 75),
     "H200": (989, 495, 67),
@@ -39,9 +39,9 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of a device at a trainer's precision, None where the table does not know it.
+    """Peak FLOP/s of a device at a trainer's precision; None if `PEAKS` does not have it.
 
-    "32-true" means TF32 where torch may use it, in convolutions by default (`torch.backends.cudnn.allow_tf32`).
+    "32-true" means TF32 if torch may use it, as it does for convolutions by default (`torch.backends.cudnn.allow_tf32`).
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
@@ -54,19 +54,24 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def flops_per_example(model: LearnedScore, batch: Batch) -> int:
     """FLOPs of the network's forward and backward pass on the first example of a prepared batch.
 
-    What gradient checkpointing computes again does not count. Gradients that the parameters hold are left alone.
+    What gradient checkpointing recomputes does not count. The parameters' `grad` stays as it is.
     """
     condition = {name: value[:1] for name, value in batch.condition.items() if name in model.condition_names}
     x, counter = batch.x[:1], FlopCounterMode(display=False)
-    with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.enable_grad(), _remembering(model), counter:
+    with (
+        torch.random.fork_rng([x.device] if x.is_cuda else []),
+        torch.enable_grad(),
+        _without_checkpointing(model),
+        counter,
+    ):
         output = model.network(x, x.new_zeros(1), **condition)
         torch.autograd.grad(output.float().sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     return counter.get_total_flops()
 
 
 @contextmanager
-def _remembering(model: nn.Module) -> Iterator[None]:
-    """Without gradient checkpointing, which networks announce by an attribute `checkpointing`."""
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Turns off gradient checkpointing, which networks declare by an attribute `checkpointing`."""
     chosen = [module for module in model.modules() if getattr(module, "checkpointing", False)]
     for module in chosen:
         module.__dict__["checkpointing"] = False

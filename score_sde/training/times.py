@@ -1,8 +1,9 @@
 """Which times the network is trained at.
 
-A time sampler is a quantile function u -> t(u), increasing in noise, fed with u in (0, 1): independent uniforms, or one
-in each of `count` equal strata, whose mean over a batch varies far less. u names the quartile of the noise level too.
-Where t has another density p than the objective's uniform one, the weight 1 / ((t_max - t_min) p(t)) comes along.
+A time sampler is a quantile function u -> t(u), increasing in the noise level, applied to u in (0, 1): independent
+uniforms, or one in each of `count` equal strata, which makes means over a batch vary far less. Losses are also logged by
+the quartile of u. If t has a density p other than the objective's uniform one, it comes with the importance weight
+1 / ((t_max - t_min) p(t)).
 """
 
 from __future__ import annotations
@@ -31,34 +32,34 @@ class Times:
 
 
 class TimeSampler(ABC):
-    """Draws training times, one in each of `count` equal strata of their law unless `stratified` is False."""
+    """Draws training times, one in each of `count` strata of equal probability unless `stratified` is False."""
 
     def __init__(self, stratified: bool = True) -> None:
         self.stratified = stratified
 
     @abstractmethod
     def quantile(self, sde: SDE, u: Tensor) -> Tensor:
-        """The time below which a share u of the draws falls, float64 of u's shape."""
+        """The time below which a fraction u of the draws falls, float64 of u's shape."""
 
     def weight(self, sde: SDE, t: Tensor) -> Tensor:
-        """The importance weight of a draw; 1 where the sampler's own law is part of the objective."""
+        """The importance weight of a draw; 1 if the sampler's own law is part of the objective."""
         return torch.ones_like(t)
 
     def check(self, sde: SDE) -> None:  # noqa: B027
-        """Refuses, with ValueError, an SDE that this law of times does not suit."""
+        """Raises ValueError for an SDE that these times do not fit."""
 
     def update(self, times: Times, losses: Tensor) -> None:  # noqa: B027
-        """Shows the losses (batch,) of the last draw to a law that learns from them."""
+        """Given the losses (batch,) of the last draw, adapts a law that learns from them."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a law has learnt, for a checkpoint."""
+        """What the sampler has learnt, for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Takes up what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
 
     def __call__(self, sde: SDE, count: int, generator: torch.Generator) -> Times:
-        """`count` times on the generator's device."""
+        """Draws `count` times on the generator's device."""
         u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
         if self.stratified:
             u = (torch.arange(count, device=u.device) + u) / count
@@ -76,7 +77,7 @@ class UniformTimes(TimeSampler):
 class OneLevelTimes(TimeSampler):
     """Always the time at which sigma / alpha = level, in units of the data: score matching at one noise level.
 
-    Raises ValueError where the level is not positive; `check` where the SDE does not have it.
+    Raises ValueError if the level is not positive; `check`, if the SDE does not reach it.
     """
 
     def __init__(self, level: float) -> None:
@@ -91,14 +92,14 @@ class OneLevelTimes(TimeSampler):
         high, low = sde.noise_level_range
         if not low <= self.level <= high:
             raise ValueError(
-                f"level={self.level} is none of the SDE's, which has sigma / alpha from {low:.3g} to {high:.3g}"
+                f"level={self.level} is outside the SDE's noise levels: sigma / alpha is from {low:.3g} to {high:.3g}"
             )
 
 
 class LogNormalTimes(TimeSampler):
-    """ln(sigma / alpha) ~ N(mean, std^2), cut to the SDE's range (Karras et al. 2022, table 1: -1.2 and 1.2).
+    """ln(sigma / alpha) ~ N(mean, std^2), truncated to the SDE's range (Karras et al. 2022, table 1: -1.2 and 1.2).
 
-    Raises ValueError where std is not positive; `check` where less than 1 % of the law lies within the SDE's range.
+    Raises ValueError if std is not positive; `check`, if less than 1 % of the normal law lies within the SDE's range.
     """
 
     def __init__(self, mean: float = -1.2, std: float = 1.2, stratified: bool = True) -> None:
@@ -114,18 +115,18 @@ class LogNormalTimes(TimeSampler):
         low, high = self._range(sde)
         if high - low < 0.01:
             raise ValueError(
-                f"LogNormalTimes(mean={self.mean}, std={self.std}) has {high - low:.1e} of its law within the noise "
+                f"LogNormalTimes(mean={self.mean}, std={self.std}) has {high - low:.1e} of its probability within the noise "
                 "levels of the SDE: move the mean of ln(sigma / alpha) into its range"
             )
 
     def _range(self, sde: SDE) -> tuple[float, float]:
-        """Shares of the normal law below the least and the greatest noise level."""
+        """Probability of the normal law below the least and below the greatest noise level."""
         high, low = (math.erfc((self.mean + lmbda) / (self.std * math.sqrt(2))) / 2 for lmbda in sde.half_log_snr_range)
         return low, high
 
 
 class LadderTimes(TimeSampler):
-    """The indices 0 .. num_steps - 1 of a `DiscreteSDE`, all equally often; `check` refuses every other SDE."""
+    """The indices 0 .. num_steps - 1 of a `DiscreteSDE`, uniformly; `check` raises ValueError for any other SDE."""
 
     def quantile(self, sde: SDE, u: Tensor) -> Tensor:
         return (u * sde.num_steps).floor()  # type: ignore[attr-defined]
@@ -138,9 +139,10 @@ class LadderTimes(TimeSampler):
 class ImportanceTimes(TimeSampler):
     """p(t) proportional to g^2 / sigma^2, with the weights that keep means over U[t_min, t_max] unbiased.
 
-    As g^2 / sigma^2 = -2 d lambda / dt, this is lambda ~ U[lambda(t_max), lambda(t_min)] and p is known in closed form.
-    Under `LikelihoodWeighting` every level then counts as under `SimpleWeighting`, but for one constant.
-    Of a schedule that is learnt neither t nor the weight has derivatives, as the mean that they stand for has none.
+    As g^2 / sigma^2 = -2 d lambda / dt with lambda = ln(alpha / sigma), this is lambda ~ U[lambda(t_max), lambda(t_min)],
+    and p is known in closed form. `LikelihoodWeighting` times the importance weight is then `SimpleWeighting`, up to a
+    constant. For a learnt schedule, t and weight carry no gradient: they only estimate the mean
+    over uniform t, which does not depend on how t is drawn.
     Song et al. 2021, https://arxiv.org/abs/2101.09258, section 5.1.
     """
 

@@ -359,7 +359,7 @@ class Trainer:
             if self.snapshot_every and (stalled or state.step == self.steps):
                 home.snapshot(state)
             home.checkpoint(state)
-        state.place.disconnect()
+        state.strategy.disconnect()
         return metrics.rows, signal.Signals(stopped) if stopped else None
 
     def _held_out(self, data: Data) -> Batch | None:

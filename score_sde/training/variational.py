@@ -23,6 +23,7 @@ from score_sde.keyed import generator
 from score_sde.prediction import Prediction
 from score_sde.score import ClosedForm, LearnedScore, ScoreModel
 from score_sde.sde import SDE, expand
+from score_sde.targets import log_mass
 from score_sde.training.draws import draw
 from score_sde.training.objective import LabelDropout, Losses, excess
 from score_sde.training.times import Times, TimeSampler
@@ -39,11 +40,11 @@ __all__ = [
 
 VARIANCES = ("small", "large", "learned")
 Variance = str | Callable[[Tensor, Tensor], Tensor]
-"""`small`, `large`, `learned` (the network's own), or (x_t, index) -> w of shape (batch,) or (batch, *event)."""
+"""One of "small", "large", "learned" (the network's own), or a callable (x_t, index) -> w, (batch,) or (batch, *event)."""
 
 
 NO_VARIANCE = (
-    "variance='learned' needs a network with a variance head (learned_variance=true): or take 'small' or 'large'"
+    "variance='learned' needs a network with a variance head: give it learned_variance=true, or use 'small' or 'large'"
 )
 
 
@@ -64,37 +65,33 @@ class DiscretisedDecoder:
     """The mass of a Gaussian in the bin around x; the outermost bins reach to infinity (Ho et al. 2020, eq. 13).
 
     Args:
-        bin_width: distance of neighbouring values of x; 2 / 255 for 8-bit data scaled to [-1, 1] by 2 k / 255 - 1.
+        bin_width: distance between neighbouring values of x; 2 / 255 for 8-bit data scaled to [-1, 1] by 2 k / 255 - 1.
         low, high: the least and the greatest value.
     """
 
     def __init__(self, bin_width: float = 2 / 255, low: float = -1.0, high: float = 1.0) -> None:
         if not (bin_width > 0 and high - low > bin_width):
-            raise ValueError(f"bins have a width > 0 below high - low, got {bin_width=}, {low=}, {high=}")
+            raise ValueError(f"bin_width must be between 0 and high - low, got {bin_width=}, {low=}, {high=}")
         self.bin_width, self.low, self.high = bin_width, low, high
 
     def __call__(self, x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
         half, scale = self.bin_width / 2, (-log_variance / 2).exp()
         above = torch.where(x > self.high - half, math.inf, (x + half - mean) * scale)
         below = torch.where(x < self.low + half, -math.inf, (x - half - mean) * scale)
-        # Mass in the upper tail is taken from below by symmetry, where log_ndtr keeps its digits.
-        flip = below > 0
-        upper, lower = torch.where(flip, -below, above), torch.where(flip, -above, below)
-        top = torch.special.log_ndtr(upper)
-        return -(top + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - top)))
+        return -log_mass(below, above)
 
 
 class Ladder:
     """The coefficients of the bound at K times, least noisy first; entry 0 is the decoder's, p(x | x_0) = N(D, v I).
 
-    There b = 1, large = sigma_0^2 (DDPM's beta_1), and small is that of the first transition, as in the published code.
+    For entry 0, b = 1, large = sigma_0^2 (DDPM's beta_1) and small is that of entry 1, as in the published code.
 
     Args:
         sde: the forward process.
-        times: (K,) increasing; all levels of a DiscreteSDE unless given.
+        times: (K,), increasing; by default all levels of a DiscreteSDE.
 
     Raises:
-        ValueError: fewer than two times, times that do not increase, or none for an SDE without a ladder.
+        ValueError: fewer than two times, times that do not increase, or no times for an SDE other than a DiscreteSDE.
     """
 
     def __init__(self, sde: SDE, times: Tensor | None = None) -> None:
@@ -124,46 +121,51 @@ class Ladder:
         mean = float(self.alpha[-1]) / self.sde.prior_std
         return ((mean * x.double()).square() + ratio - 1 - math.log(ratio)).flatten(1).sum(1) / 2
 
-    def log_variance(self, variance: Variance, said: Prediction, index: Tensor) -> Tensor:
-        """log v for each sample, of a shape that multiplies x_t; raises ValueError where the network has learnt none."""
-        small, large = (expand(part.to(said.x.device)[index], said.x) for part in (self.log_small, self.log_large))
+    def log_variance(self, variance: Variance, prediction: Prediction, index: Tensor) -> Tensor:
+        """log v at the steps `index` (batch,), shaped to broadcast with x_t. Raises ValueError if the network learns none."""
+        x_t = prediction.x
+        small, large = (expand(part.to(x_t.device)[index], x_t) for part in (self.log_small, self.log_large))
         if variance in ("small", "large"):
             return small if variance == "small" else large
-        w = said.variance_weight if variance == "learned" else variance(said.x, index)  # type: ignore[operator]
+        w = prediction.variance_weight if variance == "learned" else variance(x_t, index)  # type: ignore[operator]
         if w is None:
             raise ValueError(NO_VARIANCE)
-        w = expand(w, said.x) if w.ndim == 1 else w
+        w = expand(w, x_t) if w.ndim == 1 else w
         return w * large + (1 - w) * small
 
     def term(
-        self, x: Tensor, said: Prediction, index: Tensor, variance: Variance, decoder: Decoder, *, only_variance: bool = False,
+        self, x: Tensor, prediction: Prediction, index: Tensor, variance: Variance, decoder: Decoder, *,
+        only_variance: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Term `index` of each sample's bound, shape (batch,); 0 is the decoder's.
+        """Term `index` of each sample's bound in nats, shape (batch,); term 0 is the decoder's.
 
         Args:
             x: clean data.
-            said: the model's prediction at x_t of level `index` (batch,).
+            prediction: the model's at x_t, noised to the levels `index`.
+            index: (batch,), integers.
+            variance: v (see `Variance`).
+            decoder: -log p(x | x_0).
             only_variance: gradients flow through the variance alone, not through the mean.
         """
-        log_v, denoised = self.log_variance(variance, said, index), said.denoised.to(x.dtype)
+        log_v, denoised = self.log_variance(variance, prediction, index), prediction.denoised.to(x.dtype)
         denoised = denoised.detach() if only_variance else denoised
         small, of_data = (expand(part.to(x.device)[index], x) for part in (self.log_small, self.of_data))
         ratio = small - log_v
         kl = (of_data.square() * (x - denoised).square() * (-log_v).exp() + torch.expm1(ratio) - ratio) / 2
         first = expand(index == 0, x).bool()
-        # The decoder sees level 0 alone: the probability of a bin is 0 far from its mean, and that gradient is NaN.
+        # The decoder sees level 0 alone: elsewhere the probability of a bin may underflow to 0, whose gradient is NaN.
         nats = decoder(x, torch.where(first, denoised, x), torch.where(first, log_v, 0.0))
         return torch.where(first, nats, kl).flatten(1).sum(1)
 
 
 def check_variance(variance: Variance) -> None:
-    """Refuses, with ValueError, a variance that is neither known by name nor callable."""
+    """Raises ValueError for a variance that is neither a known name nor a callable."""
     if variance not in VARIANCES and not callable(variance):
         raise ValueError(f"variance is 'small', 'large', 'learned' or a callable (x_t, index) -> w, got {variance!r}")
 
 
 class StepVariance:
-    """A weight w for each step, set to its optimum by `fit`: w = 0 is `small`, w = 1 is `large`.
+    """A weight w for each step, set to its optimum by `fit`; w = 0 is "small", w = 1 is "large".
 
     The optimum is v = small + b^2 E|x - D|^2 / d. Source: Bao et al. 2022 (Analytic-DPM),
     https://arxiv.org/abs/2201.06503, theorem 1.
@@ -177,7 +179,7 @@ class StepVariance:
 
     @torch.no_grad()
     def fit(self, model: ScoreModel, x: Tensor, ladder: Ladder, seed: int = 0) -> StepVariance:
-        """Sets w to its optimum on data x, with one call of the model a step."""
+        """Sets w to its optimum on data x, with one call of the model for each step. Returns self."""
         if len(ladder) != len(self.w):
             raise ValueError(f"this variance has {len(self.w)} steps, the ladder {len(ladder)}: make them equal")
         source = generator(seed, "step variance", device=x.device)
@@ -191,10 +193,10 @@ class StepVariance:
 
 
 class LossAwareTimes(TimeSampler):
-    """Ladder indices drawn with p_t proportional to sqrt(E[L_t^2]) over the last losses, weighted by 1 / (K p_t).
+    """Ladder indices drawn with p_t proportional to sqrt(E[L_t^2]), and weighted by 1 / (K p_t).
 
-    Uniform until each step has `history` losses. What it was shown is its state, part of a checkpoint.
-    Source: Nichol & Dhariwal 2021, eq. 18.
+    The mean is over the last `history` losses of each step; draws are uniform until every step has that many, and keep a
+    share of 0.001 uniform. The losses are part of a checkpoint. Source: Nichol & Dhariwal 2021, eq. 18.
     """
 
     def __init__(self, num_steps: int, history: int = 10, stratified: bool = True) -> None:
@@ -223,14 +225,14 @@ class LossAwareTimes(TimeSampler):
         return 1 / (len(self.losses) * self.probabilities[t.long()])
 
     def update(self, times: Times, losses: Tensor) -> None:
-        """Puts each loss, without its importance weight, in the place of the oldest of its step; one not finite is 0."""
+        """Stores each loss, without its importance weight, over the oldest of its step; non-finite ones as 0."""
         index, order = times.t.long().sort(stable=True)
         loss = torch.nan_to_num(losses.detach().double() / times.weight, 0.0, 0.0, 0.0)[order]
         self._move(index.device)
         many = index.bincount(minlength=len(self.counts))
         rank = torch.arange(len(index), device=index.device) - (many.cumsum(0) - many)[index]
         history = self.losses.shape[1]
-        latest = rank >= many[index] - history  # of more than `history` at once only the last ones find a place
+        latest = rank >= many[index] - history  # of more than `history` at once, the last are stored
         place = index * history + (self.counts[index] + rank) % history
         flat, padded = self.losses.flatten(), torch.where(latest, place, self.losses.numel())
         self.losses = torch.cat([flat, flat[:1]]).index_put((padded,), loss)[:-1].view_as(self.losses)
@@ -247,23 +249,23 @@ class LossAwareTimes(TimeSampler):
 
 
 class VariationalObjective:
-    """L = simple L_simple + vlb L_vlb on a DiscreteSDE, in nats a dimension (without the constant prior term).
+    """L = simple L_simple + vlb L_vlb on a DiscreteSDE, in nats per dimension (without the constant prior term).
 
-    L_simple = mean_d |eps - eps_hat|^2, L_vlb = K times the term of the drawn step. (0, 1) is L_vlb, (1, 0) L_simple,
-    (1, 0.001) L_hybrid, in which the bound trains the variance alone: there the mean is detached. Both parts are
-    diagnostics, `simple` and `vlb`, beside those of `objective.excess`.
+    L_simple = mean_d |eps - eps_hat|^2, L_vlb = K times the bound's term of the drawn step. Weights (simple, vlb) of (0, 1)
+    give L_vlb, (1, 0) L_simple and (1, 0.001) L_hybrid. Beside L_simple the bound trains the variance alone: its mean is
+    detached. Diagnostics are both parts, `simple` and `vlb`, and those of `objective.excess`.
     Source: Nichol & Dhariwal 2021, eq. 16 and 17.
 
     Args:
         simple, vlb: the weights.
-        variance: "small", "large" or "learned" (a network with a variance head, `learned_variance=True`).
-        decoder: p(x | x_0); continuous unless given.
-        target: the closed-form law of the data where it is known.
-        label_dropout: the probability with which an example's label or context is left out (see `LabelDropout`).
+        variance: "small", "large" or "learned" (by a network with `learned_variance=True`).
+        decoder: p(x | x_0); `ContinuousDecoder` by default.
+        target: the closed-form law of the data, for the diagnostics of `objective.excess`.
+        label_dropout: the probability with which an example's label or context is dropped (see `LabelDropout`).
 
     Raises:
-        ValueError: an option is unknown, both weights are zero or, with a fixed variance, positive, the model's SDE is no
-            ladder, or its network has no variance head.
+        ValueError: an option is unknown; a weight is negative, both are 0 or, with a fixed variance, both positive; the
+            model's SDE is not a DiscreteSDE; or its network has no variance head.
     """
 
     def __init__(
@@ -281,7 +283,7 @@ class VariationalObjective:
         self._ladders: dict[SDE, Ladder] = {}
 
     def check(self, model: LearnedScore, time_sampler: TimeSampler) -> None:
-        """Refuses, with ValueError, before training what its first step would."""
+        """Raises ValueError, before training, for what the first step would not accept."""
         Ladder(model.sde)
         _check_steps(time_sampler(model.sde, 64, torch.Generator().manual_seed(0)))
         if self.variance == "learned" and not model.learns_variance:
@@ -295,17 +297,18 @@ class VariationalObjective:
             _check_steps(times)
         ladder = self._ladders[sde]
         eps = draw(torch.randn, x.shape, generator, device=x.device, dtype=x.dtype)
-        said = model(sde.perturb(x, times.t, eps), times.t, **self.label_dropout(batch.condition, generator))
-        noise = said.noise.float()
+        x_t = sde.perturb(x, times.t, eps)
+        prediction = model(x_t, times.t, **self.label_dropout(batch.condition, generator))
+        noise = prediction.noise.float()
         simple = (noise - eps).square().flatten(1).mean(1)
-        vlb = ladder.term(x, said, index, self.variance, self.decoder, only_variance=self.simple > 0)
+        vlb = ladder.term(x, prediction, index, self.variance, self.decoder, only_variance=self.simple > 0)
         vlb = vlb.float() * (len(ladder) / x[0].numel())
         parts = {"simple": simple.detach(), "vlb": vlb.detach()}
-        parts |= excess(self.target, model, said.x, times.t, eps, noise.detach())
+        parts |= excess(self.target, model, x_t, times.t, eps, noise.detach())
         return Losses(times.weight.float() * (self.simple * simple + self.vlb * vlb), parts)
 
 
 def _check_steps(times: Times) -> None:
     if (times.t != times.t.round()).any():
-        raise ValueError("the bound is over the steps of a ladder, the times drawn are none: "
-                         "take time_sampler=ladder (LadderTimes) or loss_aware (LossAwareTimes)")  # fmt: skip
+        raise ValueError("the bound is over the steps of a ladder, but the times drawn are not its indices: "
+                         "use time_sampler=ladder (LadderTimes) or loss_aware (LossAwareTimes)")  # fmt: skip

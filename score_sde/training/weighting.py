@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Weighting(ABC):
-    """lambda(t) of lambda |D - x_0|^2, for times of shape (batch,), of that shape."""
+    """The weight lambda(t) of |D - x_0|^2, for times of shape (batch,); shape (batch,)."""
 
     @abstractmethod
     def __call__(self, sde: SDE, t: Tensor) -> Tensor: ...
@@ -59,8 +59,8 @@ class SigmaWeighting(Weighting):
 class LikelihoodWeighting(Weighting):
     """g^2 |score error|^2: lambda = g^2 alpha^2 / sigma^4 (Song et al. 2021, https://arxiv.org/abs/2101.09258, eq. 7).
 
-    Half the integral of this over t bounds the negative log-likelihood per dimension, up to a constant. Its variance is
-    large under uniform times; `ImportanceTimes` is made for it.
+    Half the integral of this over t bounds the negative log-likelihood per dimension, up to a constant. Under
+    uniform times its variance is large: use `ImportanceTimes`.
     """
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:

@@ -456,7 +456,7 @@ def labelled() -> TensorData:
         ({"objective": VariationalObjective()}, "VPSDE has no ladder: take a DiscreteSDE"),
         (
             {"objective": VariationalObjective(), "model": on_ladder()},
-            "the times drawn are none: take time_sampler=ladder",
+            "the times drawn are not its indices: use time_sampler=ladder",
         ),
         (
             {"objective": VariationalObjective(), "model": on_ladder(), "time_sampler": LadderTimes()},
