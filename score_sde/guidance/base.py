@@ -82,7 +82,7 @@ class Renoised(Prediction):
 
     def __post_init__(self) -> None:
         if self.x is not self.moved:
-            raise ValueError("guidance that renoises has moved x: reparameterize the model inside it")
+            raise ValueError("guidance that renoises has moved x: reparameterize, or observe, the model inside it")
 
     @property
     def score(self) -> Tensor:

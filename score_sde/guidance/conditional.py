@@ -155,8 +155,9 @@ class ClassifierFreePlusPlus(ClassifierFree):
     and every predictor renoises likewise. In one-step linear ones x_s = a x_t + b D + c z, exact for a point mass, it is
     `ClassifierFree` of scale alpha_s / b times this one, in DDIM l_t / (l_t - l_s) times with l = sigma / alpha: the more,
     the smaller the move. So it has no limit of small moves, and no score: solvers that choose their own steps, likelihoods,
-    parallel samplers and Langevin correctors are refused. Two calls a prediction, one at scale 0 and where guidance is
-    switched off. Assumes and bias: as `ClassifierFree`, whose scales 2 to 12.5 the authors match with 0.2 to 1.
+    parallel samplers, Langevin correctors and steps that keep their own x (`Step.takes_x`) are refused. Two calls a
+    prediction, one at scale 0 and where guidance is switched off. Assumes and bias: as `ClassifierFree`, whose scales 2 to
+    12.5 the authors match with 0.2 to 1.
     Source: Chung et al. 2024, https://arxiv.org/abs/2406.08070, algorithm 2.
 
     Args:

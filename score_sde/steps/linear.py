@@ -79,6 +79,7 @@ class LinearStep(Step):
         repeats: number of times that a move is carried out, each with a new network call (correctors).
     """
 
+    takes_x = True
     memory: int = 1
     repeats: int = 1
 
@@ -288,6 +289,7 @@ class LearnedVariance(Step):
             variance head.
     """
 
+    takes_x = True
     point_mass = False  # the variance is the network's
 
     def __init__(self, small: LinearStep, large: LinearStep) -> None:

@@ -45,6 +45,7 @@ class StagedStep(Step):
         prediction: "denoised" or "noise", the outputs N that the stages weigh.
     """
 
+    takes_x = True
     prediction: str = "denoised"
 
     @abstractmethod

@@ -41,6 +41,8 @@ class Step(ABC):
             N(alpha_s x_0, sigma_s^2 I) in every move of a run; a step that is not sets it to False.
         calls: network calls per move.
         shares: the fractions of a move in half log SNR that its successive draws of noise cover; their sum is 1.
+        takes_x: whether `advance` goes on from the prediction's x, which guidance may have moved (`point_and_output`,
+            `Prediction.combine`). A class with its own `advance` has to set it; the default is False.
         needs_density: whether `advance` also calls `evaluate.log_prob(x, t)`, which only a model with a density has.
         presets: constructor arguments by the names of published methods; each is certified.
     """
@@ -50,6 +52,7 @@ class Step(ABC):
     point_mass: bool = True
     calls: int = 1
     shares: Sequence[float] = (1.0,)
+    takes_x: bool = False
     needs_density: bool = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -72,9 +75,14 @@ class Step(ABC):
             raise ValueError(f"{type(self).__name__} needs a model with a density log_prob(x, t), which "
                              f"{type(model).__name__} lacks: use ExactScore or EnergyScore (network=conservative), "
                              "or UnadjustedLangevin")  # fmt: skip
-        if self.role == "corrector" and self.calls and _renoises(model):
+        if not self.calls or not _renoises(model):
+            return
+        if self.role == "corrector":
             raise ValueError(f"{type(self).__name__} needs a score, which guidance that renoises does not have: use a "
                              "predictor alone, or ClassifierFree")  # fmt: skip
+        if not self.takes_x:
+            raise ValueError(f"{type(self).__name__} does not go on from the prediction's x, which guidance that renoises "
+                             "moves (takes_x = True declares that it does): use another step, or ClassifierFree")  # fmt: skip
 
     @abstractmethod
     def advance(self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw) -> tuple[Tensor, History]:
@@ -82,6 +90,8 @@ class Step(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "advance" in vars(cls):
+            cls.takes_x = vars(cls).get("takes_x", False)
         if "__init__" in vars(cls):
             cls.__init__ = _keeping_arguments(cls.__init__)  # type: ignore[method-assign]
 

@@ -14,12 +14,14 @@ from score_sde.adaptive import AdaptiveODE
 from score_sde.adaptive_sde import AdaptiveSDE
 from score_sde.evaluation.cells import fingerprint
 from score_sde.guidance import (
+    DDRM,
     Autoguidance,
     Classifier,
     ClassifierFree,
     ClassifierFreePlusPlus,
     Conditioned,
     DynamicThreshold,
+    Mask,
     StaticThreshold,
 )
 from score_sde.likelihood import log_likelihood
@@ -240,6 +242,13 @@ def test_plus_plus_says_the_noise_without_the_label_bitwise_and_one_point():
     assert torch.equal(outside.denoised, model(x, 0.3, label=LABEL).denoised)
 
 
+class OfItsOwn(DDIM):
+    """DDIM as one writes it, which with CFG++ would be `ClassifierFree` of the same scale."""
+
+    def advance(self, row, x, history, evaluate, draw):
+        return row.a * x + row.b[0] * evaluate(x, row.t).denoised, history
+
+
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
@@ -249,6 +258,11 @@ def test_plus_plus_says_the_noise_without_the_label_bitwise_and_one_point():
         (ParallelSampler(DDIM(), LEVELS), "one time of a fixed grid"),
         (Sampler(DDIM(), LEVELS, LangevinCorrector()), "needs a score"),
         (Sampler(DDIM(), LEVELS, UnadjustedLangevin()), "needs a score"),
+        (
+            Sampler(DDRM(Mask((2,), torch.tensor([True, False])), torch.zeros(1)), LEVELS),
+            "does not go on from the prediction's x",
+        ),
+        (Sampler(OfItsOwn(), LEVELS), "OfItsOwn does not go on from the prediction's x.*takes_x = True"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
@@ -258,7 +272,7 @@ def test_plus_plus_is_refused_where_a_score_is_asked_for(sampler, message):
         sampler.sample(guided, (4, 2), seed=0, condition={"label": LABEL})
     with pytest.raises(ValueError, match="is no score"):
         log_likelihood(guided, points(), method="adams", steps=12, condition={"label": LABEL})
-    with pytest.raises(ValueError, match="reparameterize the model inside"):
+    with pytest.raises(ValueError, match="reparameterize, or observe, the model inside"):
         reparameterize(guided, VESDE())(points(), 0.5, label=LABEL)
 
 
