@@ -18,7 +18,7 @@ from torch import Tensor
 
 from score_sde.sde import SDE
 from score_sde.steps.linear import Coefficients, LinearStep
-from score_sde.steps.multistep import carried, weigh
+from score_sde.steps.multistep import carried, check_strength, weigh
 
 
 class CorrectedStep(LinearStep):
@@ -129,11 +129,9 @@ class SASolver(CorrectedStep):
         for name, value in (("order", order), ("corrector", corrector)):
             if value not in (1, 2, 3, 4):
                 raise ValueError(f"SASolver's {name} is 1 to 4, got {name}={value}")
-        if not 0 <= eta < float("inf"):
-            raise ValueError(f"SASolver needs a noise strength eta >= 0, got eta={eta}")
         if levels is not None and not (len(levels) == 2 and 0 <= levels[0] < levels[1]):
             raise ValueError(f"SASolver's levels are (low, high) with 0 <= low < high, got {levels}")
-        self.predicted, self.corrected, self.eta = int(order), int(corrector), float(eta)
+        self.predicted, self.corrected, self.eta = int(order), int(corrector), check_strength(self, eta)
         self.levels = None if levels is None else (float(levels[0]), float(levels[1]))
         self.memory = max(self.predicted, self.corrected) + 1
         self.order = min(self.predicted, self.corrected) + 1 if eta == 0 else 2

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from score_sde.checks import number, one_of
+from score_sde.checks import one_of
 from score_sde.sde import SDE, derivative
 from score_sde.steps.linear import Coefficients, LinearStep
-from score_sde.steps.multistep import check_order, integrals, lagrange, points_for, quadrature
+from score_sde.steps.multistep import check_order, check_strength, integrals, lagrange, points_for, quadrature
 
 NOISE_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "er_sde": lambda level: (level**0.3).exp() + 10,
@@ -55,7 +55,7 @@ class ERSDESolver(LinearStep):
 
     def __init__(self, order: int = 3, noise: str | Callable[[Tensor], Tensor] = "er_sde", eta: float = 1.0) -> None:
         self.memory = check_order(self, order)
-        self.noise, self.eta = noise, number("eta", eta, 0)
+        self.noise, self.eta = noise, check_strength(self, eta)
         self.scale = noise if callable(noise) else NOISE_SCALES[one_of("ERSDESolver's noise", noise, NOISE_SCALES)]
         self.order = self.memory if eta == 0 else min(self.memory, 2)
 

@@ -13,6 +13,7 @@ N is replaced by the Lagrange polynomial, in a clock u(t), through its last valu
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -71,6 +72,14 @@ def check_order(step: object, order: int) -> int:
     if order not in (1, 2, 3, 4):
         raise ValueError(f"{type(step).__name__} has orders 1 to 4, got order={order}")
     return int(order)
+
+
+def check_strength(step: object, eta: float) -> float:
+    """eta as a float, or a ValueError where it is no number >= 0 with a finite square."""
+    value = number("eta", eta, 0)
+    if not value * value < math.inf:
+        raise ValueError(f"{type(step).__name__} needs a noise strength eta >= 0 with a finite square, got eta={eta}")
+    return value
 
 
 def _check_prediction(step: object, prediction: str, known: tuple[str, ...]) -> str:
@@ -208,12 +217,10 @@ class ExponentialAdams(LinearStep):
 
     def __init__(self, order: int = 3, eta: float = 0.0, prediction: str = "denoised", weights: str = "exact") -> None:
         self.memory = check_order(self, order)
-        if not 0 <= eta < float("inf"):
-            raise ValueError(f"ExponentialAdams needs a noise strength eta >= 0, got eta={eta}")
         if weights not in ("exact", "midpoint") or (weights == "midpoint" and order > 2):
             raise ValueError("ExponentialAdams's weights are 'exact' or, up to order 2, 'midpoint'; "
                              f"got {weights!r} at order {order}")  # fmt: skip
-        self.eta, self.weights = float(eta), weights
+        self.eta, self.weights = check_strength(self, eta), weights
         self.prediction = _check_prediction(self, prediction, ("denoised", "noise"))
         self.order = self.memory if eta == 0 else min(self.memory, 2)
         self.point_mass = prediction == "denoised" or eta == 0
@@ -339,6 +346,8 @@ class GradientEstimation(LinearStep):
 
     def __init__(self, gamma: float = 2.0) -> None:
         self.gamma = number("gamma", gamma)
+        if not math.isfinite(self.gamma):
+            raise ValueError(f"GradientEstimation's gamma is a finite number, got {gamma}")
         self.order = 2 if gamma == 1.5 else 1
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:

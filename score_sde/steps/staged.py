@@ -18,7 +18,7 @@ from torch import Tensor
 from score_sde.checks import number, one_of
 from score_sde.sde import SDE
 from score_sde.steps.linear import accumulate, combine, point_and_output
-from score_sde.steps.multistep import carried
+from score_sde.steps.multistep import carried, check_strength
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
 
 
@@ -209,7 +209,7 @@ class DPMSolverSDE(StagedStep):
         name = type(self).__name__
         if order not in (2, 3):
             raise ValueError(f"{name} has orders 2 and 3, got order={order}; order 1 is ExponentialAdams(1)")
-        self.eta, self.r = number("eta", eta, 0), 1 / order if r is None else float(r)
+        self.eta, self.r = check_strength(self, eta), 1 / order if r is None else number("r", r)
         if not 0 < self.r <= 1 or (order == 3 and self.r >= 2 / 3):
             raise ValueError(f"{name}'s r lies in {'(0, 1]' if order == 2 else '(0, 2/3)'} at order {order}, got r={r}")
         self.weights = ("midpoint" if order == 2 else "exact") if weights is None else weights

@@ -23,13 +23,17 @@ from score_sde.steps import (
     DDIM,
     IPNDM,
     Ancestral,
+    DPMSolverSDE,
+    ERSDESolver,
     EulerMaruyama,
     ExponentialAdams,
+    GradientEstimation,
     LearnedVariance,
     LinearStep,
     ProbabilityFlowEuler,
     RectifiedAdams,
     ReverseDiffusion,
+    SASolver,
 )
 from score_sde.steps.linear import Carry, LinearRow, Renoise
 from score_sde.targets import GaussianMixture
@@ -214,9 +218,13 @@ def test_a_step_without_finite_coefficients_is_refused():
     [
         (lambda: ExponentialAdams(order=0), "orders 1 to 4, got order=0"),
         (lambda: ExponentialAdams(order=7), "orders 1 to 4, got order=7"),
-        (lambda: ExponentialAdams(eta=-1.0), "eta >= 0"),
-        (lambda: ExponentialAdams(eta=math.nan), "eta >= 0"),
-        (lambda: ExponentialAdams(eta=math.inf), "eta >= 0"),
+        *(
+            (lambda kind=kind, eta=eta: kind(eta=eta), "eta >= 0")
+            for kind in (ExponentialAdams, SASolver, ERSDESolver, DPMSolverSDE)
+            for eta in (-1.0, math.nan, math.inf, 1e200, "one")
+        ),
+        (lambda: DPMSolverSDE(r="half"), "give a number r"),
+        (lambda: GradientEstimation(math.nan), "gamma is a finite number"),
         (lambda: DDIM(eta=1.5), r"eta lies in \[0, 1\]"),
         (lambda: DDIM(eta=math.nan), r"eta lies in \[0, 1\]"),
         (lambda: Ancestral("large"), "'posterior' or 'forward'"),
