@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from score_sde.networks.embedding import check_labels
 from score_sde.parameterization import Parameterization
 from score_sde.score import LearnedScore
 from score_sde.sde import SDE, Time
@@ -60,7 +61,5 @@ class NoisyClassifier(LearnedScore):
         Raises:
             ValueError: the labels are no integers of shape (batch,).
         """
-        if label.shape != (len(x),) or label.is_floating_point():
-            given = f"{label.dtype} of shape {tuple(label.shape)}"
-            raise ValueError(f"label must be integers of shape ({len(x)},), one a sample; got {given}")
+        check_labels(label, x.shape[:1])
         return torch.take_along_dim(self.log_probs(x, t), label[:, None], 1)[:, 0]

@@ -1,4 +1,4 @@
-"""Networks F(x, c_noise, label) -> (the shape of x): plain modules that know nothing of SDEs. Each starts at F = 0."""
+"""Networks F(x, c_noise, **conditions): plain modules that know nothing of SDEs. Their output is 0 before training."""
 
 from score_sde.networks.dropout import Dropout
 from score_sde.networks.encoder import Encoder

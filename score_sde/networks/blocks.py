@@ -1,10 +1,11 @@
-"""The parts of a U-Net in the family of DDPM, for grids of one, two or three dimensions.
+"""The parts of U-Nets of the DDPM family, for grids of one, two or three dimensions.
 
-    block:      (V drop SiLU(norm(U SiLU(norm(x)), e)) + P x) r,    r = 1, or 1/sqrt 2 with `rescale`
+    block:      (V dropout(SiLU(norm(U SiLU(norm(x)), e))) + P x) r,    r = 1, or 1/sqrt 2 with `rescale`
     norm(h, e): (1 + s(e)) GroupNorm(h) + b(e)  ("scale_shift"),    GroupNorm(h + b(e))  ("shift")
     attention:  (x + W softmax(Q K^T / sqrt d) V) r over the points of the grid, or over the tokens of a context
 
-A block that halves or doubles the grid does so before U, and to x. V and W start at zero.
+U, V and W are convolutions, P is the identity or a 1-wide convolution, e the embedding of noise level and conditions. A
+block that halves or doubles the grid does so before U, and before P. V and W start at zero.
 Ho et al. 2020, arXiv:2006.11239; Song et al. 2021, arXiv:2011.13456; Dhariwal & Nichol 2021, arXiv:2105.05233.
 """
 
@@ -32,9 +33,9 @@ __all__ = ["Attention", "Block", "CrossAttention", "Head", "PyramidIn", "Pyramid
 
 @dataclass(frozen=True)
 class Style:
-    """What the parts of one network have in common; `UNet` explains each.
+    """Options that all parts of one network share; `UNet` explains them.
 
-    Raises ValueError for a choice that does not exist.
+    Raises ValueError for an option outside its range.
     """
 
     dims: int
@@ -58,28 +59,29 @@ class Style:
 
     @property
     def gain(self) -> float:
-        """r, by which a sum of a branch and its way past is multiplied."""
+        """The factor r of the sum of a residual branch and its skip connection."""
         return math.sqrt(0.5) if self.rescale else 1.0
 
     def norm(self, channels: int, affine: bool = True) -> nn.GroupNorm:
-        """About 8 channels a group, or `norm_groups` groups of at least 4."""
+        """GroupNorm with about 8 channels per group, or with `norm_groups` groups of at least 4 channels."""
         most = channels // 8 if self.norm_groups is None else min(self.norm_groups, channels // 4)
         count = divisor(channels, most)
         return nn.GroupNorm(count, channels, eps=self.epsilon, affine=affine)
 
     def heads(self, channels: int) -> int:
+        """The number of attention heads, of about `head_channels` each."""
         return 1 if self.head_channels is None else divisor(channels, channels // self.head_channels)
 
     def conv(self, inward: int, outward: int, size: int = 3) -> nn.Module:
         return conv(self.dims, inward, outward, size)
 
     def scaling(self, scale: float | None) -> list[nn.Module]:
-        """What halves or doubles the grid: one module, or none for None."""
+        """The module that halves (0.5) or doubles (2) the grid, in a list; an empty list for None."""
         return [] if scale is None else [(Halve if scale < 1 else Double)(self.dims, self.filter)]
 
 
 class Block(nn.Module):
-    """A residual block, with attention behind it where `attends`; `scale` 0.5 or 2 resamples the grid within."""
+    """A residual block, followed by attention if `attends`; with `scale` 0.5 or 2 it halves or doubles the grid."""
 
     def __init__(
         self, inward: int, outward: int, style: Style, attends: bool = False, scale: float | None = None
@@ -112,7 +114,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """(x + W softmax(Q K^T / sqrt d) V) r over the points of the grid, d channels a head."""
+    """(x + W softmax(Q K^T / sqrt d) V) r over the points of the grid, with d channels per head."""
 
     def __init__(self, channels: int, style: Style) -> None:
         super().__init__()
@@ -127,7 +129,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention with keys and values of the tokens of a context, (batch, tokens, context_width)."""
+    """Attention to the tokens of a context, (batch, tokens, context_width): its keys and values are linear in them."""
 
     def __init__(self, channels: int, style: Style) -> None:
         super().__init__()
@@ -151,12 +153,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
-    """Around a derivative: where autograd is on, attention takes the one kernel whose derivative can be differentiated."""
+    """Context for a derivative: if autograd is on, attention uses the one kernel that can be differentiated twice."""
     return sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext()
 
 
 class Resample(nn.Module):
-    """Halves or doubles the grid, then a 3-wide convolution; "strided" halves by the stride of the convolution."""
+    """Halves or doubles the grid, then a 3-wide convolution; "strided" halves by the convolution's stride."""
 
     def __init__(self, channels: int, style: Style, scale: float) -> None:
         super().__init__()
@@ -167,12 +169,12 @@ class Resample(nn.Module):
         self.conv = conv(style.dims, channels, channels, **options)
 
     def forward(self, x: Tensor, embedded: Tensor, context: Tensor | None = None) -> Tensor:
-        # DDPM pads at the far ends alone, TensorFlow's "same".
+        # As DDPM does (TensorFlow's "same"), pads only the far end of each side.
         return self.conv(pad(x, (0, 1) * self.style.dims) if self.strided else self.scaling(x))
 
 
 class PyramidIn(nn.Module):
-    """Progressive input: the network also reads the halved input, "skip": h + conv(x); "residual": (x + h) r is both."""
+    """Progressive input: adds the halved input x to h. "skip": h + conv(x), x is kept; "residual": (x + h) r becomes both."""
 
     def __init__(self, kind: str, inward: int, channels: int, style: Style) -> None:
         super().__init__()
@@ -192,7 +194,7 @@ class PyramidIn(nn.Module):
 
 
 class PyramidOut(nn.Module):
-    """Progressive output: y = up(y) + head(h) ("skip"), or h = y = (conv(up(y)) + h) r ("residual"); y = 0 at first."""
+    """Progressive output: y = up(y) + head(h) ("skip"), or h = y = (conv(up(y)) + h) r ("residual"); first y = head(h)."""
 
     def __init__(self, kind: str, channels: int, outward: int, previous: int | None, style: Style) -> None:
         super().__init__()
@@ -212,7 +214,7 @@ class PyramidOut(nn.Module):
 
 
 class Head(nn.Sequential):
-    """conv(SiLU(GroupNorm(h))), the output layer; it starts at zero unless told otherwise."""
+    """conv(SiLU(GroupNorm(h))), the output layer; the convolution starts at zero if `zero`."""
 
     def __init__(self, channels: int, outward: int, style: Style, zero: bool = True) -> None:
         last = style.conv(channels, outward)
@@ -220,23 +222,24 @@ class Head(nn.Sequential):
 
 
 def rescaled(x: Tensor, style: Style) -> Tensor:
+    """x times the factor r of `style`."""
     return x * style.gain if style.rescale else x
 
 
 def divisor(number: int, most: int) -> int:
-    """The greatest divisor of a number up to `most`, at least 1."""
+    """The greatest divisor of `number` that is at most `most` (1 for `most` below 1)."""
     return next(count for count in range(max(most, 1), 0, -1) if number % count == 0)
 
 
 def caller(network: nn.Module) -> Callable[..., Tensor]:
-    """(layer, *inputs) -> layer(*inputs); in training with `checkpointing`, one that keeps the inputs and computes again."""
+    """(layer, *inputs) -> layer(*inputs); in training with `checkpointing`, it recomputes the layer in the backward pass."""
     if network.checkpointing and network.training and torch.is_grad_enabled():
         return partial(checkpoint, use_reentrant=False)
     return lambda layer, *inputs: layer(*inputs)
 
 
 def glorot(network: nn.Module) -> None:
-    """Glorot's uniform weights and zero biases, DDPM's first weights, wherever a layer does not start at zero."""
+    """Initialises as DDPM does, by Glorot's uniform weights and zero biases, all layers that do not start at zero."""
     for module in network.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and bool(_nonzero(module.weight)):
             nn.init.xavier_uniform_(module.weight)
@@ -245,5 +248,5 @@ def glorot(network: nn.Module) -> None:
 
 
 def _nonzero(weight: Tensor) -> bool:
-    """Whether a weight has been drawn; False on the meta device, whose weights have no values."""
+    """Whether a weight is not all zero; False on the meta device, whose weights have no values."""
     return not weight.is_meta and bool(torch.count_nonzero(weight))

@@ -1,9 +1,10 @@
 """Diffusers' `UNet2DModel` as a network F(x, c_noise, label) on images in [-1, 1]; extra `diffusers`.
 
-    positional embedding (google/ddpm-*):   F = unet(x, c_noise), what its scheduler says, c_noise the timestep
+    positional embedding (google/ddpm-*):   F = unet(x, c_noise), c_noise the timestep; its scheduler says what F predicts
     fourier embedding (google/ncsnpp-*):    F = sigma unet((x + 1) / 2, sigma) = -noise, sigma = exp(c_noise)
 
-The latter is a score over data in [0, 1]. `parameterization.Published` says both; `convert.diffusers` makes score models.
+The latter unet gives the score of data in [0, 1]. `parameterization.Published` describes both; `convert.diffusers` makes
+score models of them.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ __all__ = ["DiffusersUNet"]
 
 
 class DiffusersUNet(nn.Module):
-    """A new `UNet2DModel` from its config, a mapping as in its config.json; `of` has one in memory, `load` a folder's.
+    """A new `UNet2DModel` from its config, a mapping as in config.json; `of` wraps an existing one, `load` reads a folder.
 
-    A network with classes needs a label for every sample: it has no null class.
+    A network with classes has no null class: it needs a label for every sample.
 
     Raises:
         ImportError: diffusers is not installed.
-        ValueError: the config is another class's or has no sample_size, another number of channels out than in, an
-            embedding by table, or labels that are no classes.
+        ValueError: the config is of another class, has no sample_size, has different numbers of channels in and out, or
+            has a learned embedding of the timestep or a `class_embed_type`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -37,7 +38,7 @@ class DiffusersUNet(nn.Module):
 
     @classmethod
     def of(cls, unet: Any) -> DiffusersUNet:
-        """Around a `UNet2DModel`, which is neither copied nor changed; TypeError where it is of another class."""
+        """Wraps a `UNet2DModel`, neither copied nor changed. Raises TypeError for another class."""
         if not isinstance(unet, _model_class()):
             raise TypeError(_refusal(type(unet).__name__))
         network = cls.__new__(cls)
@@ -49,7 +50,7 @@ class DiffusersUNet(nn.Module):
     def load(cls, folder: str | Path) -> DiffusersUNet:
         """The network of a folder with config.json and weights, frozen and in evaluation mode.
 
-        Raises ValueError where the config is another class's, or keys are left over or missing.
+        Raises ValueError if the config is of another class, or weights are missing or left over.
         """
         known = _model_class()
         _check_class(known.load_config(str(folder), local_files_only=True))

@@ -1,11 +1,11 @@
-"""What tells a network at which noise level, for which class and under which augmentation it is asked.
+"""Embeddings of noise level c, class y and augmentation a, which condition a network.
 
     e(c, y, a) = SiLU(W_2 SiLU(W_1 [cos(w_k c), sin(w_k c)]) + E_y + A a)
 
 The frequencies w_k of the noise level c:
 
     waves       geometric from 1/2 to 64; c = ln(sigma / alpha) / 4 runs over roughly [-2.5, 1.5]: the slowest wave
-                (period 12.6) spans that range, the fastest (period 0.1) tells levels apart that differ by a tenth
+                (period 12.6) spans that range, the fastest (period 0.1) resolves levels that differ by a tenth
     positional  10000^(-k / (n - 1)), k < n (Vaswani et al. 2017), DDPM's, for c in steps of 0..999
     fourier     2 pi 16 N(0, 1), drawn once (Tancik et al. 2020), NCSN++'s, for c = ln sigma
 """
@@ -37,14 +37,14 @@ class Embedding(nn.Module):
     """Embeds the noise level c_noise (batch,), a label (batch,) and augmentation labels into (batch, width).
 
     Labels are integers 0..num_classes-1; a negative label, or none at all, is the null class, row `num_classes` of E
-    (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598). Augmentation labels are (batch, augment_width), zero where
-    nothing was done to a sample and where none are given (Karras et al. 2022, arXiv:2206.00364, appendix F.2).
+    (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598). Augmentation labels are (batch, augment_width), zero for a
+    sample that was not augmented; none is the same as zeros (Karras et al. 2022, arXiv:2206.00364, appendix F.2).
 
     Args:
-        width: of the result.
-        frequencies: how many; the first linear layer sees twice as many features.
+        width: of the embedding.
+        frequencies: their number; the first linear layer has twice as many inputs.
         num_classes: of the labels, None for none.
-        kind: which frequencies: "waves", "positional" or "fourier".
+        kind: of the frequencies: "waves", "positional" or "fourier".
         augment_width: of the augmentation labels, None for none.
 
     Raises:
@@ -65,7 +65,7 @@ class Embedding(nn.Module):
         given = {"num_classes": num_classes, "augment_width": augment_width}
         positive(width=width, frequencies=frequencies, **{k: v for k, v in given.items() if v is not None})
         self.num_classes, self.kind = num_classes, kind
-        # Random frequencies belong to the weights, the others follow from their number.
+        # Random frequencies are saved with the weights; the others follow from their number.
         made = FREQUENCIES[one_of("embedding", kind, FREQUENCIES)](frequencies)
         self.register_buffer("frequencies", made, persistent=kind == "fourier")
         self.noise = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
@@ -85,7 +85,7 @@ class Embedding(nn.Module):
 
 
 def rows(label: Tensor | None, c_noise: Tensor, num_classes: int | None) -> Tensor | None:
-    """The table's row for each label, `num_classes` for the null class; None for a network without classes."""
+    """The embedding table's row for each label, `num_classes` for the null class; None for a network without classes."""
     if num_classes is None:
         if label is not None:
             raise ValueError("a label was given to a network without classes: set num_classes, or drop the label")
@@ -93,15 +93,20 @@ def rows(label: Tensor | None, c_noise: Tensor, num_classes: int | None) -> Tens
     null = torch.full_like(c_noise, num_classes, dtype=torch.long)
     if label is None:
         return null
-    if tensor("label", label).shape != c_noise.shape or label.is_floating_point():
-        given = f"{label.dtype} of shape {tuple(label.shape)}"
-        raise ValueError(f"label must be integers of shape {tuple(c_noise.shape)}, one a sample; got {given}")
-    # Labels from num_classes on are moved past the null class's row, so that looking them up fails.
+    check_labels(label, c_noise.shape)
+    # Labels >= num_classes are moved past the null class's row, so that looking them up fails.
     return torch.where(label < 0, null, label + (label >= num_classes))
 
 
+def check_labels(label: Tensor, shape: Sequence[int]) -> None:
+    """Raises ValueError unless labels are integers of that shape, (batch,)."""
+    if tensor("label", label).shape != shape or label.is_floating_point():
+        given = f"{label.dtype} of shape {tuple(label.shape)}"
+        raise ValueError(f"label must be integers of shape {tuple(shape)}, one a sample; got {given}")
+
+
 def check_augment(layer: M | None, augment: Tensor) -> M:
-    """The layer that takes augmentation labels; ValueError where the network has none."""
+    """The layer that embeds augmentation labels. Raises ValueError if the network has none."""
     if layer is None:
         raise ValueError(f"augmentation labels of shape {tuple(augment.shape)} were given to a network without: "
                          "set augment_width, or drop them")  # fmt: skip
@@ -109,10 +114,11 @@ def check_augment(layer: M | None, augment: Tensor) -> M:
 
 
 def context_of(context: Tensor | None, null: Tensor | None, batch: int) -> Tensor | None:
-    """The tokens (batch, tokens, width) to attend to; `null` (1, width) for a sample without, None where unknown.
+    """The context as tokens (batch, tokens, width), or None for a network without contexts (`null` is None).
 
-    A context (batch, width) is one token. A sample has none where none is given at all or its entries are NaN, as a label
-    of -1 is no label. Raises ValueError for a context that the network does not know, or one of another shape.
+    A context (batch, width) is one token. A sample without a context gets the learnt token `null` (1, width): if `context`
+    is None, or if any of the sample's entries is NaN. Raises ValueError for a context of another shape, or one given to a
+    network without.
     """
     if null is None:
         if context is not None:
@@ -128,27 +134,27 @@ def context_of(context: Tensor | None, null: Tensor | None, batch: int) -> Tenso
 
 
 def zeroed(module: M) -> M:
-    """The module with every parameter zero: a residual branch or an output layer that starts silent."""
+    """The module with all parameters set to zero, for residual branches and output layers that start at zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def positive(**sizes: int) -> None:
-    """Refuses sizes that are no positive integers, by name."""
+    """Raises ValueError, with its name, for a size that is not a positive integer."""
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}={size!r} must be a positive integer")
 
 
 def check_shape(x: Tensor, event_shape: tuple[int, ...]) -> None:
-    """Refuses a batch of events of another shape than the network was built for."""
+    """Raises ValueError if a batch has another event shape than the network was built for."""
     if x.shape[1:] != event_shape:
         raise ValueError(f"x has event shape {tuple(x.shape[1:])}, the network was built with {event_shape=}")
 
 
 def check_attention(attention: Sequence[int], sizes: Sequence[int]) -> None:
-    """Refuses sizes to attend at that are no heights of the network's grids (lengths of a signal), naming the nearest ones."""
+    """Raises ValueError, with the nearest choice, if `attention` has a size that no grid has as its height (or length)."""
     if not set(attention) <= set(sizes):
         nearest = sorted({min(sizes, key=lambda size: abs(size - asked)) for asked in attention}, reverse=True)
         raise ValueError(f"attention={list(attention)} must be among the heights of this network's grids, {list(sizes)}: "
@@ -156,7 +162,7 @@ def check_attention(attention: Sequence[int], sizes: Sequence[int]) -> None:
 
 
 def grid_shape(event_shape: tuple[int, ...], multiple: int | tuple[int, ...]) -> tuple[int, ...]:
-    """(channels, *sides) of a signal, image or video whose sides are multiples of `multiple`; ValueError otherwise."""
+    """(channels, *sides) of a signal, image or video. Raises ValueError unless the sides are multiples of `multiple`."""
     shape = tuple(event_shape)
     if len(shape) not in (2, 3, 4):
         raise ValueError(f"event_shape={shape} is no signal (channels, length), image (channels, height, width) or "
@@ -171,7 +177,7 @@ def grid_shape(event_shape: tuple[int, ...], multiple: int | tuple[int, ...]) ->
 
 
 def image_shape(event_shape: tuple[int, ...], multiple: int) -> tuple[int, int, int]:
-    """(channels, height, width) of an image whose sides are multiples of `multiple`; ValueError for anything else."""
+    """(channels, height, width) of an image. Raises ValueError unless its sides are multiples of `multiple`."""
     shape = grid_shape(event_shape, multiple)
     if len(shape) != 3:
         raise ValueError(f"event_shape={shape} is no image (channels, height, width): use networks.UNet or MLP")

@@ -1,8 +1,8 @@
 """The downward half of the U-Net with a linear read-out: logits of a class from a noisy image.
 
-Level i works at size / 2^i with width * multipliers[i] channels, `blocks` residual blocks each; the last level's
-features are averaged over the image. Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, section 4.1, who pool by
-attention.
+Level i has `blocks` residual blocks at size / 2^i, with width * multipliers[i] channels; the features of the last level
+are averaged over the image. After Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, section 4.1, who pool by
+attention instead.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["Encoder"]
 class Encoder(nn.Module):
     """x (batch, channels, height, width), c_noise (batch,) -> logits (batch, num_classes), all 0 before training.
 
-    `attention` lists the image heights at which the blocks attend. Raises ValueError where the image cannot be halved
-    often enough or an attention size does not occur.
+    `attention` lists the heights of the image at which blocks have attention. Raises ValueError if the image cannot be
+    halved often enough, or never has a height of `attention`.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """A conservative network: the gradient of a scalar potential made from any network f.
 
-    U(x, c) = sum_d x_d f_d(x, c),    F(x, c) = grad_x U.    At f = 0, where the networks of this room start, F = 0.
+    U(x, c) = sum_d x_d f_d(x, c),    F(x, c) = grad_x U.    F = 0 at f = 0, where all networks here start.
 
 Source: Salimans & Ho 2021, https://openreview.net/forum?id=9AS-TF2jRNb ("Should EBMs model the energy or the score?").
 """
@@ -18,7 +18,7 @@ __all__ = ["Conservative"]
 
 
 class Conservative(nn.Module):
-    """F = grad U, symmetric in its Jacobian at every noise level; with an `EnergyScore` it has a density.
+    """F = grad U, whose Jacobian is symmetric at every noise level; `EnergyScore` makes a density of U.
 
     Args:
         network: f, a module (x, c_noise, label) -> (the shape of x).
@@ -35,6 +35,6 @@ class Conservative(nn.Module):
         return (x * self.network(x, c_noise, **named)).flatten(1).sum(1)
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        # A functional transform: it works under no_grad, and derivatives of F flow through it.
+        # A functional transform works under no_grad, and F can be differentiated in turn.
         with twice_differentiable():
             return torch.func.grad(lambda v: self.potential(v, c_noise, label).sum())(x)

@@ -1,11 +1,11 @@
-"""The parts of a magnitude-preserving U-Net in the manner of EDM2: activations keep unit variance by construction.
+"""The parts of EDM2's magnitude-preserving U-Net: activations keep unit variance by construction.
 
-    conv:    x * w / (|w_row|),               every output channel's filter of unit norm, for x of unit variance
+    conv:    x * w / |w|,                     with the filter of every output channel at unit norm
     silu:    SiLU(x) / 0.596,                 sum_t(a, b) = ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2)
     block:   sum_0.3(x, V SiLU((1 + g s(e)) U SiLU(x))),       attention: sum_0.3(x, W softmax(Q K^T / sqrt d) V)
 
-On the way down a block first makes each point's vector of channels of unit root mean square. Weights are held on the
-sphere: in training each use writes them back normalised, so that the learning rate alone says how fast they turn.
+On the way down, a block first scales each point's vector of channels to unit root mean square. Weights stay on the
+sphere: in training, each use writes them back normalised, so that the learning rate alone sets how fast they turn.
 Karras et al. 2024, https://arxiv.org/abs/2312.02696, sections 2.2 to 2.5 and appendix B.
 """
 
@@ -36,7 +36,7 @@ __all__ = [
     "unit",
 ]
 
-# The largest magnitude that an activation may take: only outliers in half precision ever come near it.
+# The largest magnitude of an activation, as in EDM2: only outliers in half precision come near it.
 CLIP = 256.0
 
 
@@ -52,7 +52,7 @@ def on_sphere(weight: Tensor) -> Tensor:
 
 
 def mp_silu(x: Tensor) -> Tensor:
-    """SiLU(x) over its root mean square for normal x, 0.596."""
+    """SiLU(x) / 0.596, the root mean square of SiLU(x) for x ~ N(0, 1)."""
     return silu(x) / 0.596
 
 
@@ -76,10 +76,10 @@ class MPConv(nn.Module):
         return (conv1d, conv2d, conv3d)[self.dims - 1](x, w.to(x.dtype), padding=self.padding)
 
     def normalised(self) -> Tensor:
-        """The weight with filters of unit root mean square; in training it is also written back so."""
+        """The weight with filters of unit root mean square; in training, also written back to the parameter."""
         if self.training and torch.is_grad_enabled():
-            # The compiler knows neither `.data`, by which a graph that waits for its backward pass keeps the weight (equal
-            # up to rounding), nor the way out of torch.func's transforms, in which nothing captured is written to.
+            # Writing through `.data` does not invalidate a graph that still waits for its backward pass (the weight is equal
+            # up to rounding), and inside torch.func's transforms nothing captured can be written. The compiler knows neither.
             plain = torch.compiler.is_compiling()
             with torch.no_grad(), nullcontext() if plain else outside_transforms():
                 weight = self.weight if plain else self.weight.data
@@ -88,9 +88,9 @@ class MPConv(nn.Module):
 
 
 class MPEmbedding(nn.Module):
-    """SiLU(sum_1/2(N c(noise), E_y)) with c = sqrt 2 cos(w_k c_noise + phase_k), w_k = 2 pi N(0, 1), drawn once.
+    """SiLU(sum_1/2(N f, E_y)) with features f_k = sqrt 2 cos(w_k c_noise + phase_k), w_k = 2 pi N(0, 1), drawn once.
 
-    The null class is E = 0; augmentation labels are added with a gain that starts at zero.
+    The null class has E_y = 0; augmentation labels are added with a gain that starts at zero.
     """
 
     frequencies: Tensor
@@ -112,7 +112,7 @@ class MPEmbedding(nn.Module):
         embedded = self.noise(math.sqrt(2) * phase.cos().to(dtype))
         row = rows(label, c_noise, self.num_classes)
         if self.label is not None and row is not None:
-            # The null class lies behind the last column, and is cut off: a vector of zeros.
+            # The column of the null class is cut off: it becomes a vector of zeros.
             which = nn.functional.one_hot(row, self.num_classes + 1)[:, :-1].to(embedded)  # type: ignore[operator]
             embedded = mp_sum(embedded, self.label(which * math.sqrt(which.shape[1])))
         if augment is not None:
@@ -121,7 +121,7 @@ class MPEmbedding(nn.Module):
 
 
 class MPInput(MPConv):
-    """The first convolution, which also sees a channel of ones instead of a bias."""
+    """The first convolution, with a channel of ones as further input in place of a bias."""
 
     def __init__(self, dims: int, inward: int, outward: int) -> None:
         super().__init__(dims, inward + 1, outward)
@@ -151,7 +151,7 @@ class MPConcatenate(nn.Module):
 
 
 class MPBlock(nn.Module):
-    """A residual block; `decoder` leaves out the unit vectors and projects the way past after the branch, not before."""
+    """A residual block; with `decoder`, points are not scaled, and x is projected for the skip connection only."""
 
     def __init__(
         self, inward: int, outward: int, style: Style, attends: bool = False, scale: float | None = None,
@@ -196,7 +196,7 @@ class MPAttention(nn.Module):
 
 
 class MPCrossAttention(nn.Module):
-    """Cosine attention with keys and values of the tokens of a context; its gain starts at zero."""
+    """Cosine attention to the tokens of a context, x + g W softmax(Q K^T / sqrt d) V; the gain g starts at zero."""
 
     def __init__(self, channels: int, style: Style) -> None:
         super().__init__()
@@ -213,5 +213,6 @@ class MPCrossAttention(nn.Module):
 
 
 def _cosine(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """`attend` with every head's vectors q, k, v scaled to unit root mean square."""
     q, k, v = (unit(part.unflatten(1, (heads, -1)), dim=2).flatten(1, 2) for part in (q, k, v))
     return attend(q, k, v, heads)

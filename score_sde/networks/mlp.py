@@ -3,10 +3,10 @@
     h_0 = A x + C ((1 + g(e)) sin(W x + w)),    h_{i+1} = h_i + V_i SiLU(U_i ((1 + s_i(e)) LayerNorm(h_i) + b_i(e))),
     F = B h_depth
 
-e = e(c_noise, label, context) is the embedding; g, s_i and b_i are linear in it; B, g and every V_i start at zero. Waves let
-it learn edges and narrow modes, which of x alone it learns late (Tancik et al. 2020, https://arxiv.org/abs/2006.10739); they
-are learnt with the rest, and fade by g where the noise hides what is so fine. The output sees h itself: of
-LayerNorm(h_depth) it would see little but the direction of x, and learn the sides of a square only by luck.
+e = e(c_noise, label, context) is the embedding; g, s_i and b_i are linear in it; B, g and every V_i start at zero. The sine
+features of x let the network learn edges and narrow modes early (Tancik et al. 2020, https://arxiv.org/abs/2006.10739). W is
+learnt too, and g can fade the features at noise levels that hide such detail. The output is linear in h rather than in
+LayerNorm(h), which would keep little but the direction of x.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ __all__ = ["MLP"]
 class MLP(nn.Module):
     """Residual MLP: x (batch, *event_shape), c_noise (batch,), label (batch,) or None -> (batch, *event_shape).
 
-    With `context_width` it takes a context (batch, context_width), e.g. the parameters or observations on which the law of
-    x depends, NaN for a sample without; of several tokens (batch, tokens, context_width) the mean counts.
-    With `learned_variance` the output has twice the channels (the first event dimension); the second half is the variance
-    of a reverse step (see `LearnedScore`).
-    Raises ValueError where a size is not positive, a context is not of that width, or x has another event shape than the
-    constructor's.
+    Args:
+        event_shape: shape of one sample.
+        width, depth: features of a hidden layer, and number of residual blocks.
+        frequencies: of the noise level's embedding.
+        num_classes: of labels, None for none.
+        learned_variance: the output has twice the channels (the first event dimension); the second half is the variance of
+            a reverse step (see `LearnedScore`).
+        context_width: takes a context (batch, context_width), e.g. parameters or observations on which the law of x
+            depends, NaN for a sample without; of several tokens (batch, tokens, context_width) the embeddings are averaged.
+
+    Raises:
+        ValueError: a size is not positive; in a call, x or the context has another shape.
     """
 
     def __init__(
@@ -68,9 +74,9 @@ class MLP(nn.Module):
 
 
 class Waves(nn.Module):
-    """A x + C ((1 + g(e)) sin(W x + w)) of x (batch, features) and e (batch, width): (batch, width).
+    """A x + C ((1 + g(e)) sin(W x + w)) for x (batch, features) and e (batch, width); shape (batch, width).
 
-    W starts with random directions, of 1/10 to 1 waves in a standard deviation of x.
+    The rows of W start in random directions, with 1/10 to 1 periods per standard deviation of x.
     """
 
     def __init__(self, features: int, width: int) -> None:

@@ -10,10 +10,10 @@ __all__ = ["NCSN"]
 
 
 class NCSN(NCSNv2):
-    """NCSNv2(conditional=True), small: x (batch, channels, *sides), c_noise (batch,), label -> the shape of x.
+    """A small NCSNv2(conditional=True): x (batch, channels, *sides), c_noise (batch,), label -> the shape of x.
 
-    The published network has one (gamma, alpha, beta) a noise level; here they are functions of c_noise, so that one
-    network serves any ladder and any continuous SDE. Raises ValueError as NCSNv2.
+    The published network has separate (gamma, alpha, beta) for each noise level; here they are functions of c_noise, so
+    that one network serves any ladder and any continuous SDE. Raises ValueError as NCSNv2 does.
     """
 
     def __init__(

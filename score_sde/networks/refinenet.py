@@ -1,14 +1,15 @@
-"""NCSNv2, the RefineNet of Song & Ermon 2020, for signals, images and video; NCSN's conditional one as an option.
+"""NCSNv2, the RefineNet of Song & Ermon 2020, for signals, images and video, with NCSN's conditional one as an option.
 
-Encoder stages of two residual blocks each, halving the grid or, in its place, dilating; then from the coarsest stage on
+Encoder stages have two residual blocks each and halve the grid or else dilate; then, from the coarsest stage on,
 
     refine(a, b) = RCU(CRP(MSF(RCU RCU a, RCU RCU b)))
     RCU(h) = h + conv ELU conv ELU h,    MSF = sum of up(conv h),    CRP(h) = f_0 + f_1 + f_2
     f_0 = ELU h,    f_k = conv pool f_{k-1}
 
-Unconditional, F sees the noise level in x alone and F = sigma score (technique 3): it needs x unscaled, as
-`parameterization.PublishedNoise(level="log_sigma", scale=1, sign=-1)` gives it. Conditional, every norm is told the level
-and stands before each convolution. https://arxiv.org/abs/2006.09011, appendix B; https://arxiv.org/abs/1907.05600, A.
+The unconditional network does not read the noise level, and F = sigma score (technique 3): it needs x unscaled, as
+`parameterization.PublishedNoise(level="log_sigma", scale=1, sign=-1)` gives it. In the conditional one, a norm that
+depends on the noise level stands before each convolution.
+https://arxiv.org/abs/2006.09011, appendix B; https://arxiv.org/abs/1907.05600, appendix A.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class NCSNv2(nn.Module):
         event_shape: (channels, length), (channels, height, width) or (channels, frames, height, width).
         width: channels of the first stage.
         multipliers: of the stages; (1, 2, 2, 2) up to 64 pixels, (1, 2, 2, 4, 4) for 96 to 128.
-        dilations: of the stages; a stage but the first with 1 halves the grid, one with more does not.
-        conditional: whether norms are told the noise level, and label (CondInstanceNorm++).
-        frequencies, num_classes: of the embedding, where conditional.
+        dilations: of the stages; after the first, a stage of dilation 1 halves the grid, any other keeps it.
+        conditional: whether norms depend on the noise level and the label (CondInstanceNorm++).
+        frequencies, num_classes: of the embedding, if conditional.
         checkpointing: in training, keep only each block's input and compute the block again in the backward pass.
 
     Raises:
@@ -73,19 +74,19 @@ class NCSNv2(nn.Module):
         halvings = sum(dilation == 1 for dilation in dilations[1:])
         channels, *sides = grid_shape(tuple(event_shape), multiple=2**halvings)
         self.event_shape, self.num_classes, self.checkpointing = tuple(event_shape), num_classes, checkpointing
-        dims, told = len(sides), 2 * width if conditional else None
+        dims, embedding = len(sides), 2 * width if conditional else None
         self.embedding = Embedding(2 * width, frequencies, num_classes) if conditional else None
         widths = [width * multiplier for multiplier in multipliers]
         self.first = conv(dims, channels, width)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for i, (w, dilation) in enumerate(zip(widths, dilations, strict=True)):
             before = widths[max(i - 1, 0)]
-            self.encoder.append(ResidualBlock(dims, before, w, told, dilation, changes=i > 0))
-            self.encoder.append(ResidualBlock(dims, w, w, told, dilation))
+            self.encoder.append(ResidualBlock(dims, before, w, embedding, dilation, changes=i > 0))
+            self.encoder.append(ResidualBlock(dims, w, w, embedding, dilation))
         for i, w in reversed(list(enumerate(widths))):
             inward = [w] if i == len(widths) - 1 else [w, w]
-            self.decoder.append(Refine(dims, inward, widths[max(i - 1, 0)], told, last=i == 0))
-        self.norm = InstanceNormPlus(width, told)
+            self.decoder.append(Refine(dims, inward, widths[max(i - 1, 0)], embedding, last=i == 0))
+        self.norm = InstanceNormPlus(width, embedding)
         self.last = zeroed(conv(dims, width, channels))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
@@ -108,7 +109,7 @@ class InstanceNormPlus(nn.Module):
     """InstanceNorm++, gamma [(h - mu_c) / s_c + alpha (mu_c - m) / v] + beta; (gamma, alpha, beta) start at (1, 1, 0).
 
     mu_c, s_c: mean and std of channel c over its points; m, v: mean and std of the mu_c. (gamma, alpha, beta) are linear
-    in an embedding of that width, or learned numbers where `embedding` is None (NCSNv2).
+    in an embedding of width `embedding`, or learnt numbers if it is None (NCSNv2).
     """
 
     def __init__(self, channels: int, embedding: int | None) -> None:
@@ -128,15 +129,15 @@ class InstanceNormPlus(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """skip(h) + conv(ELU(norm(conv(ELU(norm(h)))))); where it `changes` stage it halves the grid, or dilates."""
+    """skip(h) + conv(ELU(norm(conv(ELU(norm(h)))))); the first of a stage (`changes`) halves the grid unless it dilates."""
 
     def __init__(
-        self, dims: int, inward: int, outward: int, told: int | None, dilation: int = 1, changes: bool = False
+        self, dims: int, inward: int, outward: int, embedding: int | None, dilation: int = 1, changes: bool = False
     ) -> None:
         super().__init__()
         between = inward if changes else outward
         options = {"dilation": dilation, "padding": dilation}
-        self.norms = nn.ModuleList([InstanceNormPlus(inward, told), InstanceNormPlus(between, told)])
+        self.norms = nn.ModuleList([InstanceNormPlus(inward, embedding), InstanceNormPlus(between, embedding)])
         self.convs = nn.ModuleList([conv(dims, inward, between, **options), conv(dims, between, outward, **options)])
         self.halve = Halve(dims) if changes and dilation == 1 else nn.Identity()
         self.skip: nn.Module = nn.Identity()
@@ -151,15 +152,15 @@ class ResidualBlock(nn.Module):
 
 
 class Refine(nn.Module):
-    """A RefineNet block (Lin et al. 2017) of the module's docstring; `last` ends in three RCUs instead of one."""
+    """`refine` of the module's docstring (Lin et al. 2017); the `last` one ends in three RCUs instead of one."""
 
-    def __init__(self, dims: int, inward: Sequence[int], outward: int, told: int | None, last: bool) -> None:
+    def __init__(self, dims: int, inward: Sequence[int], outward: int, embedding: int | None, last: bool) -> None:
         super().__init__()
-        self.adapt = nn.ModuleList(nn.ModuleList(RCU(dims, w, told) for _ in range(2)) for w in inward)
-        # The coarsest block has one input, in the paper of its own width: nothing to fuse, and no width to change.
-        self.fuse = Fuse(dims, inward, outward, told) if len(inward) > 1 or inward[0] != outward else None
-        self.pool = CRP(dims, outward, told)
-        self.end = nn.ModuleList(RCU(dims, outward, told) for _ in range(3 if last else 1))
+        self.adapt = nn.ModuleList(nn.ModuleList(RCU(dims, w, embedding) for _ in range(2)) for w in inward)
+        # The coarsest block has a single input, usually of its output's width: then there is nothing to fuse.
+        self.fuse = Fuse(dims, inward, outward, embedding) if len(inward) > 1 or inward[0] != outward else None
+        self.pool = CRP(dims, outward, embedding)
+        self.end = nn.ModuleList(RCU(dims, outward, embedding) for _ in range(3 if last else 1))
 
     def forward(self, inputs: list[Tensor], embedded: Tensor | None) -> Tensor:
         parts = []
@@ -175,11 +176,11 @@ class Refine(nn.Module):
 
 
 class RCU(nn.Module):
-    """A residual convolution unit, h + conv(ELU(conv(ELU(h)))), with a norm before each ELU where conditional."""
+    """A residual convolution unit, h + conv(ELU(conv(ELU(h)))); if conditional, with a norm before each ELU."""
 
-    def __init__(self, dims: int, channels: int, told: int | None) -> None:
+    def __init__(self, dims: int, channels: int, embedding: int | None) -> None:
         super().__init__()
-        self.norms = norms(2, channels, told)
+        self.norms = norms(2, channels, embedding)
         self.convs = nn.ModuleList(conv(dims, channels, channels, bias=False) for _ in range(2))
 
     def forward(self, h: Tensor, embedded: Tensor | None) -> Tensor:
@@ -190,12 +191,12 @@ class RCU(nn.Module):
 
 
 class Fuse(nn.Module):
-    """Multi-resolution fusion: each input through a convolution and up, linearly, to the size of the first; the sum."""
+    """Multi-resolution fusion: each input is convolved and interpolated linearly to the size of the first; their sum."""
 
-    def __init__(self, dims: int, inward: Sequence[int], outward: int, told: int | None) -> None:
+    def __init__(self, dims: int, inward: Sequence[int], outward: int, embedding: int | None) -> None:
         super().__init__()
         self.mode = ("linear", "bilinear", "trilinear")[dims - 1]
-        self.norms = norms(len(inward), inward[0], told)
+        self.norms = norms(len(inward), inward[0], embedding)
         self.convs = nn.ModuleList(conv(dims, w, outward) for w in inward)
 
     def forward(self, inputs: list[Tensor], embedded: Tensor | None) -> Tensor:
@@ -206,26 +207,26 @@ class Fuse(nn.Module):
 
 
 class CRP(nn.Module):
-    """Chained residual pooling over five points: the greatest of them (NCSNv2), their mean where conditional (NCSN)."""
+    """Chained residual pooling, over 5 points per axis: their maximum (NCSNv2), or their mean if conditional (NCSN)."""
 
-    def __init__(self, dims: int, channels: int, told: int | None) -> None:
+    def __init__(self, dims: int, channels: int, embedding: int | None) -> None:
         super().__init__()
-        kinds = (max_pool1d, max_pool2d, max_pool3d) if told is None else (avg_pool1d, avg_pool2d, avg_pool3d)
+        kinds = (max_pool1d, max_pool2d, max_pool3d) if embedding is None else (avg_pool1d, avg_pool2d, avg_pool3d)
         self.pool = kinds[dims - 1]
-        self.rim = [2, 2] * dims, float("-inf") if told is None else 0.0
-        self.norms = norms(2, channels, told)
+        self.rim = [2, 2] * dims, float("-inf") if embedding is None else 0.0
+        self.norms = norms(2, channels, embedding)
         self.convs = nn.ModuleList(conv(dims, channels, channels, bias=False) for _ in range(2))
 
     def forward(self, h: Tensor, embedded: Tensor | None) -> Tensor:
         total = path = elu(h)
         for i, convolution in enumerate(self.convs):
             path = self.norms[i](path, embedded) if self.norms else path
-            # Padded here: pooling itself refuses volumes thinner than its window.
+            # Padded here, as pooling itself raises an error for volumes thinner than its window.
             path = convolution(self.pool(pad(path, self.rim[0], value=self.rim[1]), 5, stride=1))
             total = total + path
         return total
 
 
-def norms(count: int, channels: int, told: int | None) -> nn.ModuleList:
-    """A norm for each convolution of a conditional RefineNet block; none for an unconditional one."""
-    return nn.ModuleList([] if told is None else [InstanceNormPlus(channels, told) for _ in range(count)])
+def norms(count: int, channels: int, embedding: int | None) -> nn.ModuleList:
+    """`count` norms for the convolutions of a conditional block; none for an unconditional one."""
+    return nn.ModuleList([] if embedding is None else [InstanceNormPlus(channels, embedding) for _ in range(count)])

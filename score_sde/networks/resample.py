@@ -2,8 +2,8 @@
 
     halve:  y_i = sum_j k_j x_{2i + j - p},    double:  y_i = 2 sum_j k_{i + p - 2j} x_j (each axis),    p = L/2 - 1
 
-k sums to one and has even length L; outside the grid x is 0. k = (1, 1)/2 is the mean of two neighbours, and the
-nearest neighbour. (1, 3, 3, 1)/8 is NCSN++'s. Plain convolutions, one filter a channel.
+k sums to one and has even length L; x is 0 outside the grid. k = (1, 1)/2 halves by the mean of two neighbours and doubles
+by the nearest neighbour; (1, 3, 3, 1)/8 is NCSN++'s. All are plain convolutions with one filter per channel.
 Zhang 2019, https://arxiv.org/abs/1904.11486; Song et al. 2021, https://arxiv.org/abs/2011.13456, appendix H.
 """
 
@@ -23,13 +23,13 @@ __all__ = ["BlurredConv", "Double", "Halve", "conv"]
 
 
 def conv(dims: int, inward: int, outward: int, size: int = 3, **options: int | bool) -> nn.Module:
-    """A convolution over `dims` dimensions, padded so that the size of the grid stays."""
+    """A convolution over `dims` dimensions, padded to keep the size of the grid."""
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     return kind(inward, outward, size, **{"padding": size // 2, **options})  # type: ignore[arg-type]
 
 
 class _Filter(nn.Module):
-    """The kernel k over `dims` dimensions; `box` where it is the mean of two neighbours."""
+    """The kernel k over `dims` dimensions; `box` says whether it is (1, 1)/2."""
 
     kernel: Tensor
 
@@ -70,7 +70,7 @@ class Double(_Filter):
 
 
 class BlurredConv(_Filter):
-    """Halves by k followed by a 3-wide convolution of stride 2, both padded once (NCSN++'s input pyramid)."""
+    """Filters by k, then a 3-wide convolution of stride 2, padded once for both (NCSN++'s input pyramid)."""
 
     def __init__(self, dims: int, inward: int, outward: int, filter: Sequence[int]) -> None:
         super().__init__(dims, filter)

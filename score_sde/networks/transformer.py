@@ -3,7 +3,7 @@
     h_0 = A patches(x) + positions,    h <- h + g_1 Attention(n_1(h)),    h <- h + g_2 MLP(n_2(h)),
     n_i(h) = (1 + s_i) LayerNorm(h) + b_i,    F = unpatch(B n(h)),    (s, b, g) linear in the embedding e, 0 at first
 
-"adaLN-Zero": every block starts as the identity and F at 0. Positions are waves of each coordinate, fixed.
+"adaLN-Zero": every block starts as the identity, and F at 0. Positions are fixed sines and cosines of each coordinate.
 Peebles & Xie 2023, https://arxiv.org/abs/2212.09748; tokens of a context join by cross-attention, as in Chen et al. 2024
 (PixArt-alpha, https://arxiv.org/abs/2310.00426).
 """
@@ -45,14 +45,14 @@ class DiT(nn.Module):
         width, depth, heads: channels of a token, blocks, attention heads.
         frequencies: of the noise level's embedding.
         num_classes: of labels.
-        dropout: within attention's and the MLP's output.
+        dropout: on the outputs of attention and MLP.
         context_width: of tokens that every block also attends to.
         augment_width: of augmentation labels, 9 for Karras et al.'s.
         learned_variance: the output has twice the channels (see `LearnedScore`).
         checkpointing: in training, keep only each block's input and compute the block again in the backward pass.
 
     Raises:
-        ValueError: a side is no multiple of its patch, or the width no multiple of the heads.
+        ValueError: a side is not a multiple of its patch, or the width not a multiple of the heads.
     """
 
     def __init__(
@@ -117,14 +117,14 @@ class DiT(nn.Module):
     def preset(cls, event_shape: Sequence[int], size: str = "b", patch: int | Sequence[int] = 2, **changes: Any) -> DiT:
         """DiT-S, B, L or XL of a patch size: 33 M, 130 M, 458 M or 675 M parameters (Peebles & Xie 2023, table 4).
 
-        A change of None leaves what the size has.
+        `changes` are other arguments of `DiT`; one that is None keeps the value of the size.
         """
         given = {name: value for name, value in changes.items() if value is not None}
         return cls(event_shape, patch, **{**SIZES[one_of("size", size, SIZES)], **given})
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, cross-attention where there is a context, and an MLP of four times the width."""
+    """Self-attention, cross-attention if there is a context, and an MLP of four times the width."""
 
     def __init__(self, width: int, heads: int, dropout: float, context_width: int | None) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class DiTBlock(nn.Module):
 
 
 def patches(x: Tensor, patch: Sequence[int]) -> Tensor:
-    """(batch, channels, *sides) -> (batch, tokens, channels * volume): the patches, row by row."""
+    """(batch, channels, *sides) -> (batch, tokens, channels * volume), the patches in row-major order."""
     dims = len(patch)
     for axis, side in enumerate(patch):
         x = x.unflatten(2 + 2 * axis, (-1, side))  # (batch, channels, n_1, p_1, n_2, p_2, ...)
@@ -172,7 +172,7 @@ def unpatched(tokens: Tensor, patch: Sequence[int], sides: Sequence[int]) -> Ten
 
 
 def positions(counts: Sequence[int], width: int) -> Tensor:
-    """(tokens, width): sin and cos of each coordinate times 10000^(-k / n), k < n = width // (2 axes); zeros are left."""
+    """(tokens, width): sin and cos of each coordinate times 10000^(-k / n), k < n = width // (2 axes), padded with zeros."""
     n = width // (2 * len(counts))
     frequencies = 10_000 ** (-torch.arange(n) / max(n, 1))
     coordinates = torch.cartesian_prod(*(torch.arange(count) for count in counts)).reshape(-1, len(counts))

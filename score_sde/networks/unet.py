@@ -1,8 +1,9 @@
-"""One U-Net F(x, c_noise, label, context, augment) for signals, images and video; its options give the published ones.
+"""One U-Net F(x, c_noise, label, context, augment) for signals, images and video, with the published ones as presets.
 
-Level i works at size / 2^i with width * multipliers[i] channels: `blocks` residual blocks on the way down, one more
-on the way up, where each also reads what its counterpart left on the way down; two between. `networks.blocks` has the
-formulas of its parts, `networks.magnitude` those of the magnitude-preserving ones. The output starts at 0.
+Level i works at size / 2^i with width * multipliers[i] channels. It has `blocks` residual blocks on the way down and one
+more on the way up, each of which also reads the output of its counterpart on the way down; two blocks stand between.
+`networks.blocks` has the formulas of the parts, `networks.magnitude` those of the magnitude-preserving ones. The output
+starts at 0.
 
 Presets: `ddpm` (Ho et al. 2020, arXiv:2006.11239), `ddpmpp` and `ncsnpp` (Song et al. 2021, arXiv:2011.13456),
 `adm` (Dhariwal & Nichol 2021, arXiv:2105.05233), `edm2` (Karras et al. 2024, arXiv:2312.02696).
@@ -38,26 +39,26 @@ class UNet(nn.Module):
 
     Args:
         event_shape: (channels, length), (channels, height, width) or (channels, frames, height, width).
-        width, multipliers, blocks: channels of the first level, factors of the levels, blocks of a level.
-        attention: heights of the grid (lengths of a signal) at which blocks attend.
+        width, multipliers, blocks: channels of the first level, factors of the levels, blocks per level.
+        attention: heights of the grid (lengths of a signal) at which blocks have attention.
         dropout: within each block.
         frequencies: of the noise level's embedding.
         num_classes: of labels.
-        embedding: its frequencies, "waves", "positional" (DDPM) or "fourier" (NCSN++); see `networks.embedding`.
-        modulation: how a block hears of the noise level, "scale_shift" (ADM) or "shift" (DDPM).
+        embedding: the frequencies' kind, "waves", "positional" (DDPM) or "fourier" (NCSN++); see `networks.embedding`.
+        modulation: how the embedding enters a block, "scale_shift" (ADM) or "shift" (DDPM); see `networks.blocks`.
         resample: "conv", "strided" (DDPM: halving by a convolution's stride) or "residual" (within a block: NCSN++).
         filter: the filter of resampling, [1, 1] or NCSN++'s [1, 3, 3, 1].
-        project_skip: whether blocks that resample have a 1-wide convolution on the way past (NCSN++).
-        rescale: sums of a branch and its way past over sqrt 2 (NCSN++).
-        progressive_input, progressive_output: None, "skip" or "residual": pyramids of input and output (NCSN++).
+        project_skip: whether blocks that resample have a 1-wide convolution on the skip connection (NCSN++).
+        rescale: divide sums of a residual branch and its skip connection by sqrt 2 (NCSN++).
+        progressive_input, progressive_output: pyramids of input and output, None, "skip" or "residual" (NCSN++).
         head_channels: channels of an attention head, None for one head.
-        attend_once: on the way up a level attends once, behind its last block (NCSN++), not behind each.
-        middle_attention: attention between the two middle blocks, whatever `attention` says, else as `attention` says.
-        norm_groups: groups of a normalisation, None for about 8 channels a group.
+        attend_once: on the way up, a level has attention only after its last block (NCSN++), not after each.
+        middle_attention: attention between the two middle blocks; if False, after each if `attention` has their height.
+        norm_groups: groups of a normalisation, None for about 8 channels per group.
         epsilon: of a normalisation.
-        glorot: DDPM's first weights instead of torch's.
-        magnitude_preserving: the parts of EDM2, which have no embedding, modulation, project_skip, rescale, norm_groups,
-            epsilon, glorot or pyramids to choose.
+        glorot: initialise as DDPM does, instead of by torch's defaults.
+        magnitude_preserving: use the parts of EDM2, which take no embedding, modulation, project_skip, rescale, norm_groups,
+            epsilon, glorot or pyramids.
         context_width: of tokens that the blocks with attention also attend to.
         augment_width: of augmentation labels, 9 for Karras et al.'s.
         learned_variance: the output has twice the channels; the second half becomes the variance of a reverse step,
@@ -65,8 +66,8 @@ class UNet(nn.Module):
         checkpointing: in training, keep only each block's input and compute the block again in the backward pass.
 
     Raises:
-        ValueError: the grid cannot be halved often enough, an attention size does not occur, a context that nothing attends
-            to, options exclude each other.
+        ValueError: the grid cannot be halved often enough, never has a height of `attention`, no block attends to the
+            context, or options exclude each other.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class UNet(nn.Module):
             self.embedding = Embedding(4 * width, frequencies, num_classes, embedding, augment_width)
             self.first, self.join = style.conv(channels, width), Concatenate()
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        # Pyramids, by the index of the layer of `down` or `up` behind which they stand.
+        # Pyramids, by the index of the layer of `down` or `up` that they follow.
         self.inward, self.outward = nn.ModuleDict(), nn.ModuleDict()
         skips = self._make_down(parts, levels, blocks, width, channels, progressive_input)
         h, attends = levels[-1]
@@ -154,7 +155,7 @@ class UNet(nn.Module):
     def _make_down(
         self, parts: _Parts, levels: Sequence[tuple[int, bool]], blocks: int, width: int, channels: int, pyramid: str | None
     ) -> list[int]:  # fmt: skip
-        """Fills `down` and `inward`; returns the channels of what the way up reads."""
+        """Fills `down` and `inward`; returns the channels of the outputs that the way up reads."""
         h, source, skips = width, channels, [width]
         for level, (there, attends) in enumerate(levels):
             if level > 0:
@@ -246,7 +247,7 @@ class UNet(nn.Module):
     def edm2(cls, event_shape: Sequence[int], size: str = "s", width: int | None = None, **changes: Any) -> UNet:
         """EDM2 of size xs to xxl, 125 M to 1.5 G parameters with 1,000 classes (Karras et al. 2024, table 2).
 
-        A width that is given takes the place of the size's.
+        `width` overrides that of the size.
         """
         one_of("size", size, EDM2_WIDTHS)
         usual = _EDM2 | {"width": EDM2_WIDTHS[size] if width is None else width}
@@ -275,7 +276,7 @@ _EDM2: dict[str, Any] = {
 def _preset(
     cls: type[UNet], event_shape: Sequence[int], preset: dict[str, Any], changes: dict[str, Any], features: float = 0.5
 ) -> UNet:
-    """The preset with changes; the embedding has `features` frequencies a channel of the first level."""
+    """The preset with changes; the embedding has `features` frequencies per channel of the first level."""
     options = preset | changes
     options.setdefault("frequencies", max(int(features * options["width"]), 1))
     return cls(event_shape, **options)
@@ -283,7 +284,7 @@ def _preset(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the ways down and up are made of."""
+    """Makes the blocks of the way down and the way up."""
 
     style: Style
     magnitude_preserving: bool

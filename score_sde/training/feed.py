@@ -53,4 +53,4 @@ def _check_batch(data: Data, batch: Batch, size: int) -> None:
     """Raises TypeError unless it is a Batch of `size` examples."""
     given = f"{len(batch.x)} examples" if isinstance(batch, Batch) else type(batch).__name__
     if not isinstance(batch, Batch) or len(batch.x) != size:
-        raise TypeError(f"{type(data).__name__}.batch must return Batch(x) with {size} examples here, got {given}")
+        raise TypeError(f"{type(data).__name__}.batch returns Batch(x) with {size} examples here, got {given}")
