@@ -1,4 +1,4 @@
-"""Clean examples: endless streams and finite sets whose batch at step n is a pure function of (seed, n)."""
+"""Clean examples: endless streams and finite sets, whose batch at step n is a pure function of (seed, n)."""
 
 from score_sde.data.augment import Augment
 from score_sde.data.base import Batch, Data, TargetStream

@@ -1,8 +1,12 @@
-"""Augmentation that does not leak into the samples: each example comes with what was done to it.
+"""Augmentation that does not leak into the samples: the network is given each example's transformation as a condition.
 
-A row is mirrored in x with probability 1/2, and with probability p each mirrored in y (half of them), scaled by
-2^(0.2 w), turned by w ~ U(-pi, pi), stretched by 2^(+-0.2 w) along an axis r, and moved by w_x W / 8, w_y H / 8,
-w ~ N(0, 1). The network is told (x flip, y flip, w, cos w - 1, sin w, w cos r, w sin r, w_x, w_y), and told zeros when
+An image is mirrored in x with probability 1/2. Each of the following is done with probability p:
+
+    mirrored in y (with probability 1/2)            scaled by 2^(0.2 a)
+    rotated by b ~ U(-pi, pi)                       stretched by 2^(0.2 c) along one axis and 2^(-0.2 c) across it
+    shifted by (d W / 8, e H / 8) pixels            a, c, d, e ~ N(0, 1)
+
+The network is given (x flip, y flip, a, cos b - 1, sin b, c cos r, c sin r, d, e), r the angle of the axis, and zeros when
 it samples. Karras et al. 2022, https://arxiv.org/abs/2206.00364, appendix F.2, table 6.
 """
 
@@ -22,14 +26,14 @@ __all__ = ["Augment"]
 class Augment:
     """Images (rows, C, H, W), any H and W -> transformed images and their labels (rows, 9).
 
-    The geometric part, one affine map about the centre, is read off by bicubic interpolation with mirrored borders (EDM
-    filters with a wavelet instead); rows that it does not touch stay as they are, bit for bit.
+    All but the flips are one affine map about the centre, evaluated by bicubic interpolation with mirrored borders (EDM
+    filters with a wavelet instead). Rows that it leaves in place stay the same, bit for bit.
 
     Args:
         probability: p; the paper's is 0.12 for CIFAR-10 and 0.15 for FFHQ and AFHQv2.
 
     Raises:
-        ValueError: a probability outside [0, 1].
+        ValueError: the probability is outside [0, 1].
     """
 
     width = 9
@@ -53,9 +57,9 @@ class Augment:
         return torch.where(_column(moved), warped, x), torch.stack(labels, dim=1)
 
     def _parameters(self, draws: Draws) -> list[Tensor]:
-        """x flip, y flip, scale, turn, stretch, its axis, and two shifts, each (rows,); 0 where nothing is done."""
+        """x flip, y flip, scale, turn, stretch, its axis and two shifts, each (rows,), 0 for a row left as it is."""
 
-        def some(values: Tensor) -> Tensor:
+        def sometimes(values: Tensor) -> Tensor:
             return values * (draws.uniform() < self.probability)
 
         def angle() -> Tensor:
@@ -65,12 +69,12 @@ class Augment:
             return (draws.uniform() < 0.5).float()
 
         both = (draws.uniform() < self.probability).float()
-        return [coin(), some(coin()), some(draws.normal()), some(angle()), some(draws.normal()), angle() * coin(),
-                draws.normal() * both, draws.normal() * both]  # fmt: skip
+        return [coin(), sometimes(coin()), sometimes(draws.normal()), sometimes(angle()), sometimes(draws.normal()),
+                angle() * coin(), draws.normal() * both, draws.normal() * both]  # fmt: skip
 
 
 def mirrored(x: Tensor, where: Tensor, dim: int) -> Tensor:
-    """x with the rows where `where` is not 0 reversed along a dimension."""
+    """x, with the rows for which `where` is not 0 reversed along `dim`."""
     return torch.where(_column(where != 0), x.flip(dim), x)
 
 
@@ -79,10 +83,10 @@ def _column(rows: Tensor) -> Tensor:
 
 
 def _inverse(scale: Tensor, turn: Tensor, stretch: Tensor, axis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The 2x2 matrices (a, b; c, d) from places in the new image to places in the old one, about the centre.
+    """The 2x2 matrices (a, b; c, d) that map positions in the new image to those in the old one, about the centre.
 
-    S(2^-scale) R(turn) R(-axis) diag(2^-stretch, 2^stretch) R(axis), in elementwise operations: what a row gets does
-    not depend on its companions.
+    S(2^-scale) R(turn) R(-axis) diag(2^-stretch, 2^stretch) R(axis), in elementwise operations, so that a row's result
+    does not depend on the others.
     """
     # R(-axis) diag(u, 1/u) R(axis) is symmetric: mean +- half difference of the two factors along the axis.
     narrow, wide = torch.exp2(-stretch), torch.exp2(stretch)
@@ -93,7 +97,7 @@ def _inverse(scale: Tensor, turn: Tensor, stretch: Tensor, axis: Tensor) -> tupl
 
 
 def _sampled(x: Tensor, inverse: tuple[Tensor, Tensor, Tensor, Tensor], right: Tensor, down: Tensor) -> Tensor:
-    """x at inverse (place - shift), all in pixels from the centre."""
+    """x interpolated at inverse (position - shift), in pixels from the centre."""
     height, width = x.shape[-2:]
     a, b, c, d = (entry[:, None, None] for entry in inverse)
     v = (torch.arange(height, device=x.device) - (height - 1) / 2)[:, None] - down[:, None, None]

@@ -1,7 +1,7 @@
 """One small interface for endless streams and finite sets: the batch of step n is a pure function of (seed, n).
 
-A killed run resumes without iterator state, two runs with one seed see the same examples at the same steps, and several
-processes read one global batch, each its own rows: batch(n, B, rows) -> to(device) -> prepare(batch, draws).
+So a killed run resumes without iterator state, two runs with one seed see the same examples at the same steps, and each
+of several processes reads its own rows of one global batch: batch(n, B, rows) -> to(device) -> prepare(batch, draws).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["Batch", "Data", "TargetStream"]
 class Batch:
     """Examples x of shape (batch, *event), and their conditions by name, each of shape (batch, ...).
 
-    x is what `Data.batch` reads, integers perhaps, or the float32 examples that `Data.prepare` makes of it.
+    x is as `Data.batch` reads it, possibly integers, or as `Data.prepare` returns it, float32.
     """
 
     x: Tensor
     condition: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device; the copy to a CUDA device is from pinned memory and waits for nothing."""
+        """The batch on a device. The copy to CUDA is from pinned memory and asynchronous."""
         on_cuda = torch.device(device).type == "cuda"
 
         def moved(value: Tensor) -> Tensor:
@@ -46,15 +46,15 @@ class Batch:
 
 
 class Data(ABC):
-    """Where clean examples come from.
+    """A source of clean examples.
 
     Attributes:
         event_shape: shape of one example.
         size: number of training examples, None for an endless stream.
-        num_classes: number of classes where examples carry a `label`, else None.
-        class_names: their names, where they have any.
-        target: the closed-form law of the examples where it is known (see `score_sde.targets`), else None.
-        has_test: whether `reference` gives examples that training does not see, with the conditions that batches have.
+        num_classes: number of classes, if examples have a `label`, else None.
+        class_names: names of the classes, or None.
+        target: the closed-form law of the examples, if known (see `score_sde.targets`), else None.
+        has_test: whether `reference` returns examples that training does not see, with the same conditions as batches.
     """
 
     event_shape: tuple[int, ...]
@@ -66,28 +66,28 @@ class Data(ABC):
 
     @abstractmethod
     def batch(self, step: int, batch_size: int, rows: slice = ALL) -> Batch:
-        """Rows `rows` of the training batch of step 0, 1, 2, ..., on the CPU, as they are stored."""
+        """The given rows of the training batch of a step (0, 1, 2, ...), on the CPU, as they are stored."""
 
     def prepare(self, batch: Batch, draws: Draws) -> Batch:
-        """A batch as the model sees it: float32 in its scale, dequantised and augmented, on the device of the batch.
+        """The batch as the model takes it: float32 in the model's scale, dequantised and augmented, on the same device.
 
-        All randomness comes from `draws`, on that device, for the rows that the batch holds. By default, as it is.
+        All random numbers come from `draws`, which are for the batch's rows and on its device. By default, the batch itself.
         """
         return batch
 
     @abstractmethod
     def reference(self, count: int) -> Batch:
-        """Up to `count` real examples to compare samples with, prepared, the same at every call; see the subclass."""
+        """Up to `count` prepared real examples to compare samples with, the same at every call; see the subclass."""
 
     def of_classes(self, classes: Collection[int]) -> Data:
-        """The examples of these classes, training and held-out ones. Raises ValueError where examples have no labels."""
+        """The training and held-out examples of these classes. Raises ValueError if examples have no labels."""
         if self.num_classes is None:
             raise ValueError("these data have no labels: give num_classes and the condition `label`")
         return OfClasses(self, classes)
 
 
 class OfClasses(Data):
-    """The examples of some classes of other data: the first with their labels, among as many more as it takes."""
+    """The examples of some classes of other data: the first that have these labels, out of as many as that takes."""
 
     def __init__(self, data: Data, classes: Collection[int]) -> None:
         self.data, self.classes = data, torch.tensor(sorted({int(label) for label in classes}))
@@ -107,6 +107,7 @@ class OfClasses(Data):
         return self._first(self.data.reference, count)
 
     def _first(self, examples: Callable[[int], Batch], count: int) -> Batch:
+        """The first `count` of these classes among examples(n), doubling n from `count` to 1024 `count`."""
         for doublings in range(11):
             among = examples(count << doublings)
             if "label" not in among.condition:
@@ -120,7 +121,7 @@ class OfClasses(Data):
 
 
 class TargetStream(Data):
-    """An endless stream of draws from a closed-form target; references are further draws, independent of training."""
+    """An endless stream of draws from a closed-form target; `reference` returns further, independent draws."""
 
     has_test = True
 

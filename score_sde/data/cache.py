@@ -1,7 +1,7 @@
-"""Decoded once, mapped ever after: folders of arrays, keyed by the hash of what they were made of.
+"""Data decoded once and then memory-mapped: folders of arrays, keyed by the hash of what they were made from.
 
-An entry appears whole, by one rename, or not at all; a lock lets one process decode while the others wait for it.
-They lie under $SCORE_SDE_CACHE, or ~/.cache/score_sde, and may be deleted at any time.
+An entry appears complete, by one rename, or not at all; a lock lets one process decode while the others wait for it.
+Entries are under $SCORE_SDE_CACHE, or ~/.cache/score_sde, and may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ __all__ = ["Stored", "cached", "content", "digest", "hash_of", "mapped", "root",
 
 
 def root() -> Path:
-    """Where entries lie: $SCORE_SDE_CACHE, else ~/.cache/score_sde."""
+    """The folder of all entries: $SCORE_SDE_CACHE, else ~/.cache/score_sde."""
     return Path(os.environ.get("SCORE_SDE_CACHE") or Path.home() / ".cache" / "score_sde")
 
 
 def digest(made_of: Any) -> str:
-    """The BLAKE2 hash of anything that JSON can write, 32 hexadecimal digits."""
+    """The BLAKE2 hash of a JSON-serialisable value, as 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def cached(kind: str, made_of: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-    """The folder <root>/<kind>/<digest of made_of>, filled by `write(folder)` where there is none yet.
+    """The folder <root>/<kind>/<digest of made_of>, filled by `write(folder)` if it does not exist.
 
-    `made_of` names all that the content depends on; it is kept beside it as made_of.json.
-    Raises ValueError where the cache cannot be written; what `write` raises leaves no entry.
+    `made_of` holds everything that the content depends on, and is stored in the folder as made_of.json.
+    Raises ValueError if the cache cannot be written. If `write` raises, no entry is made.
     """
     entry = root() / kind / digest(made_of)
     if entry.is_dir():
@@ -54,16 +54,16 @@ def cached(kind: str, made_of: Mapping[str, Any], write: Callable[[Path], None])
 
 
 class Stored(NamedTuple):
-    """An array, mapped from a file, and the hash of its content where it was taken when the file was written."""
+    """An array mapped from a file, and the hash of its content if it was taken when the file was written."""
 
     x: Tensor
     fingerprint: str | None
 
 
 def stored(kind: str, made_of: Mapping[str, Any], write: Callable[[Path], None]) -> dict[str, Stored]:
-    """The arrays that `write(folder)` leaves as .npy files, by name; see `cached`.
+    """The arrays that `write(folder)` saves as .npy files, by name; see `cached`.
 
-    The same arrays made of other files, e.g. of another format, have the same fingerprint.
+    Their fingerprints depend on the arrays alone, not on the files or the format that they were made from.
     """
 
     def write_and_hash(folder: Path) -> None:
@@ -85,7 +85,7 @@ def hash_of(x: Tensor) -> str:
 
 
 def _fill(entry: Path, made_of: Mapping[str, Any], write: Callable[[Path], None]) -> None:
-    for left_behind in entry.parent.glob(f"{entry.name}.partial-*"):  # by a process that was killed
+    for left_behind in entry.parent.glob(f"{entry.name}.partial-*"):  # by a killed process
         shutil.rmtree(left_behind, ignore_errors=True)
     partial = entry.with_name(f"{entry.name}.partial-{secrets.token_hex(4)}")
     partial.mkdir()
@@ -99,10 +99,10 @@ def _fill(entry: Path, made_of: Mapping[str, Any], write: Callable[[Path], None]
 
 @contextmanager
 def _locked(descriptor: int) -> Iterator[None]:
-    """Holds an exclusive lock on an open file; the system releases that of a process that dies."""
+    """Holds an exclusive lock on an open file; the system releases it if the process dies."""
     try:
         import fcntl
-    except ImportError:  # no such locks on Windows: two processes decode twice, and the first rename stays
+    except ImportError:  # Windows has no such locks: two processes may both decode, and the first rename wins
         yield
         return
     fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -110,9 +110,9 @@ def _locked(descriptor: int) -> Iterator[None]:
 
 
 def content(files: Sequence[Path]) -> str:
-    """The hash of the names and contents of files, in their order, what keys entries made of them.
+    """The hash of the names and contents of files, in order, by which entries made from them are keyed.
 
-    It is kept under their paths, sizes and times of change: files are read again only where these differ.
+    It is itself cached by paths, sizes and modification times, so that files are read again only if these differ.
     """
     found = [(os.path.abspath(file), os.stat(file)) for file in files]
     stamps = digest([[path, stat.st_size, stat.st_mtime_ns] for path, stat in found])
@@ -129,5 +129,5 @@ def _hash(file: Path) -> str:
 
 
 def mapped(path: Path) -> Tensor:
-    """A .npy file as a tensor that reads it on demand; writes to it stay private."""
+    """A .npy file as a tensor that reads it on demand; writes to the tensor do not reach the file."""
     return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))

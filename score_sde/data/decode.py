@@ -1,8 +1,8 @@
-"""Any image file as uint8 (channels, height, width), by rules that are stated and kept beside the result.
+"""Image files as uint8 (channels, height, width), by fixed rules that are stored beside the result.
 
-In this order: the orientation that a camera noted is applied; 16 bits become 8 by their high byte; transparency is
-composited on white; colours become grey by ITU-R 601 luma, or grey three equal channels; the central part of the
-target's aspect ratio is cropped (or the image stretched); Lanczos resampling. Of an animation the first frame is taken.
+In this order: the orientation in the EXIF data is applied; 16 bits become 8 by their high byte; transparency is
+composited on white; colours become grey by ITU-R 601 luma, or grey becomes three equal channels; the central part of the
+target's aspect ratio is cropped (or the image stretched); Lanczos resampling. An animation gives its first frame.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Decoder:
-    """The rules; called with a file or its bytes, and its name for error messages.
+    """Decodes a file, or its bytes, by the rules above; its name is for error messages.
 
     Args:
-        height, width: of the result; None stands for those of the first image, which all others must have.
+        height, width: of the result; None means those of the first image, which all others must share.
         channels: 1 for grey, 3 for colour.
-        fit: "crop" the central part of the target's aspect ratio, "stretch" the whole image, or refuse all but "exact".
+        fit: "crop" the central part of the target's aspect ratio, "stretch" the whole image, or "exact", which raises
+            ValueError for another size.
 
     Raises:
-        ValueError: a setting outside its range.
+        ValueError: a setting is outside its range.
     """
 
     height: int | None
@@ -67,7 +68,7 @@ class Decoder:
 
     @classmethod
     def of(cls, size: Size, channels: int = 3, fit: str = "crop") -> Decoder:
-        """From a size: an edge for squares, [height, width], or None for the images' own, one for all."""
+        """A decoder for a size: an edge for squares, [height, width], or None for the size that all images share."""
         if size is None or isinstance(size, int):
             return cls(size, size, channels, fit)
         if len(size) != 2:
@@ -75,20 +76,20 @@ class Decoder:
         return cls(size[0], size[1], channels, fit)
 
     def settled(self, first: Source, name: str) -> Decoder:
-        """With the size of the first image where none is given."""
+        """This decoder, with the size of the first image if it has none."""
         if self.height is not None:
             return self
         width, height = _opened(first, name).size
         return replace(self, height=height, width=width, fit="exact")
 
     def stated(self) -> dict[str, Any]:
-        """What keys a cache entry: the settings, and a version that any change of the rules raises."""
+        """The key of a cache entry: the settings, and a version, to be raised with any change of the rules."""
         return {**asdict(self), "rules": 1}
 
     def __call__(self, source: Source, name: str) -> tuple[np.ndarray[Any, Any], list[str]]:
-        """uint8 (channels, height, width), and the conversions that were made.
+        """uint8 (channels, height, width), and the names of the conversions made.
 
-        Raises ValueError for what is no image, holds 32-bit values, or, without a size, has another than the first.
+        Raises ValueError if it is not an image, holds 32-bit values or, with fit "exact", has another size.
         """
         notes: list[str] = []
         image = _flattened(_eight_bit(_opened(source, name), name, notes), notes)
@@ -110,7 +111,7 @@ class Decoder:
                              "set size, and fit=crop or stretch, to resize all of them")  # fmt: skip
         box = (0, 0, width, height)
         if self.fit == "crop":
-            # The largest part of the target's aspect ratio, in whole pixels, as near the centre as they allow.
+            # The largest part of the target's aspect ratio, in whole pixels, as central as these allow.
             part_width = min(width, max(1, round(height * self.width / self.height)))
             part_height = min(height, max(1, round(width * self.height / self.width)))
             left, top = (width - part_width) // 2, (height - part_height) // 2
@@ -158,12 +159,12 @@ class Images:
     """A set of undecoded images.
 
     Args:
-        title: what error messages and the progress bar call it.
-        count: how many.
-        read: gives (source, name) of each, in order.
-        labels: their classes, or None.
-        made_of: what keys the cache entry beside the rules, e.g. the hash of the files.
-        names: of the classes, where they have any.
+        title: the name of the set in error messages and the progress bar.
+        count: number of images.
+        read: returns (source, name) of each image, in order.
+        labels: the class of each image, or None.
+        made_of: the key of the cache entry besides the decoder, e.g. the hash of the files.
+        names: of the classes, or None.
     """
 
     title: str
@@ -177,7 +178,7 @@ class Images:
 def image_data(
     kind: str, train: Images, test: Images | None, size: Size, channels: int, fit: str, **options: Any
 ) -> TensorData:
-    """`TensorData` with these options of training images, and of held-out ones in their size; decoded once, see `decoded`."""
+    """`TensorData(**options)` of training images, and of held-out ones in the same size; see `decoded`."""
     known = decoded(kind, train, Decoder.of(size, channels, fit))
     held = None if test is None else decoded(kind, test, Decoder.of(known.x.shape[-2:], channels, fit))
     data = TensorData(known.x, known.labels, test=held, fingerprint=known.fingerprint, **options)
@@ -186,9 +187,9 @@ def image_data(
 
 
 def decoded(kind: str, images: Images, decoder: Decoder) -> Examples:
-    """The images as uint8 (count, channels, height, width), mapped from the cache; decoded where they are not in it.
+    """The images as uint8 (count, channels, height, width), mapped from the cache, where the first call puts them.
 
-    Raises ValueError for a set without images, and for the first image that the decoder refuses.
+    Raises ValueError for a set without images, and for the first image that the decoder cannot read.
     """
     if images.count == 0:
         raise ValueError(f"{images.title} holds no images")
@@ -200,7 +201,7 @@ def decoded(kind: str, images: Images, decoder: Decoder) -> Examples:
 
 
 def _decode(images: Images, decoder: Decoder, folder: Path) -> None:
-    """Decodes on all cores into images.npy, and counts the conversions that were made in conversions.json."""
+    """Decodes on all cores into images.npy; the counts of conversions are written to conversions.json."""
     shape = (images.count, decoder.channels, decoder.height or 0, decoder.width or 0)
     array = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
     notes = Counter[str]()
@@ -219,7 +220,7 @@ def _decode(images: Images, decoder: Decoder, folder: Path) -> None:
 
 
 def _in_order(pool: ThreadPoolExecutor, work: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
-    """`pool.map` over an iterable of any length, of which a bounded part is held at once."""
+    """`pool.map` over an iterable of any length, holding only 1,024 items at a time."""
     remaining = iter(items)
     while block := list(islice(remaining, 1024)):
         yield from pool.map(work, block)

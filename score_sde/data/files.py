@@ -20,7 +20,7 @@ __all__ = ["digits", "image_folder", "load_file", "load_images"]
 def digits(*, labels: bool = False, dequantize: bool = False, held_out: float = 0.2, seed: int = 0) -> TensorData:
     """The 1,797 handwritten digits of scikit-learn, (1, 8, 8), 17 grey levels scaled to [-1, 1].
 
-    With the default 359 images are held out, always the same ones. `labels` gives each batch the class 0..9 as `label`.
+    By default 359 images are held out, always the same ones. With `labels`, batches have the class 0..9 as `label`.
     """
     from sklearn.datasets import load_digits
 
@@ -47,14 +47,22 @@ def load_file(
     augment: Augment | None = None,
     seed: int = 0,
 ) -> TensorData:
-    """Examples (N, *event) from a .npy file, or from the array `x` (and `labels`, `context`) of a .npz file.
+    """Examples (N, *event) from a .npy file, or from arrays of a .npz file.
 
-    A .npy file is mapped, an .npz file unpacked into the cache by the first call, and mapped. `test`, `test_labels` and
-    `test_context` name arrays of held-out examples, e.g. x_test; or `held_out` is the fraction set aside, where None means
-    a tenth, unless there is `test`. `channels_last` takes images (N, height, width, channels), `context` what each example
-    depends on, (N, width) or tokens (N, tokens, width).
-    Raises ValueError for other or damaged files, missing arrays, and what `TensorData` refuses; FileNotFoundError for
-    no file.
+    A .npy file is memory-mapped; the first call for a .npz file unpacks it into the cache.
+
+    Args:
+        path: the file.
+        x, labels, context: names of the arrays of a .npz file: examples, classes (N,), and what each example depends on,
+            (N, width) or tokens (N, tokens, width).
+        test, test_labels, test_context: names of the arrays of held-out examples, e.g. x_test; or
+        held_out: the fraction of the examples set aside; None: a tenth, unless there is `test`.
+        channels_last: images are (N, height, width, channels).
+        dequantize, levels, flip, augment, seed: see `TensorData`.
+
+    Raises:
+        ValueError: another or a damaged file, missing arrays, or what `TensorData` does not take.
+        FileNotFoundError: there is no such file.
     """
     path = Path(path)
     if path.suffix not in (".npy", ".npz"):
@@ -75,7 +83,7 @@ def load_file(
 
 
 def _mapped(path: Path, x: str, wanted: Sequence[str], moved: Sequence[str | None]) -> dict[str, Stored]:
-    """The one array of a .npy file, its last axis taken second where it is to be `moved`."""
+    """The array of a .npy file; if its name is in `moved`, with the last axis moved to the second place."""
     _check_names(path, wanted, [x])
     try:
         array = mapped(path)
@@ -85,7 +93,7 @@ def _mapped(path: Path, x: str, wanted: Sequence[str], moved: Sequence[str | Non
 
 
 def _unpacked(path: Path, wanted: Sequence[str], moved: Sequence[str | None]) -> dict[str, Stored]:
-    """The wanted arrays of a .npz file, in the cache, the last axis of the `moved` ones taken second."""
+    """The wanted arrays of a .npz file, from the cache; those in `moved` with the last axis moved to the second place."""
 
     def write(folder: Path) -> None:
         with np.load(path, allow_pickle=False) as arrays:
@@ -124,12 +132,12 @@ def image_folder(
 ) -> TensorData:
     """Every image under a folder as (channels, height, width) in [-1, 1], by the rules of `score_sde.data.decode`.
 
-    The first call decodes them into the cache. With `labels` the class of an image is its first folder below `path`,
-    numbered in alphabetical order; `class_names` has their names.
+    The first call decodes them into the cache. With `labels`, the class of an image is its top-level folder below `path`,
+    numbered in alphabetical order; `class_names` has the names.
 
     Args:
-        path: the folder; images may lie at any depth.
-        size: an edge for squares, [height, width], or None for the images' own, which must then be one for all.
+        path: the folder; images may be at any depth.
+        size: an edge for squares, [height, width], or None for the images' own size, which all must share.
         channels: 1 for grey, 3 for colour.
         fit: "crop" the central part of the target's aspect ratio, "stretch" the whole image, or "exact".
         test: a folder of held-out images, with folders of the same names; or
@@ -137,8 +145,8 @@ def image_folder(
         flip: mirror half of the training images at random.
         augment: see `Augment`.
 
-    Raises ValueError where there are no images, for the first one that cannot be read, for sizes that are mixed, and for
-    an image in no class.
+    Raises:
+        ValueError: there are no images, one cannot be read, their sizes differ, or one is in no class.
     """
     train = _folder(Path(path), labels)
     held = _folder(Path(test), labels, train.names) if test else None
@@ -147,10 +155,10 @@ def image_folder(
 
 
 def _folder(root: Path, labels: bool, classes: Sequence[str] | None = None) -> Images:
-    """The images of a folder; the names of its classes are for a test set those of the training set."""
+    """The images of a folder, with its classes, or, for a test set, the given `classes` of the training set."""
     paths = image_files(root)
     if labels and (loose := [file for file in paths if file.parent == root]):
-        raise ValueError(f"{loose[0]} lies in no folder below {root}, and its folder there is an image's class: "
+        raise ValueError(f"{loose[0]} lies in no folder below {root}, but the folder is the class of an image: "
                          "move it into one, or leave out labels")  # fmt: skip
     folders = [file.relative_to(root).parts[0] for file in paths]
     names = list(classes) if classes is not None else sorted(set(folders)) if labels else []
@@ -163,10 +171,10 @@ def _folder(root: Path, labels: bool, classes: Sequence[str] | None = None) -> I
 
 
 def load_images(path: str | Path, event_shape: Sequence[int]) -> np.ndarray:
-    """Float32 examples (n, *event_shape): an image or a folder of them by name, in [-1, 1], or a .npy array as it is.
+    """Float32 examples (n, *event_shape): an image or a folder of them in order of names, in [-1, 1], or a .npy array.
 
-    Images are cropped and resized by the rules of `score_sde.data.decode`.
-    Raises ValueError for events that are no images, or where nothing fits; FileNotFoundError for no file.
+    Images are cropped and resized by the rules of `score_sde.data.decode`; an array is not scaled.
+    Raises ValueError if events are not images, or the file does not hold such examples; FileNotFoundError if there is none.
     """
     path, shape = Path(path), tuple(event_shape)
     if path.suffix == ".npy":
@@ -187,7 +195,7 @@ def load_images(path: str | Path, event_shape: Sequence[int]) -> np.ndarray:
 
 
 def image_files(root: Path) -> list[Path]:
-    """The images in a folder at any depth; none that is hidden, as macOS's ._001.png and what .ipynb_checkpoints holds."""
+    """The images in a folder at any depth, without hidden ones, such as macOS's ._001.png or those in .ipynb_checkpoints."""
     files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
     paths = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     if not paths:

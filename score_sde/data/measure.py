@@ -1,8 +1,8 @@
-"""Scales measured from data; `sigma_max: auto` and `sigma_data: auto` stand for two of them.
+"""Scales measured from data; configs ask for two of them by `sigma_max: auto` and `sigma_data: auto`.
 
 sigma_max = max |x_i - x_j|  (Song & Ermon 2020, https://arxiv.org/abs/2006.09011, technique 1), or a quantile,
-sigma_data = sqrt(mean x^2), over all components: the RMS that c_in divides out,
-data_std = sqrt(mean (x - E x)^2), the spread about the mean example: what guidance takes for the prior's.
+sigma_data = sqrt(mean x^2) over all components: the RMS that c_in normalises,
+data_std = sqrt(mean (x - E x)^2), the spread about the mean example: guidance takes it as the prior's.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def measure_sigma_max(data: Data, quantile: float = 1.0, count: int = 4000) -> f
 
 
 def measure_sigma_data(data: Data, count: int = 10_000) -> float:
-    """The root mean square of all components of `count` training examples; ValueError where it is 0."""
+    """The root mean square of all components of `count` training examples. Raises ValueError if it is 0."""
     return _positive(float(_examples(data, count).double().square().mean().sqrt()), "sigma_data")
 
 
 def measure_data_std(data: Data, count: int = 10_000) -> float:
-    """The root mean square distance of `count` training examples from their mean, a component; ValueError where it is 0."""
+    """The root mean square deviation of `count` training examples from their mean, per component. ValueError if it is 0."""
     x = _examples(data, count).double()
     return _positive(float((x - x.mean(0)).square().mean().sqrt()), "data_std")
 

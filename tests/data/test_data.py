@@ -217,7 +217,7 @@ def test_digits_are_the_real_ones():
         (lambda: TensorData(torch.zeros(4, 2), held_out=1.0), "held_out=1.0"),
         (
             lambda: TensorData(pd.DataFrame({"a": [1.0, 2.0], "b": ["x", "y"]})),
-            "x is an array of dtype object, as text",
+            "x is an array of dtype object, as a column of text",
         ),
     ],
 )
