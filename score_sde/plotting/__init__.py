@@ -1,9 +1,8 @@
 """Pictures of densities, score fields, trajectories, images and comparisons.
 
-A function that draws takes matplotlib axes and returns the artists it made; a function that composes returns a Figure.
-Figures are objects, never pyplot's current one, so that drawing works without a display and in any thread. Panels
-that are to be compared share their limits and their colour scale, and limits leave out the farthest samples rather
-than let one outlier set the scale.
+Functions that take matplotlib axes draw into them and return the artists; the others return a new Figure. Figures are
+objects, never pyplot's current one, so that drawing works without a display and in any thread. Panels to be compared
+share their limits and colour scale. Limits leave out the farthest samples, so that one outlier does not set the scale.
 """
 
 from score_sde.plotting.canvas import (

@@ -26,25 +26,25 @@ Limits = tuple[float, float, float, float]
 """Left, right, bottom and top of a panel."""
 
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's line colours, told apart by the colour-blind."""
+"""Okabe and Ito's line colours, which the colour-blind can distinguish."""
 
 MARKERS = "os^Dv<P"
 DASHES = ("-", "--", "-.", ":")
 INK, RULE = "#2b2f36", "#8a929c"
-TIME = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.92, 256)))  # dark enough for a white page
+TIME = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.92, 256)))  # dark enough on white
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8, "title_fontsize": 8, "alignment": "left"}
 NOISE_LEVEL = "noise level  $\\sigma / \\alpha$"
 
 
 class Panel(Axes):
-    """Axes with titles of the labels' size; matplotlib's go back to a size of its own whenever they are set."""
+    """Axes whose titles have the size and colour of labels, each time they are set; matplotlib would reset both."""
 
     def set_title(self, label: str, *args: Any, **options: Any) -> Text:
         return super().set_title(label, *args, **{"fontsize": 10, "color": INK, **options})
 
 
 class Layout(ConstrainedLayoutEngine):
-    """Constrained layout in two passes: the first leaves out the titles of panels that keep their aspect."""
+    """Constrained layout in two passes: one alone leaves no room for titles of panels with a fixed aspect."""
 
     def execute(self, fig: Figure) -> None:
         for _ in range(2):
@@ -57,7 +57,7 @@ def panels(
 ) -> tuple[Figure, np.ndarray]:  # fmt: skip
     """A figure of rows x columns panels, each of the given size in inches, and its axes as an array (rows, columns).
 
-    `height_ratios` share the rows' height out otherwise than alike.
+    With `height_ratios`, rows have these relative heights, and `height` is their mean.
     """
     figure = Figure(figsize=(columns * width, rows * height), dpi=150, layout=Layout())
     FigureCanvasAgg(figure)
@@ -71,17 +71,17 @@ def panels(
 
 
 def look(i: int) -> dict[str, Any]:
-    """Colour and marker of line i: no two of the first 49 are alike."""
+    """Colour and marker of line i; no two of the first 49 lines are alike."""
     return {"color": LINES[i % len(LINES)], "marker": MARKERS[(i + i // len(LINES)) % len(MARKERS)]}
 
 
 def curves(ax: Axes, x: str, y: str, *, legend: Literal["inside", "beside"] | None = "inside", title: str = "") -> None:
-    """The manners of a panel of curves: labels, a light grid, `LogTicks` along logarithmic axes, and a legend.
+    """The common style of a panel of curves: labels, a light grid, `LogTicks` on logarithmic axes, and a legend.
 
     Args:
-        ax: where curves were drawn.
+        ax: the axes, with the curves already drawn.
         x, y: labels of the axes.
-        legend: of what is labelled: inside, where it covers least; beside the panel; or none.
+        legend: of all labelled artists: "inside", where it covers least; "beside" the panel; or None.
         title: of the legend.
     """
     ax.set(xlabel=x, ylabel=y)
@@ -99,7 +99,7 @@ def curves(ax: Axes, x: str, y: str, *, legend: Literal["inside", "beside"] | No
 
 
 def legend_below(figure: Figure, title: str = "") -> None:
-    """One legend beneath all panels, of whatever any of them labels, by which the figure grows."""
+    """One legend for all panels, beneath them; the figure grows by its height."""
     entries = _entries(*figure.axes)
     inches = 0.6 + 0.065 * max(map(len, entries), default=0)
     columns = max(1, int(figure.get_figwidth() / inches))
@@ -110,20 +110,20 @@ def legend_below(figure: Figure, title: str = "") -> None:
 
 
 def _entries(*axes: Axes) -> dict[str, Any]:
-    """label -> artist, of all that the axes label."""
+    """label -> artist, of all labelled artists of the axes."""
     pairs = (zip(*ax.get_legend_handles_labels(), strict=True) for ax in axes)
     return {label: artist for pair in pairs for artist, label in pair}
 
 
 def note(figure: Figure, text: str) -> None:
-    """What a figure's signs mean, in small print beneath all panels, in lines no longer than it is wide."""
+    """Explains a figure's signs in small print beneath all panels, wrapped to the figure's width."""
     whole = re.sub(r"\$.*?\$", lambda formula: formula[0].replace(" ", "\0"), text)
     lines = textwrap.fill(whole, int(figure.get_figwidth() / 0.065), break_on_hyphens=False)
     figure.supxlabel(lines.replace("\0", " "), fontsize=8, color=INK)
 
 
 def crosses(ax: Axes, x: Any, colour: Any, label: str = "") -> None:
-    """A cross on the upper edge at each x, for what was lost or lies beyond the axis."""
+    """A cross on the upper edge at each x, for values that were lost or lie beyond the axis."""
     if len(x):
         ax.plot(x, np.full(len(x), 0.97), "x", color=colour, markersize=6, zorder=4, label=label, clip_on=False,
                 in_layout=False, transform=ax.get_xaxis_transform())  # fmt: skip
@@ -132,7 +132,7 @@ def crosses(ax: Axes, x: Any, colour: Any, label: str = "") -> None:
 def colour_scale(
     image: AxesImage | LineCollection, axes: Axes | np.ndarray, label: str, *, extend: str = "both", **options: Any
 ) -> Colorbar:
-    """The scale of an image beside the axes that share it, by default open at both ends: colours say "or beyond"."""
+    """The colour bar of an image beside the axes that share it; by default, both ends are marked "or beyond"."""
     bar = image.figure.colorbar(image, ax=axes, label=label, extend=extend, format="{x:g}", **options)
     bar.minorticks_off()
     bar.outline.set_visible(False)
@@ -141,14 +141,16 @@ def colour_scale(
 
 
 class LogTicks(Locator):
-    """Ticks of a logarithmic axis: powers of ten, also 2 and 5 below two decades; evenly spaced ones below a factor 5, and
-    below one decade where the others are two at most, which look like those of a linear axis.
+    """Ticks of a logarithmic axis, by the ratio of its ends.
+
+    From 100 on, powers of ten; below, also 2 and 5 times these. Below 5, or below 10 if there would be fewer than three
+    ticks, evenly spaced values as on a linear axis.
     """
 
     axis: Any
 
     def __call__(self) -> Any:
-        return self.tick_values(*sorted(self.axis.get_view_interval()))  # an inverted axis has the other order
+        return self.tick_values(*sorted(self.axis.get_view_interval()))  # an inverted axis has them in decreasing order
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
         span = vmax / vmin
@@ -165,7 +167,7 @@ class LogTicks(Locator):
 
 
 class LogNumbers(Formatter):
-    """Numbers of `LogTicks`, all in one manner: plain below two decades where they are short, else powers of ten."""
+    """Labels of `LogTicks`, all in one format: plain numbers if short and within two decades, else powers of ten."""
 
     axis: Any
 
@@ -179,12 +181,14 @@ class LogNumbers(Formatter):
 
 
 def log_ticks(axis: Axis) -> None:
+    """Gives a logarithmic axis `LogTicks` labelled by `LogNumbers`, without minor ticks."""
     axis.set_major_locator(LogTicks())
     axis.set_major_formatter(LogNumbers())
     axis.set_minor_locator(NullLocator())
 
 
 def frame(ax: Axes) -> None:
+    """The common style of ticks, labels and spines."""
     ax.tick_params(labelsize=8, color=RULE, labelcolor=INK, width=0.6, length=3)
     for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
         text.set(fontsize=10, color=INK)

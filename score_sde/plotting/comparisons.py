@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ AGAINST = {
 
 
 RATIOS = ListedColormap(colormaps["cividis"](np.linspace(1.0, 0.12, 256))).with_extremes(bad="#eceef1")
-"""From the noise floor (light) to ten times it (dark); grey where there is no value."""
+"""From 1 noise floor (light) to 10 (dark); grey for missing values."""
 
 
 def quality_against_nfe(
@@ -64,20 +64,21 @@ def quality_against_nfe(
 ) -> list[Line2D]:  # fmt: skip
     """A metric against network calls, a line for each sampler, and the noise floor as a band.
 
-    Lines are means over seeds and their bands ranges; a cross on the upper edge marks a run that failed.
+    Lines are means over seeds, with a band from the least to the greatest; crosses on the upper edge mark runs that
+    diverged or failed.
 
     Args:
         ax: where to draw.
         table: as `score_sde.evaluation.compare` returns it, of one model.
-        metric: a column of the table; its first metric by default. Samplers that it does not apply to are left
-            out.
+        metric: a column of the table; by default its first metric. Samplers without a value are left out, unless all their
+            runs failed.
         against: "nfe", "seconds" or "seconds_per_sample".
 
     Raises:
         ValueError: the table is of several models, or has no such metric.
 
     Returns:
-        One line a sampler, in the table's order.
+        One line per sampler, in the table's order.
     """
     metric = _metric_of(table, metric)
     lines = []
@@ -97,20 +98,20 @@ def quality_against_nfe(
 
 
 def solvers_against_calls(ax: Axes, table: pd.DataFrame, column: str, label: str) -> list[Line2D]:
-    """A figure of tuned and untuned solvers against their number of calls; the converged solution's as a dashed line.
+    """An error of tuned and untuned solvers against their network calls; that of the converged solution is dashed.
 
     Args:
         ax: where to draw.
         table: as `score_sde.evaluation.coupled.best_of_each` returns it.
-        column: which figure.
-        label: what it is called.
+        column: the table's column to draw.
+        label: of the y axis.
     """
     lines, names = [], {"untuned": "best untuned", "late": "best untuned, begun late"}
     for i, (kind, part) in enumerate(table[table["calls"] > 0].groupby("kind", sort=False)):
         lines += ax.plot(part["calls"], part[column], markersize=4.5, linewidth=1.5,
                          label=names.get(str(kind), str(kind)), **look(i))  # fmt: skip
     floor = table.loc[table["calls"] == 0, column].mean()
-    if floor > 1e-6 * table[column].max():  # a distance to the converged solution is 0 for itself, but for rounding
+    if floor > 1e-6 * table[column].max():  # the converged solution's distance to itself is only rounding
         ax.axhline(floor, color=INK, linestyle="--", linewidth=1, label="converged solution")
     ax.set_xticks(sorted({*table["calls"]} - {0}))
     ax.set_yscale("log")
@@ -119,12 +120,14 @@ def solvers_against_calls(ax: Axes, table: pd.DataFrame, column: str, label: str
 
 
 def means_with_errors(tables: Mapping[str, pd.DataFrame], references: Mapping[str, float] | None = None) -> Figure:
-    """A point with its standard error for each setting, from the top down; settings without a value stay empty.
+    """A panel for each quantity, with a point and its standard error for each setting, from the top down.
+
+    Means that span more than a factor 20 are on a logarithmic axis; settings without a value stay empty.
 
     Args:
-        tables: what means are of -> the columns setting, mean and standard_error. Unlike figures have a panel each; long
-            settings are broken into lines. Means that span more than a factor 20 stand on a logarithmic axis.
-        references: likewise, where exact samples stand, 1 for ratios: a dashed line, and a quarter of it on either side.
+        tables: label of the quantity -> table with columns setting, mean and standard_error.
+        references: label -> the value of exact samples, 1 for ratios to the noise floor: a dashed line. The axis shows at
+            least a quarter of it to either side.
     """
     names = {what: [textwrap.fill(str(setting), 50, break_on_hyphens=False) for setting in table["setting"]]
              for what, table in tables.items()}  # fmt: skip
@@ -158,31 +161,31 @@ def comparison_multiples(
 ) -> Figure:  # fmt: skip
     """A metric against calls or seconds, a panel for each sampler with the others in grey behind it.
 
-    Points are means over seeds, of several with their standard deviations; the band is the noise floor and its standard
-    deviation; a cross on the upper edge marks runs that diverged or failed. Blue are deterministic samplers, orange the
-    others.
+    Points are means over seeds, with standard deviations if there are several. Deterministic samplers are blue, others
+    orange. The band is the noise floor and its standard deviation; crosses on the upper edge mark runs that diverged or
+    failed.
 
     Args:
-        table: as `score_sde.evaluation.compare` returns it, of one model. Deterministic are samplers that its column
-            `deterministic` says so of; in a table without one, those with a paired endpoint error.
-        metric: a column of the table; its first metric by default. Samplers without a value are left out.
+        table: as `score_sde.evaluation.compare` returns it, of one model. Its column `deterministic` names deterministic
+            samplers; without that column, they are those with a paired endpoint error.
+        metric: a column of the table; by default its first metric. Samplers without a value are left out.
         against: "nfe", "seconds" or "seconds_per_sample".
         columns: panels in a row.
     """
     metric = _metric_of(table, metric)
     names = [name for name, runs in table.groupby("sampler", sort=False) if runs[metric].notna().any()]
-    curves = {name: _over_seeds(table[table["sampler"] == name], metric, against) for name in names}
+    means = {name: _over_seeds(table[table["sampler"] == name], metric, against) for name in names}
     fixed = table.get("deterministic", table["endpoint_error"].notna()).eq(True).groupby(table["sampler"]).any()
     several = table["seed"].nunique() > 1
     columns = max(1, min(columns, len(names)))
     figure, axes = panels(columns, max(1, math.ceil(len(names) / columns)), width=2.3, height=1.9)
     for ax, name in zip(axes.flat, names, strict=False):
         runs = table[table["sampler"] == name]
-        for other, curve in curves.items():
+        for other, curve in means.items():
             if other != name:
                 ax.plot(curve[against], curve["mean"], color="#d3d7dc", linewidth=0.8, zorder=1, label="other samplers")
         colour, kind = (LINES[0], "deterministic") if fixed[name] else (LINES[1], "stochastic")
-        own = curves[name]
+        own = means[name]
         spread = own["std"] if several else None
         ax.errorbar(own[against], own["mean"], yerr=spread, color=colour, marker="o", markersize=3.5, linewidth=1.6,
                     capsize=2, elinewidth=1, zorder=3, label=kind)  # fmt: skip
@@ -200,10 +203,11 @@ def comparison_multiples(
 
 
 def ratio_table(ax: Axes, summary: pd.DataFrame, *, metric: str) -> AxesImage:
-    """A metric over its noise floor, a row for each sampler and a column for each budget, in colour and in numbers.
+    """A metric over its noise floor, a row for each sampler and a column for each budget, in colours and numbers.
 
-    Colour runs from 1 (light) to 10 floors on a logarithmic scale. Grey cells have no value: "x" diverged or failed, a
-    dash was refused. Samplers without budgets stand in a column of their own, with their calls.
+    Colours run from 1 (light) to 10 (dark) floors on a logarithmic scale. Grey cells have no value: a cross for a run that
+    diverged or failed, a dash for one that was refused. Samplers that choose their own steps have a column of their own,
+    with their calls.
 
     Args:
         ax: where to draw.
@@ -246,12 +250,12 @@ def sample_panels(
     reference: Target | Tensor | None = None,
     absent: Mapping[tuple[str, int], str] | None = None,
 ) -> Figure:
-    """What every sampler makes within every budget: densities of points in the plane, or sheets of images.
+    """Samples of every sampler (rows) within every budget (columns): densities in the plane, or sheets of images.
 
     Args:
         samples: (sampler, budget) -> samples (n, 2) or images (n, 1 or 3, height, width).
         reference: the law of the data, or examples of it, shown in the first row.
-        absent: (sampler, budget) -> why there are none, in a word.
+        absent: (sampler, budget) -> a word to show in place of missing samples.
     """
     said = dict(absent or {})
     names = list(dict.fromkeys(name for name, _ in (*samples, *said)))
@@ -279,7 +283,7 @@ def sample_panels(
 
 
 def _plane_drawer(law: Target | Tensor) -> Callable[[Axes, Target | Tensor], None]:
-    """Draws densities with the limits and the colours of the data's."""
+    """A function that draws densities with the limits and colours of that of `law`."""
     limits = limits_of(law)
     scratch = density(panels(1)[1][0, 0], law, limits=limits)
     peak = float(scratch.get_clim()[1])
@@ -297,7 +301,7 @@ def _sheet_drawer(ax: Axes, x: Target | Tensor) -> None:
 
 
 def _metric_of(table: pd.DataFrame, metric: str | None) -> str:
-    """The metric, or the first one, of a table that is of one model."""
+    """The metric, by default the table's first. Raises ValueError if the table is of several models or lacks it."""
     if "model" in table and table["model"].nunique() > 1:
         models = ", ".join(map(repr, table["model"].unique()))
         raise ValueError(f"one figure is of one model, the table of {models}: give table[table['model'] == ...]")
@@ -305,7 +309,7 @@ def _metric_of(table: pd.DataFrame, metric: str | None) -> str:
 
 
 def _over_seeds(runs: pd.DataFrame, metric: str, against: str) -> pd.DataFrame:
-    """Columns `against` (mean) and the metric's mean, min, max and std over the seeds that have a value, by budget."""
+    """By budget: mean, min, max and std of the metric over the seeds with a value, and the mean of `against`."""
     good = runs[runs["status"].eq("ok") & runs[metric].notna()]
     groups = good.groupby("budget")
     statistics = groups[metric].agg(["mean", "min", "max", "std"]).fillna({"std": 0.0})
@@ -313,14 +317,14 @@ def _over_seeds(runs: pd.DataFrame, metric: str, against: str) -> pd.DataFrame:
 
 
 def _crosses(ax: Axes, runs: pd.DataFrame, against: str, colour: str) -> None:
-    """A cross for each budget at which a run diverged or failed, where it was that far on the axis."""
+    """A cross at each budget with a run that diverged or failed, at its mean x (the budget itself if calls are unknown)."""
     lost = runs[runs["status"].str.startswith(("diverged", "failed"))]
     place = lost[against].fillna(lost["budget"]) if against == "nfe" else lost[against]
     crosses(ax, place.groupby(lost["budget"]).mean().dropna(), colour, "diverged or failed")
 
 
 def _floor(ax: Axes, table: pd.DataFrame, metric: str) -> None:
-    """The noise floor as a dashed line in the band of its standard deviation; nothing for what has none."""
+    """The noise floor as a dashed line in the band of its standard deviation; nothing if the metric has none."""
     if f"{metric}_floor" in table:
         floor, spread = table[f"{metric}_floor"].mean(), table[f"{metric}_floor_std"].mean()
         ax.axhline(floor, color=INK, linestyle="--", linewidth=0.9, label="noise floor", zorder=2)
@@ -329,19 +333,10 @@ def _floor(ax: Axes, table: pd.DataFrame, metric: str) -> None:
 
 
 def _share_curves(axes: np.ndarray, count: int, x: str) -> None:
-    """One pair of logarithmic axes of a factor 5 or more for the first `count` panels, with labels along the edges."""
+    """Gives the first `count` panels the same logarithmic axes, with labels only along the edges of the figure."""
     used = list(axes.flat[:count])
-    for i, name in enumerate("xy"):
-        spans = np.array([(ax.dataLim.minpos[i], getattr(ax.dataLim, f"interval{name}")[1]) for ax in used])
-        spans = spans[(spans > 0).all(axis=1) & np.isfinite(spans).all(axis=1)]
-        if not len(spans):  # zeros alone
-            continue
-        span = spans.max() / spans.min()
-        margin = max(span**0.06 * 1.08, (5 / span) ** 0.5)
-        for ax in used:
-            ax.set(**{f"{name}lim": (spans.min() / margin, spans.max() * margin)})
-            ax.set(**{f"{name}scale": "log"})
-            log_ticks(getattr(ax, f"{name}axis"))
+    _share_log_axis(used, 0)
+    _share_log_axis(used, 1)
     columns = axes.shape[1]
     for i, ax in enumerate(used):
         ax.spines[["top", "right"]].set_visible(False)
@@ -353,3 +348,18 @@ def _share_curves(axes: np.ndarray, count: int, x: str) -> None:
         ax.title.set_fontsize(9)
         ax.xaxis.label.set_fontsize(8)
         ax.tick_params(labelsize=7, labelleft=i % columns == 0, labelbottom=lowest)
+
+
+def _share_log_axis(used: Sequence[Any], axis: int) -> None:
+    """Gives the x (0) or y (1) axes of panels the same logarithmic limits around all data, at least a factor 5 apart."""
+    name = "xy"[axis]
+    spans = np.array([(ax.dataLim.minpos[axis], getattr(ax.dataLim, f"interval{name}")[1]) for ax in used])
+    spans = spans[(spans > 0).all(axis=1) & np.isfinite(spans).all(axis=1)]
+    if not len(spans):  # no positive values
+        return
+    span = spans.max() / spans.min()
+    margin = max(span**0.06 * 1.08, (5 / span) ** 0.5)
+    for ax in used:
+        ax.set(**{f"{name}lim": (spans.min() / margin, spans.max() * margin)})
+        ax.set(**{f"{name}scale": "log"})
+        log_ticks(getattr(ax, f"{name}axis"))

@@ -1,4 +1,4 @@
-"""Figures of what an evaluation finds: diagnoses, certificates, bounds and likelihoods."""
+"""Figures of the results of evaluations: diagnoses, certificates, bounds and likelihoods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from score_sde.plotting.canvas import INK, LINES, NOISE_LEVEL, TIME, curves, leg
 
 
 def diagnosis(found: Diagnosis) -> Figure:
-    """Loss against its irreducible part, calibration and consistency of a score model, by noise level."""
+    """Four panels by noise level: a score model's loss and its irreducible part, calibration, variance and consistency."""
     figure, grid = panels(2, 2, width=4.6, height=3.6)
     (loss, slope), (spread, law) = grid
     table = found.table
@@ -51,9 +51,9 @@ def _by_noise(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> None:
 
 
 def certificates(found: Certificates) -> Figure:
-    """Measured beside declared order, and the exact bias of the standard deviation at each number of steps.
+    """Measured and declared order of each step, and the exact bias of the standard deviation by number of steps.
 
-    Rows stand in the order of `Certificates.table`.
+    Rows are in the order of `Certificates.table`.
     """
     table = found.table
     by_name = {c.name: c for c in found.certificates}
@@ -81,9 +81,9 @@ def certificates(found: Certificates) -> Figure:
 
 
 def bound_terms(ax: Axes, bounds: Mapping[str, Bound]) -> None:
-    """Each posterior KL of a variational bound in nats, mean over the data, at the noisier level of its step.
+    """The posterior KL of each step of a variational bound, mean over the data in nats, at the step's noisier time.
 
-    In the legend, the bound's mean with its standard error, and of it the decoder's and the prior's terms.
+    The legend has the mean of the whole bound with its standard error, and its decoder and prior terms.
     """
     for (name, bound), colour in zip(bounds.items(), LINES, strict=False):
         ends = f"decoder {bound.decoder.mean():.2g}, prior {bound.prior.mean():.1g}"
@@ -94,9 +94,9 @@ def bound_terms(ax: Axes, bounds: Mapping[str, Bound]) -> None:
 
 
 def likelihood_histogram(ax: Axes, values: Mapping[str, Tensor], label: str) -> None:
-    """Outlines of histograms of per-sample likelihoods by set, in common bins, each mean as a dashed line and in the legend.
+    """Histograms of per-sample likelihoods of several sets in common bins; means are dashed lines, and in the legend.
 
-    Bins span all but the outermost half per cent; a value beyond falls into the last bin on its side.
+    Bins leave out half a per cent of all values at either end; values beyond are counted in the outermost bins.
     """
     everything = torch.cat([v.double() for v in values.values()]).cpu()
     low, high = everything.quantile(torch.tensor([0.005, 0.995], dtype=torch.float64)).tolist()

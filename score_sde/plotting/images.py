@@ -23,10 +23,10 @@ from score_sde.plotting.planes import limits_of, plane, samples
 def image_grid(ax: Axes, images: Tensor, *, columns: int | None = None, names: Sequence[object] = ()) -> AxesImage:
     """Images (n, 1 or 3, height, width) in [-1, 1] as one mosaic, row by row; values beyond are clipped.
 
-    `names` stand over the columns.
+    `names` are written over the columns.
 
     Raises:
-        ValueError: the shape is another.
+        ValueError: the images have another shape.
     """
     mosaic = _mosaic(images, columns)
     ax.set(xticks=[], yticks=[], aspect="equal")
@@ -48,18 +48,18 @@ def animation(
     """Noise becoming data, as a GIF.
 
     Args:
-        trajectory: states (steps, batch, 2), or images (steps, batch, channels, height, width) in [-1, 1] at the end,
-            where those beyond are clipped; before it noise is shown with the contrast of the end.
+        trajectory: states (steps, batch, 2), or images (steps, batch, channels, height, width). The last images are shown
+            from -1 to 1, with values beyond clipped; noisier ones are scaled down to the same contrast.
         path: of the file to write.
         levels: a caption for each state.
-        frames: at most so many states are shown, evenly chosen; the last always is.
-        fps: frames a second.
-        hold: seconds for which the last state stays.
+        frames: the most states to show, evenly spaced and including the last.
+        fps: frames per second.
+        hold: further seconds for which the last state is shown.
     """
     chosen = torch.linspace(0, len(trajectory) - 1, min(frames, len(trajectory))).round().long().tolist()
     states = trajectory[chosen].detach().float().cpu()
     figure, axes = panels(1, width=3.6, height=3.8)
-    figure.set_layout_engine("none")  # which would move the axes whenever a tick label grows
+    figure.set_layout_engine("none")  # a layout engine would move the axes whenever a tick label grows
     ax = axes[0, 0]
     ax.set_position((0.13, 0.07, 0.84, 0.84))
     draw = _image_frames(ax, states) if states.ndim == 5 else _point_frames(ax, states)
@@ -77,7 +77,7 @@ def animation(
 
 
 def _point_frames(ax: Axes, states: Tensor) -> Any:
-    """Draws state i into the axes; a view wider than the last state's shrinks with the cloud, without going back."""
+    """A function that draws state i; the view shrinks with the cloud of points to that of the last state, and never grows."""
     dots = samples(ax, states[-1])
     frame = torch.tensor(limits_of(states[-1]))
     centre = frame.unflatten(0, (2, 2)).mean(dim=1, keepdim=True)
@@ -94,7 +94,7 @@ def _point_frames(ax: Axes, states: Tensor) -> Any:
 
 
 def _image_frames(ax: Axes, states: Tensor) -> Any:
-    """Draws state i into the axes; one of more contrast than the last state fades with the noise, without going back."""
+    """A function that draws state i, scaled to the last one's contrast if it has more, by a factor that never grows back."""
     image = image_grid(ax, states[-1])
     size = states.flatten(1).square().mean(1).sqrt()
     fade = (size / size[-1]).cummin(dim=0).values.clamp_min(1)
@@ -107,7 +107,7 @@ def _image_frames(ax: Axes, states: Tensor) -> Any:
 
 
 def _mosaic(images: Tensor, columns: int | None) -> np.ndarray:
-    """RGBA mosaic with transparent gaps of a pixel."""
+    """The RGBA mosaic, with transparent gaps of one pixel."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images have shape (n, 1 or 3, height, width), got {tuple(images.shape)}")
     count, _, height, width = images.shape

@@ -26,21 +26,21 @@ def loss_curves(
     halflife: float = 0.01,
     legend: Literal["inside", "beside"] | None = "beside",
 ) -> list[Line2D]:
-    """Losses against training steps: each smoothed, over its raw values; on a logarithmic axis where all are positive.
+    """Losses against training steps: each smoothed, over its raw values; on a logarithmic axis if all are positive.
 
-    Names that end in _q1 to _q4 are means over quartiles of the noise levels drawn, from the least to the most noise, and
-    have colours; the others are dark, told apart by their dashes.
+    Names that end in _q1 to _q4 are means over quartiles of the noise levels drawn, from the least to the most noise;
+    these have colours. The others are dark and have different dashes.
 
     Args:
         ax: where to draw.
-        metrics: a `step` column and those to be drawn, as in a run's `metrics.jsonl`, or such rows
-            (`TrainingResult.metrics`); empty cells are left out.
+        metrics: a table with the column `step` and those to draw (`Run.metrics()`), or such rows (`TrainingResult.metrics`);
+            empty cells are skipped.
         columns: which to draw; by default all whose name starts with "loss".
-        halflife: of the exponential smoothing, as a fraction of the whole curve.
+        halflife: of the exponential smoothing, as a fraction of the curve's length.
         legend: see `curves`.
 
     Returns:
-        The smoothed lines, one a column.
+        The smoothed lines, one per column.
     """
     metrics = pd.DataFrame(metrics)
     names = list(columns) if columns else [name for name in metrics if str(name).startswith("loss")]

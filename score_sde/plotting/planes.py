@@ -1,4 +1,4 @@
-"""The plane: densities, samples, score fields and trajectories of two-dimensional data."""
+"""Two-dimensional data: densities, samples, score fields and trajectories."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from score_sde.sde import SDE
 from score_sde.targets import Target
 
 DENSITY = colormaps["magma"]
-LOG_DENSITY = ListedColormap(DENSITY(np.linspace(0.0, 0.72, 256)))  # dark enough for white arrows everywhere
+LOG_DENSITY = ListedColormap(DENSITY(np.linspace(0.0, 0.72, 256)))  # dark enough for white arrows
 NATS = 12.0
-"""Depth of a log-density's colour scale below its maximum."""
+"""Range of a log-density's colour scale, in nats below its maximum."""
 
 ARROWS: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "pivot": "middle", "width": 0.005,
                           "headwidth": 3.5, "headlength": 4, "headaxislength": 3.5}  # fmt: skip
 
 
 def limits_of(x: Target | Tensor, *, coverage: float = 0.995, margin: float = 0.15) -> Limits:
-    """A square that holds the share `coverage` of the points along each axis, with a margin around it.
+    """A square that holds the fraction `coverage` of the points along each axis, with a margin around it.
 
     Args:
-        x: points (..., 2), or a target from which points are drawn.
-        coverage: share of the points between the quantiles of each axis.
+        x: points (..., 2), or a target, of which points are drawn.
+        coverage: the central fraction of the points along each axis.
         margin: blank border, in units of half the square's side.
     """
     points = _points(x)
@@ -54,15 +54,15 @@ def density(
 ) -> AxesImage:
     """The density of a two-dimensional target, or the histogram of samples as a density, as an image.
 
-    Colour follows the square root of the density, so that light modes, and samples between the modes, are seen. The
-    share of samples outside the limits is written where it is a per cent or more.
+    Colours follow the square root of the density, so that small modes, and samples between modes, are visible. The share
+    of samples outside the limits is written into the image if it is a per cent or more.
 
     Args:
         ax: where to draw.
         x: a target, or samples (n, 2). Samples outside the limits count in the normalisation.
         limits: the part of the plane shown; by default nearly all of it.
-        resolution: pixels a side for a target; samples get half as many bins.
-        peak: the density that has the brightest colour; the maximum by default.
+        resolution: pixels per side for a target; samples have half as many bins.
+        peak: the density with the brightest colour; by default the maximum.
     """
     limits = limits or limits_of(x)
     if isinstance(x, Tensor):
@@ -109,19 +109,19 @@ def score_field(
     arrows: int = 19,
     unit: float | None = None,
 ) -> tuple[AxesImage | None, Quiver]:
-    """The score at time t as arrows, over the log-density of the marginal where the law of the data is known.
+    """The score at time t as arrows, over the log-density of the marginal if the law of the data is known.
 
-    An arrow is |s| / (|s| + unit) of its cell long: both the gentle slopes inside the modes and the steep ones outside
-    them can be seen. Colours span twelve nats below the maximum.
+    The length of an arrow is |s| / (|s| + unit) of its cell, so that both the gentle slopes inside modes and the steep
+    ones outside are visible. Colours span twelve nats below the maximum.
 
     Args:
         ax: where to draw.
         model: of two-dimensional data.
         t: a time of the model's SDE.
-        target: the law of clean data; that of an `ExactScore` is known.
-        limits: the part of the plane shown; needed when the target is not known.
-        arrows: arrows a side.
-        unit: |score| of an arrow half its cell long; by default that which a quarter of the plane stays below.
+        target: the law of clean data; an `ExactScore` has it.
+        limits: the part of the plane shown; needed if the target is not known.
+        arrows: number of arrows per side.
+        unit: |score| of an arrow of half its cell's length; by default the lower quartile of |score| over the arrows.
 
     Raises:
         ValueError: neither a target nor limits are known.
@@ -149,13 +149,13 @@ def score_field(
 def trajectories(
     ax: Axes, trajectory: Tensor, *, limits: Limits | None = None, count: int = 40
 ) -> tuple[LineCollection, PathCollection, PathCollection]:
-    """Paths of samples through the plane, coloured from the start of sampling to its end, with start and end points.
+    """Paths of samples in the plane, coloured from the start of sampling to its end, with start and end points.
 
     Args:
         ax: where to draw.
         trajectory: states (steps, batch, 2) in the order of sampling.
         limits: the part of the plane shown; by default that of all states.
-        count: how many of the batch are drawn, the first ones.
+        count: the number of samples drawn, the first of the batch.
 
     Returns:
         The paths, the start points (hollow) and the end points (filled).
@@ -177,7 +177,7 @@ def trajectories(
 def density_comparison(
     target: Target | Tensor, samplers: Mapping[str, Tensor], *, limits: Limits | None = None
 ) -> Figure:
-    """The density of the data beside the samples of several samplers, with their numbers, in one scale.
+    """The density of the data beside the samples of several samplers, with their numbers, on one colour scale.
 
     Args:
         target: the law of the data, or data (n, 2).
@@ -198,10 +198,10 @@ def density_comparison(
 def score_field_comparison(
     learned: ScoreModel, exact: ExactScore, times: Sequence[float], *, arrows: int = 19
 ) -> Figure:
-    """The learned score over the exact one, a column for each time, in one scale of arrows.
+    """The learned score (first row) and the exact one (second), a column for each time, with arrows on one scale.
 
-    The log-density lies behind a score whose law is known, the exact one; over the learned one are its contours.
-    Over each column stands the relative error sqrt(E|s - s*|^2 / E|s*|^2) over the exact marginal at that time.
+    The exact log-density is shown as colours behind the exact score, and as contours over the learned one. The title of a
+    column has the relative error sqrt(E|s - s*|^2 / E|s*|^2) over the exact marginal at that time.
     """
     figure, axes = panels(len(times), 2)
     for (above, below), t in zip(axes.T, times, strict=True):
@@ -225,10 +225,10 @@ def score_field_comparison(
 
 
 def score_error_field(model: ScoreModel, exact: ExactScore, times: Sequence[float], *, resolution: int = 80) -> Figure:
-    """Where a score is wrong: |n - n*| / sqrt(d) over the plane, a panel for each time, in one logarithmic scale.
+    """Where a score is wrong: |n - n*| / sqrt(d) over the plane, a panel for each time, on one logarithmic scale.
 
-    n = -sigma score is the predicted noise, so 1 is the size of the noise itself. Contours are the exact marginal's, one
-    and three nats below its maximum; far outside them no training example ever lay.
+    n = -sigma score is the predicted noise, so 1 is the size of the noise itself. Contours of the exact marginal are one
+    and three nats below its maximum; far outside of them the network saw no training examples.
     """
     target: Any = exact.target
     figure, axes = panels(len(times))
@@ -252,8 +252,8 @@ def trajectory_comparison(
 ) -> Figure:
     """Trajectories (steps, batch, 2) of several samplers side by side, over the contours of the data's density.
 
-    Given the same starting points, they show what the noise of an SDE adds to the flow of the ODE. States spread wider
-    than the final samples, as those of variance-exploding processes are, are shrunk to the spread of these.
+    From the same starting points, they show what the noise of an SDE adds to the flow of the ODE. States that spread wider
+    than the final samples, such as those of variance-exploding processes, are scaled to the spread of these.
     """
     if not samplers:
         raise ValueError("there are no trajectories: give one or more by name")
@@ -272,7 +272,7 @@ def trajectory_comparison(
 
 
 def _points(x: Target | Tensor) -> Tensor:
-    """Finite points (n, 2) on the CPU: those given, or 4,096 draws of a target."""
+    """The finite ones of points (n, 2), or 4,096 draws of a target, as float32 on the CPU."""
     if hasattr(x, "sample"):
         x = x.sample((4096,), generator=torch.Generator().manual_seed(0))
     if tensor("x", x).ndim < 2 or x.shape[-1] != 2:
@@ -285,7 +285,7 @@ def _points(x: Target | Tensor) -> Tensor:
 
 
 def _write_outside(ax: Axes, points: Tensor, limits: Limits) -> None:
-    """The share of points outside the limits, where it is a per cent or more."""
+    """Writes the share of points outside the limits, if it is a per cent or more."""
     low, high = torch.tensor(limits).unflatten(0, (2, 2)).T
     share = round(100 * ((points < low) | (points > high)).any(dim=1).float().mean().item())
     if share:
@@ -306,20 +306,20 @@ def _trajectory(trajectory: Tensor) -> Tensor:
 
 
 def _shrunk(paths: Tensor) -> Tensor:
-    """Each state scaled about the origin so that its root mean square does not exceed that of the last."""
+    """States scaled down, where necessary, to the root mean square of the last."""
     size = paths.square().mean(dim=(1, 2), keepdim=True).sqrt()
     return paths * (size[-1] / size).clamp_max(1)
 
 
 def _cell_centres(limits: Limits, cells: int) -> tuple[Tensor, Tensor]:
-    """Centres along x and y of a square lattice of cells that fills the limits."""
+    """The coordinates of the centres of cells x cells cells that fill the limits, along x and y."""
     middle = (torch.arange(cells) + 0.5) / cells
     left, right, bottom, top = limits
     return left + (right - left) * middle, bottom + (top - bottom) * middle
 
 
 def _lattice(x: Tensor, y: Tensor) -> Tensor:
-    """All points (x_j, y_i), row after row of an image: (len(y) len(x), 2)."""
+    """All points (x_j, y_i), (len(y) len(x), 2), in the order of an image's rows."""
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
 
 
@@ -337,7 +337,7 @@ def _histogram(points: Tensor, limits: Limits, bins: int) -> np.ndarray:
 
 
 def _marginal(model: ScoreModel, t: float, target: Target | None) -> Any:
-    """The law of x_t where that of x_0 is known, else None."""
+    """The law of x_t if that of x_0 is known, else None."""
     target = target or getattr(model, "target", None)
     return None if target is None else target.marginal(float(model.sde.alpha(t)), float(model.sde.sigma(t)))
 
@@ -349,6 +349,7 @@ def _score(model: ScoreModel, points: Tensor, t: float) -> Tensor:
 
 
 def _unit(score: Tensor) -> float:
+    """The lower quartile of |score|, the default `unit` of `score_field`."""
     return score.norm(dim=1).quantile(0.25).clamp_min(1e-12).item()
 
 
@@ -357,6 +358,7 @@ def _level(sde: SDE, t: float) -> str:
 
 
 def plane(ax: Axes, limits: Limits) -> None:
+    """Sets the limits of axes of equal aspect, with few ticks."""
     left, right, bottom, top = limits
     ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
     for axis in (ax.xaxis, ax.yaxis):

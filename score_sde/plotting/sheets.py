@@ -1,4 +1,4 @@
-"""Samples of any shape as a picture: pairs of coordinates, signals, images, and the frames of videos and volumes."""
+"""Pictures of samples of any shape: pairs of coordinates, signals, images, and frames of videos and volumes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ def sheet(
     samples: Tensor, data: Target | Tensor | None = None, *, name: str = "samples", count: int = 64, columns: int = 8,
     names: Sequence[object] = (),
 ) -> Figure:  # fmt: skip
-    """Samples of any event shape, beside examples of the data where these are given and the picture has room for them.
+    """A picture of samples of any event shape, beside examples of the data (except for images).
 
-    Points of the plane are shown as densities (without data as dots), other vectors by `pair_plot`, signals (channels,
-    length) by `signals`, images (1 or 3, height, width) as a mosaic, from -1 to 1 or as far as the data reach, and whatever
-    else ends in (height, width) by `frames`: videos, volumes, fields of other channels.
+        (2,)                                densities; without data, dots
+        (d,)                                `pair_plot`
+        (channels, length)                  `signals`
+        (1 or 3, height, width)             a mosaic, from -1 to 1, or as far as the data reach beyond
+        (..., height, width) otherwise      `frames`: videos, volumes, fields of other channels
 
     Args:
         samples: (n, *event).
         data: examples (m, *event), or their law.
         name: of the samples.
-        count, columns, names: of images, how many are shown, to whole rows of so many, and what stands over these columns.
+        count: the number of images shown, rounded up to whole rows.
+        columns: images per row.
+        names: written over the columns of images.
 
     Raises:
-        ValueError: there is no sample, or none that is finite.
+        ValueError: there is no sample, or none is finite.
     """
     event = tuple(samples.shape[1:])
     if event == (2,):
@@ -53,9 +57,7 @@ def sheet(
         return signals(samples, examples, name=name)
     if len(event) > 3 or event[0] not in (1, 3):
         return frames(samples, examples, name=name)
-    size = (
-        1.0 if examples is None else max(1.0, float(examples.abs().max()))
-    )  # beyond [-1, 1] for fields that are no photos
+    size = 1.0 if examples is None else max(1.0, float(examples.abs().max()))  # fields may reach beyond [-1, 1]
     shown = samples[: -(-count // columns) * columns] / size
     columns = min(columns, len(shown))
     figure, axes = panels(1, width=5, height=5 * -(-len(shown) // columns) / columns)
@@ -67,16 +69,16 @@ def pair_plot(
     samples: Tensor, data: Tensor | None = None, *, name: str = "samples", coordinates: Sequence[int] | None = None,
     bins: int | None = None,
 ) -> Figure:  # fmt: skip
-    """Every pair of coordinates of vectors: samples below the diagonal, data above it, the marginals of both on it.
+    """Every pair of coordinates of vectors: samples below the diagonal, data above, and the marginals of both on it.
 
-    A panel above the diagonal shares the limits and colours of its mirror image below; colours follow the square root of
-    the density. Limits hold 99.5 % of the data along each axis; samples beyond them count in the normalisation.
+    Mirror images across the diagonal have the same limits and colours, which follow the square root of the density.
+    Limits hold 99.5 % of the data along each axis; samples beyond them count in the normalisation.
 
     Args:
         samples: (n, d).
         data: (m, d).
         name: of the samples.
-        coordinates: those shown; the first six by default.
+        coordinates: which to show; by default the first six.
         bins: of the histograms along each axis; by default from 12 to 48, more where there are more samples.
     """
     chosen = list(range(min(6, samples.shape[1]))) if coordinates is None else list(coordinates)
@@ -112,7 +114,7 @@ def pair_plot(
 
 
 def signals(samples: Tensor, data: Tensor | None = None, *, name: str = "samples", rows: int = 6) -> Figure:
-    """Signals (n, channels, length), a panel each and a line for each channel, seven at most; data to their left."""
+    """Signals (n, channels, length): a panel for each, a line for each of at most seven channels; data are on the left."""
     columns = _columns(samples, data, name, rows)
     span = _span(torch.cat([x[:, : len(LINES)].flatten() for x in columns.values()]).numpy(), coverage=1.0)
     figure, axes = panels(len(columns), max(map(len, columns.values())), width=4.2, height=1.0)
@@ -133,11 +135,10 @@ def signals(samples: Tensor, data: Tensor | None = None, *, name: str = "samples
 
 
 def frames(samples: Tensor, data: Tensor | None = None, *, name: str = "samples", rows: int = 8) -> Figure:
-    """Videos, volumes and fields of any channels (n, ..., height, width): a row for each, its frames from left to right.
+    """Videos, volumes and fields (n, ..., height, width): a row for each, with its frames from left to right.
 
-    Frames have the colours of images where the event is (1 or 3, ..., height, width); else each channel is a grey frame of
-    its own. Grey or colour runs from the least to the greatest value of what is shown of the data, or without them of the
-    samples.
+    Events (1 or 3, ..., height, width) give frames in grey or colour; of other events, each channel is a grey frame of its
+    own. Brightness runs from the least to the greatest value of the data shown, or without data of the samples shown.
     """
     columns = _columns(samples, data, name, min([rows, *(len(x) for x in (samples, data) if x is not None)]))
     first = next(iter(columns.values()))
@@ -153,12 +154,12 @@ def frames(samples: Tensor, data: Tensor | None = None, *, name: str = "samples"
 
 
 def _columns(samples: Tensor, data: Tensor | None, name: str, rows: int) -> dict[str, Tensor]:
-    """The first rows of data, if there are any, and samples."""
+    """The first `rows` finite examples of the data, if given, and of the samples, by title."""
     return {title: _finite(x)[:rows] for title, x in (("data", data), (name, samples)) if x is not None}
 
 
 def _strip(x: Tensor) -> Tensor:
-    """(n, frames, 1 or 3, height, width) of events (..., height, width)."""
+    """Events (n, ..., height, width) as frames (n, frames, 1 or 3, height, width)."""
     if x.ndim > 4 and x.shape[1] in (1, 3):
         return x.flatten(2, -3).movedim(2, 1)
     return x.flatten(1, -3).unsqueeze(2)
@@ -171,7 +172,7 @@ def _lines(ax: Axes, signal: Tensor) -> None:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Those without NaN or infinity, as float32 on the CPU."""
+    """The rows without NaN or infinity, as float32 on the CPU. Raises ValueError if there are none."""
     x = x.detach().float().cpu()
     x = x[x.flatten(1).isfinite().all(1)]
     if not len(x):
@@ -180,14 +181,14 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _span(values: np.ndarray, coverage: float = 0.995, margin: float = 0.08) -> tuple[float, float]:
-    """An interval that holds the share `coverage` of the values, and a margin on both sides."""
+    """An interval that holds the central fraction `coverage` of the values, with a margin on both sides."""
     low, high = np.quantile(values, [(1 - coverage) / 2, (1 + coverage) / 2])
     pad = margin * max(high - low, 1e-6)
     return float(low - pad), float(high + pad)
 
 
 def _density(x: np.ndarray, edges: Sequence[np.ndarray], *coordinates: int) -> np.ndarray:
-    """The histogram of coordinates of x in their cells, as a density of all x."""
+    """The histogram of some coordinates of x in the cells of `edges`, as a density normalised over all of x."""
     cells = [edges[i] for i in coordinates]
     counts, _ = np.histogramdd(x[:, coordinates], cells)
     return counts / (len(x) * math.prod(edge[1] - edge[0] for edge in cells))
