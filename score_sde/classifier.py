@@ -1,7 +1,7 @@
 r"""A classifier of noisy data, p(label | x_t) = softmax(F(c_in x_t, c_noise)), for classifier guidance.
 
 It is trained on x_t = alpha x_0 + sigma eps with the label of x_0 (`training.NoisyCrossEntropy`), whose optimum is the
-posterior E[p(label | x_0) | x_t]: then score(x) + grad log p(label | x_t) is the exact score under the label.
+posterior E[p(label | x_0) | x_t]. At the optimum, score(x) + grad log p(label | x_t) is the exact score given the label.
 Song et al. 2021, https://arxiv.org/abs/2011.13456, section 5; Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233.
 """
 
@@ -22,16 +22,16 @@ __all__ = ["NoisyClassifier"]
 
 
 class NoisyClassifier(LearnedScore):
-    """A network of logits on a forward process; it trains, is saved and opened as score models are, but has no score.
+    """A network of logits on noisy data. It is trained, saved and opened as score models are, but has no score.
 
     Args:
         network: module (x, c_noise) -> logits (batch, num_classes), with an attribute `num_classes`.
-        sde: the forward process, the same as of the model it shall guide.
-        parameterization: of which c_in and c_noise are used.
+        sde: the forward process, the same as that of the score model it guides.
+        parameterization: only its c_in and c_noise are used.
         event_shape: shape of one sample.
 
     Raises:
-        TypeError: it is asked for a prediction, as a sampler does.
+        TypeError: it is called for a prediction, as a sampler would.
     """
 
     num_classes: int
@@ -59,7 +59,7 @@ class NoisyClassifier(LearnedScore):
         """log p(label | x_t) in nats, shape (batch,), for labels (batch,) of 0 to num_classes - 1.
 
         Raises:
-            ValueError: the labels are no integers of shape (batch,).
+            ValueError: the labels are not integers of shape (batch,).
         """
         check_labels(label, x.shape[:1])
         return torch.take_along_dim(self.log_probs(x, t), label[:, None], 1)[:, 0]

@@ -1,12 +1,12 @@
-"""Weights that others have trained, as score models on images in [-1, 1].
+"""Published weights of other libraries as score models on images in [-1, 1].
 
 `score_sde_pytorch` reads checkpoints of https://github.com/yang-song/score_sde_pytorch, whose `model` holds
 
-    module.all_modules.N.<name>      N counts the layers in the order of its forward pass, `docs/checkpoints.md`
+    module.all_modules.N.<name>      N counts the layers in the order of the forward pass, see `docs/checkpoints.md`
 
-and whose `ema` holds `shadow_params`, the list of the trained parameters in that order. `diffusers` reads folders, pipelines
-and networks of that library. Nothing is left over and nothing missing, or ValueError. No code in a file is run.
-A VE network of data y in [0, 1] becomes one of x = 2 y - 1 with noise of 2 sigma; it is told the same sigma.
+and whose `ema` holds `shadow_params`, the averaged parameters as a list in that order. `diffusers` reads folders, pipelines
+and networks of that library. Both raise ValueError if weights are missing or left over, and run no code from a file.
+A VE network for data y in [0, 1] with noise sigma becomes one for x = 2 y - 1 with noise 2 sigma; its input is still sigma.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ from score_sde.sde import SDE, VESDE, VPSDE, DiscreteSDE, RectifiedFlow, SubVPSD
 
 __all__ = ["CONFIGS", "SongConfig", "diffusers", "score_sde_pytorch"]
 
-# A name of ours, the names in all_modules that it is made of, and how.
+# (our name of a tensor, the names in all_modules that it is made from, the function that makes it).
 Pair = tuple[str, tuple[str, ...], Callable[[list[Tensor]], Tensor]]
 
 
 @dataclass(frozen=True)
 class SongConfig:
-    """What a config file of score_sde_pytorch says of a network and its SDE, by the names it has there.
+    """The settings of network and SDE in a config file of score_sde_pytorch, with the names they have there.
 
-    `network` is "ddpm" or "ncsnpp" (its `resblock_type` "biggan"); `sde` "vp", "subvp" or "ve", `continuous` as it was
-    trained, `num_scales` the length of its ladder where not. The defaults are vp/cifar10_ddpmpp_continuous.
-    Raises ValueError for what was never published so: `progressive='residual'`, `progressive_combine='cat'`.
+    `network` is "ddpm" or "ncsnpp" (with `resblock_type` "biggan"), `sde` is "vp", "subvp" or "ve", `continuous` says
+    whether training times were continuous, and `num_scales` is the length of the ladder if not. The defaults are those of
+    vp/cifar10_ddpmpp_continuous.
+    Raises ValueError for settings that no published model has, e.g. `progressive='residual'`, `progressive_combine='cat'`.
     """
 
     network: str = "ncsnpp"
@@ -84,7 +85,7 @@ class SongConfig:
                              f"continuous={self.continuous}: 'fourier' is that of continuous VE alone")  # fmt: skip
 
     def unet(self) -> UNet:
-        """Our network with the same function."""
+        """The equivalent network of this package."""
         plus = self.network == "ncsnpp"
         return UNet(
             (self.num_channels, self.image_size, self.image_size), self.nf, tuple(self.ch_mult), self.num_res_blocks,
@@ -99,13 +100,13 @@ class SongConfig:
         )  # fmt: skip
 
     def process(self) -> tuple[SDE, Parameterization]:
-        """The SDE on data in [-1, 1], and what the network is told and says."""
+        """The SDE on data in [-1, 1], and the network's parameterization."""
         if self.sde == "ve":
             low, high, last = 2 * self.sigma_min, 2 * self.sigma_max, self.num_scales - 1
             if self.embedding_type == "fourier":
                 return VESDE(low, high), Published("log_sigma", scale=1, shift=-math.log(2), sign=-1)
             ladder = DiscreteSDE.geometric(low, high, self.num_scales)
-            # Its index counts from the greatest noise level down.
+            # Their index counts down from the greatest noise level.
             return ladder, Published("time", scale=-1, shift=last, sign=-1)
         if self.sde == "vp" and not self.continuous:
             per_step = 1000 / self.num_scales
@@ -140,12 +141,12 @@ def score_sde_pytorch(path: str | Path, config: str | SongConfig, *, ema: bool =
 
     Args:
         path: the .pth file.
-        config: its name in CONFIGS, which are the published CIFAR-10 ones, or a `SongConfig` with what its file says.
-        ema: averaged weights, else the raw ones.
+        config: the name of a published CIFAR-10 config in `CONFIGS`, or a `SongConfig` with the settings of another.
+        ema: whether to read averaged weights or raw ones.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such checkpoint, or its keys or shapes are not those of the config's network.
+        ValueError: it is not such a checkpoint, or its keys or shapes are not those of the config's network.
     """
     if isinstance(config, str):
         if config not in CONFIGS:
@@ -160,14 +161,14 @@ def score_sde_pytorch(path: str | Path, config: str | SongConfig, *, ema: bool =
 
 
 def _song_state(path: Path, ema: bool) -> dict[str, Tensor]:
-    """all_modules' parameters by name, averaged or raw."""
+    """The parameters of all_modules by name, averaged or raw."""
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint of weights: {str(error).splitlines()[0]}") from None
     if not isinstance(file, Mapping) or not isinstance(file.get("model"), Mapping):
         raise ValueError(f"{path} is no checkpoint of score_sde_pytorch: it holds no `model`")
-    # Noise levels that NCSN++ keeps beside its weights follow from the config.
+    # `sigmas`, NCSN++'s noise levels, is left out: it follows from the config.
     state = {name.removeprefix("module."): tensor for name, tensor in file["model"].items()}
     state = {name.removeprefix("all_modules."): tensor for name, tensor in state.items() if name != "sigmas"}
     if not ema:
@@ -181,7 +182,7 @@ def _song_state(path: Path, ema: bool) -> dict[str, Tensor]:
 
 
 def _converted(state: Mapping[str, Tensor], network: UNet, config: SongConfig) -> dict[str, Tensor]:
-    """The state dict of `network`; ValueError where a key of `state` is left over, missing, or of another shape."""
+    """The state dict of `network`. Raises ValueError if a key of `state` is left over, missing or of another shape."""
     wanted, result = network.state_dict(), {}
     used: set[str] = set()
     for ours, theirs, how in _pairs(network, config):
@@ -205,16 +206,16 @@ def _as_is(tensors: list[Tensor]) -> Tensor:
 
 
 def _dense_to_conv(tensors: list[Tensor]) -> Tensor:
-    """NIN's (inward, outward) matrices, one below the other, as the kernel of a 1x1 convolution."""
+    """The (inward, outward) matrices of NINs, stacked along the outputs, as the kernel of a 1x1 convolution."""
     return torch.cat([w.T for w in tensors])[..., None, None]
 
 
 def _pairs(network: UNet, config: SongConfig) -> Iterator[Pair]:
-    """What each of our tensors is made of, in the order of the original's layers."""
+    """For each tensor of `network`, what it is made from, in the order of the original's layers."""
     layers = _Layers()
     if config.embedding_type == "fourier":
         yield "embedding.frequencies", (f"{layers.next()}.W",), lambda w: 2 * math.pi * w[0]
-    # Their features are [sin, cos], ours [cos, sin].
+    # The original's features are [sin, cos], ours [cos, sin].
     first = layers.next()
     yield "embedding.noise.0.weight", (f"{first}.weight",), lambda w: torch.cat(w[0].chunk(2, dim=1)[::-1], dim=1)
     yield "embedding.noise.0.bias", (f"{first}.bias",), _as_is
@@ -223,7 +224,7 @@ def _pairs(network: UNet, config: SongConfig) -> Iterator[Pair]:
     for i, layer in enumerate(network.down):
         yield from layers.block(f"down.{i}", layer)
         if config.progressive_input == "input_skip" and str(i) in network.inward:
-            layers.next()  # the halving has a number, and no parameters
+            layers.next()  # the halving has a number but no parameters
             yield from layers.plain(f"inward.{i}.conv", inner="Conv.")
         elif str(i) in network.inward:
             yield from layers.plain(f"inward.{i}.shrink.conv", inner="Conv2d_0.")
@@ -233,7 +234,7 @@ def _pairs(network: UNet, config: SongConfig) -> Iterator[Pair]:
         yield from layers.block(f"up.{i}", layer)
         if str(i) in network.outward:
             if not network.outward[str(i)].first:
-                layers.next()  # the doubling
+                layers.next()  # the doubling, likewise
             yield from layers.plain(f"outward.{i}.head.0")
             yield from layers.plain(f"outward.{i}.head.2")
     if network.last is not None:
@@ -258,7 +259,7 @@ class _Layers:
             yield f"{ours}.{part}", (f"{n}.{inner}{part}",), _as_is
 
     def block(self, ours: str, layer: torch.nn.Module) -> Iterator[Pair]:
-        """A residual block, then its attention, which has a number of its own; or DDPM's resampling."""
+        """A residual block and its attention, which is a layer of its own; or DDPM's resampling."""
         if isinstance(layer, Resample):
             yield from self.plain(f"{ours}.conv", inner="Conv_0.")
             return
@@ -289,28 +290,28 @@ class _Layers:
 
 
 def diffusers(source: Any, scheduler: Any = None) -> LearnedScore:
-    """The model of what diffusers saved or holds in memory, on images in [-1, 1]; extra `diffusers`.
+    """The score model, on images in [-1, 1], of a model that diffusers saved or holds in memory; extra `diffusers`.
 
-    What a positional network F says at the timestep that it is told follows from the scheduler, `docs/checkpoints.md`:
+    The scheduler determines what a network F with positional embedding predicts (see `docs/checkpoints.md`):
 
         ladder of betas     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t = 0..N-1; F(x, t) is eps ("epsilon"),
                             sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 ("v_prediction") or x_0 ("sample")
         flow matching       x_t = (1 - t) x_0 + t eps, t in (0, 1); F(x, N t) is eps - x_0 ("flow_prediction")
 
-    A Fourier network is the score on `ScoreSdeVeScheduler`'s VE. How a scheduler steps, spaces or shifts its steps and
-    clips x_0 is a sampler's matter here: the last is warned of.
+    A network with Fourier embedding gives the score under the VE SDE of `ScoreSdeVeScheduler`. How a scheduler steps,
+    spaces or shifts its steps is left to the samplers here, and x_0 is not clipped; if the scheduler clips it, this warns.
 
     Args:
-        source: a folder, a pipeline's with `unet/` and `scheduler/` in it or, as google/ddpm-* and google/ncsnpp-* have
-            it, all in one place, whose network is frozen and in evaluation mode; or a pipeline or a `UNet2DModel` in
+        source: a pipeline's folder, with `unet/` and `scheduler/` or, like google/ddpm-* and google/ncsnpp-*, with all
+            files in one place, whose network becomes frozen and in evaluation mode; or a pipeline or a `UNet2DModel` in
             memory, which is neither copied nor changed.
-        scheduler: one of diffusers or its config with `_class_name`, in the place of the source's own.
+        scheduler: a scheduler of diffusers, or its config with `_class_name`, to use instead of the source's.
 
     Raises:
         FileNotFoundError: the folder has no config.json or no scheduler_config.json.
-        TypeError: the object is no `UNet2DModel` nor a pipeline with one.
-        ValueError: the network or the scheduler is of a class that is not read, the two do not go together, or the
-            weights do not fit.
+        TypeError: the object is neither a `UNet2DModel` nor a pipeline with one.
+        ValueError: the network or the scheduler is of an unsupported class, the two do not go together, or the weights do
+            not fit.
         ImportError: diffusers is not installed.
     """
     from score_sde.networks.diffusers import DiffusersUNet
@@ -351,7 +352,7 @@ _OF_FLOWS = {"flow_prediction": "flow"}
 
 
 def _scheduler(given: Any) -> Any:
-    """A scheduler itself, or that of a config; ValueError where it is of a class that is not read."""
+    """The scheduler, or one made from its config. Raises ValueError for an unsupported class."""
     name = given.get("_class_name") if isinstance(given, Mapping) else type(given).__name__
     if given is None or name is None:
         raise ValueError(f"{'a network alone' if given is None else 'a config without _class_name'} does not say which "
@@ -366,7 +367,7 @@ def _scheduler(given: Any) -> Any:
 
 
 def _diffusers_process(scheduler: Any, score: bool) -> tuple[SDE, Parameterization]:
-    """The SDE on data in [-1, 1] of a scheduler, and what a network, a Fourier one or not, is told and says."""
+    """A scheduler's SDE on data in [-1, 1], and the parameterization of its network; `score`: with Fourier embedding."""
     config, name = scheduler.config, type(scheduler).__name__
     kind = name.removesuffix("Scheduler")
     if score != (kind == _VARIANCE_EXPLODING):
@@ -377,7 +378,7 @@ def _diffusers_process(scheduler: Any, score: bool) -> tuple[SDE, Parameterizati
         return VESDE(2 * config.sigma_min, 2 * config.sigma_max), told
     flow = kind in _FLOWS or config.get("use_flow_sigmas", False)
     known = _OF_FLOWS if flow else _OF_LADDERS
-    predicts = config.get("prediction_type", "flow_prediction")  # which flow matching's own do not name
+    predicts = config.get("prediction_type", "flow_prediction")  # flow-matching schedulers have no such key
     if predicts not in known:
         raise ValueError(f"{name} with prediction_type={predicts!r} is not read: {', '.join(known)} on "
                          f"{'flow matching' if flow else 'a ladder of betas'} are")  # fmt: skip
@@ -395,7 +396,7 @@ def _diffusers_process(scheduler: Any, score: bool) -> tuple[SDE, Parameterizati
 
 
 def _warn_of_clipping(scheduler: Any) -> None:
-    """Warns where diffusers' sampling clips x_0, which a score model does not."""
+    """Warns if diffusers' sampling clips x_0, as score models do not."""
     config = scheduler.config
     if config.get("thresholding", False):
         option, wrapped = "thresholding", f"DynamicThreshold(model, {config.dynamic_thresholding_ratio:g})"
@@ -404,4 +405,4 @@ def _warn_of_clipping(scheduler: Any) -> None:
     else:
         return
     warnings.warn(f"{type(scheduler).__name__} clips x_0 at every step ({option}=True) and the converted score model does "
-                  f"not: for the same wrap it, score_sde.guidance.{wrapped}", stacklevel=3)  # fmt: skip
+                  f"not: to do the same, wrap it in score_sde.guidance.{wrapped}", stacklevel=3)  # fmt: skip

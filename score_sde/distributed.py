@@ -1,10 +1,10 @@
-"""Several processes that work as one, started by `torchrun` or by SLURM; without them everything here is trivial.
+"""Several processes that work as one, started by `torchrun` or SLURM; in a single process everything here is trivial.
 
     torchrun --nproc-per-node 8 scripts/train.py ...        srun --ntasks-per-node 8 python scripts/train.py ...
 
-The rule of the package: what is random is drawn for the whole batch from a keyed generator and each process takes its
-rows, or is keyed by sample; no result depends, beyond rounding, on how many processes made it. Dropout is keyed
-so too (`networks.Dropout`); the masks of a network of one's own with `torch.nn.Dropout` are each process's.
+The rule of the package: random numbers are drawn for the whole batch from a keyed generator, of which each process takes
+its rows, or are keyed by sample, so that results depend on the number of processes only by rounding. This includes the
+masks of `networks.Dropout`, but not those of `torch.nn.Dropout` in custom networks, which each process draws for itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def start() -> None:
-    """Joins the processes that the launcher's environment names; does nothing where it names one, or has been done.
+    """Joins the processes that the launcher's environment names; does nothing if it names one, or if it is done already.
 
     A SLURM step counts only if `srun` started it: a script in the allocation's own shell stays a single process.
     """
@@ -49,9 +49,9 @@ def start() -> None:
 
 
 def _end() -> None:
-    """Leaves the group while the interpreter is alive.
+    """Leaves the group before the interpreter shuts down.
 
-    Else a thread of gloo that releases the last reference to a tensor during the interpreter's shutdown aborts the process
+    Otherwise a thread of gloo may release the last reference to a tensor during shutdown, which aborts the process
     ("terminate called without an active exception"). Destroying a group joins its threads unless something still refers to
     it, as the caches of DTensor (FSDP) do: hence the pause.
     """
@@ -62,14 +62,14 @@ def _end() -> None:
 
 
 def _read_slurm() -> None:
-    """SLURM's variables under the names that torch.distributed reads."""
+    """Sets the variables that torch.distributed reads from SLURM's."""
     first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
     assert first is not None
     os.environ |= {
         "RANK": os.environ["SLURM_PROCID"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
-        "MASTER_ADDR": first[1] + (first[2] or ""),  # of node[07-12,20] the node07
+        "MASTER_ADDR": first[1] + (first[2] or ""),  # node07 of node[07-12,20]
         "MASTER_PORT": str(15000 + int(os.environ["SLURM_JOB_ID"]) % 10000),
     }
 
@@ -80,33 +80,33 @@ def count() -> int:
 
 
 def rank() -> int:
-    """The number of this process, 0 to count() - 1."""
+    """The index of this process, 0 to count() - 1."""
     return dist.get_rank() if _several() else 0
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this is the process that writes files, logs and shows progress."""
     return rank() == 0
 
 
 def device(name: str) -> torch.device:
-    """This process's device for "auto" (CUDA where there is one), "cpu" or "cuda"; a GPU each where there are several.
+    """This process's device for "auto" (CUDA if available), "cpu" or "cuda"; several processes have a GPU each.
 
-    Raises ValueError for another name, and for "cuda" where there is none.
+    Raises ValueError for another name, and for "cuda" if there is none.
     """
     one_of("device", name, ("auto", "cpu", "cuda"))
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no CUDA device: use device='auto' or 'cpu'")
-    local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # SLURM may show each process one GPU
+    local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # SLURM may show each process only its own
     chosen = torch.device("cuda", local if _several() else torch.cuda.current_device())
     torch.cuda.set_device(chosen)
     return chosen
 
 
 def share(total: int) -> slice:
-    """This process's contiguous rows of `total`, as even as can be."""
+    """This process's contiguous rows of `total`, split as evenly as possible."""
     return slice(total * rank() // count(), total * (rank() + 1) // count())
 
 
@@ -119,7 +119,7 @@ def agree(value: T) -> T:
 
 
 def greatest(value: int) -> int:
-    """The greatest of the processes' values."""
+    """The greatest of all processes' values."""
     if not _several():
         return value
     held = torch.tensor(int(value))
@@ -128,7 +128,7 @@ def greatest(value: int) -> int:
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean of a tensor over the processes, in place."""
+    """The mean of a tensor over all processes, in place."""
     if _several():
         dist.all_reduce(x)
         x /= count()
@@ -136,7 +136,7 @@ def mean(x: Tensor) -> Tensor:
 
 
 def gather(x: Tensor) -> Tensor:
-    """The tensors (n, ...) of all processes one after the other, in the order of ranks; n may differ."""
+    """The tensors (n, ...) of all processes, concatenated in the order of ranks; n may differ between processes."""
     if not _several():
         return x
     lengths = [torch.zeros((), dtype=torch.long, device=x.device) for _ in range(count())]
@@ -153,26 +153,30 @@ def sample(
     sampler: Any, model: ScoreModel, total: int, *, seed: int = 0, batch_size: int = 1000,
     condition: Mapping[str, Tensor] | None = None, progress: str | None = None, noise: type[SampleNoise] = SampleNoise,
 ) -> tuple[Tensor, int, float]:  # fmt: skip
-    """`total` samples drawn by all processes together, on every process the same: sample i is keyed by (seed, i).
+    """Draws `total` samples on all processes together and returns all of them on each; sample i is keyed by (seed, i).
 
-    Whole batches of `batch_size` go to the processes in turn, so that the samples are bitwise the same however many
-    there are, with solvers whose step size is common to a batch too.
+    Processes take whole batches in turn, so that samples are bitwise the same for any number of processes, even by solvers
+    that choose one step size for a batch.
 
     Args:
         sampler: an object with the `sample` method of `Sampler`.
+        model: the score model.
+        total: number of samples.
+        seed: of the noise.
+        batch_size: samples per call of the sampler.
         condition: tensors (total, ...) by name.
-        progress: the label of a progress bar, shown by the main process alone.
-        noise: the kind, e.g. `BrownianNoise`.
+        progress: the label of a progress bar on the main process; None for no bar.
+        noise: its type, e.g. `BrownianNoise`.
 
     Returns:
-        Samples on the CPU (total, *event), the greatest number of network calls of a batch, and the wall-clock seconds
-        of the busiest process.
+        The samples on the CPU (total, *event), the greatest number of network calls of a batch, and the wall-clock seconds
+        of the slowest process.
     """
-    told = in_rows(model, total, condition)
+    conditions = in_rows(model, total, condition)
     batches = torch.arange(total).split(batch_size)
     parts, nfe, seconds = [torch.empty(0, *model.event_shape, dtype=model.dtype)], 0, 0.0
     for indices in _mine(batches, progress):
-        named = {name: value[indices.to(value.device)] for name, value in told.items()}
+        named = {name: value[indices.to(value.device)] for name, value in conditions.items()}
         source, shape = noise.of_run(seed, indices), (len(indices), *model.event_shape)
         bar = progress is not None and is_main() and len(batches) == 1
         result = sampler.sample(model, shape, noise=source, condition=named, progress=bar)
@@ -184,7 +188,7 @@ def sample(
 
 
 def _mine(batches: Sequence[Tensor], progress: str | None) -> Iterator[Tensor]:
-    """This process's batches, with a bar where there are several."""
+    """This process's batches, with a progress bar if there are several."""
     mine = batches[rank() :: count()]
     bar = progress is not None and is_main() and len(mine) > 1
     return iter(tqdm(mine, desc=progress, disable=not bar, delay=2))

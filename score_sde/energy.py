@@ -1,4 +1,4 @@
-r"""A score model that is the gradient of a log-density known up to a constant at each noise level.
+r"""A score model that is the gradient of a log-density, known up to a constant at each noise level.
 
 With F(c_in x) = grad U the score (alpha D - x) / sigma^2, D = c_skip x + c_out F, integrates to
 
@@ -22,7 +22,7 @@ __all__ = ["EnergyScore"]
 
 
 class EnergyScore(LearnedScore):
-    """A `LearnedScore` of a `Conservative` network: usable with every objective and sampler, Metropolis steps included.
+    """A `LearnedScore` of a `Conservative` network, with `log_prob`; for all objectives and samplers, also Metropolis steps.
 
     Raises:
         TypeError: the network is not a `Conservative`.

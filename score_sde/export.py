@@ -1,10 +1,10 @@
-"""A trained model in a folder of two files, which rebuild it without Hydra and without its run.
+"""A trained model as a folder of two files, from which it is rebuilt without Hydra and without its run.
 
     config.json          sde, parameterization, network, event_shape, seed: the parts of a run's config that make the model
     model.safetensors    its weights
 
-`Run.export` writes one, `score_sde.load` reads it. As in a run, a `_target_` is called only where it is trusted (see
-`score_sde.build`), so that reading one executes no code of the file's.
+`Run.export` writes the folder, `score_sde.load` reads it. As in a run, a `_target_` is called only if it is trusted (see
+`score_sde.build`), so that reading executes no code from the files.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save(model: nn.Module, config: Mapping[str, Any], path: str | Path) -> Path:
-    """Writes a model and the config that rebuilds it to a new folder, all at once.
+    """Writes a model and the config that rebuilds it to a new folder, atomically.
 
-    Raises ValueError where the folder exists, or the config lacks a part or holds more than JSON can.
+    Raises ValueError if the folder exists, or the config lacks a part or holds values that JSON cannot represent.
     """
-    from score_sde.training.checkpoint import write_weights  # which loading has no need of
+    from score_sde.training.checkpoint import write_weights  # loading does not need it
 
     path = Path(path)
     if path.exists():
@@ -59,9 +59,9 @@ def save(model: nn.Module, config: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def load(path: str | Path, trust: Sequence[str] = ()) -> LearnedScore:
-    """The model that `Run.export` wrote to a folder: on the CPU, in evaluation mode, the same to the last bit.
+    """The model that `Run.export` wrote to a folder, on the CPU, frozen and in evaluation mode, with bitwise equal weights.
 
-    `trust` names modules of the user's own whose classes config.json may name, e.g. ("my_sde",).
+    `trust` lists your own modules whose classes config.json may name, e.g. ("my_sde",).
 
     Raises:
         FileNotFoundError: the folder or one of its two files does not exist.

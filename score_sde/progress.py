@@ -1,4 +1,4 @@
-"""tqdm's bars, redrawn every half minute where nobody watches: in the log of a job a line a tenth of a second is a flood."""
+"""tqdm's progress bars, redrawn every 30 s if not on a terminal: a job's log would otherwise get ten lines per second."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["tqdm"]
 
 
 class tqdm(original.tqdm):  # noqa: N801
-    """`tqdm.tqdm` with intervals of 30 s where stderr is neither a terminal nor a notebook's."""
+    """`tqdm.tqdm`, with intervals of 30 s unless stderr is a terminal or a notebook."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         watched = getattr(sys.stderr, "isatty", bool)() or "ipykernel" in sys.modules

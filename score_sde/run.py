@@ -1,9 +1,9 @@
-"""A run directory: what training leaves behind and all that sampling, evaluation and a notebook need.
+"""A run directory: all that training writes, and all that sampling, evaluation and a notebook need.
 
     config.yaml  checkpoints/step-XXXXXXXXX/  metrics.jsonl  samples/  figures/  result.json
 
-Nothing read from it executes code: weights are safetensors, and a `_target_` of config.yaml is called only where
-`score_sde.build` trusts it. Of the package only this module knows the configs of Hydra.
+Reading it executes none of its code: weights are safetensors, and a `_target_` of config.yaml is called only if
+`score_sde.build` trusts it. This is the only module of the package that knows Hydra's configs.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 __all__ = ["TAKES", "Run", "does_without", "needed"]
 
 TAKES = {"label": "num_classes", "context": "context_width"}
-"""Condition -> the key of a network's config which says that it takes one."""
+"""Condition -> the key of a network's config that is set if the network takes it."""
 
 
 def does_without(config: DictConfig) -> bool:
-    """Whether the network of a run's config has learnt to do without conditions."""
+    """Whether a run with this config trains with label dropout, so that its model can be called without conditions."""
     return bool((config.get("objective") or {}).get("label_dropout"))
 
 
 def needed(config: DictConfig) -> list[str]:
-    """The conditions that a run's network was told of each example and has not learnt to do without."""
+    """The conditions that every call of a run's model must give: those of its examples, or none with label dropout."""
     if does_without(config):
         return []
-    told = config.get("conditions")  # runs of before do not say
-    return [name for name, key in TAKES.items() if config.network.get(key) is not None] if told is None else [*told]
+    given = config.get("conditions")  # older runs do not have the key
+    return [name for name, key in TAKES.items() if config.network.get(key) is not None] if given is None else [*given]
 
 
 class Run:
     """A run directory, made by `Run.create` and read by `Run.open`.
 
     Attributes:
-        path: the directory; `samples` and `figures` are folders in it, made when first asked for.
+        path: the directory; `samples` and `figures` are folders in it, created on first access.
         config: the resolved configuration.
         checkpoints: its `Checkpoints`.
     """
@@ -58,7 +58,7 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, config: DictConfig | Mapping[str, Any], trust: Sequence[str] = ()) -> Run:
-        """A new run with a config (see `save_config`). Raises ValueError where the directory holds a run already."""
+        """Creates a run with a config (see `save_config`). Raises ValueError if the directory already holds one."""
         run = cls(path, trust)
         run.save_config(config, new=True)
         return run
@@ -67,8 +67,8 @@ class Run:
     def open(cls, path: str | Path, trust: Sequence[str] = ()) -> Run:
         """The run in a directory.
 
-        `trust` names modules of the user's own whose classes config.yaml may name, e.g. ("my_sde",).
-        Raises FileNotFoundError where the directory or its config.yaml does not exist.
+        `trust` lists your own modules whose classes config.yaml may name, e.g. ("my_sde",).
+        Raises FileNotFoundError if the directory or its config.yaml does not exist.
         """
         run = cls(path, trust)
         if not (run.path / "config.yaml").is_file():
@@ -76,7 +76,7 @@ class Run:
                 "has no config.yaml" if run.path.is_dir() else "is a file" if run.path.exists() else "does not exist"
             )
             fix = "give the folder that scripts/train.py wrote"
-            if run.checkpoints.latest() is not None:  # of Trainer.fit alone
+            if run.checkpoints.latest() is not None:  # written by Trainer.fit without a config
                 fix = (
                     f"load_state_dict(Checkpoints({str(run.checkpoints.folder)!r}).weights()) gives a model its weights"
                 )
@@ -93,10 +93,10 @@ class Run:
         return config
 
     def save_config(self, config: DictConfig | Mapping[str, Any], new: bool = False) -> None:
-        """Writes a config, resolved, to config.yaml in one instant.
+        """Writes a config, resolved, to config.yaml atomically.
 
-        Raises OmegaConf's error where it has holes, and ValueError for a `new` run where the directory holds one, if only
-        since an instant.
+        Raises OmegaConf's error if values are missing, and ValueError for a `new` run if the directory already holds one,
+        even one that another process has only just created.
         """
         from omegaconf import OmegaConf
 
@@ -113,11 +113,17 @@ class Run:
                 raise ValueError(f"{self.path} holds a run already: continue it, or choose a new directory") from None
 
     def model(self, ema: bool | float = True, step: int | None = None) -> LearnedScore:
-        """The trained model on the CPU, in evaluation mode: averaged weights of the latest checkpoint by default.
+        """The trained model on the CPU, frozen and in evaluation mode.
 
-        `ema` is False for raw weights, below 1 the relative width of a power-function average, reconstructed from the
-        run's snapshots (see `training.posthoc`), else a half-life in images that was tracked beside the first.
-        Raises FileNotFoundError where there is no such checkpoint, ValueError for a `_target_` that is not trusted.
+        Args:
+            ema: True for averaged weights, False for raw ones; below 1, the relative width of a power-function average,
+                reconstructed from the run's snapshots (see `training.posthoc`); else a further half-life in images that
+                was tracked.
+            step: of the checkpoint; by default the latest.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint or average.
+            ValueError: a `_target_` is not trusted.
         """
         if isinstance(ema, bool):
             weights = self.checkpoints.weights(step, ema=ema)
@@ -131,9 +137,9 @@ class Run:
         return model.eval().requires_grad_(False)
 
     def export(self, path: str | Path, step: int | None = None, ema: bool | float = True) -> Path:
-        """Writes `model(ema, step)` to a new folder that `score_sde.load` reads, without Hydra; see `score_sde.export`.
+        """Writes `model(ema, step)` to a new folder that `score_sde.load` reads without Hydra; see `score_sde.export`.
 
-        Raises as `model` does, and ValueError where the folder exists.
+        Raises as `model` does, and ValueError if the folder exists.
         """
         from omegaconf import OmegaConf
 
@@ -143,11 +149,11 @@ class Run:
         return save(self.model(ema, step), {name: config[name] for name in PARTS}, path)
 
     def data(self) -> Data:
-        """The data the run trains on."""
+        """The data that the run trains on."""
         return build(self.config.data, self.trust)
 
     def metrics(self) -> pd.DataFrame:
-        """metrics.jsonl as a table, one row a line; empty before the first line."""
+        """metrics.jsonl as a table, with a row for each complete line."""
         import pandas as pd
 
         path = self.path / "metrics.jsonl"
@@ -155,11 +161,11 @@ class Run:
         return pd.DataFrame([json.loads(line) for line in lines if line.endswith("\n")])
 
     def save_result(self, result: Mapping[str, Any]) -> None:
-        """Writes the run's final numbers to result.json, in one instant."""
+        """Writes the run's final numbers to result.json atomically."""
         write_atomically(self.path / "result.json", json.dumps(dict(result), indent=2) + "\n")
 
     def result(self) -> dict[str, Any]:
-        """What `save_result` wrote. Raises FileNotFoundError where the run has not come to its end."""
+        """What `save_result` wrote. Raises FileNotFoundError if the run has not finished."""
         return json.loads((self.path / "result.json").read_text())
 
     @property

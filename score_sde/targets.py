@@ -1,12 +1,12 @@
-r"""Laws of clean data with everything in closed form.
+r"""Distributions (laws) of clean data in closed form.
 
-A target has the manners of `torch.distributions` and two more: its posterior mean under Gaussian noise,
+A target has `sample` and `log_prob`, as in `torch.distributions`, and two more: its posterior mean under Gaussian noise,
 
     denoise(x, alpha, sigma) = E[x_0 | alpha x_0 + sigma eps = x],   grad log p(x) = (alpha denoise - x) / sigma^2,
 
-and its `marginal(alpha, sigma)`, the law of alpha x_0 + sigma eps, a target again. Mixtures of Gaussians, kernel
-mixtures on given points and uniform boxes are closed under both; all are evaluated with log-sum-exp, stably at any
-distance. `make(name)` builds the named two-dimensional toys, `from_log_density` the law of any density of few dimensions.
+and `marginal(alpha, sigma)`, the law of alpha x_0 + sigma eps, which is again a target. Mixtures of Gaussians, of kernels
+on given points and of uniform boxes have both in closed form; all are evaluated with log-sum-exp, stable at any distance.
+`make(name)` builds a named two-dimensional toy, `from_log_density` the law of a given density in few dimensions.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _weights(weights: Any, count: int) -> Tensor:
 
 
 def _once(values: Tensor) -> Tensor:
-    """Dimensions along which all values are equal, cut to length 1: less to compute where every sample has its own time."""
+    """The values, cut to length 1 along dimensions where all are equal: saves work if every sample has its own time."""
     for dim in range(values.ndim):
         first = values.narrow(dim, 0, 1)
         values = first if (values == first).all() else values
@@ -98,19 +98,20 @@ def _once(values: Tensor) -> Tensor:
 
 
 def _like_generator(shape: Sequence[int], generator: torch.Generator | None) -> dict[str, Any]:
+    """Arguments of torch.rand and its like, for numbers of a shape on the generator's device."""
     if not isinstance(shape, Sequence):
         raise TypeError(f"sample_shape is a tuple, such as ({shape},), got {shape!r}")
     return {"size": tuple(shape), "generator": generator, "device": generator.device if generator else "cpu"}
 
 
 def _chosen(weights: Tensor, where: Mapping[str, Any]) -> Tensor:
-    """Indices drawn with these probabilities."""
+    """Indices drawn with probabilities `weights`; `where` is as of `_like_generator`."""
     uniform = torch.rand(**where, dtype=torch.float64).unsqueeze(-1)
     return torch.searchsorted(weights.cumsum(0)[:-1].to(uniform), uniform, right=True).squeeze(-1)
 
 
 def _float64(values: Any) -> Tensor:
-    """Numbers, an array, a tensor or a list of tensors as one float64 tensor."""
+    """Numbers, an array, a tensor or a list of tensors, as one float64 tensor."""
     listed = isinstance(values, Sequence) and len(values) > 0 and isinstance(values[0], Tensor)
     return torch.stack(list(values)).double() if listed else torch.as_tensor(values, dtype=torch.float64)
 
@@ -124,8 +125,7 @@ class GaussianMixture(Target):
     Args:
         weights: (K,), non-negative; normalised here.
         means: (K, D).
-        covariances: (K, D, D), symmetric and positive semi-definite; or one variance for all, or (K,), one for each
-            component, where all directions are alike.
+        covariances: (K, D, D), symmetric and positive semi-definite; or for isotropic components one variance, or (K,).
 
     Raises:
         ValueError: shapes do not fit, or a covariance is not symmetric and positive semi-definite.
@@ -172,7 +172,7 @@ class GaussianMixture(Target):
         """Log-density in nats.
 
         Raises:
-            ValueError: a covariance is singular, where there is no density; `marginal(1.0, sigma)` has one.
+            ValueError: a covariance is singular, so that there is no density; `marginal(1.0, sigma)` has one.
         """
         return self._clean(x).logsumexp(-1)
 
@@ -181,6 +181,7 @@ class GaussianMixture(Target):
         return self._clean(x).softmax(-1)
 
     def _clean(self, x: Tensor) -> Tensor:
+        """log w_k N(x; mu_k, Sigma_k), (batch, K)."""
         if self._flat:
             raise ValueError("a mixture with a singular covariance has no density: use marginal(1.0, sigma)")
         return self._log_joint(x, 1.0, 0.0)[0]
@@ -202,8 +203,8 @@ class GaussianMixture(Target):
         """The posterior p(x | y) for y = A x + noise_std e: a mixture again, exactly.
 
         With S_k = A Sigma_k A^T + noise_std^2 I and the gain K_k = Sigma_k A^T S_k^{-1}: weights w_k N(y; A mu_k, S_k),
-        means mu_k + K_k (y - A mu_k), covariances (I - K_k A) Sigma_k (I - K_k A)^T + noise_std^2 K_k K_k^T. At
-        noise_std = 0 it is the limit, which exists for a singular S_k too. Source: Bishop 2006, eq. 2.113 to 2.117.
+        means mu_k + K_k (y - A mu_k), covariances (I - K_k A) Sigma_k (I - K_k A)^T + noise_std^2 K_k K_k^T. For
+        noise_std = 0 it is the limit, which exists even if S_k is singular. Source: Bishop 2006, eq. 2.113 to 2.117.
 
         Args:
             operator: a linear operator on x (see `score_sde.guidance.operators`).
@@ -225,7 +226,7 @@ class GaussianMixture(Target):
             raise ValueError(f"noise_std is a standard deviation >= 0, got {noise_std}")
         offset, seen = y.flatten() - self.means @ a.T, self.covariances @ a.mT
         variances, basis = torch.linalg.eigh(a @ seen + noise_std**2 * torch.eye(len(a), dtype=torch.float64))
-        # Where nothing varies the gain is 0; there a y that does not fit is improbable beyond measure.
+        # In directions where S_k is 0 the gain is 0, and a y that differs from A mu_k there is as good as impossible.
         floor = 1e-13 * variances.amax().clamp_min(1e-300)
         inverse = torch.where(variances > floor, 1 / variances, 0)
         gain = seen @ (basis * inverse.unsqueeze(-2)) @ basis.mT
@@ -251,9 +252,9 @@ class GaussianMixture(Target):
 
 
 class _SquaredDistances(torch.autograd.Function):
-    """|x_i - p_j|^2, shape (len(x), len(p)), taken directly, without the cancelling expansion; p is constant.
+    """|x_i - p_j|^2, (len(x), len(p)), without expanding the square, which would cancel; no derivative in p.
 
-    `torch.cdist` has no forward-mode derivative, and its backward is wrong under `torch.func.vmap`.
+    Needed because `torch.cdist` has no forward-mode derivative, and its backward is wrong under `torch.func.vmap`.
     """
 
     generate_vmap_rule = True
@@ -279,19 +280,19 @@ class _SquaredDistances(torch.autograd.Function):
 
 
 class Empirical(Target):
-    """The kernel mixture p(x) = sum_i w_i N(x; x_i, bandwidth^2 I) on given points; at bandwidth 0 the points themselves.
+    """The kernel mixture p(x) = sum_i w_i N(x; x_i, bandwidth^2 I) on given points; at bandwidth 0, the points themselves.
 
     E[x_0 | x] = sum_i u_i (x_i + k (x - alpha x_i)), with k = alpha bandwidth^2 / v, v = alpha^2 bandwidth^2 + sigma^2 and
-    u = softmax_i(log w_i - |x - alpha x_i|^2 / (2 v)). Pairs are worked through in blocks of bounded memory.
+    u = softmax_i(log w_i - |x - alpha x_i|^2 / (2 v)). Pairs (x, x_i) are evaluated in blocks of bounded memory.
 
     Args:
         data: (n, *event_shape) real numbers.
         bandwidth: standard deviation of the kernel.
-        weights: (n,), non-negative; equal when left out.
+        weights: (n,), non-negative; equal by default.
 
     Raises:
-        ValueError: no points, values that are not finite, weights that do not fit, or a negative bandwidth.
-        TypeError: integer data, which has no density: scale and dequantise it first.
+        ValueError: there are no points, values are not finite, weights do not fit, or the bandwidth is negative.
+        TypeError: the data are integers, which have no density: scale and dequantise them first.
     """
 
     def __init__(self, data: Any, bandwidth: float = 0.0, weights: Any = None) -> None:
@@ -325,13 +326,13 @@ class Empirical(Target):
         """Log-density in nats.
 
         Raises:
-            ValueError: at bandwidth 0, where there is no density; `marginal(1.0, sigma)` has one.
+            ValueError: the bandwidth is 0, so that there is no density; `marginal(1.0, sigma)` has one.
         """
         if self.bandwidth == 0:
             raise ValueError("points have no density: use Empirical(data, bandwidth=...) or marginal(1.0, sigma)")
         dimension = math.prod(self.event_shape)
         norm = dimension * (math.log(self.bandwidth) + LOG_2PI / 2)
-        if self.weights is None:  # which `_logits` leaves out
+        if self.weights is None:  # `_logits` leaves out equal weights
             norm += math.log(len(self.data))
         return torch.cat([logits.logsumexp(-1) for logits in self._logits(x, 1.0, self.bandwidth**2)]) - norm
 
@@ -350,7 +351,7 @@ class Empirical(Target):
         return Empirical(float(alpha) * self.data, bandwidth, self.weights)
 
     def _logits(self, x: Tensor, alpha: Coefficient, variance: Coefficient) -> Iterator[Tensor]:
-        """log w_i - |x - alpha x_i|^2 / (2 variance), equal w_i left out, in blocks that fit the cache."""
+        """log w_i - |x - alpha x_i|^2 / (2 variance), without log w_i if all are equal; in blocks that fit the cache."""
         points, log_weights = self._copies.like(x).values()
         rows = max(1, (2**18 if x.device.type == "cpu" else 2**26) // len(points))
         alpha, variance = (
@@ -358,7 +359,7 @@ class Empirical(Target):
             for v in (alpha, variance)
         )
         for part, a, v in zip(*(y.split(rows) for y in (x.flatten(1), alpha, variance)), strict=True):
-            # |x - a x_i|^2 = a^2 |x / a - x_i|^2: distances are taken directly, without the cancelling expansion.
+            # |x - a x_i|^2 = a^2 |x / a - x_i|^2.
             exponent = _SquaredDistances.apply(part / a, points) * (a**2 / (-2 * v))
             yield exponent if self.weights is None else exponent + log_weights
 
@@ -384,8 +385,11 @@ class UniformBoxes(Target):
 
     Args:
         low, high: (K, D) corners, low < high.
-        weights: (K,), non-negative; equal when left out.
+        weights: (K,), non-negative; equal by default.
         bandwidth: standard deviation of an added Gaussian.
+
+    Raises:
+        ValueError: corners or weights do not fit, or the bandwidth is negative.
     """
 
     def __init__(self, low: Any, high: Any, weights: Any = None, bandwidth: float = 0.0) -> None:
@@ -440,7 +444,7 @@ class UniformBoxes(Target):
         return UniformBoxes(alpha * self.low, alpha * self.high, self.weights, bandwidth)
 
     def _log_joint(self, y: Tensor, alpha: Coefficient, std: Coefficient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log w_k p_k(y), the standardised corners a = (y - alpha low) / s > b, and log(Phi(a) - Phi(b)) by side."""
+        """log w_k p_k(y), a = (y - alpha low) / s, b = (y - alpha high) / s, and log(Phi(a) - Phi(b)) for each side."""
         p = self._copies.like(y)
         alpha, std = _columns(y, alpha, std)
         a, b = (y[:, None] - alpha * p["low"]) / std, (y[:, None] - alpha * p["high"]) / std
@@ -457,31 +461,21 @@ def from_log_density(
 ) -> Empirical:
     """The law of a density known up to a constant, p(x) ~ exp(f(x)) in a box, as kernels on a lattice of points.
 
-    Points lie delta = max(high - low) / cells apart and kernels have the standard deviation h = 3/4 delta, which smooths
-    the lattice away to 1e-4; weights are p - h^2 / 2 Laplacian p in differences, so that the kernels widen nothing: the
-    density errs by O(h^4). Scores, marginals and draws are those of `Empirical`. A coarse lattice is warned of.
+    Points are delta = max(high - low) / cells apart. Kernels have standard deviation h = 3/4 delta, which leaves 1e-4 of
+    the lattice's ripples; weights are p - h^2 / 2 Laplacian p, by finite differences, which undoes the kernels' widening, so
+    that the error of the density is O(h^4). Warns if the lattice is coarse for the density.
 
     Args:
-        log_density: (n, D) float64 -> (n,) log-density, e.g. a distribution's `log_prob`; -inf where there is no mass.
-        low, high: corners of the box, D numbers each: hold all mass, what lies outside is left out.
-        cells: along the longest side. A score costs as much as there are points with mass, at most cells^D.
+        log_density: (n, D) float64 -> (n,) log-density, e.g. a distribution's `log_prob`; -inf where the density is 0.
+        low, high: corners of the box, D numbers each; what lies outside of it is left out.
+        cells: number of cells along the longest side. The cost of a score is proportional to the number of points with
+            mass, at most cells^D.
 
     Raises:
-        ValueError: the box is none, there are over 4 million cells, or the function gives another shape, NaN, +inf, or no
-            mass at all.
+        ValueError: the corners do not make a box, there are over 4 million cells, or the function returns another shape,
+            NaN, +inf or only -inf.
     """
-    corner, opposite = _float64(low), _float64(high)
-    if corner.ndim != 1 or corner.shape != opposite.shape or not (corner < opposite).all():
-        raise ValueError(f"a box has corners low < high of D numbers each, got {low!r} and {high!r}")
-    delta = (opposite - corner).max() / whole("cells", cells, 2)
-    counts = ((opposite - corner) / delta - 1e-9).ceil().int().tolist()
-    if math.prod(counts) > 2**22:
-        raise ValueError(f"a lattice is for one to three dimensions, and has at most 4 million cells: got {counts}")
-    axes = [
-        (a + b - delta * (n - 1)) / 2 + delta * torch.arange(n)
-        for a, b, n in zip(corner, opposite, counts, strict=True)
-    ]
-    points = torch.cartesian_prod(*axes).view(-1, len(counts))
+    points, counts, delta = _lattice(low, high, cells)
     with torch.no_grad():
         log_p = torch.as_tensor(log_density(points)).double()
     if log_p.shape != points.shape[:1] or not (log_p < math.inf).all() or log_p.max() == -math.inf:
@@ -502,13 +496,29 @@ def from_log_density(
     return law
 
 
+def _lattice(low: Sequence[float], high: Sequence[float], cells: int) -> tuple[Tensor, list[int], Tensor]:
+    """Points (n, D) at the centres of cubic cells that cover a box, their number along each side, and their distance."""
+    corner, opposite = _float64(low), _float64(high)
+    if corner.ndim != 1 or corner.shape != opposite.shape or not (corner < opposite).all():
+        raise ValueError(f"a box has corners low < high of D numbers each, got {low!r} and {high!r}")
+    delta = (opposite - corner).max() / whole("cells", cells, 2)
+    counts = ((opposite - corner) / delta - 1e-9).ceil().int().tolist()
+    if math.prod(counts) > 2**22:
+        raise ValueError(f"a lattice is for one to three dimensions, and has at most 4 million cells: got {counts}")
+    axes = [
+        (a + b - delta * (n - 1)) / 2 + delta * torch.arange(n)
+        for a, b, n in zip(corner, opposite, counts, strict=True)
+    ]
+    return torch.cartesian_prod(*axes).view(-1, len(counts)), counts, delta
+
+
 # --- the named toys, each about four units wide -----------------------------------------------------------------------
 
 
 def ring(
     components: int = 8, radius: float = 4.0, std: float = 0.2, weights: Sequence[float] | None = None
 ) -> GaussianMixture:
-    """Gaussians of standard deviation `std`, equally spaced on a circle; weights equal unless given."""
+    """Gaussians of standard deviation `std`, equally spaced on a circle, with equal weights by default."""
     if components < 1:
         raise ValueError(f"a ring has at least one component, got {components}")
     angle = 2 * math.pi * torch.arange(components, dtype=torch.float64) / components
@@ -519,7 +529,7 @@ def ring(
 def grid(
     side: int = 5, spacing: float = 2.0, std: float = 0.15, weights: Sequence[float] | None = None
 ) -> GaussianMixture:
-    """side x side Gaussians of standard deviation `std` on a square lattice."""
+    """side x side Gaussians of standard deviation `std` on a square lattice, with equal weights by default."""
     if side < 1:
         raise ValueError(f"a grid has at least one component a side, got {side}")
     axis = spacing * (torch.arange(side, dtype=torch.float64) - (side - 1) / 2)
@@ -605,10 +615,12 @@ def digits(bandwidth: float = 0.0) -> Empirical:
 
 
 def _midpoints(count: int) -> Tensor:
+    """The midpoints of `count` equal cells of [0, 1]."""
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 
 def _isotropic(means: Tensor, std: float, weights: Any) -> GaussianMixture:
+    """Gaussians of standard deviation `std` at `means` (K, D)."""
     if not std > 0:
         raise ValueError(f"std is positive, got {std}")
     return GaussianMixture(weights, means, (std**2 * torch.eye(means.shape[1])).expand(len(means), -1, -1))

@@ -103,14 +103,8 @@ class TensorData(Data):
         self.dequantize = None if train.x.is_floating_point() else dequantize
         self.levels, self.seed, self.event_shape = levels, seed, tuple(train.x.shape[1:])
         self.flip, self.augment = flip, augment
-        if held_out is None:
-            held_out = 0.1 if test is None else 0.0
-        if not 0 <= held_out < 1:
-            raise ValueError(f"held_out={held_out} is the fraction of the examples set aside: 0 <= held_out < 1")
-        if (flip or augment) and len(self.event_shape) != 3:
-            raise ValueError(f"flip and augment are for images (channels, height, width), not {self.event_shape}")
-        if flip and augment:
-            raise ValueError("augment mirrors half of the images and tells the network: leave out flip")
+        _check_mirroring(flip, augment, self.event_shape)
+        held_out = _held_out_share(held_out, test)
         reserved, used = _order(len(train.x)).tensor_split([int(held_out * len(train.x))])
         if held_out and not len(reserved):
             warnings.warn(f"held_out={held_out} of {len(train.x)} examples is none: samples will be held against training "
@@ -119,8 +113,6 @@ class TensorData(Data):
         self.num_classes = None if train.labels is None else int(train.labels.max()) + 1
         self._parts = {"train": Rows(train, used), "test": Rows(train, reserved if len(reserved) else used)}
         if test is not None:
-            if held_out:
-                raise ValueError(f"held_out={held_out} beside a test set: give one of them")
             self._parts["test"] = self._test_rows(
                 _checked(Examples(*test) if isinstance(test, tuple) else Examples(test), dequantize, levels)
             )
@@ -239,6 +231,24 @@ class TensorData(Data):
             # At most two epochs are needed at once. Dropping others is safe, as the order is a function of the key.
             self._orders = {known: kept for known, kept in self._orders.items() if known == epoch - 1} | {epoch: order}
         return order
+
+
+def _held_out_share(held_out: float | None, test: Any) -> float:
+    """The fraction of the examples to set aside; None: a tenth, unless there is a test set."""
+    if held_out is None:
+        return 0.1 if test is None else 0.0
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out={held_out} is the fraction of the examples set aside: 0 <= held_out < 1")
+    if held_out and test is not None:
+        raise ValueError(f"held_out={held_out} beside a test set: give one of them")
+    return held_out
+
+
+def _check_mirroring(flip: bool, augment: Augment | None, event_shape: tuple[int, ...]) -> None:
+    if (flip or augment) and len(event_shape) != 3:
+        raise ValueError(f"flip and augment are for images (channels, height, width), not {event_shape}")
+    if flip and augment:
+        raise ValueError("augment already mirrors half of the images, as the network is told: leave out flip")
 
 
 def _order(count: int) -> Tensor:
