@@ -1,4 +1,4 @@
-"""Steps: how to get from grid time t to s. Correctors are steps with s = t."""
+"""Steps: how to get from grid time t to s. Predictors go to less noise; correctors are steps with s = t."""
 
 from score_sde.steps.corrected import CorrectedStep, SASolver, UniPC
 from score_sde.steps.extended import ERSDESolver

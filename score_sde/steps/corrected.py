@@ -1,9 +1,9 @@
-r"""Predictor-correctors at one call a move: the output at the predicted x_s both corrects x_s and starts the next move.
+r"""Predictor-correctors with one call per move: the output at the predicted x_s corrects x_s and starts the next move.
 
     predict   x~_s = a x_t + sum_k b_k D_k + c z,
     correct   x_s  = x~_s + w D(x~_s, s) + sum_k (b'_k - b_k) D_k,       w, b' the weights of the corrector,
 
-and D(x~_s, s) is the next move's D_0, so that correcting and predicting again is one linear step on the stored outputs.
+where D(x~_s, s) is the next move's D_0, so that correcting and then predicting is one linear step on the stored outputs.
 The last x~ of a run is not corrected.
 """
 
@@ -25,7 +25,7 @@ class CorrectedStep(LinearStep):
     """An exponential multistep predictor with an implicit corrector; a subclass gives the weights of both.
 
     Attributes:
-        memory: one more than the outputs that predictor and corrector use at most.
+        memory: one more than the largest number of stored outputs that predictor or corrector use.
         eta: noise strength of the SDE family (see `ExponentialAdams`).
     """
 
@@ -37,11 +37,11 @@ class CorrectedStep(LinearStep):
 
     @abstractmethod
     def predict(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
-        """Weights of the D at `times` (k, ...), the newest first, in the prediction of x_s; missing ones are 0."""
+        """The weights b of the D at `times` (k, ...), the newest first, in x~_s; those left out are 0."""
 
     @abstractmethod
     def correct(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:
-        """Weights of the D at s and then at `times` in the corrected x_s; missing ones are 0."""
+        """The weights w, b' of the D at s and at `times` (k, ...) in the corrected x_s; those left out are 0."""
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         a, c = carried(sde, times[0], s, self.strength(sde, times[0]))
@@ -57,16 +57,16 @@ class CorrectedStep(LinearStep):
 
 
 class UniPC(CorrectedStep):
-    """UniPC on the denoised prediction: UniP of order p with UniC of order p, one order more by the correction.
+    """UniPC on the denoised prediction: UniP and UniC of order p, together of order p + 1.
 
-    The published linear systems R(h) a B(h) = phi(h) are solved by the weights of the interpolating polynomial, those of
-    `ExponentialAdams`. In two cases the authors do not solve them but set a = 1/2, in the two-node predictor of p = 2 and in
-    the corrector of p = 1: these add B / 2 (D_1 - D_0) / r, with B = alpha_s h (B1) or alpha_s (1 - e^{-h}) (B2).
-    Source: Zhao et al. 2023, https://arxiv.org/abs/2302.04867, eq. 3 to 9 and appendix E. The published code also lowers p
-    in the last moves of a short run (lower_order_final), which this does not.
+    The weights of the interpolating polynomial, as in `ExponentialAdams`, solve the published linear systems
+    R(h) a B(h) = phi(h). In two cases the authors set a = 1/2 instead of solving them, in the two-node predictor of p = 2
+    and in the corrector of p = 1: these add B / 2 (D_1 - D_0) / r, with B = alpha_s h (B1) or alpha_s (1 - e^{-h}) (B2).
+    Unlike the published code this does not lower p in the last moves of a short run (lower_order_final).
+    Source: Zhao et al. 2023, https://arxiv.org/abs/2302.04867, eq. 3 to 9 and appendix E.
 
     Args:
-        order: p, 1 to 3; of convergence, p + 1.
+        order: p, 1 to 3; the order of convergence is p + 1.
         variant: "B1" or "B2".
     """
 
@@ -93,7 +93,7 @@ class UniPC(CorrectedStep):
         return weigh(sde, nodes, times[0], s, eta=0.0)
 
     def _two(self, sde: SDE, nodes: Tensor, s: Tensor) -> Sequence[Tensor]:
-        """Weights of D at t = nodes[0] and of the D at nodes[1], a fraction r of the step away."""
+        """The weights of the D at t = nodes[0] and at nodes[1], which is r h away from t in half log SNR, for a = 1/2."""
         start, other = sde.half_log_snr(nodes)
         h = sde.half_log_snr(s) - start
         total = -sde.alpha(s) * torch.expm1(-h)
@@ -104,16 +104,16 @@ class UniPC(CorrectedStep):
 class SASolver(CorrectedStep):
     """SA-Solver: exponential Adams-Bashforth predictor and Adams-Moulton corrector for the SDE family of strength eta.
 
-    Both integrate the interpolating polynomial against `ExponentialAdams`'s kernel and share its noise. At eta = 0 the
-    order is one more than the outputs used; with noise the weak order is 2, as for `ExponentialAdams`.
+    Both integrate the interpolating polynomial against the kernel of `ExponentialAdams` and share one draw of its noise. At
+    eta = 0 the order is one more than the number of outputs used; with noise the weak order is 2, as in `ExponentialAdams`.
     Source: Xue et al. 2023, https://arxiv.org/abs/2309.05019, algorithm 1, eq. 14 and 17, with eta for tau.
 
     Args:
-        order: outputs of the predictor, 1 to 4.
-        corrector: stored outputs of the corrector beside the new one, 1 to 4.
+        order: number of outputs that the predictor uses, 1 to 4.
+        corrector: number of stored outputs that the corrector uses besides the new one, 1 to 4.
         eta: noise strength, 0 or more; 1 is the reverse SDE.
-        levels: (low, high), the noise levels sigma / alpha of the moves that draw noise; the others go with eta = 0. The
-            paper's (appendix E.1) are (0.05, 1) for CIFAR-10; everywhere if left out.
+        levels: (low, high); only moves that begin at a noise level sigma / alpha within add noise, others have eta = 0. The
+            paper takes (0.05, 1) for CIFAR-10 (appendix E.1); all moves if left out.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -1,4 +1,4 @@
-r"""Exponential Adams-Bashforth for reverse-time SDEs whose noise is another at every level: ER-SDE-Solvers."""
+r"""Exponential Adams-Bashforth for reverse-time SDEs whose noise strength depends on the noise level: ER-SDE-Solvers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ NOISE_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "er_sde": lambda level: (level**0.3).exp() + 10,
     "reverse_sde": lambda level: level,
 }
-"""q(l) = phi(l) / l by name: the authors' choice, much noise in noise and hardly any near the data, and the reverse SDE."""
+"""q(l) of `ERSDESolver` by name: the authors' choice, with much noise at high levels and little near the data; reverse SDE."""
 
 
 class ERSDESolver(LinearStep):
-    r"""ER-SDE-Solver of orders 1 to 4: the extended reverse-time SDE, exact in its linear part.
+    r"""ER-SDE-Solver of orders 1 to 4: the extended reverse-time SDE, solved exactly in its linear part.
 
-    In y = x / alpha and the noise level l = sigma / alpha every reverse-time SDE with the marginals of the forward one is
+    In y = x / alpha and the noise level l = sigma / alpha, every reverse-time SDE with the marginals of the forward one is
 
         dy = (1 + e(l)) (y - D) / l dl + sqrt(2 l e(l)) dw,    l decreasing, e = 0 the ODE and e = 1 the reverse SDE.
 
@@ -31,16 +31,16 @@ class ERSDESolver(LinearStep):
 
         y_s = phi_s / phi_t y_t + phi_s int_{l_s}^{l_t} D(l) phi'(l) / phi(l)^2 dl + sqrt(l_s^2 - l_t^2 (phi_s / phi_t)^2) z.
 
-    D is replaced by the polynomial in l through its last `order` values. The published third order has D_0 + D[0, 1] (l -
-    l_0) + D[0, 1, 2] (l - l_0)^2 in its place, with l_0 twice where Newton's form has l_1, which is of second order in the
-    deterministic case. With noise the weak order is 2 at most, as in `ExponentialAdams`, which is this with q = l but
+    D is replaced by the polynomial in l through its last `order` values. (The published third order takes
+    D_0 + D[0, 1] (l - l_0) + D[0, 1, 2] (l - l_0)^2 instead, where Newton's form has (l - l_0) (l - l_1); without noise
+    that is only of second order.) With noise the weak order is 2 at most, as in `ExponentialAdams`, which has q = l and
     extrapolates in lambda. Exact for a point mass.
     Source: Cui et al. 2023, https://arxiv.org/abs/2309.06169; q = e^{l^0.3} + 10 is its recommended noise scale.
 
     Args:
-        order: number of outputs interpolated, 1 to 4; the first moves use those there are.
+        order: number of outputs interpolated, 1 to 4; the first moves use those that exist.
         noise: "er_sde" (q = e^{l^0.3} + 10), "reverse_sde" (q = l), or a function q of the level, positive and nowhere
-            decreasing; its scale is free.
+            decreasing; a constant factor in q does not matter.
         eta: power of q, 0 (the ODE) or more.
 
     Raises:

@@ -1,10 +1,10 @@
-r"""Langevin steps: correctors that leave p_t (nearly) as it is.
+r"""Langevin steps: correctors that leave p_t (nearly) unchanged.
 
     x <- x + eps score(x, t) + sqrt(2 eps) z.
 
-Every rule here for the step size has the form eps = ratio sigma_t^2, with a dimensionless ratio: then the step is
-linear, x <- (1 - ratio) x + ratio alpha D + sqrt(2 ratio) sigma z, and the same in x as in the scaled variable x /
-alpha. The stationary variance on N(0, v I) is v / (1 - eps / (2 v)).
+All step sizes here have the form eps = ratio sigma_t^2 with a dimensionless ratio. Then the step is linear,
+x <- (1 - ratio) x + ratio alpha D + sqrt(2 ratio) sigma z, and the same in x as in the scaled variable x / alpha. On
+N(0, v I) the stationary variance is v / (1 - eps / (2 v)).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import number, whole
-from score_sde.sde import SDE
+from score_sde.sde import SDE, expand
 from score_sde.steps.linear import Coefficients, LinearStep, with_score
 from score_sde.steps.step import Draw, Evaluate, History
 
@@ -36,20 +36,20 @@ class _Langevin(LinearStep):
 
 
 class LangevinCorrector(_Langevin):
-    """The corrector of Song et al.: eps = 2 (snr |z| / |score|)^2, a signal-to-noise ratio held fixed.
+    """The corrector of Song et al.: eps = 2 (snr |z| / |score|)^2, which fixes the step's signal-to-noise ratio.
 
-    On N(0, v I) with measured norms the stationary variance is v (1 + snr^2) in high dimension.
-    Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, algorithms 4 and 5 (without the factor 1 - beta_i,
-    within 2 % of 1, that the published code applies on VP's 1,000-step ladder).
+    On N(0, v I) with measured norms the stationary variance is v (1 + snr^2) in high dimension. Source: Song et al. 2021,
+    https://arxiv.org/abs/2011.13456, algorithms 4 and 5, without the factor 1 - beta_i, within 2 % of 1, by which the
+    published code multiplies eps on VP's 1,000-step ladder.
 
     Args:
-        snr: the ratio r, positive.
+        snr: the signal-to-noise ratio, in (0, 1).
         steps: Langevin steps at each visited time.
-        norm: "expected" takes E|z|^2 = d and E|score|^2 = d / sigma^2, the score of the noise itself: eps = 2 snr^2
-            sigma^2, the same for every sample; "sample" measures |z| and |score| for each sample; "batch" divides their
-            means over the batch, as the published code does, which couples the samples of a batch. A step size measured
-            by sample depends on x and z, so that the chain's stationary law is p_t^(d / (d + 2)) |score|^2 for small snr
-            and not p_t, far from it in few dimensions d (variance 2.3 for 1 in 4, 1.06 in 64): take "expected" there.
+        norm: "expected" takes E|z|^2 = d and E|score|^2 = d / sigma^2, the score of the noise itself: eps =
+            2 snr^2 sigma^2, the same for every sample. "sample" measures |z| and |score| of each sample; the step size then
+            depends on x and z, so that for small snr the stationary law is proportional to p_t^(d / (d + 2)) |score|^2
+            instead of p_t, which is far from it in few dimensions d (for variance 1: 2.3 at d = 4, 1.06 at d = 64).
+            "batch" divides the means of the norms over the batch, as the published code does, which couples its samples.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -78,22 +78,22 @@ class LangevinCorrector(_Langevin):
         return x, history
 
     def _norms(self, v: Tensor) -> Tensor:
-        norms = v.flatten(1).norm(dim=1).view(-1, *[1] * (v.ndim - 1))
+        norms = expand(v.flatten(1).norm(dim=1), v)
         return norms if self.norm == "sample" else norms.mean(0, keepdim=True)
 
 
 class AnnealedLangevin(_Langevin):
     """Annealed Langevin dynamics: at each level, `steps` steps of size epsilon sigma_i^2 / sigma_L^2.
 
-    With no predictor the sampler carries the scaled variable x / alpha unchanged from level to level, NCSN's algorithm
-    for VE and its equal in scaled variables for every other SDE. `grid.log_snr` gives the geometric ladder. NCSN's own
-    step, epsilon = 2e-5 at sigma_L = 0.01, is the default; 20 steps on each of 232 levels are what a multimodal law
-    needs to find its weights (NCSN takes 100 steps on 10 levels; NCSNv2 5 on 232 for images, with epsilon = 6.2e-6).
+    Without a predictor the sampler keeps the scaled variable x / alpha from level to level: NCSN's algorithm on VE, and the
+    same in scaled variables on every other SDE. `grid.log_snr` gives the geometric ladder. The default epsilon is NCSN's,
+    2e-5 at sigma_L = 0.01. A multimodal law needs about 20 steps on each of 232 levels to find its weights (NCSN takes 100
+    steps on 10 levels; NCSNv2, for images, 5 on 232 with epsilon = 6.2e-6).
     Source: Song & Ermon 2019, https://arxiv.org/abs/1907.05600, algorithm 1; 2020, https://arxiv.org/abs/2006.09011.
 
     Args:
         epsilon: step size at the noise level sigma_L, in squared units of the data.
-        sigma_L: the noise level for which epsilon is meant.
+        sigma_L: the noise level at which the step size is epsilon.
         steps: Langevin steps at each level.
     """
 
@@ -107,14 +107,15 @@ class AnnealedLangevin(_Langevin):
 
     @classmethod
     def by_variance(cls, gamma: float = 1.0376, steps: int = 5, sigma_L: float = 0.01) -> AnnealedLangevin:
-        """The step size that best keeps the variance from level to level (NCSNv2's technique 4).
+        """The step size that best preserves the variance from level to level (NCSNv2's technique 4).
 
-        r = epsilon / sigma_L^2 minimises |(1 - r)^(2 steps) (gamma^2 - q) + q - 1|, q = 2 r / (1 - (1 - r)^2): the
-        variance after `steps` steps on a point mass over sigma_i^2, arrived from sigma_{i-1} = gamma sigma_i, less one.
-        gamma = 1.0376 is that of 232 levels between 0.01 and 50 (CIFAR-10), where r = 0.0618.
-        Source: Song & Ermon 2020, https://arxiv.org/abs/2006.09011, proposition 3 and technique 4.
+        r = epsilon / sigma_L^2 minimises |(1 - r)^(2 steps) (gamma^2 - q) + q - 1|, q = 2 r / (1 - (1 - r)^2): by how much
+        variance / sigma_i^2 differs from 1, for a point mass, after `steps` steps at sigma_i that begin with the variance
+        of the level before, sigma_{i-1} = gamma sigma_i. gamma = 1.0376 is that of 232 levels between 0.01 and 50
+        (CIFAR-10), where r = 0.0618. Source: Song & Ermon 2020, https://arxiv.org/abs/2006.09011, proposition 3 and
+        technique 4.
 
-        Raises ValueError where gamma is not above 1 or `steps` no whole number of at least 1.
+        Raises ValueError where gamma is not above 1 or `steps` is not a whole number of at least 1.
         """
         steps = whole("steps", steps)
         if not gamma > 1:

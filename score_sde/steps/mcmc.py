@@ -1,10 +1,10 @@
-r"""Markov-chain correctors beyond the snr rule: unadjusted, Metropolis-adjusted and kinetic Langevin.
+r"""Markov-chain correctors besides `LangevinCorrector`: unadjusted, Metropolis-adjusted and kinetic Langevin.
 
     overdamped:   x' = x + eps score(x) + sqrt(2 eps) z,
     kinetic:      dx = v dt,  dv = score(x) dt - gamma v dt + sqrt(2 gamma) dw,
 
-step sizes in units of the noise level: eps = ratio sigma_t^2, and kinetic steps h = sqrt(2 ratio) sigma_t, so that one
-of them with fresh v is the overdamped step. On N(0, v I) both have the stationary variance v / (1 - eps / (2 v)).
+Step sizes are in units of the noise level: eps = ratio sigma_t^2, and kinetic steps h = sqrt(2 ratio) sigma_t, so that a
+single one with fresh v is the overdamped step. On N(0, v I) both have the stationary variance v / (1 - eps / (2 v)).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import whole
-from score_sde.sde import SDE
+from score_sde.sde import SDE, expand
 from score_sde.steps.langevin import _Langevin
 from score_sde.steps.step import Draw, Evaluate, History, Step
 
@@ -25,16 +25,16 @@ from score_sde.steps.step import Draw, Evaluate, History, Step
 class UnadjustedLangevin(_Langevin):
     """Unadjusted Langevin: eps = ratio sigma_t^2, or 2 ratio / (|score|^2 / d + 1 / sigma_t^2), adapted to the score.
 
-    Both agree where the score has the size of the noise's own, |score|^2 = d / sigma_t^2; the adapted step, a sample's
-    own, is at most twice as long where the score is small, and short where it is large, so that none is thrown away.
-    Because the adapted step depends on x, the stationary law of its chain is p_t / eps and not p_t: on N(0, sigma^2 I) the
-    variance is (1 + 1 / d) sigma^2. For images that is negligible; in the plane it is half too much: take the fixed step.
-    Source: Roberts & Tweedie 1996, https://doi.org/10.2307/3318418, section 1.4.1.
+    The two agree where the score is as large as that of the noise, |score|^2 = d / sigma_t^2. The adapted step, set for
+    each sample, is at most twice as long where the score is small, and short where it is large, so that no sample is thrown
+    far away. Because it depends on x, its chain's stationary law is proportional to p_t / eps instead of p_t: on
+    N(0, sigma^2 I) the variance is (1 + 1 / d) sigma^2. That is negligible for images, but half too much in the plane: take
+    the fixed step there. Source: Roberts & Tweedie 1996, https://doi.org/10.2307/3318418, section 1.4.1.
 
     Args:
-        ratio: eps in the unit above, in (0, 1).
+        ratio: the step size as above, in (0, 1).
         steps: Langevin steps at each visited time.
-        adapt: False for the fixed step, True for the norm-adapted one.
+        adapt: False for the fixed step, True for the adapted one.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"norm-adapted Langevin": {"adapt": True}}
@@ -48,21 +48,21 @@ class UnadjustedLangevin(_Langevin):
             return super().advance(row, x, history, evaluate, draw)
         for k in range(self.repeats):
             score = evaluate(x, row.t).score
-            size = score.square().flatten(1).mean(1).view(-1, *[1] * (x.ndim - 1))
+            size = expand(score.square().flatten(1).mean(1), x)
             eps = 2 * self.ratio / (size + row.c**-2 * 2 * self.ratio)  # c^2 = 2 ratio sigma^2
             x = x + eps * score + (2 * eps).sqrt() * draw(k)
         return x, history
 
 
 class ChainRow(NamedTuple):
-    """One visit: the time and the step size there."""
+    """The time of a visit and the step size there."""
 
     t: float
     step: float
 
 
 class _Chain(Step):
-    """`steps` moves of a Markov chain; the calls that they take are the subclass's `calls`."""
+    """`steps` moves of a Markov chain at each visited time; a subclass sets `calls`, the network calls that they take."""
 
     role: ClassVar[Literal["predictor", "corrector"]] = "corrector"
 
@@ -71,11 +71,11 @@ class _Chain(Step):
 
 
 class MetropolisLangevin(_Chain):
-    """Metropolis-adjusted Langevin: the overdamped step, accepted so often that p_t stays exactly as it is.
+    """Metropolis-adjusted Langevin: the overdamped step, accepted with the probability that leaves p_t exactly invariant.
 
-    log accept = log p_t(x') - log p_t(x) + |z|^2 / 2 - |x - x' - eps score(x')|^2 / (4 eps), sample by sample. It needs
-    a density, so a model with `log_prob(x, t)` such as `ExactScore`; others are refused before sampling.
-    Source: Besag 1994; Roberts & Tweedie 1996, section 1.4.2.
+    log accept = log p_t(x') - log p_t(x) + |z|^2 / 2 - |x - x' - eps score(x')|^2 / (4 eps), for each sample. It needs
+    a model with a density `log_prob(x, t)`, such as `ExactScore`; others are refused before sampling.
+    Source: Besag 1994; Roberts & Tweedie 1996, https://doi.org/10.2307/3318418, section 1.4.2.
 
     Args:
         ratio: eps / sigma_t^2, in (0, 1).
@@ -86,7 +86,7 @@ class MetropolisLangevin(_Chain):
 
     def __init__(self, ratio: float = 0.1, steps: int = 1) -> None:
         super().__init__(ratio, steps)
-        self.calls = self.repeats + 1  # one for each proposal, one for the start
+        self.calls = self.repeats + 1  # one for each proposal and one for the start
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
         return [ChainRow(*row) for row in zip(t.tolist(), (self.ratio * sde.sigma(t) ** 2).tolist(), strict=True)]
@@ -94,12 +94,12 @@ class MetropolisLangevin(_Chain):
     def advance(
         self, row: ChainRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
     ) -> tuple[Tensor, History]:
-        t, eps = row
-        score, log_prob = evaluate(x, t).score, _density(evaluate)(x, t)
+        (t, eps), density = row, evaluate.log_prob  # type: ignore[attr-defined]  # see `Step.needs_density`
+        score, log_prob = evaluate(x, t).score, density(x, t)
         for k in range(self.repeats):
             z = draw(2 * k)
             proposal = x + eps * score + math.sqrt(2 * eps) * z
-            new_score, new_log_prob = evaluate(proposal, t).score, _density(evaluate)(proposal, t)
+            new_score, new_log_prob = evaluate(proposal, t).score, density(proposal, t)
             back = (x - proposal - eps * new_score).square() / (4 * eps) - z.square() / 2
             log_accept = new_log_prob - log_prob - back.flatten(1).sum(1)
             accepted = torch.special.log_ndtr(draw(2 * k + 1).flatten(1)[:, 0].double()) < log_accept
@@ -112,17 +112,19 @@ class MetropolisLangevin(_Chain):
 class KineticLangevin(_Chain):
     """Underdamped Langevin by the splitting OBABO: half an Ornstein-Uhlenbeck step of v, leapfrog, the other half.
 
-    v ~ N(0, I) at each visit (the chain's state is x alone), then `steps` times: v <- v + h/2 score; x <- x + h v; v <- v
-    + h/2 score(x); v <- e v + sqrt(1 - e^2) z, e = persistence: the two halves between two leapfrogs in one, and nothing
-    after the last move of x, since v is forgotten. Velocities are in the unit in which x moves by h v, h = sqrt(2 ratio)
-    sigma_t. v / (1 - h^2 / (4 v)) is the stationary variance on N(0, v I), whatever the persistence and the number of
-    steps.
+    v ~ N(0, I) at each visit (the chain's state is x alone), then `steps` times
+
+        v <- v + h / 2 score(x);   x <- x + h v;   v <- v + h / 2 score(x);   v <- e v + sqrt(1 - e^2) z,
+
+    with h = sqrt(2 ratio) sigma_t and e = persistence. Here the two half steps between leapfrogs are one, and what follows
+    the last move of x is left out, since v is forgotten. On N(0, s I) the stationary variance is s / (1 - h^2 / (4 s)) for
+    any persistence and number of steps.
     Source: Bussi & Parrinello 2007, https://arxiv.org/abs/0803.4083; Leimkuhler & Matthews 2013.
 
     Args:
         ratio: h^2 / (2 sigma_t^2), in (0, 1).
         steps: leapfrog steps at each visited time.
-        persistence: e^{-gamma h}, the share of v that outlives a step, in [0, 1).
+        persistence: e^{-gamma h}, the share of v that a step keeps, in [0, 1).
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"kinetic Langevin 1": {"steps": 1}}
@@ -154,8 +156,3 @@ def _check_ratio(step: Step, ratio: float) -> float:
     if not 0 < ratio < 1:
         raise ValueError(f"{type(step).__name__}'s ratio lies in (0, 1), got ratio={ratio}")
     return float(ratio)
-
-
-def _density(evaluate: Any) -> Any:
-    """The log-density beside the evaluations; a sampler has made sure that there is one."""
-    return evaluate.log_prob

@@ -5,9 +5,9 @@ Along x = alpha D + sigma eps the probability-flow ODE reads, in whichever quant
     N = D:         d(x / sigma) = D d(alpha / sigma)          exact in x / sigma, so for a point mass,
     N = eps:       d(x / alpha) = eps d(sigma / alpha)        exact in x / alpha, so for a point mass,
     N = score:     d(x / alpha) = -sigma score d(sigma / alpha)
-    N = velocity:  dx = v dt,  v = alpha' D + sigma' eps      nothing but x itself: plain Adams-Bashforth in time.
+    N = velocity:  dx = v dt,  v = alpha' D + sigma' eps      exact in x alone: plain Adams-Bashforth in time.
 
-N is replaced by the Lagrange polynomial, in a clock u(t), through its last values, and the integral is taken exactly.
+N is replaced by the polynomial in a clock u(t) through its last values, which is integrated exactly.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _gauss_legendre = functools.cache(np.polynomial.legendre.leggauss)
 
 
 def quadrature(like: Tensor, points: int = 32) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights on [0, 1], shaped (points, 1, ...) to go before `like`'s dimensions."""
+    """Gauss-Legendre nodes and weights on [0, 1], of shape (points, 1, ..., 1) to broadcast with `like`."""
     nodes, weights = _gauss_legendre(points)
     shape = (points,) + (1,) * like.ndim
     return torch.from_numpy((nodes + 1) / 2).reshape(shape), torch.from_numpy(weights / 2).reshape(shape)
 
 
 def points_for(exponent: Tensor) -> int:
-    """Nodes that integrate exponentials over these stretches, times polynomials, to machine precision."""
+    """Number of nodes that integrate e^exponent times a polynomial to machine precision, for all of these exponents."""
     longest = exponent.max()
     return 6 if longest <= 0.3 else 10 if longest <= 2 else 32
 
 
 def lagrange(nodes: Tensor, at: Tensor) -> Tensor:
-    """The Lagrange basis polynomials of `nodes` (k, ...), at points that broadcast with nodes[0]; shape (k, *at)."""
+    """The Lagrange basis polynomials of `nodes` (k, ...) at points `at` that broadcast with nodes[0]; shape (k, *at)."""
     count = len(nodes)
     wide = nodes.reshape(count, *[1] * (at.ndim - nodes.ndim + 1), *nodes.shape[1:])
     others = torch.tensor([[j for j in range(count) if j != i] for i in range(count)], dtype=torch.long)
@@ -54,7 +54,7 @@ def lagrange(nodes: Tensor, at: Tensor) -> Tensor:
 
 
 def integrals(kernel: Tensor, basis: Tensor) -> list[Tensor]:
-    """sum over the points of kernel (points, ...) x basis (k, points, ...), one for each of the k."""
+    """The sums of kernel (points, ...) times basis (k, points, ...) over the points: a list of k tensors."""
     return list((kernel * basis).sum(1))
 
 
@@ -68,7 +68,7 @@ def output_of(prediction: str, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_order(step: object, order: int) -> int:
-    """`order` itself, or a ValueError that says which there are."""
+    """`order` itself, or a ValueError that says which orders there are."""
     if order not in (1, 2, 3, 4):
         raise ValueError(f"{type(step).__name__} has orders 1 to 4, got order={order}")
     return int(order)
@@ -89,17 +89,21 @@ def _check_prediction(step: object, prediction: str, known: tuple[str, ...]) -> 
 class AdamsBashforth(LinearStep):
     """Adams-Bashforth of orders 1 to 4 with variable steps: x_s = scale_s (x_t / scale_t + sum_k (int L_k dm) N_k).
 
-    What is extrapolated, `prediction`, settles the exact part (module docstring); in which variable, the `clock`:
-    "time" is the SDE's t, "level" is sigma / alpha, "log_snr" is lambda. Each prediction has a natural one. Published
-    cells: noise in level = LMS (k-diffusion) and rho-AB-DEIS; noise in time = t-AB-DEIS; noise in log_snr = multistep
-    DPM-Solver; denoised in log_snr = DPM-Solver++; velocity in time on `RectifiedFlow` = Adams for flow matching.
-    Source: Zhang & Chen 2023 (DEIS), https://arxiv.org/abs/2204.13902, eq. 13 to 15; Lu et al. 2022, eq. 9.
+    `prediction` is the quantity that is extrapolated, and determines the exact part (see `score_sde.steps.multistep`);
+    `clock` is the variable in which it is: "time" is the SDE's t, "level" is sigma / alpha, "log_snr" is lambda. Published
+    combinations: noise in level = LMS (k-diffusion) and rho-AB-DEIS; noise in time = t-AB-DEIS; noise in log_snr =
+    multistep DPM-Solver; denoised in log_snr = DPM-Solver++; velocity in time on `RectifiedFlow` = Adams for flow matching.
+    Source: Zhang & Chen 2023 (DEIS), https://arxiv.org/abs/2204.13902, eq. 13 to 15; Lu et al. 2022,
+    https://arxiv.org/abs/2211.01095, eq. 9.
 
     Args:
-        order: number of outputs interpolated, 1 to 4; the first moves use those there are.
-        prediction: "velocity", "noise", "denoised" or "score": what is extrapolated. Velocity is dx/dt here, not
-            `Prediction.velocity`, alpha eps - sigma x_0.
-        clock: "time", "level" or "log_snr"; the natural one if left out.
+        order: number of outputs interpolated, 1 to 4; the first moves use those that exist.
+        prediction: "velocity", "noise", "denoised" or "score". Velocity is dx/dt here, not `Prediction.velocity`,
+            alpha eps - sigma x_0.
+        clock: "time", "level" or "log_snr"; by default time for velocity and score, level for noise, log_snr for denoised.
+
+    Raises:
+        ValueError: an option is unknown or out of range.
     """
 
     natural: ClassVar[Mapping[str, str]] = {
@@ -116,20 +120,20 @@ class AdamsBashforth(LinearStep):
     def __init__(self, order: int = 3, prediction: str = "velocity", clock: str | None = None) -> None:
         self.memory = self.order = check_order(self, order)
         self.prediction = _check_prediction(self, prediction, PREDICTIONS)
-        self.point_mass = prediction in ("denoised", "noise")  # the others vary along a point mass's path
+        self.point_mass = prediction in ("denoised", "noise")  # the others are not constant for a point mass
         self.clock = self.natural[prediction] if clock is None else one_of("AdamsBashforth's clock", clock, CLOCKS)
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
         return output_of(self.prediction, sde, t)
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
-        nodes, end = self._read(sde, times), self._read(sde, s)
+        nodes, end = self._clock_at(sde, times), self._clock_at(sde, s)
         polynomial = (self.prediction, self.clock) in (("velocity", "time"), ("noise", "level"))  # dm = du
         fractions, weights = quadrature(s, points=4 if polynomial else 12 if self._short(sde, times[0], s) else 32)
         at = nodes[0] + fractions * (end - nodes[0])
         kernel = weights * (end - nodes[0]) * self._density(sde, self._time(sde, at), s)
         total = self._total(sde, times[0], s)
-        if total is not None:  # a constant N is then integrated exactly whatever the kernel
+        if total is not None:  # so that a constant N is integrated exactly, whatever the quadrature's error
             kernel = kernel * (total / kernel.sum(0))
         b = integrals(kernel, lagrange(nodes, at))
         return self._scale(sde, s) / self._scale(sde, times[0]), b, torch.zeros_like(s)
@@ -138,7 +142,7 @@ class AdamsBashforth(LinearStep):
         """Whether 12 points integrate the moves t -> s to machine precision."""
         return bool((sde.half_log_snr(s) - sde.half_log_snr(t)).max() <= 0.5)
 
-    def _read(self, sde: SDE, t: Tensor) -> Tensor:
+    def _clock_at(self, sde: SDE, t: Tensor) -> Tensor:
         if self.clock == "time":
             return t
         lmbda = sde.half_log_snr(t)
@@ -155,7 +159,7 @@ class AdamsBashforth(LinearStep):
         return sde.sigma(t) if self.prediction == "denoised" else sde.alpha(t)
 
     def _density(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
-        """scale_s dm / du at time t, by way of lambda, whose rate is lambda' = -g^2 / (2 sigma^2)."""
+        """scale_s dm/du at time t, as scale_s dm/dlambda times dlambda/du, with lambda' = -g^2 / (2 sigma^2)."""
         lmbda, rate = sde.half_log_snr(t), -((sde.diffusion(t) / sde.sigma(t)) ** 2) / 2
         per_lmbda = {
             "denoised": sde.sigma(s) * lmbda.exp(),
@@ -178,29 +182,32 @@ class AdamsBashforth(LinearStep):
 class ExponentialAdams(LinearStep):
     """Exponential Adams-Bashforth in lambda for the SDE family with noise strength eta: every multistep DPM-Solver.
 
-    With u = lambda_s - lambda, h = lambda_s - lambda_t and k = 1 + eta^2, variation of constants gives, exactly,
+    With u = lambda_s - lambda, h = lambda_s - lambda_t and k = 1 + eta^2, variation of constants gives exactly
 
         denoised:  x_s = sigma_s / sigma_t e^{-eta^2 h} x_t + alpha_s k int_0^h e^{-k u} D(lambda_s - u) du
                          + sigma_s sqrt(1 - e^{-2 eta^2 h}) z,
         noise:     x_s = alpha_s / alpha_t x_t - sigma_s k int_0^h e^u eps(lambda_s - u) du
                          + eta sigma_s sqrt(e^{2 h} - 1) z.
 
-    The integrand's D or eps is replaced by the polynomial through its last `order` values ("exact" weights, the Taylor
-    form of the papers, integrated by Gauss-Legendre quadrature to machine precision), or at order 2 by that
-    polynomial's value at the middle ("midpoint" weights, the published default of 2M). At eta = 0: DDIM (order 1),
-    DPM-Solver(++) 2M, and at order 3 what 3M set out to be: its printed curvature term lacks a factor 2. At eta = 1:
-    SDE-DPM-Solver(++). With eta > 0 and order >= 2 the weak order is 2: one move neglects the covariance of its noise with
-    the change of D, a term of order h^2, which the extrapolation in the next moves puts in. As eta grows, x_s tends to
-    alpha_s D + sigma_s z (k-diffusion's `lcm`). k-diffusion's and diffusers' eta is eta^2 here. The noise form is exact for
-    a point mass at eta = 0 only.
+    D or eps in the integrand is replaced by the polynomial through its last `order` values ("exact" weights, the Taylor
+    form of the papers, integrated by Gauss-Legendre quadrature to machine precision), or at order 2 by that polynomial's
+    value in the middle ("midpoint" weights, the published default of 2M). At eta = 0: DDIM (order 1), DPM-Solver(++) 2M,
+    and at order 3 the corrected 3M, whose printed curvature term lacks a factor 2. At eta = 1: SDE-DPM-Solver(++). With
+    eta > 0 and order >= 2 the weak order is 2: a move neglects the covariance of its noise with the change of D, a term of
+    order h^2, which the extrapolation in the next moves restores. As eta grows, x_s tends to alpha_s D + sigma_s z
+    (ComfyUI's `lcm`). The eta of k-diffusion and diffusers is eta^2 here. The noise form is exact for a point mass only at
+    eta = 0.
     Source: Lu et al. 2022, https://arxiv.org/abs/2211.01095, eq. 9 and 12, appendix B; Xue et al. 2023 (SA-Solver),
     https://arxiv.org/abs/2309.05019, eq. 11, whose tau is eta.
 
     Args:
-        order: number of outputs interpolated, 1 to 4; the first moves use those there are.
+        order: number of outputs interpolated, 1 to 4; the first moves use those that exist.
         eta: noise strength, 0 (the ODE) or more; 1 is the reverse SDE.
-        prediction: "denoised" or "noise": what is extrapolated.
+        prediction: "denoised" or "noise", the quantity that is extrapolated.
         weights: "exact" or, up to order 2, "midpoint".
+
+    Raises:
+        ValueError: an option is unknown or out of range.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -234,7 +241,7 @@ class ExponentialAdams(LinearStep):
 
 
 def carried(sde: SDE, t: Tensor, s: Tensor, eta: float | Tensor, prediction: str = "denoised") -> tuple[Tensor, Tensor]:
-    """(a, c): what `ExponentialAdams` carries over from x_t, and its noise; eta may differ from move to move."""
+    """(a, c) of `ExponentialAdams`: the factors of x_t and of the noise; eta may differ between moves."""
     ends, eta = torch.stack([t, s]), torch.as_tensor(eta, dtype=t.dtype)
     h, sigma = sde.half_log_snr(ends).diff(dim=0).squeeze(0), sde.sigma(ends)
     if prediction == "noise":
@@ -253,7 +260,7 @@ def weigh(
     scale, rate = (sde.alpha(s), -k) if prediction == "denoised" else (-sde.sigma(s), 1.0)
     if weights == "midpoint":
         return list(scale * (k / rate) * torch.expm1(rate * h) * lagrange(levels, end - h / 2))
-    span = h.clamp(max=40 / k) if prediction == "denoised" else h  # beyond, e^{-k u} is below rounding
+    span = h.clamp(max=40 / k) if prediction == "denoised" else h  # e^{-k u} is below rounding beyond
     fractions, gauss = quadrature(s, points_for(k * span))
     kernel = (scale * k * span) * gauss * (rate * span * fractions).exp()
     return integrals(kernel, lagrange(levels, end - span * fractions))
@@ -263,18 +270,19 @@ class RectifiedAdams(LinearStep):
     """Adams-Bashforth on the rectified path, in the coordinates of any SDE.
 
     With y = x / (alpha + sigma) and tau = sigma / (alpha + sigma) the probability-flow ODE of every SDE is
-    dy/dtau = eps - D: along x = (1 - tau) x_0 + tau eps, straight where D and eps stay what they are. That velocity is
-    extrapolated in tau by the polynomial through its last `order` values. Until there are so many, each move goes from
-    the first time t_0 anew, by the polynomial P_k through all k values so far:
+    dy/dtau = eps - D, on the path y = (1 - tau) x_0 + tau eps, which is straight where D and eps are constant. That
+    velocity is extrapolated in tau by the polynomial through its last `order` values. While there are fewer, each move
+    starts again from the first time t_0, with the polynomial P_k through all k values so far:
 
         y_{k+1} = y_0 + int_{tau_0}^{tau_{k+1}} P_{k+1} dtau = y_k + the same - int_{tau_0}^{tau_k} P_k dtau.
 
-    So of the first move's error, O(h^2), the next output leaves O(h^3), at no call; where noise begins near the data's
-    size it would keep the whole run at order 2. After the first moves it is, on `RectifiedFlow`, `AdamsBashforth` in the
-    velocity. Source: Liu et al. 2023 (rectified flow), https://arxiv.org/abs/2209.03003, eq. 1.
+    So the second move reduces the error O(h^2) of the first to O(h^3), without a call; where sampling begins at a noise
+    level near the data's size, that error would keep the whole run at order 2. After the first moves, on `RectifiedFlow`,
+    the step is `AdamsBashforth` in the velocity.
+    Source: Liu et al. 2023 (rectified flow), https://arxiv.org/abs/2209.03003, eq. 1.
 
     Args:
-        order: number of outputs interpolated, 1 to 4; beyond 3 it is the order where the velocity is constant at first.
+        order: number of outputs interpolated, 1 to 4; 4 is of order 4 only where the velocity is constant at first.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -292,8 +300,8 @@ class RectifiedAdams(LinearStep):
         scale_t, scale_s = (sde.alpha(t) + sde.sigma(t) for t in (times[0], s))
         fractions, gauss = quadrature(s, points=4)
 
-        def integral(of: Tensor, start: Tensor, stop: Tensor) -> Tensor:  # of each basis polynomial of these nodes
-            return (stop - start) * (gauss * lagrange(of, start + fractions * (stop - start))).sum(1)
+        def integral(known: Tensor, start: Tensor, stop: Tensor) -> Tensor:  # of each basis polynomial of known nodes
+            return (stop - start) * (gauss * lagrange(known, start + fractions * (stop - start))).sum(1)
 
         first_moves = 1 < len(times) < self.memory
         b = integral(nodes, nodes[-1] if first_moves else nodes[0], end)
@@ -303,15 +311,16 @@ class RectifiedAdams(LinearStep):
 
 
 class IPNDM(LinearStep):
-    """iPNDM: DDIM's transfer with the noise extrapolated by the equal-step Adams weights, whatever the grid.
+    """iPNDM: a DDIM move with the noise extrapolated by the Adams weights of equal steps, on any grid.
 
     x_s = alpha_s / alpha_t x + alpha_s (l_s - l_t) sum_k w_k eps_k, l = sigma / alpha, w = (55, -59, 37, -9) / 24 at
-    order 4. The nominal order holds on a grid uniform in l alone; on any other smooth grid the weights do not fit the
-    spacing and the order is 2: `AdamsBashforth(prediction="noise")` has the weights that do.
-    Source: Liu et al. 2022 (PNDM), https://arxiv.org/abs/2202.09778, eq. 9; Zhang & Chen 2023, appendix B.
+    order 4. The nominal order holds only on a grid uniform in l; on any other smooth grid the weights do not fit the
+    spacing and the order is 2 at most. `AdamsBashforth(prediction="noise")` has the weights that fit.
+    Source: Liu et al. 2022 (PNDM), https://arxiv.org/abs/2202.09778, eq. 9; Zhang & Chen 2023,
+    https://arxiv.org/abs/2204.13902, appendix B.
 
     Args:
-        order: number of outputs combined, 1 to 4; the first moves use those there are.
+        order: number of outputs combined, 1 to 4; the first moves use those that exist.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {f"iPNDM {k}": {"order": k} for k in (2, 3, 4)}
@@ -327,15 +336,15 @@ class IPNDM(LinearStep):
         return output_of("noise", sde, t)
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
-        return _transfer(sde, times[0], s, self.adams[len(times) - 1])
+        return _ddim_along(sde, times[0], s, self.adams[len(times) - 1])
 
 
 class GradientEstimation(LinearStep):
-    """DDIM's transfer along gamma eps_0 + (1 - gamma) eps_1, where eps_1 is the noise of the move before.
+    """A DDIM move along gamma eps_0 + (1 - gamma) eps_1, where eps_1 is the noise of the previous move.
 
-    x_s = alpha_s / alpha_t x + alpha_s (l_s - l_t) (gamma eps_0 + (1 - gamma) eps_1), l = sigma / alpha. In sampling read
-    as descent of the distance to the data, that is the combination with the least error of its direction, at gamma = 2 or
-    near it. gamma = 1 is DDIM and 1.5 `IPNDM` of order 2; any other is of order 1, on every grid.
+    x_s = alpha_s / alpha_t x + alpha_s (l_s - l_t) (gamma eps_0 + (1 - gamma) eps_1), l = sigma / alpha. If sampling is read
+    as gradient descent on the distance to the data, gamma near 2 gives the least error in the direction of descent.
+    gamma = 1 is DDIM, 1.5 is `IPNDM` of order 2; any other value is of order 1 on every grid.
     Source: Permenter & Yuan 2024, https://arxiv.org/abs/2306.04848, algorithm 2.
 
     Args:
@@ -354,10 +363,10 @@ class GradientEstimation(LinearStep):
         return output_of("noise", sde, t)
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
-        return _transfer(sde, times[0], s, (self.gamma, 1 - self.gamma) if len(times) == 2 else (1.0,))
+        return _ddim_along(sde, times[0], s, (self.gamma, 1 - self.gamma) if len(times) == 2 else (1.0,))
 
 
-def _transfer(sde: SDE, t: Tensor, s: Tensor, weights: Sequence[float]) -> Coefficients:
-    """DDIM's move by a weighted sum of noises."""
+def _ddim_along(sde: SDE, t: Tensor, s: Tensor, weights: Sequence[float]) -> Coefficients:
+    """The DDIM move along a weighted sum of noises: x_s = alpha_s / alpha_t x + alpha_s (l_s - l_t) sum_k w_k eps_k."""
     total = -sde.sigma(s) * torch.expm1(sde.half_log_snr(s) - sde.half_log_snr(t))
     return sde.alpha(s) / sde.alpha(t), [w * total for w in weights], torch.zeros_like(s)

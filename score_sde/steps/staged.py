@@ -1,8 +1,8 @@
 r"""One-step methods of several stages, as tables of scalars.
 
 Stage j builds x_j = a_j x_t + sum_k b_jk N_k + sum_k c_jk z_k and evaluates the network there, at the stage's time; the
-last stage is the step's result. The outputs N_0, N_1, ... (D, or the noise eps) are this move's own, the oldest first,
-and so are the draws z_k: stages that share an increment of the noise share its draw.
+last stage is the step's result. The outputs N_0, N_1, ... (D or the noise eps) and the draws z_0, z_1, ... are this move's
+own, the oldest first. Stages that share an increment of the noise share its draw.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Stage(NamedTuple):
 
 
 class StageRow(NamedTuple):
-    """One move: the time of its first evaluation, and (time, a, b, c) a stage."""
+    """One move: the time of its first evaluation, and (time, a, b, c) for each stage."""
 
     t: float
     stages: tuple[tuple[float, float, tuple[float, ...], tuple[float, ...]], ...]
@@ -50,7 +50,7 @@ class StagedStep(Step):
 
     @abstractmethod
     def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Stage]:
-        """The stages of the moves t -> s, elementwise in float64 tensors; the last one is x_s."""
+        """The stages of the moves t[i] -> s[i], elementwise in float64 tensors of shape (moves,); the last one is x_s."""
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[StageRow]:
         columns = []
@@ -78,9 +78,12 @@ class StagedStep(Step):
 class Heun(StagedStep):
     """Heun's second-order method in EDM's variables: y = x / alpha against the noise level l = sigma / alpha.
 
-    dy/dl = (y - D) / l; an Euler step to l_s, then the mean of both slopes. Eliminating the slopes,
-    y_1 = l_s/l_t y + (1 - l_s/l_t) D_0 and y_s = l_s/l_t y + (l_s - l_t)(1/(2 l_s) - 1/l_t) D_0 + (l_t - l_s)/(2 l_s)
-    D_1. With `grid.karras` and final="denoise" this is EDM's deterministic sampler, call for call.
+    dy/dl = (y - D) / l: an Euler step to l_s, then the mean of both slopes. Eliminating the slopes gives
+
+        y_1 = l_s / l_t y + (1 - l_s / l_t) D_0,
+        y_s = l_s / l_t y + (l_s - l_t) (1 / (2 l_s) - 1 / l_t) D_0 + (l_t - l_s) / (2 l_s) D_1.
+
+    With `grid.karras` and final="denoise" this is EDM's deterministic sampler, call for call.
     Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 1.
     """
 
@@ -98,18 +101,19 @@ class Heun(StagedStep):
 
 
 class RungeKutta(StagedStep):
-    """An explicit Runge-Kutta method in EDM's variables, dy/dl = eps = (y - D) / l with y = x / alpha, l = sigma /
-    alpha.
+    """An explicit Runge-Kutta method in EDM's variables: dy/dl = eps = (y - D) / l, y = x / alpha, l = sigma / alpha.
 
     Stage j is y_j = y + (l_s - l_t) sum_k matrix[j][k] eps_k at l_t + (l_s - l_t) sum_k matrix[j][k]; the result weighs
-    all slopes by `weights`. The slopes are eliminated: each is a linear form in (y, D_0, ..., D_j), and so are the
-    stages.
+    all slopes by `weights`. Slopes are linear forms in (y, D_0, ..., D_j), and so the stages are too.
     Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, eq. 3 and appendix D.2; Kutta 1901 for the default.
 
     Args:
-        matrix: the tableau, a row for each stage after the first; the classical fourth-order method if left out.
-        weights: of the slopes, their sum 1.
-        order: what the tableau claims.
+        matrix: the tableau, a row for each stage after the first; by default the classical fourth-order method's.
+        weights: of the slopes, with sum 1.
+        order: the order of the tableau.
+
+    Raises:
+        ValueError: matrix and weights are not a tableau, or a stage lies outside the step.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -145,7 +149,7 @@ class RungeKutta(StagedStep):
 
 
 class RungeKutta2(RungeKutta):
-    """The alpha family of second-order methods: one trial at the fraction alpha of the step.
+    """The family of second-order methods with one trial at the fraction alpha of the step.
 
     y_1 = y + alpha h eps_0,  y_s = y + h ((1 - 1/(2 alpha)) eps_0 + 1/(2 alpha) eps_1), h = l_s - l_t. alpha = 1 is
     Heun, 1/2 the midpoint rule, 2/3 Ralston's. Source: Karras et al. 2022, appendix D.2, algorithm 3.
@@ -170,27 +174,30 @@ class DPMSolverSDE(StagedStep):
     """Exponential Runge-Kutta in lambda for the SDE family with noise strength eta: every single-step DPM-Solver.
 
     Trials lie at lambda_t + r h and, at order 3, at lambda_t + 2 h / 3; the last stage at lambda_s = lambda_t + h. With
-    k = 1 + eta^2 and (other, g, K) = (alpha, 1, -k h) for D or (sigma, k, h) for eps, the stage at the share v, after one
-    at the share w whose output is N_w, is
+    k = 1 + eta^2 and (other, g, K) = (alpha, 1, -k h) for D or (sigma, k, h) for eps, the stage at lambda_t + v h, after
+    one at lambda_t + w h whose output is N_w, is
 
-        x_v = what `ExponentialAdams` carries of x - g other_v (expm1(v K) N_0 + p (N_w - N_0)) + noise,
+        x_v = a_v x - g other_v (expm1(v K) N_0 + p (N_w - N_0)) + noise,
 
-    p = v / w (expm1(v K) / (v K) - 1), the Taylor form ("exact" weights), or at order 2 expm1(K) / (2 r) ("midpoint", the
-    published default of 2S). The noise of all stages is one path: each takes on what the stage before has, decayed, and a
-    fresh draw for the increment in between. With eta > 0 the weak order is 2 at both orders, since a trial's noise has the
-    mean covariance of the path's. At eta = 0: DPM-Solver(++) 2S and 3S, RES with exact weights, exponential Heun at r = 1;
-    at eta = 1: SEEDS-2 and -3 (noise), k-diffusion's `dpmpp_sde` and ComfyUI's `seeds_2` and `seeds_3` (denoised), whose
-    eta is eta^2 here. The noise form is exact for a point mass at eta = 0 only.
+    where a_v is that of `ExponentialAdams` and p = v / w (expm1(v K) / (v K) - 1), the Taylor form ("exact" weights), or at
+    order 2 expm1(K) / (2 r) ("midpoint", the published default of 2S). The noise of all stages is one path: each has the
+    noise of the stage before, decayed, plus a fresh draw for the increment between the two. With eta > 0 the weak order is
+    2 at both orders, since a trial's noise has the path's mean covariance. At eta = 0: DPM-Solver(++) 2S and 3S, RES with
+    exact weights, exponential Heun at r = 1. At eta = 1: SEEDS-2 and -3 (noise), k-diffusion's `dpmpp_sde` and ComfyUI's
+    `seeds_2` and `seeds_3` (denoised), whose eta is eta^2 here. The noise form is exact for a point mass only at eta = 0.
     Source: Lu et al. 2022, https://arxiv.org/abs/2206.00927, algorithms 1, 2 and appendix B,
     https://arxiv.org/abs/2211.01095, algorithm 1 and eq. 12; Gonzalez et al. 2023 (SEEDS),
     https://arxiv.org/abs/2305.14267; Zhang et al. 2023 (RES), https://arxiv.org/abs/2308.02157.
 
     Args:
         eta: noise strength, 0 (the ODE) or more; 1 is the reverse SDE.
-        r: where the first trial lies: 1/2, in (0, 1], at order 2; 1/3, in (0, 2/3), at order 3.
-        order: 2 or 3, also the calls a move.
+        r: place of the first trial: in (0, 1] at order 2 (default 1/2), in (0, 2/3) at order 3 (default 1/3).
+        order: 2 or 3; also the number of calls per move.
         prediction: "denoised" (++) or "noise".
-        weights: "exact" or "midpoint", the default of order 2 and for it alone.
+        weights: "exact", or at order 2 "midpoint", its default.
+
+    Raises:
+        ValueError: an option is unknown or out of range.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -242,13 +249,13 @@ class DPMSolverSDE(StagedStep):
 
 
 class DPMSolverSinglestep(DPMSolverSDE):
-    """DPM-Solver(++) 2S and 3S, of the probability-flow ODE: `DPMSolverSDE` at eta = 0.
+    """DPM-Solver(++) 2S and 3S for the probability-flow ODE: `DPMSolverSDE` at eta = 0.
 
     Source: Lu et al. 2022, https://arxiv.org/abs/2206.00927, algorithms 1, 2 (noise), https://arxiv.org/abs/2211.01095,
     algorithm 1 (denoised); the third-order form for D follows by the same exchange of symbols.
 
     Args:
-        order, prediction, weights: as there; at order 2 exact weights make it RES's second-order method.
+        order, prediction, weights: as in `DPMSolverSDE`; exact weights at order 2 are RES's second-order method.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {

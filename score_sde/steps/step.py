@@ -2,7 +2,8 @@ r"""The interface of a sampler's steps.
 
 A predictor takes x from grid time t to the less noisy s; a corrector moves it at s = t. Before the first network call
 the sampler asks each step for its `plan`: one row per move, plain floats computed in vectorised float64. `advance` then
-carries out one row. A step holds no state: past outputs are passed in and returned.
+carries out one row. A step holds no state: past outputs are passed in and returned. Constructors raise ValueError where
+an option is unknown or out of range.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 r"""A step whose scalars come from a file.
 
-In the scaled variable y = x / alpha a linear step depends on noise levels l = sigma / alpha alone,
+In the scaled variable y = x / alpha a linear step depends only on noise levels l = sigma / alpha,
 
     y_s = a y_t + sum_k b_k N_k + c z,      N = u D + w eps,
 
-and D and eps are the same in y as in x. So one table of (l, a, b, c, (u, w)) serves every SDE whose noise levels include the
-table's. If the last level is 0, the last move ends at clean data, y = x. A row without weights b makes no network call
-(but in a `ParallelSampler`). The files of scripts/tune.py are such tables: with s = kappa l the noise in a state and chi the
-signal, a = s_{i+1} / s_i and b = (chi_{i+1} - a chi_i) w, where a start that was scaled by r has chi = r.
+where D and eps are those of x. So one table of (l, a, b, c, (u, w)) serves every SDE whose noise levels include the
+table's. If the last level is 0, the last move ends at clean data, y = x. A row without weights b takes no network call
+(and is refused by `ParallelSampler`). The files of scripts/tune.py are such tables: with s = kappa l the noise in a state
+and chi its signal, a = s_{i+1} / s_i and b = (chi_{i+1} - a chi_i) w; a start that was scaled by r has chi = r.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Tabulated(LinearStep):
 
     Args:
         table: a .json or .npz file, or a mapping, with `levels` (N + 1 decreasing noise levels sigma / alpha), `a` (N),
-            `b` (N lists, the newest output's weight first, at most as many as there were calls; in a .npz the NaN at
-            the end of a row are none), and where they are not all 0 and (1, 0), `c` (N) and `output` (N pairs (u, w));
-            or what scripts/tune.py writes.
+            `b` (N lists of weights, the newest output's first, at most as many as there were calls; in a .npz rows are
+            padded with NaN), and optionally `c` (N, by default 0) and `output` (N pairs (u, w), by default (1, 0)); or a
+            file of scripts/tune.py.
 
     Raises:
         ValueError: the table's lengths do not fit, its levels do not decrease, or a number is not finite.
     """
 
-    point_mass = False  # numbers of a file make no claim
+    point_mass = False  # a file's numbers need not be exact
 
     def __init__(self, table: str | Path | Table) -> None:
         source = _read(Path(table)) if isinstance(table, str | Path) else table
@@ -79,7 +79,7 @@ class Tabulated(LinearStep):
         })  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """Writes the table as .json or .npz, which the path's ending says."""
+        """Writes the table as .json or .npz, by the path's suffix; ValueError for another suffix."""
         path, table = Path(path), {"levels": self.levels.tolist(), "a": self.a, "c": self.c, "output": self.outputs}
         if path.suffix == ".json":
             path.write_text(json.dumps(table | {"b": self.b}, indent=1) + "\n")
@@ -90,7 +90,7 @@ class Tabulated(LinearStep):
             raise ValueError(f"a table is a .json or .npz file, got {path.name!r}")
 
     def grid(self, sde: SDE) -> Tensor:
-        """The times at which the SDE has the table's levels, t_min for 0: `Sampler(step, step.grid)`."""
+        """The times at which the SDE has the table's levels (t_min for level 0), for `Sampler(step, step.grid)`."""
         times = sde.time_at_noise_level(self._levels(sde))
         self._refuse_other(sde, times[:-1], times[1:])
         return times
@@ -107,7 +107,7 @@ class Tabulated(LinearStep):
         raise NotImplementedError("a table's rows are numbers, not functions of time: see `plan`")
 
     def _levels(self, sde: SDE) -> Tensor:
-        """The levels at which the SDE stops: t_min's for 0."""
+        """The levels with 0 replaced by that of the SDE at t_min, where its time ends."""
         return torch.where(self.levels > 0, self.levels, sde.noise_level(sde.t_min))
 
     def _refuse_other(self, sde: SDE, t: Tensor, s: Tensor) -> None:
@@ -115,8 +115,8 @@ class Tabulated(LinearStep):
         own = (stops[:-1], stops[1:])
         if len(t) != len(self.a) or not all(torch.allclose(x, y, rtol=1e-6) for x, y in zip(levels, own, strict=True)):
             first, last = self.levels[0].item(), self.levels[-1].item()
-            raise ValueError(f"this table goes over its own {len(self.a)} moves, levels {first:.6g} to {last:.6g}: "
-                             "use its grid (grid=step.grid) and an SDE that reaches them")  # fmt: skip
+            raise ValueError(f"this table is for its own {len(self.a)} moves, from level {first:.6g} to {last:.6g}: "
+                             "use its grid (grid=step.grid) and an SDE that has these levels")  # fmt: skip
 
 
 def _read(path: Path) -> Table:
@@ -134,8 +134,8 @@ def _tuned(
     half_log_snr: Sequence[float], noise: Sequence[float], weights: Sequence[Sequence[float]], record: Any,
     start: float | None = None, signal: Sequence[float] | None = None,
 ) -> Table:  # fmt: skip
-    """The numbers of a `score_sde.tuning.TunedTable` in this module's terms: where its first call is not at the start,
-    a row without a call before it, which scales."""
+    """A `score_sde.tuning.TunedTable` as a table of this module; where its first call is not at the start, a row that only
+    scales, without a call, precedes it."""
     start = half_log_snr[0] if start is None else start
     levels = np.append(np.exp(-np.asarray([start, *half_log_snr])), 0.0)
     left = np.asarray([1.0, *noise, 0.0]) * levels
@@ -148,7 +148,7 @@ def _tuned(
 
 
 def _unpadded(row: np.ndarray) -> np.ndarray:
-    """A row up to the NaN at its end."""
+    """A row without the NaN at its end."""
     given = np.flatnonzero(~np.isnan(row))
     return row[: given[-1] + 1] if len(given) else row[:0]
 
