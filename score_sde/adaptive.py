@@ -108,11 +108,11 @@ class StandardField:
 
     def state(self, x: Tensor, t: Time) -> Tensor:
         """The state Y of x at t."""
-        return x / expand(self._scale(as_time(t))[0], x)
+        return x / expand(self._scale(as_time(t)), x)
 
     def back(self, y: Tensor, t: Time) -> Tensor:
         """The x of the state Y at t."""
-        return y * expand(self._scale(as_time(t))[0], y)
+        return y * expand(self._scale(as_time(t)), y)
 
     def levels(self, u: Tensor) -> Level:
         t, *scales = whole_lanes(self._levels, u)
@@ -132,11 +132,9 @@ class StandardField:
     def norm(self, rtol: float, atol: float) -> Norm:
         return mixed_tolerance(rtol, atol)
 
-    def _scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x / Y = sqrt(alpha^2 + sigma^2 / S^2), and tanh(u) = alpha Y / x."""
-        alpha = self.sde.alpha(t)
-        scale = torch.hypot(alpha, self.sde.sigma(t) / self.std)
-        return scale, alpha / scale
+    def _scale(self, t: Tensor) -> Tensor:
+        """x / Y = sqrt(alpha^2 + sigma^2 / S^2)."""
+        return torch.hypot(self.sde.alpha(t), self.sde.sigma(t) / self.std)
 
 
 class DenoisedField(StandardField):
@@ -166,9 +164,9 @@ class DenoisedField(StandardField):
 
         return norm
 
-    def _scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = self.sde.alpha(t)
-        return alpha, torch.ones_like(alpha)
+    def _scale(self, t: Tensor) -> Tensor:
+        """x / z = alpha."""
+        return self.sde.alpha(t)
 
 
 @dataclass(frozen=True, repr=False)
@@ -215,7 +213,7 @@ class AdaptiveODE(ErrorControlled):
         x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
         progress: bool = False, dtype: torch.dtype | None = None, points: int = 101, times: Tensor | None = None,
     ) -> AdaptiveResult:  # fmt: skip
-        """Integrates from prior noise (or `x_init`) at t_max to t_min; arguments as `Sampler.sample` has them.
+        """Integrates from prior noise (or `x_init`) at t_max to t_min; arguments as in `Sampler.sample`.
 
         With `trajectory` the solution is also kept at `points` equally spaced times; with `times`, at these, decreasing and
         in [t_min, t_max].

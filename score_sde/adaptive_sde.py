@@ -70,7 +70,7 @@ class AdaptiveSDE(ErrorControlled):
         x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
         progress: bool = False, dtype: torch.dtype | None = None, points: int = 101, times: Tensor | None = None,
     ) -> AdaptiveResult:  # fmt: skip
-        """Integrates from prior noise (or `x_init`) at t_max to t_min; arguments as `Sampler.sample` has them.
+        """Integrates from prior noise (or `x_init`) at t_max to t_min; arguments as in `Sampler.sample`.
 
         With `trajectory` the state is also kept at `points` equally spaced times; with `times`, at these, decreasing and
         in [t_min, t_max]. Steps end at these times, which changes the run.
@@ -93,7 +93,7 @@ class AdaptiveSDE(ErrorControlled):
                     break
                 bar.update(run.round(start.noise(attempt, 0)[run.ids]))
             else:
-                raise SolverError(f"a sample has not arrived after {MAX_ROUNDS} steps: loosen rtol and atol")
+                raise SolverError(f"a sample has not reached t_min after {MAX_ROUNDS} steps: loosen rtol and atol")
         x, calls = run.result, run.calls
         if self.final == "denoise":
             last = model(x, sde.t_min, **start.model.condition)

@@ -99,17 +99,13 @@ class RungeKutta(Pair):
         nodes = torch.cat([*(torch.add(u, h, alpha=c) for c in self.inner), v])
         levels = list(zip(*(part.split(len(u)) for part in field.levels(nodes)), strict=True))
         step, stages, at = expand(h, y), [slope], y
-        weights = self._weights(y)
+        weights = [column.view(-1, *[1] * y.ndim) for column in self.columns.like(y).values()]
         sums = weights[0] * slope  # for all later stages and the error at once; each new slope is added to all of them
         for i, level in enumerate(self.level):
             at = torch.addcmul(y, sums[i], step)
             stages.append(field(at, levels[level], ids))
             sums[i + 1 :].addcmul_(weights[i + 1], stages[-1])
         return Attempt(at, stages[-1], sums[-1].mul_(step), stages)
-
-    def _weights(self, y: Tensor) -> list[Tensor]:
-        """The columns in y's dtype and on its device, shaped (rows, 1, ..., 1) to multiply y."""
-        return [column.view(-1, *[1] * y.ndim) for column in self.columns.like(y).values()]
 
     def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
         for row, stage in zip(self.dense, stages, strict=True):
@@ -316,7 +312,7 @@ def integrate(
             if not run.waiting and not len(run.ids):
                 return Solution(run.result, run.total_calls, run.total_rejected, run.dense)
             bar.update(run.round())
-    raise SolverError(f"a sample has not arrived after {MAX_STEPS} steps: loosen rtol and atol")
+    raise SolverError(f"a sample has not reached the end after {MAX_STEPS} steps: loosen rtol and atol")
 
 
 class _Run:

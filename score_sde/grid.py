@@ -2,7 +2,7 @@ r"""Time grids: functions of an SDE that return N + 1 times, from t_max to t_min
 
 A grid lists the times at which the network is called; to a sampler it is data. Noise levels are those of the scaled
 variable x / alpha, s(t) = sigma(t) / alpha(t) = exp(-lambda(t)). Bind the number of steps with
-`functools.partial(grid.karras, steps=17)`.
+`functools.partial(grid.karras, steps=17)`. Every grid raises ValueError where an option is out of range.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class ProbabilityFlowODE(ErrorControlled):
         x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, trajectory: bool = False,
         progress: bool = False, dtype: torch.dtype | None = None, points: int = 101,
     ) -> SampleResult:  # fmt: skip
-        """Integrates from prior noise (or `x_init`) at t_max to t_min; arguments as `Sampler.sample` has them.
+        """Integrates from prior noise (or `x_init`) at t_max to t_min; arguments as in `Sampler.sample`.
 
         With `trajectory` the solution is also kept at `points` equally spaced times. `nfe` counts calls on the whole batch;
         with error_control="each" it is the largest count of any sample.

@@ -162,8 +162,7 @@ def begin(
     """
     keep_freed_memory()
     check_model(model)
-    shape = _checked_shape(model, shape)
-    _check_start(shape, seed, noise, x_init, dtype)
+    shape = _checked_request(model, shape, seed, noise, x_init, dtype)
     device = model.device if x_init is None else x_init.device
     condition = checked_condition(model, shape, condition, device)
     dtype = dtype or (model.dtype if x_init is None else x_init.dtype)
@@ -179,16 +178,14 @@ def begin(
     return Start(x, stream, CountedModel(model, condition))
 
 
-def _checked_shape(model: ScoreModel, shape: Sequence[int]) -> tuple[int, ...]:
+def _checked_request(
+    model: ScoreModel, shape: Sequence[int], seed: int | None, noise: NoiseSource | None, x_init: Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[int, ...]:  # fmt: skip
+    """The shape as a tuple of ints, if the request is consistent in itself; the errors are those of `begin`."""
     if not isinstance(shape, Sequence):
         raise ValueError(f"shape is (batch, {', '.join(map(str, model.event_shape))}) for this model, got {shape!r}")
-    return tuple(whole("size in shape", size, 0) for size in shape)
-
-
-def _check_start(
-    shape: tuple[int, ...], seed: int | None, noise: NoiseSource | None, x_init: Tensor | None,
-    dtype: torch.dtype | None,
-) -> None:  # fmt: skip
+    shape = tuple(whole("size in shape", size, 0) for size in shape)
     if seed is not None and noise is not None:
         raise ValueError("give either seed= (one generator for the batch) or noise= (a noise source), not both")
     if noise is not None and not isinstance(noise, NoiseSource):
@@ -201,6 +198,7 @@ def _check_start(
         raise TypeError(f"x_init is a floating-point tensor, got {x_init.dtype}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is one of torch's floating-point types, such as torch.float64, got {dtype!r}")
+    return shape
 
 
 def warn_of_lost(x: Tensor, model: ScoreModel, t: float) -> None:
@@ -221,7 +219,13 @@ def warn_of_lost(x: Tensor, model: ScoreModel, t: float) -> None:
 
 @dataclass(frozen=True)
 class Move:
-    """One row of a run: which step, its coefficients, the key of its noise, and whether it ends at a grid time."""
+    """One row of a run.
+
+    Attributes:
+        step, row: the step and its coefficients.
+        key: of its draws of noise.
+        arrives: whether it is the last move at its grid time, so that the trajectory keeps the state after it.
+    """
 
     step: Step
     row: Any
@@ -285,12 +289,10 @@ class Sampler:
             if step is not None and step.role != role:
                 raise ValueError(f"{type(step).__name__} is a {step.role}, it cannot be the {role}")
         if corrector_where is not None and corrector is None:
-            raise ValueError(
-                "corrector_where says where a corrector acts, and there is none: give one, or leave it out"
-            )
+            raise ValueError("corrector_where is given without a corrector: give one, or leave corrector_where out")
         if corrector_where is not None and not callable(corrector_where):
-            raise ValueError("corrector_where is a function (SDE, times) -> mask of the grid times at which the corrector "
-                             f"acts, got {corrector_where!r}")  # fmt: skip
+            raise ValueError("corrector_where is a function (SDE, times) -> boolean mask of the grid times at which the "
+                             f"corrector acts, got {corrector_where!r}")  # fmt: skip
         grids.check_callable(grid)
         if cuda_graph and not torch.cuda.is_available():
             raise ValueError("cuda_graph=True needs a CUDA device, and torch sees none: leave it out")
@@ -373,11 +375,12 @@ class Sampler:
             return [Move(*travel[i], key=2 * i + 1, arrives=True) for i in range(len(t))]
         acts = torch.ones_like(times, dtype=torch.bool) if self.corrector_where is None else self._mask(sde, times)
         correct = _rows(self.corrector, sde, times, times, acts)
-        first = self.predictor is None or self.corrector_first
-        last = len(t) if self.predictor is None or not self.corrector_first else len(t) - 1
+        # Of the grid times a corrector without predictor visits all; before a predictor not the last, after one not the first.
+        start = 0 if self.predictor is None or self.corrector_first else 1
+        stop = len(t) if self.predictor is not None and self.corrector_first else len(times)
         moves: list[Move] = []
         for i in range(len(times)):
-            corrected = (i > 0 or first) and i <= last and i in correct
+            corrected = start <= i < stop and i in correct
             if i > 0:
                 moves.append(Move(*travel[i - 1], key=2 * i - 1, arrives=not corrected))
             if corrected:

@@ -192,11 +192,16 @@ def _spread(model: ScoreModel, count: int, condition: Mapping[str, Any] | None, 
     return given
 
 
-def named(function: Callable[..., Any]) -> frozenset[str]:
-    """The named parameters of a function beyond its first two."""
+def condition_names_of(function: Callable[..., Any]) -> frozenset[str]:
+    """The named parameters of a function (x, t, ...) beyond its first two."""
     parameters = list(inspect.signature(function).parameters.values())
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return frozenset(p.name for p in parameters[2:] if p.kind in kinds)
+
+
+def subset(condition: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """The conditions with these names."""
+    return {name: value for name, value in condition.items() if name in names}
 
 
 def _check_sde(sde: SDE) -> None:
@@ -317,7 +322,7 @@ class LearnedScore(nn.Module, ScoreModel):
         except TypeError as error:
             raise TypeError(f"{type(network).__name__}.forward takes {inspect.signature(forward)}: a score network takes (x, "
                             "c_noise, **conditions), c_noise of shape (batch,)") from error  # fmt: skip
-        self.condition_names = named(forward)
+        self.condition_names = condition_names_of(forward)
         if getattr(network, "num_classes", 0) is None:
             self.condition_names -= {"label"}
         self.num_classes = getattr(network, "num_classes", None)
@@ -497,7 +502,7 @@ class FunctionScore(ScoreModel):
         self.function, self.sde, self.event_shape = function, sde, _event_shape(event_shape)
         self.gives = one_of("gives", gives, MEANINGS)
         self.data_std = number("data_std", data_std, above=0)
-        self.condition_names = named(function)
+        self.condition_names = condition_names_of(function)
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(real("x", x).shape, condition)
@@ -558,8 +563,7 @@ class WrappedScore(ScoreModel):
 
     def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None:
         super().check(shape, condition)
-        own = {name: value for name, value in condition.items() if name in self.model.condition_names}
-        self.model.check(shape, own)
+        self.model.check(shape, subset(condition, self.model.condition_names))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model!r})"

@@ -7,6 +7,7 @@ Every process of this package is a linear SDE whose transition kernel from clean
 
 with the half log signal-to-noise ratio lambda(t) = log(alpha(t) / sigma(t)), strictly decreasing. Two functions of
 time, `alpha` and `sigma`, therefore determine the process; models are trained and sampled at times in [t_min, t_max].
+Constructors raise ValueError where an option is out of range; `SDE.check` refuses a schedule that cannot be used.
 Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, section 3.4 and appendix B; Kingma et al. 2021,
 https://arxiv.org/abs/2107.00630.
 """

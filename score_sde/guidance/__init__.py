@@ -1,9 +1,10 @@
 """Wrappers ScoreModel -> ScoreModel, the operators they observe through, and editing.
 
-Each method says what it assumes, its cost beside the sampler's own (one network call a prediction), and its bias. The
-figure called certificate is exact (`evaluation.affine`): the 2-Wasserstein distance of what is sampled to the exact
-posterior over the posterior's spread, on isotropic / correlated Gaussian data in 8 dimensions, half of them seen with
-noise, after 500 ancestral steps. The posterior's own score has 0.01 / 0.01 there, the solver's; the prior 0.98 / 0.69.
+Each method states what it assumes, its cost besides the sampler's own (one network call per prediction), and its bias. A
+certificate is an exact figure (`evaluation.affine`): the 2-Wasserstein distance of the samples' law to the exact
+posterior, divided by the posterior's spread, for isotropic / correlated Gaussian data in 8 dimensions, half of them
+observed with noise, after 500 ancestral steps. For comparison, the posterior's own score has 0.01 / 0.01 (the solver's
+error), the prior 0.98 / 0.69.
 """
 
 from score_sde.guidance.conditional import (

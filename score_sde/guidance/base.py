@@ -1,10 +1,10 @@
-r"""A guided model: a score model that asks another one and changes what it says.
+r"""Guided models: score models that call another one and change its prediction.
 
-Guidance by a likelihood adds its gradient to the score, which moves the denoiser by
+Guidance by a likelihood adds its gradient G to the score, which moves the denoiser,
 
     score' = score + G    <=>    D' = D + (sigma^2 / alpha) G,
 
-and moves every other view with it. The move is made in the model's own raw output, so that no digits are lost.
+and every other view with it. The move is made in the model's own raw output, so that no digits are lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Pull = Callable[[Tensor], Tensor]
 
 
 def check_alike(what: str, model: ScoreModel, other: ScoreModel) -> None:
-    """Refuses, with ValueError, two models of different processes or event shapes."""
+    """Refuses, with ValueError, two models of different forward processes or event shapes; `what` is the caller's name."""
     t = torch.linspace(model.sde.t_min, model.sde.t_max, 65, dtype=torch.float64)
     kernels = [torch.stack([sde.alpha(t), sde.sigma(t)]) for sde in (model.sde, other.sde)]
     if tuple(other.event_shape) != tuple(model.event_shape):
@@ -53,7 +53,7 @@ def pushed(prediction: Prediction, gradient: Tensor) -> Prediction:
 
 
 def extrapolated(near: Prediction, far: Prediction, by: Tensor | float) -> Prediction:
-    """The prediction whose denoiser is D_near + by (D_near - D_far), `by` a number or of shape (batch, 1, ..., 1)."""
+    """The prediction whose denoiser is D_near + by (D_near - D_far), for `by` a number or of shape (batch, 1, ..., 1)."""
     if near.x is far.x and isinstance(near.c_out, float) and (near.c_skip, near.c_out) == (far.c_skip, far.c_out):
         return replace(near, raw=near.raw + by * (near.raw - far.raw))
     return moved(near, by * (near.denoised - far.denoised))
@@ -61,20 +61,20 @@ def extrapolated(near: Prediction, far: Prediction, by: Tensor | float) -> Predi
 
 @dataclass(frozen=True, repr=False)
 class Renoised(Prediction):
-    """A guided D beside the noise of another prediction: what is known at x' = alpha D + sigma eps, whence a step goes on.
+    """A guided D with the noise eps of another prediction: it is for x' = alpha D + sigma eps, from which a step goes on.
 
-    Between two calls x is moved, however near they are, and no density has such a score: for the moves of a fixed grid,
-    which take x', D and eps together (`x`, `mix`, `combine`).
+    x moves at every call, however close in time two calls are, and no density has such a score. So only moves of a fixed
+    grid can use it, which take x', D and eps together (`x`, `mix`, `combine`).
 
     Attributes:
-        moved: x' once more, so that nobody puts another x in its place.
+        moved: x' again, to refuse a `replace` that puts another x in its place.
     """
 
     moved: Tensor | None = None
 
     @classmethod
     def of(cls, plain: Prediction, guided: Prediction, share: float | Tensor) -> Renoised:
-        """The D of `guided`, with the noise of `plain` where `share` (broadcast with x) is 1 and with its x where it is 0."""
+        """The D of `guided`, with the noise of `plain` where `share` (broadcast with x) is 1 and its x where that is 0."""
         by = guided.denoised - plain.denoised
         x = plain.x + share * scaled(plain.alpha, by)
         raw = plain.raw + scaled(1 / plain.c_out, by) - share * scaled(plain.alpha * plain.c_skip / plain.c_out, by)
@@ -82,11 +82,11 @@ class Renoised(Prediction):
 
     def __post_init__(self) -> None:
         if self.x is not self.moved:
-            raise ValueError("guidance that renoises has moved x: reparameterize, or observe, the model inside it")
+            raise ValueError("guidance that renoises moves x: reparameterize, or observe, the model inside it instead")
 
     @property
     def score(self) -> Tensor:
-        raise ValueError("guidance that renoises is no score: sample it by a predictor on a fixed grid (Sampler)")
+        raise ValueError("guidance that renoises has no score: sample it by a predictor on a fixed grid (Sampler)")
 
     noise = velocity = score
 
@@ -97,7 +97,7 @@ def denoised(prediction: Prediction, clean: Tensor) -> Prediction:
 
 
 def with_pull(model: ScoreModel, x: Tensor, t: Time, condition: Mapping[str, Any]) -> tuple[Prediction, Tensor, Pull]:
-    """The prediction at x, its denoiser D and v -> J^T v; works under no_grad and inside torch.func transforms."""
+    """The prediction at x, its denoiser D and v -> J^T v, J = dD/dx; works under no_grad and in torch.func transforms."""
     seen: list[Prediction] = []
 
     def denoise(v: Tensor) -> tuple[Tensor, Tensor]:

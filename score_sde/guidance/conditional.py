@@ -1,13 +1,13 @@
-r"""Guidance by what a sample should be: labels, prompts, classifiers.
+r"""Guidance by labels, contexts and classifiers.
 
-    classifier-free:  D = D(x; no label) + w (D(x; label) - D(x; no label))
+    classifier-free:  D' = D(x; no label) + w (D(x; label) - D(x; no label))
     CFG++:            the same, renoised by eps(x; no label)
-    autoguidance:     D = D_bad + w (D - D_bad)
-    classifier:       score = score(x) + w grad log p(label | x_t)
+    autoguidance:     D' = D_bad + w (D - D_bad)
+    classifier:       score' = score(x) + w grad log p(label | x_t)
 
-Classifier and classifier-free guidance with w != 1 are said to target p(x) p(label | x)^w. At each noise level they do,
-but these densities are not each other's noisy versions: what is sampled differs from the tilted density at t = 0
-(Bradley & Nakkiran 2024, https://arxiv.org/abs/2408.09000); `evaluation.posterior.tilted` draws from the latter.
+Classifier and classifier-free guidance with w != 1 are said to target p(x) p(label | x)^w. They do so at each noise level,
+but these densities are not noisy versions of one another: samples do not follow the tilted density at t = 0
+(Bradley & Nakkiran 2024, https://arxiv.org/abs/2408.09000), from which `evaluation.posterior.tilted` draws.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from score_sde.copies import Copies
 from score_sde.guidance.base import Renoised, check_alike, denoised, extrapolated, pushed
 from score_sde.networks.blocks import twice_differentiable
 from score_sde.prediction import Prediction
-from score_sde.score import ScoreModel, WrappedScore, checked_condition, named
+from score_sde.score import ScoreModel, WrappedScore, at_least_single, checked_condition, condition_names_of, subset
 from score_sde.sde import Time, expand
 
 
@@ -38,7 +38,7 @@ class _Extrapolated(WrappedScore):
     """D = D_away + scale (D_toward - D_away), within an interval of noise levels sigma / alpha."""
 
     renoises: ClassVar[bool] = False
-    """Whether the noise stays D_away's."""
+    """Whether the noise eps remains that of the `away` prediction (CFG++)."""
 
     def __init__(
         self, model: ScoreModel, scale: float, interval: tuple[float, float] | None = None, rescale: float = 0.0
@@ -72,14 +72,14 @@ class _Extrapolated(WrappedScore):
         return Renoised.of(far, guided, 1.0 if inside is True else expand(inside, near.x))
 
     def _calls(self, toward: ScoreModel, away: ScoreModel, t: float) -> int:
-        """Those of the models that `_between` asks at t."""
+        """Network calls of `_between` at t."""
         if (self.scale == 1 and not self.renoises) or not self._inside(t):
             return toward.calls_at(t)
         alone = self.scale == 0 and self.rescale == 0
         return away.calls_at(t) + (0 if alone else toward.calls_at(t))
 
     def _inside(self, t: Time) -> bool | Tensor:
-        """Whether guidance acts at t; a tensor for a time per sample."""
+        """Whether guidance acts at t: a bool, or a tensor where each sample has its own time."""
         if self.interval is None:
             return True
         level = self.sde.noise_level(t)
@@ -90,27 +90,27 @@ class _Extrapolated(WrappedScore):
         clean = guided.denoised
         dims = tuple(range(1, clean.ndim))
         wanted, found = (v.std(dims, correction=0, keepdim=True) for v in (near.denoised, clean))
-        ratio = torch.where(found > 0, wanted / found, 1.0)  # one element, or a constant D, has nothing to scale
+        ratio = torch.where(found > 0, wanted / found, 1.0)  # a constant D, or one of one element, has nothing to scale
         return denoised(guided, clean * (self.rescale * ratio + 1 - self.rescale))
 
 
 class ClassifierFree(_Extrapolated):
     """D = D(x; negative) + scale (D(x; condition) - D(x; negative)).
 
-    Scale 1 is the conditional model and 0 the unconditional one (one call each); every other scale takes two calls a
-    prediction, one where guidance is switched off, no gradient. Assumes: a model trained with conditions left out. Bias:
-    beyond scale 1 samples lie farther out than the tilted density (`evaluation.posterior.compare_tilted`), whatever the
-    number of steps. Source: Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6, whose w is scale - 1.
+    Scale 1 is the conditional model and 0 the unconditional one. Assumes: a model trained with conditions left out. Cost: two
+    calls per prediction, one at scales 0 and 1 and outside `interval`; no gradient. Bias: above scale 1 samples lie farther
+    out than the tilted density (`evaluation.posterior.compare_tilted`), with any number of steps.
+    Source: Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6, whose w is scale - 1.
 
     Args:
-        model: takes the condition by name, and knows what leaving it out means.
+        model: takes the condition by name, and may be called without it.
         scale: the weight of the condition.
-        interval: guide only where the noise level sigma / alpha lies in (low, high], elsewhere only condition
+        interval: guide only where the noise level sigma / alpha lies in (low, high]; elsewhere D(x; condition) is used
             (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724).
-        rescale: share by which each sample's standard deviation of D is brought back to the conditional model's (Lin et
-            al. 2024, https://arxiv.org/abs/2305.08891, eq. 15 and 16).
-        negative: the condition to move away from: a number or tensor of shape (1, ...) for all samples, or one of shape
-            (batch, ...), which solvers that regroup a batch cannot take; none, the unconditional model, when left out.
+        rescale: fraction, in [0, 1], by which each sample's standard deviation of D is brought back to that of
+            D(x; condition) (Lin et al. 2024, https://arxiv.org/abs/2305.08891, eq. 15 and 16).
+        negative: the condition to move away from: a number or tensor of shape (1, ...) for all samples, or a tensor of shape
+            (batch, ...), which solvers that regroup a batch refuse; by default none, the unconditional model.
 
     Raises:
         ValueError: an option is out of its range, or a call gives no condition.
@@ -123,7 +123,7 @@ class ClassifierFree(_Extrapolated):
     ) -> None:  # fmt: skip
         super().__init__(model, scale, interval, rescale)
         if not model.condition_names:
-            raise ValueError("ClassifierFree guides a model towards a condition, and this one knows none")
+            raise ValueError("ClassifierFree guides a model towards a condition, and this model takes none")
         self.negative = dict(negative or {})
         model.check((0, *self.event_shape), self.negative)
 
@@ -134,8 +134,8 @@ class ClassifierFree(_Extrapolated):
             raise ValueError(f"ClassifierFree guides towards a condition, got none; this model accepts: {known}")
         for name, value in self.negative.items():
             if isinstance(value, Tensor) and value.ndim and len(value) not in (1, shape[0]):
-                raise ValueError(f"the negative {name!r} has {len(value)} rows for {shape[0]} samples: give one for all; "
-                                 "solvers that regroup the batch (adaptive and parallel ones) take no other")  # fmt: skip
+                raise ValueError(f"the negative {name!r} has {len(value)} rows for {shape[0]} samples: give one for all, "
+                                 "which solvers that regroup the batch (adaptive and parallel ones) require")  # fmt: skip
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(x.shape, condition)
@@ -151,18 +151,18 @@ class ClassifierFree(_Extrapolated):
 class ClassifierFreePlusPlus(ClassifierFree):
     """CFG++: D = D(x; negative) + scale (D(x; condition) - D(x; negative)), renoised by the noise of D(x; negative).
 
-    A step goes on from x' = alpha D + sigma eps(x; negative), so that DDIM is x_s = alpha_s D + sigma_s eps(x; negative),
-    and every predictor renoises likewise. In one-step linear ones x_s = a x_t + b D + c z, exact for a point mass, it is
-    `ClassifierFree` of scale alpha_s / b times this one, in DDIM l_t / (l_t - l_s) times with l = sigma / alpha: the more,
-    the smaller the move. So it has no limit of small moves, and no score: solvers that choose their own steps, likelihoods,
-    parallel samplers, Langevin correctors and steps that keep their own x (`Step.takes_x`) are refused. Two calls a
-    prediction, one at scale 0 and where guidance is switched off. Assumes and bias: as `ClassifierFree`, whose scales 2 to
-    12.5 the authors match with 0.2 to 1.
+    A step goes on from x' = alpha D + sigma eps(x; negative), so that DDIM is x_s = alpha_s D + sigma_s eps(x; negative);
+    other predictors renoise in the same way. For a one-step linear predictor x_s = a x_t + b D + c z that is exact for a
+    point mass, it equals `ClassifierFree` with alpha_s / b times the scale, for DDIM l_t / (l_t - l_s) times,
+    l = sigma / alpha: a factor that grows as moves shrink. So there is no limit of small moves, and no score: solvers that
+    choose their own steps, likelihoods, parallel samplers, Langevin correctors and steps that keep their own x
+    (`Step.takes_x`) are refused. Assumes and bias: as `ClassifierFree`; the authors match its scales 2 to 12.5 with 0.2
+    to 1. Cost: two calls per prediction, one at scale 0 and outside `interval`.
     Source: Chung et al. 2024, https://arxiv.org/abs/2406.08070, algorithm 2.
 
     Args:
-        scale: the weight lambda of the condition, in [0, 1] for an interpolation; 1 is the conditional D.
         model, interval, rescale, negative: as in `ClassifierFree`.
+        scale: the weight lambda of the condition, in [0, 1] for an interpolation; 1 is the conditional D.
 
     Raises:
         ValueError: as `ClassifierFree`; or times differ within a batch, as in solvers that choose their own steps.
@@ -172,8 +172,8 @@ class ClassifierFreePlusPlus(ClassifierFree):
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         if isinstance(t, Tensor) and t.ndim:
-            raise ValueError("ClassifierFreePlusPlus renoises from one time of a fixed grid to the next: use Sampler, whose "
-                             "batches have one time")  # fmt: skip
+            raise ValueError("ClassifierFreePlusPlus renoises at the times of a fixed grid, the same for the whole batch: use "
+                             "Sampler")  # fmt: skip
         return super().__call__(x, t, **condition)
 
 
@@ -185,11 +185,11 @@ def _for_each(value: Any, x: Tensor) -> Tensor:
 
 
 class Autoguidance(_Extrapolated):
-    """D = D_bad + scale (D - D_bad), the bad model a smaller or less trained version, under the same condition.
+    """D' = D_bad + scale (D - D_bad), where the bad model is a smaller or less trained one under the same condition.
 
-    Two calls a prediction, one of them of the bad model; one at scale 1 and where guidance is switched off, no gradient.
-    Assumes: errors of one kind in both, larger in the bad model. Bias: it extrapolates, and targets no stated law. Source:
-    Karras et al. 2024, https://arxiv.org/abs/2406.02507, eq. 3.
+    Assumes: errors of the same kind in both, larger in the bad model. Cost: two calls per prediction, one of each model; one
+    at scale 1 and outside `interval`; no gradient. Bias: it extrapolates, and no target law is known.
+    Source: Karras et al. 2024, https://arxiv.org/abs/2406.02507, eq. 3.
 
     Args:
         model, bad_model: models of one SDE and event shape.
@@ -218,29 +218,30 @@ class Autoguidance(_Extrapolated):
         return self._between(lambda: self.model(x, t, **condition), lambda: self.bad_model(x, t, **own), t)
 
     def _of_bad(self, condition: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in condition.items() if name in self.bad_model.condition_names}
+        return subset(condition, self.bad_model.condition_names)
 
     def calls_at(self, t: float) -> int:
         return self._calls(self.model, self.bad_model, t)
 
 
 class Classifier(WrappedScore):
-    """score = score(x) + scale grad_x log p(label | x_t), by a classifier of noisy data.
+    """score' = score(x) + scale grad_x log p(label | x_t), by a classifier of noisy data.
 
-    One network call and one gradient of the classifier a prediction. Assumes: a classifier of x_t, not of clean data.
-    Bias: none at scale 1 with the exact p(label | x_t); else as `ClassifierFree`.
-    Source: Song et al. 2021, section 5; Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, algorithm 1.
+    Assumes: a classifier of x_t, not of clean data. Cost: one network call and one gradient of the classifier per
+    prediction. Bias: none at scale 1 with the exact p(label | x_t); else as `ClassifierFree`.
+    Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, section 5; Dhariwal & Nichol 2021,
+    https://arxiv.org/abs/2105.05233, algorithm 1.
 
     Args:
         model: usually unconditional.
-        log_prob: (x, t, **condition) -> log p(label | x_t) in nats, shape (batch,), each sample by itself; or a
-            `NoisyClassifier`. The named parameters beyond x and t are the conditions that the guided model accepts
-            beside the model's own.
+        log_prob: (x, t, **condition) -> log p(label | x_t) in nats, shape (batch,), independent for each sample; or a
+            `NoisyClassifier`. Its named parameters beyond x and t are conditions of the guided model, besides the model's
+            own.
         scale: the power of p(label | x_t).
 
     Raises:
-        ValueError: the scale is not finite, model and classifier differ in event shape or process, or a call's log_prob
-            is not one number a sample.
+        ValueError: the scale is not finite, model and classifier differ in event shape or process, or log_prob does not
+            return one number per sample.
     """
 
     def __init__(
@@ -252,26 +253,25 @@ class Classifier(WrappedScore):
             check_alike(type(self).__name__, model, log_prob)
             log_prob = log_prob.log_prob
         self.log_prob, self.scale = log_prob, float(scale)
-        self._named = named(getattr(log_prob, "forward", log_prob))
-        self.condition_names = model.condition_names | self._named
+        self._classifier_names = condition_names_of(getattr(log_prob, "forward", log_prob))
+        self.condition_names = model.condition_names | self._classifier_names
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(x.shape, condition)
-        asked = {name: value for name, value in condition.items() if name in self._named}
-        own = {name: value for name, value in condition.items() if name in self.model.condition_names}
+        own, classifiers = (subset(condition, names) for names in (self.model.condition_names, self._classifier_names))
         with twice_differentiable():
-            gradient = torch.func.grad(lambda v: self._checked(self.log_prob(v, t, **asked), len(x)).sum())(x)
+            gradient = torch.func.grad(lambda v: self._checked(self.log_prob(v, t, **classifiers), len(x)).sum())(x)
         return pushed(self.model(x, t, **own), self.scale * gradient)
 
     def _checked(self, log_prob: Tensor, batch: int) -> Tensor:
         if log_prob.shape != (batch,):
-            raise ValueError(f"Classifier's log_prob gives log p(label | x), one number a sample, shape ({batch},); got "
-                             f"{tuple(log_prob.shape)}: of log-probabilities of all classes take the label's")  # fmt: skip
+            raise ValueError(f"Classifier's log_prob gives log p(label | x), one number per sample, shape ({batch},), got "
+                             f"{tuple(log_prob.shape)}: of log-probabilities of all classes select the label's")  # fmt: skip
         return log_prob
 
 
 class Conditioned(WrappedScore):
-    """A model under one condition for all samples, which then needs none: for what takes no condition of its own.
+    """A model with one condition fixed for all samples, for code that calls models without conditions.
 
     Args:
         model: takes the conditions by name.
@@ -279,7 +279,7 @@ class Conditioned(WrappedScore):
 
     Raises:
         TypeError: a condition's name is unknown to the model.
-        ValueError: there is none, or a label is no class of the model, or several.
+        ValueError: there is no condition, several labels are given, or a label is not a class of the model.
     """
 
     def __init__(self, model: ScoreModel, **condition: Any) -> None:
@@ -301,9 +301,9 @@ class Conditioned(WrappedScore):
 
 
 class StaticThreshold(WrappedScore):
-    """D clipped to [-limit, limit], as DDPM's code and diffusers' `clip_sample` do at every step.
+    """D clipped to [-limit, limit], as in DDPM's code and diffusers' `clip_sample`.
 
-    Assumes: data in [-limit, limit]. No call of its own. Bias: none for an exact D, which lies within the data's bounds.
+    Assumes: data in [-limit, limit]. Cost: no call of its own. Bias: none for an exact D, which lies within the data's bounds.
     Source: Saharia et al. 2022, https://arxiv.org/abs/2205.11487, section 2.3.
 
     Args:
@@ -321,10 +321,10 @@ class StaticThreshold(WrappedScore):
 
 
 class DynamicThreshold(WrappedScore):
-    """D clipped for each sample to [-s, s] and divided by s / limit, s the larger of limit and a quantile of |D|.
+    """D clipped for each sample to [-s, s] and divided by s / limit, with s the larger of limit and a quantile of |D|.
 
-    Assumes: data in [-limit, limit], under strong guidance. No call of its own. Bias: it targets no stated law; on data
-    within the limit it leaves an exact D as it is. Source: Saharia et al. 2022, https://arxiv.org/abs/2205.11487,
+    Assumes: data in [-limit, limit], under strong guidance. Cost: no call of its own. Bias: no target law is known; an exact
+    D on data within the limit does not change. Source: Saharia et al. 2022, https://arxiv.org/abs/2205.11487,
     section 2.3.
 
     Args:
@@ -344,7 +344,6 @@ class DynamicThreshold(WrappedScore):
         clean = prediction.denoised
         if not len(clean):
             return prediction
-        values = clean.flatten(1).abs().to(torch.promote_types(clean.dtype, torch.float32))
-        size = torch.quantile(values, self.quantile, dim=1).clamp_min(self.limit)
-        size = size.to(clean.dtype).view(-1, *[1] * (clean.ndim - 1))
+        values = clean.flatten(1).abs().to(at_least_single(clean.dtype))
+        size = expand(torch.quantile(values, self.quantile, dim=1).clamp_min(self.limit), clean)
         return denoised(prediction, torch.minimum(torch.maximum(clean, -size), size) * (self.limit / size))

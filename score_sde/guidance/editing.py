@@ -22,17 +22,20 @@ def sdedit(
     sampler: Sampler, model: ScoreModel, x: Tensor, time: float, *, seed: int,
     condition: Mapping[str, Any] | None = None,
 ) -> SampleResult:  # fmt: skip
-    """Noises x up to `time` and samples from there: the more noise, the less of x is kept.
+    """Adds noise to x up to `time` and samples from there: the more noise, the less of x is kept.
 
     Source: Meng et al. 2022, https://arxiv.org/abs/2108.01073, algorithm 1.
 
     Args:
-        sampler: its grid is taken below `time`; a solver that chooses its own steps begins there.
+        sampler: uses the part of its grid below `time`; a solver that chooses its own steps starts at `time`.
         model: of the law that x is brought to.
         x: guides, shape (batch, *event_shape).
         time: where to start, in (t_min, t_max].
         seed: of the noise.
         condition: for the model.
+
+    Raises:
+        ValueError: `time` is not above the grid's end, within (t_min, t_max].
     """
     noise = torch.randn(real("x", x).shape, generator=generator(seed, "sdedit"), dtype=x.dtype).to(x.device)
     start = model.sde.perturb(x, time, noise)
@@ -68,13 +71,14 @@ def translate(
     ode: Encoder, source: ScoreModel, target: ScoreModel, x: Tensor, *,
     source_condition: Mapping[str, Any] | None = None, target_condition: Mapping[str, Any] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Image to image through the latent code: x is encoded by the source model's ODE and decoded by the target's.
+    """Image to image through the latent code: x (batch, *event_shape) is encoded by the source model's ODE and decoded by the
+    target model's.
 
-    Source and target may be one model under two conditions; two models are of one process. Source: Su et al. 2023 (DDIB),
+    The two may be one model under two conditions; two models must share their process. Source: Su et al. 2023 (DDIB),
     https://arxiv.org/abs/2203.08382, algorithm 1.
 
     Raises:
-        ValueError: the models differ in event shape or process: `reparameterize` the one on the other's.
+        ValueError: the models differ in event shape or process; `reparameterize` brings one to the other's process.
     """
     check_alike("translate", source, target)
     code = ode.encode(source, x, condition=source_condition).x
@@ -85,7 +89,7 @@ def interpolate(
     ode: Encoder, model: ScoreModel, x: Tensor, y: Tensor, shares: Sequence[float], *,
     condition: Mapping[str, Any] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Spherical interpolation of latent codes: shape (len(shares), batch, *event_shape), x at share 0 and y at 1.
+    """Spherical interpolation of the latent codes of x and y: shape (len(shares), batch, *event_shape), x at 0 and y at 1.
 
     Source: Song et al. 2021 (DDIM), https://arxiv.org/abs/2010.02502, appendix D.5.
 

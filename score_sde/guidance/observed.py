@@ -1,15 +1,16 @@
 r"""Guidance by an observation y = A(x_0) + noise_std e: posterior samplers as score models.
 
 The exact score of p_t(x | y) adds G = grad log p(y | x_t), p(y | x_t) = E[N(y; A x_0, n^2 I) | x_t], n = noise_std.
-With the denoiser D = E[x_0 | x_t], its Jacobian J = dD / dx and residual r = y - A D, the methods put for p(x_0 | x_t):
+With the denoiser D = E[x_0 | x_t], its Jacobian J = dD/dx and the residual r = y - A D, each method approximates
+p(x_0 | x_t) by
 
     DPS          a point, D                       G = J^T A^T r / n^2
     PiGDM        N(D, v I)                        G = J^T A^T (v A A^T + n^2 I)^{-1} r
     MMPS         N(D, C), C = sigma^2 / alpha J   G = J^T A^T (A C A^T + n^2 I)^{-1} r
     DiffPIR      N(D, w I), and takes the mode    D' = D + A^T (A A^T + n^2 / w I)^{-1} r
-    Replacement  the same without noise           D' = D + A^+ r
+    Replacement  as DiffPIR, for n = 0            D' = D + A^+ r
 
-On a Gaussian prior MMPS is exact, on N(mu, data_std^2 I) PiGDM too. All work on each sample by itself.
+MMPS is exact for a Gaussian prior, PiGDM for N(mu, data_std^2 I). All treat each sample independently.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class Observed(WrappedScore):
 
     Args:
         model: of the clean data's law.
-        operator: what is observed.
-        y: of shape output_shape, one observation for all samples, or (batch, *output_shape), one a sample; when left
-            out it is the condition `y` of every call, and follows its sample through solvers that regroup a batch.
-        noise_std: of the observation, in units of y.
+        operator: the observation A.
+        y: one observation for all samples, of shape output_shape, or one per sample, of shape (batch, *output_shape). If
+            left out, it is the condition `y` of every call, and follows its sample through solvers that regroup a batch.
+        noise_std: standard deviation of the observation's noise, in units of y.
 
     Raises:
-        TypeError: the operator is none, or not linear where the method needs one.
+        TypeError: `operator` is not an `Operator`, or not a linear one where the method needs that.
         ValueError: operator, y and model do not fit, noise_std is out of range, or y is given twice or not at all.
     """
 
@@ -53,14 +54,14 @@ class Observed(WrappedScore):
         if not isinstance(operator, LinearOperator if self.linear else Operator):
             wanted = "a LinearOperator (DPS takes any Operator)" if self.linear else "an Operator"
             function = "a linear function as Linear" if self.linear else "a function as Nonlinear"
-            raise TypeError(f"{name} observes through {wanted}, got {type(operator).__name__}: wrap a matrix as Matrix(A), "
+            raise TypeError(f"{name} takes {wanted}, got {type(operator).__name__}: wrap a matrix as Matrix(A), "
                             f"{function}(f, input_shape)")  # fmt: skip
         if tuple(operator.input_shape) != self.event_shape:
             raise ValueError(f"the operator takes x of shape {operator.input_shape}, the model's is {self.event_shape}")
         single = not isinstance(noise_std, str | Sequence) and getattr(noise_std, "ndim", 0) == 0
         if not single or not 0 <= noise_std < math.inf or (self.needs_noise and noise_std == 0):
             raise ValueError(f"{name}'s noise_std is one number {'> 0' if self.needs_noise else '>= 0'} for all of y, got "
-                             f"{noise_std!r}: divide A and y by what differs from entry to entry")  # fmt: skip
+                             f"{noise_std!r}: where it differs between entries, divide A and y by it")  # fmt: skip
         self.operator, self.noise_std = operator, float(noise_std)
         self.y = None if y is None else operator.observation(y)
         if y is None:
@@ -73,32 +74,32 @@ class Observed(WrappedScore):
             raise ValueError(f"{type(self).__name__} was built without an observation: give condition={{'y': ...}}")
         batch = len(self.operator.shaped(given))
         if batch not in (1, shape[0]):
-            raise ValueError(f"{batch} observations for {shape[0]} samples: give one for all or one a sample; "
-                             "with a solver that regroups the batch, as the condition y")  # fmt: skip
+            raise ValueError(f"{batch} observations for {shape[0]} samples: give one for all or one per sample; "
+                             "with a solver that regroups the batch, give them as the condition y")  # fmt: skip
 
     def per_sample(self, name: str, value: Any, batch: int) -> bool:
-        """An observation has a row for each sample where it has a dimension more than the operator's output."""
+        """An observation y has one row per sample if it has one dimension more than the operator's output."""
         if name != "y" or self.y is not None:
             return super().per_sample(name, value, batch)
         return value.ndim > len(self.operator.output_shape) and len(value) == batch
 
     def _take(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
-        """The observation in x's dtype and device, and out of the condition."""
+        """Checks the call, removes y from the condition, and returns it in x's dtype and on its device."""
         self.check(x.shape, condition)
         y = condition.pop("y") if self.y is None else self.y
         return self.operator.shaped(y).to(x)
 
 
 class Replacement(Observed):
-    """D' = D + A^+ (y - A D): what A sees of the denoised sample is replaced by the observation.
+    """D' = D + A^+ (y - A D): the part of the denoised sample that A observes is replaced by the observation.
 
-    Then what A sees of x_t follows the forward process from y exactly: it starts as alpha A^+ y + sigma noise, every
-    step that is exact for a point mass re-noises it exactly, and the last denoising gives y.
-    Assumes: linear A, y without noise. Cost: one call, no gradient. Bias: the unseen part hears of y only through the
-    noisy x_t, so it is drawn too independently of y; no number of steps mends that (`Impute` with jumps back, RePaint,
-    partly). Noise in y is taken for truth. Certificate: 0.48 / 0.47, the spread 11 % and 7 % too small.
-    Source: Song et al. 2021, appendix I.2 (imputation, colourisation); Wang et al. 2022 (DDNM),
-    https://arxiv.org/abs/2212.00490, eq. 13.
+    That part of x_t then follows the forward process from y exactly: it starts as alpha A^+ y + sigma noise, every step
+    that is exact for a point mass renoises it exactly, and the last denoising gives y.
+    Assumes: linear A, y without noise. Cost: one call, no gradient. Bias: y reaches the unobserved part only through the
+    noisy x_t, so this part depends too little on y; more steps do not help, `Impute` with jumps back (RePaint) does in
+    part. Noise in y counts as signal. Certificate: 0.48 / 0.47, the spread 11 % and 7 % too small.
+    Source: Song et al. 2021, https://arxiv.org/abs/2011.13456, appendix I.2 (imputation, colourisation); Wang et al. 2022
+    (DDNM), https://arxiv.org/abs/2212.00490, eq. 13.
     """
 
     def __init__(self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0) -> None:
@@ -123,7 +124,7 @@ class Replacement(Observed):
         return x + operator.pseudo_inverse(alpha * self.y.to(z) - operator(x - sigma * z))
 
     def log_start(self, x: Tensor, t: float) -> Tensor:
-        """What A sees of x has the variance sigma^2, the rest that of the model's start; by a matrix of the event's size."""
+        """The observed part of x has variance sigma^2, the rest that of the model's start; takes a (d, d) matrix."""
         if self.y is None:
             return super().log_start(x, t)
         size = x[0].numel()
@@ -137,13 +138,13 @@ class Replacement(Observed):
 class DiffPIR(Observed):
     """D' = argmin_u |y - A u|^2 / (2 noise_std^2) + lam alpha^2 / (2 sigma^2) |u - D|^2, a proximal step from D.
 
-    Assumes: linear A. Cost: one call, no gradient. At noise_std = 0 it is `Replacement`. The published sampler is this
-    with a DDIM step of noise share zeta. Bias: a proximal step is no posterior mean; what is not seen hears of y too
-    late. Certificate: 0.06 / 0.10, by DDIM steps 0.10 / 0.16.
+    At noise_std = 0 it is `Replacement`. The published sampler is this with DDIM steps of eta = zeta. Assumes: linear A.
+    Cost: one call, no gradient. Bias: a proximal step is not a posterior mean; y reaches the unobserved part too late.
+    Certificate: 0.06 / 0.10, by DDIM steps 0.10 / 0.16.
     Source: Zhu et al. 2023, https://arxiv.org/abs/2305.08995, eq. 12 and algorithm 1.
 
     Args:
-        lam: weight of the prior.
+        lam: weight of the prior, positive.
     """
 
     def __init__(
@@ -165,19 +166,19 @@ class DiffPIR(Observed):
 
 
 class DPS(Observed):
-    """G = -zeta grad_x |y - A(D)|^2 / (2 noise_std^2), or by the published rule -zeta rate grad_x |y - A(D)|.
+    """G = -zeta grad_x |y - A(D)|^2 / (2 noise_std^2), or by the published rule G = -zeta rate grad_x |y - A(D)|.
 
-    Assumes: a differentiable A, linear or not, and noise. Cost: one call and one gradient. Bias: p(y | x_t) is too sure
-    at high noise, since D is taken for x_0; the posterior comes out too narrow and modes are missed. Certificate: 0.12 /
-    0.14, by DDIM 0.32 / 0.35; a smaller zeta leaves the prior in: 0.37 / 0.36 at zeta = 0.1. Stiff: G grows as
-    1 / noise_std^2, and few steps diverge.
+    Assumes: a differentiable A, linear or not, and noise. Cost: one call and one gradient. Bias: p(y | x_t) is too narrow
+    at high noise, since D stands for x_0; so the posterior is too narrow and modes are missed. Certificate: 0.12 / 0.14, by
+    DDIM 0.32 / 0.35; a smaller zeta leaves too much of the prior, 0.37 / 0.36 at zeta = 0.1. G grows as 1 / noise_std^2:
+    it is stiff, and diverges in few steps.
     Source: Chung et al. 2023, https://arxiv.org/abs/2209.14687, eq. 16 and algorithm 1.
 
     Args:
-        zeta: step size.
+        zeta: step size, positive.
         rule: "likelihood" is eq. 16 with rho = zeta / (2 noise_std^2). "residual" is algorithm 1, whose step zeta /
-            |y - A(D)| is meant for 1,000 ancestral steps: here x gains -zeta grad |y - A(D)| in each
-            (t_max - t_min) / 1000 of ancestral time, whatever the grid: rate = 1000 / ((t_max - t_min) g^2).
+            |y - A(D)| is meant for 1,000 ancestral steps: here x moves by -zeta grad |y - A(D)| in each
+            (t_max - t_min) / 1000 of time with ancestral steps, on any grid: rate = 1000 / ((t_max - t_min) g^2).
     """
 
     linear = False
@@ -210,14 +211,14 @@ class DPS(Observed):
 class PiGDM(Observed):
     """G = J^T A^T (v A A^T + noise_std^2 I)^{-1} (y - A D), v = data_std^2 sigma^2 / (alpha^2 data_std^2 + sigma^2).
 
-    v is the variance of p(x_0 | x_t) for data N(mu, data_std^2 I), on which the method is exact. Assumes: linear A.
-    Cost: one call and one gradient. Bias elsewhere: the posterior's covariance is taken isotropic, the same at every x.
-    Certificate: 0.01 / 0.02, by DDIM 0.005 / 0.06.
+    v is the variance of p(x_0 | x_t) for data N(mu, data_std^2 I), for which the method is exact. Assumes: linear A.
+    Cost: one call and one gradient. Bias otherwise: the covariance of p(x_0 | x_t) counts as isotropic and the same at
+    every x. Certificate: 0.01 / 0.02, by DDIM 0.005 / 0.06.
     Source: Song et al. 2023, https://openreview.net/forum?id=9_gsMA8MRKQ, eq. 7 and appendix A.3, whose data_std is 1.
 
     Args:
-        data_std: standard deviation of the clean data about their mean; the model's own when left out, which of a learned
-            model is its sigma_data, the root mean square: give `data.measure_data_std(data)` where the mean is not 0.
+        data_std: standard deviation of the clean data about their mean; the model's `data_std` by default. For a learned
+            model that is sigma_data, a root mean square: give `data.measure_data_std(data)` where the mean is not 0.
     """
 
     def __init__(
@@ -241,14 +242,15 @@ class PiGDM(Observed):
 class MMPS(Observed):
     """G = J^T A^T (A Cov A^T + noise_std^2 I)^{-1} (y - A D), with the model's own Cov[x_0 | x_t] = sigma^2 / alpha J.
 
-    Exact on every Gaussian, up to the linear solver: conjugate residuals with a fixed number of iterations, which do not
-    need a symmetric J (a learned one is not). Assumes: linear A. Cost: one call and iterations + 1 gradients. Bias
-    elsewhere: p(x_0 | x_t) is taken Gaussian, so that modes are weighted wrongly where y tells them apart. Certificate:
+    Exact for every Gaussian prior, up to the linear solver: conjugate residuals with a fixed number of iterations, which do
+    not need a symmetric J (a learned one is not). Assumes: linear A. Cost: one call and iterations + 1 gradients. Bias
+    otherwise: p(x_0 | x_t) counts as Gaussian, so that modes get wrong weights where y distinguishes them. Certificate:
     0.01 / 0.01.
-    Source: Rozet et al. 2024, https://arxiv.org/abs/2405.13712, eq. 13 and algorithm 3; Boys et al. 2023 (TMPD).
+    Source: Rozet et al. 2024, https://arxiv.org/abs/2405.13712, eq. 13 and algorithm 3; Boys et al. 2023 (TMPD),
+    https://arxiv.org/abs/2310.06721.
 
     Args:
-        iterations: of the solver, 1 or more; as many as A has rows solve exactly.
+        iterations: of the solver, 1 or more; exact with as many as A has rows.
     """
 
     def __init__(
@@ -277,10 +279,10 @@ def spread(prediction: Prediction, data_std: float) -> Coefficient:
 
 
 def conjugate_residuals(apply: Pull, b: Tensor, iterations: int) -> Tensor:
-    """The u of span(b, S b, ..., S^(iterations - 1) b) with the least |b - S u|, for each sample by itself.
+    """The u in span(b, S b, ..., S^(iterations - 1) b) with the least |b - S u|, for each sample of b (batch, ...).
 
-    S need not be symmetric: each direction p is made so that its image S p is orthogonal to those before, and the
-    residual never grows (conjugate gradients promise nothing of the kind). A sample that is solved stays as it is.
+    S, `apply`, need not be symmetric: the image S p of each direction p is made orthogonal to those before, and the residual
+    never grows (which conjugate gradients do not guarantee). A sample that is solved no longer changes.
     Source: Eisenstat, Elman & Schultz 1983, https://doi.org/10.1137/0720023, algorithm GCR; equal to GMRES.
     """
     u, residual, rounding = torch.zeros_like(b), b, (10 * torch.finfo(b.dtype).eps) ** 2
@@ -303,7 +305,7 @@ def conjugate_residuals(apply: Pull, b: Tensor, iterations: int) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each sample, shape (batch, 1, ..., 1)."""
-    return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
+    return expand((a * b).flatten(1).sum(1), a)
 
 
 def _operator(model: Observed) -> LinearOperator:
@@ -312,7 +314,7 @@ def _operator(model: Observed) -> LinearOperator:
 
 
 def solve(operator: LinearOperator, b: Tensor, scale: Coefficient, shift: Coefficient) -> Tensor:
-    """(scale A A^T + shift I)^{-1} b; the pseudo-inverse at shift 0."""
+    """(scale A A^T + shift I)^{-1} b, for scale and shift floats or of shape (batch,); the pseudo-inverse at shift 0."""
     p, q = (expand(v, b) if isinstance(v, Tensor) else v for v in (scale, shift))
     if isinstance(shift, float) and shift == 0:
         return operator.gram(b, lambda s2: operator.invert(s2) / p)

@@ -1,10 +1,10 @@
-r"""What is observed of a clean x: y = A(x) + noise_std e, e ~ N(0, I).
+r"""Observations of a clean x: y = A(x) + noise_std e, e ~ N(0, I).
 
-A linear A is known here by A, its transpose, and functions of A A^T = U diag(s^2) U^T,
+A linear operator provides A, its transpose, and functions of A A^T = U diag(s^2) U^T,
 
     gram(y, f) = U f(s^2) U^T y,
 
-which the structured operators take in closed form or by FFT, without a matrix. All that guidance needs follows: the
+which structured operators compute in closed form or by FFT, without a matrix. All that guidance needs follows: the
 pseudo-inverse A^+ = A^T gram(., 1 / s^2), the projector A^+ A, (r A A^T + n^2 I)^{-1} = gram(., 1 / (r s^2 + n^2)),
 and, with V the right singular vectors, V f(s^2) V^T = A^T gram(A ., f(s^2) / s^2) on the row space.
 """
@@ -48,21 +48,21 @@ class Operator(ABC):
         return self._apply(self._checked(x, self.input_shape, "x"))
 
     def observe(self, x: Tensor, noise_std: float = 0.0, *, generator: torch.Generator | None = None) -> Tensor:
-        """A draw of y = A(x) + noise_std e, e from the generator.
+        """A draw of y = A(x) + noise_std e, shape (batch, *output_shape), with e from the generator.
 
         Raises:
-            ValueError: there is noise and no generator, or x has another shape.
+            ValueError: noise_std is not 0 and there is no generator, or x has another shape.
         """
         y = self(x)
         if not noise_std:
             return y
         if generator is None:
-            raise ValueError("give observe the generator of its noise: generator=torch.Generator().manual_seed(0)")
+            raise ValueError("observe needs a generator for its noise: generator=torch.Generator().manual_seed(0)")
         noise = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=generator.device)
         return y + noise_std * noise.to(y.device)
 
     def observation(self, y: Tensor) -> Tensor:
-        """`shaped` y, refused with ValueError where values are not finite too."""
+        """y as `shaped` gives it; values that are not finite are a ValueError too."""
         y = self.shaped(y)
         if not torch.isfinite(y).all():
             raise ValueError(f"an observation y has {int((~torch.isfinite(y)).sum())} values that are not finite")
@@ -72,7 +72,7 @@ class Operator(ABC):
         """y as (batch, *output_shape), where batch is 1 for a single observation without a batch dimension.
 
         Raises:
-            ValueError: another shape, for example that of the clean x, or integers.
+            ValueError: y has another shape, such as that of the clean x, or is not floating-point.
         """
         if tuple(tensor("y", y).shape) == self.output_shape:
             y = y.unsqueeze(0)
@@ -99,7 +99,7 @@ class Operator(ABC):
 
 
 class Nonlinear(Operator):
-    """Any differentiable function of a batch, each sample by itself.
+    """Any differentiable function of a batch that treats each sample independently.
 
     Args:
         function: (batch, *input_shape) -> (batch, *output_shape).
@@ -115,10 +115,10 @@ class Nonlinear(Operator):
 
 
 class LinearOperator(Operator):
-    """A linear A. A subclass gives `_apply`, `_transpose` and `_gram`; without `_gram` a dense A A^T is diagonalised.
+    """A linear A. A subclass defines `_apply`, `_transpose` and `_gram`; without `_gram` a dense A A^T is diagonalised.
 
     Attributes:
-        rcond: singular values below rcond times the largest count as zero in `pseudo_inverse`.
+        rcond: singular values below rcond times the largest count as zero in `invert` and `pseudo_inverse`.
     """
 
     rcond: float = 1e-5
@@ -132,11 +132,11 @@ class LinearOperator(Operator):
         return self._gram(self._checked(y, self.output_shape, "y"), function)
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
-        """A^+ y, the least x with A x nearest to y."""
+        """A^+ y, the x of least norm with A x nearest to y; shape (batch, *input_shape)."""
         return self.transpose(self.gram(y, self.invert))
 
     def project(self, x: Tensor) -> Tensor:
-        """A^+ A x, the part of x that A sees."""
+        """A^+ A x, the part of x that A observes, in x's shape."""
         return self.pseudo_inverse(self(x))
 
     def invert(self, s2: Tensor) -> Tensor:
@@ -145,15 +145,16 @@ class LinearOperator(Operator):
         return torch.where(kept, 1 / torch.where(kept, s2, 1), 0)
 
     def least_singular_value(self) -> float:
-        """The least one that counts as non-zero: an observation with noise n says nothing at noise levels below n over it."""
-        seen: list[Tensor] = []
+        """The least singular value s that counts as non-zero. An observation with noise n adds nothing at noise levels
+        below n / s."""
+        least: list[Tensor] = []
 
-        def look(s2: Tensor) -> Tensor:
-            seen.append(s2[self.invert(s2) > 0].min())
+        def record(s2: Tensor) -> Tensor:
+            least.append(s2[self.invert(s2) > 0].min())
             return s2
 
-        self.gram(torch.zeros(1, *self.output_shape, dtype=torch.float64), look)
-        return seen[0].sqrt().item()
+        self.gram(torch.zeros(1, *self.output_shape, dtype=torch.float64), record)
+        return least[0].sqrt().item()
 
     def matrix(self) -> Tensor:
         """A as a dense float64 matrix, shape (prod(output_shape), prod(input_shape))."""
@@ -180,11 +181,14 @@ def _rows(v: Tensor) -> Tensor:
 
 
 class Matrix(LinearOperator):
-    """A given matrix on flattened events; it multiplies by BLAS, so batches of other sizes may round otherwise.
+    """A given matrix on flattened events. It multiplies by BLAS, whose rounding may depend on the batch size.
 
     Args:
         matrix: (m, prod(input_shape)), finite.
-        input_shape: shape of one clean x; a vector when left out.
+        input_shape: shape of one clean x; by default a vector.
+
+    Raises:
+        ValueError: the matrix is empty, not finite or does not fit input_shape.
     """
 
     def __init__(self, matrix: Tensor | Sequence[Sequence[float]], input_shape: Sequence[int] | None = None) -> None:
@@ -207,14 +211,14 @@ class Matrix(LinearOperator):
 
 
 class Linear(LinearOperator):
-    """A linear function of a batch, each sample by itself; its transpose by automatic differentiation, A A^T dense.
+    """A linear function of a batch that treats each sample independently; A^T by autograd, A A^T as a dense matrix.
 
     Args:
         function: (batch, *input_shape) -> (batch, *output_shape), with function(0) = 0.
         input_shape: shape of one clean x.
 
     Raises:
-        ValueError: it is not linear.
+        ValueError: the function is not linear.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], input_shape: Sequence[int]) -> None:
@@ -223,7 +227,9 @@ class Linear(LinearOperator):
         both, parts = function(x - 2 * z), function(x) - 2 * function(z)
         self.output_shape = tuple(both.shape[1:])
         if not (both - parts).abs().max() <= 1e-3 * parts.abs().max():
-            raise ValueError("this function is not linear: take an offset off y, or give Nonlinear(f, input_shape)")
+            raise ValueError(
+                "this function is not linear: subtract f(0) from it and from y, or give Nonlinear(f, input_shape)"
+            )
 
     def _apply(self, x: Tensor) -> Tensor:
         return self.function(x)
@@ -243,14 +249,14 @@ class _Isometric(LinearOperator):
 
 
 class Mask(_Isometric):
-    """The observed entries of x, as a vector; the others are not passed on at all, so that no truth can leak.
+    """The observed entries of x, as a vector (m,); the others are not in y at all, so that no truth can leak.
 
     Args:
         event_shape: shape of one clean x.
-        observed: boolean, True where x is seen; broadcast to event_shape (an image's mask may be (height, width)).
+        observed: boolean, True where x is observed; broadcast to event_shape (an image's mask may be (height, width)).
 
     Raises:
-        ValueError: the mask does not fit, or shows nothing.
+        ValueError: the mask is not boolean, does not fit event_shape, or is False everywhere.
     """
 
     def __init__(self, event_shape: Sequence[int], observed: Tensor) -> None:
@@ -266,14 +272,14 @@ class Mask(_Isometric):
         index = self.observed.flatten().nonzero().squeeze(-1)
         self.output_shape, self._copies = (len(index),), Copies(index=index)
         if len(index) == 0:
-            raise ValueError("this mask shows nothing: let it be True where x is observed")
+            raise ValueError("this mask shows nothing: set it to True where x is observed")
 
     @classmethod
     def box(cls, event_shape: Sequence[int], *corners: Sequence[int]) -> Mask:
-        """Hides boxes, each given over the last dimensions as (start, ..., stop, ...): (top, left, bottom, right).
+        """Hides boxes, each given over the last dimensions as (start, ..., stop, ...): for images (top, left, bottom, right).
 
         Raises:
-            ValueError: a box is empty or leaves the event.
+            ValueError: a box is empty or extends beyond the event.
         """
         observed = torch.ones(tuple(event_shape), dtype=torch.bool)
         for corner in corners:
@@ -292,7 +298,7 @@ class Mask(_Isometric):
 
     @classmethod
     def half(cls, event_shape: Sequence[int], observed: str = "top") -> Mask:
-        """Shows one half: "top" or "bottom" of the last dimension but one, "left" or "right" of the last."""
+        """Shows one half: "top" or "bottom" of the second-to-last dimension, "left" or "right" of the last."""
         one_of("the observed half", observed, ("top", "bottom", "left", "right"))
         shape = tuple(event_shape)
         axis = -1 if observed in ("left", "right") else -2
@@ -304,7 +310,7 @@ class Mask(_Isometric):
 
     @classmethod
     def random(cls, event_shape: Sequence[int], keep: float, *, seed: int = 0) -> Mask:
-        """Shows each place with probability `keep`; all channels of an image (channels, ...) alike."""
+        """Shows each place with probability `keep`, the same places in all channels of an image (channels, ...)."""
         if not 0 < keep <= 1:
             raise ValueError(f"keep is a probability in (0, 1], got {keep}")
         shape = tuple(event_shape)
@@ -325,14 +331,14 @@ class Grey(_Isometric):
 
     Args:
         event_shape: (channels, ...).
-        weights: one a channel; the luminance of ITU-R BT.601 when left out.
+        weights: one per channel; by default the luminance of ITU-R BT.601.
     """
 
     def __init__(self, event_shape: Sequence[int], weights: Sequence[float] = (0.299, 0.587, 0.114)) -> None:
         self.input_shape, self.weights = tuple(event_shape), torch.tensor(tuple(weights), dtype=torch.float64)
         if len(self.input_shape) < 2 or self.input_shape[0] != len(self.weights):
             raise ValueError(f"{len(self.weights)} channel weights do not fit x of shape {self.input_shape}: "
-                             "colour is (channels, height, width), with one weight a channel")  # fmt: skip
+                             "x is (channels, height, width), with one weight per channel")  # fmt: skip
         self.output_shape = (1, *self.input_shape[1:])
         self.scale, self._copies = self.weights.square().sum().item(), Copies(weights=self.weights)
 
@@ -350,7 +356,7 @@ class Downsample(_Isometric):
     """The mean over blocks of `factor` places along every dimension but the first (channels): average pooling.
 
     Args:
-        event_shape: (channels, ...), every other side a multiple of the factor.
+        event_shape: (channels, ...), with every side but the channels a multiple of the factor.
         factor: 2 or more.
     """
 
@@ -381,7 +387,7 @@ class Blur(LinearOperator):
 
     Args:
         event_shape: (channels, ...).
-        kernel: odd sides, one for each dimension of x but the first, none longer than x's.
+        kernel: one dimension for each of x but the channels; sides are odd, and none is longer than x's.
     """
 
     def __init__(self, event_shape: Sequence[int], kernel: Tensor) -> None:
@@ -403,9 +409,9 @@ class Blur(LinearOperator):
 
     @classmethod
     def gaussian(cls, event_shape: Sequence[int], std: float) -> Blur:
-        """exp(-d^2 / (2 std^2)), d in places, cut off at four standard deviations or x's side and normalised."""
+        """exp(-d^2 / (2 std^2)), d in pixels, normalised, and cut off at four standard deviations or x's side."""
         if not std > 0:
-            raise ValueError(f"a Gaussian blur has a positive std in places, got {std}")
+            raise ValueError(f"a Gaussian blur has a positive std, in pixels, got {std}")
         kernel = torch.ones((), dtype=torch.float64)
         for side in tuple(event_shape)[1:]:
             radius = min(math.ceil(4 * std), (side - 1) // 2)
@@ -415,7 +421,7 @@ class Blur(LinearOperator):
 
     @classmethod
     def motion(cls, event_shape: Sequence[int], length: int, angle: float = 0.0) -> Blur:
-        """The mean along a line of `length` places at `angle` degrees from the last axis, linearly interpolated."""
+        """The mean along a line of `length` pixels at `angle` degrees from the last axis, linearly interpolated."""
         sides = tuple(event_shape)[1:]
         if len(sides) != 2 or not 1 <= length <= min(sides):
             raise ValueError(f"motion blur takes images (channels, height, width) and a length of 1 to their side, "
@@ -438,7 +444,7 @@ class Blur(LinearOperator):
         return self._filtered(y, lambda real, imaginary: function(real**2 + imaginary**2))
 
     def _filtered(self, x: Tensor, response: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """x with its Fourier coefficients times a function of the kernel's; in single precision at least."""
+        """x with its Fourier coefficients multiplied by a function of the kernel's, in single precision at least."""
         if len(x) == 0:
             return x
         fine = x.to(at_least_single(x.dtype))
@@ -449,13 +455,16 @@ class Blur(LinearOperator):
 class FourierSubsample(_Isometric):
     """Some Fourier coefficients of every channel of x (channels, ...), as in magnetic resonance imaging.
 
-    They are given in the Hartley basis, H x = Re F x - Im F x with F the orthonormal Fourier transform: real,
-    orthonormal and its own inverse. For real x the coefficients at k and -k together say what F does at k, so the mask
-    is made even.
+    They are taken in the Hartley basis, H x = Re F x - Im F x with F the orthonormal Fourier transform: H is real,
+    orthonormal and its own inverse. For real x the H at k and -k together determine F at k, so the mask is made even.
 
     Args:
         event_shape: (channels, ...).
-        observed: boolean, of x's shape without channels, True at the frequencies seen, in `torch.fft.fftn`'s order.
+        observed: boolean, of x's shape without channels, True at the observed frequencies, in the order of
+            `torch.fft.fftn`.
+
+    Raises:
+        ValueError: the mask is not boolean, has another shape, or is False everywhere.
     """
 
     def __init__(self, event_shape: Sequence[int], observed: Tensor) -> None:
@@ -463,23 +472,23 @@ class FourierSubsample(_Isometric):
         places = self.input_shape[1:]
         observed = torch.as_tensor(observed)
         if not places or observed.dtype != torch.bool or tuple(observed.shape) != places:
-            raise ValueError(f"the frequencies seen are a boolean mask of shape {places}, x's without channels, got "
+            raise ValueError(f"observed is a boolean mask of shape {places}, one entry for each frequency of a channel; got "
                              f"{observed.dtype} of shape {tuple(observed.shape)}")  # fmt: skip
         axes = tuple(range(observed.ndim))
         self.observed = observed | observed.flip(axes).roll((1,) * observed.ndim, axes)
         index = self.observed.flatten().nonzero().squeeze(-1)
         self.output_shape, self._copies = (self.input_shape[0], len(index)), Copies(index=index)
         if len(index) == 0:
-            raise ValueError("this mask shows no frequency")
+            raise ValueError("this mask shows no frequency: set it to True where x's transform is observed")
 
     @classmethod
     def lines(
         cls, event_shape: Sequence[int], centre: float = 0.08, keep: float = 0.25, *, seed: int = 0
     ) -> FourierSubsample:
-        """Lines of the last axis: the lowest `centre` of its frequencies, and each other with probability `keep`."""
+        """Lines of the last axis: the lowest fraction `centre` of its frequencies, and each other with probability `keep`."""
         places = tuple(event_shape)[1:]
         if not places or not (0 < centre <= 1 and 0 <= keep <= 1):
-            raise ValueError(f"lines are taken of x (channels, ...) with 0 < centre <= 1 and 0 <= keep <= 1, got "
+            raise ValueError(f"lines need x of shape (channels, ...), 0 < centre <= 1 and 0 <= keep <= 1, got "
                              f"{tuple(event_shape)}, {centre=}, {keep=}")  # fmt: skip
         low = torch.fft.fftfreq(places[-1]).abs() <= centre / 2
         some = torch.rand(places[-1], generator=torch.Generator().manual_seed(seed)) < keep
@@ -509,7 +518,10 @@ TASKS: dict[str, Callable[..., LinearOperator]] = {
 
 
 def task_operator(task: str, event_shape: Sequence[int], **options: Any) -> LinearOperator:
-    """The operator of a named task on images: by default the upper half, luminance, 2 x 2 means, a blur of one pixel.
+    """The operator of a named task on images (channels, height, width); `options` are those of the operator.
+
+    By default "inpaint" shows the upper half, "colorize" the luminance, "superres" the means of 2 x 2 pixels, and "deblur" a
+    Gaussian blur with a standard deviation of one pixel.
 
     Raises:
         ValueError: the task is unknown, or does not fit the images.

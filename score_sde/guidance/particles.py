@@ -4,7 +4,7 @@ Particles move by a guided step q and carry the weights that guidance alone leav
 
     w_s = p(x_s | x_t) pi_s(x_s) / (q(x_s | x_t) pi_t(x_t)),     pi_t(x) = N(y; A D(x, t), v_t A A^T + noise_std^2 I),
 
-with the twist pi_t that `PiGDM` follows. As particles and steps grow the law of the particles tends to the posterior.
+with the twist pi_t of `PiGDM`. With more particles and steps the law of the particles tends to the posterior.
 Source: Wu et al. 2023, https://arxiv.org/abs/2306.17775, algorithm 1.
 """
 
@@ -36,22 +36,22 @@ from score_sde.steps.linear import Ancestral, LinearRow, LinearStep
 class TwistedParticles:
     """A sampler of p(x_0 | y) whose batch is one cloud of particles: by design each depends on all the others.
 
-    Assumes: linear A, noise. Cost: one call and one gradient a step and particle. Bias: of order 1 over the
-    number of particles, and the base step's own; few particles collapse where y is sharp (no certificate: what is
-    drawn is not affine in the noise; docs/guidance.md has its distances to exact posteriors). Particles may share an
-    ancestor, so they say less than as many independent samples.
+    Assumes: linear A, noise. Cost: one call and one gradient per step and particle. Bias: of order 1 over the number of
+    particles, plus the base step's; a small cloud collapses where y is precise. There is no certificate, as the draws are
+    not affine in the noise; docs/guidance.md has distances to exact posteriors. Particles may share an ancestor, so n
+    particles say less than n independent samples.
 
     Args:
         grid: function SDE -> times.
         operator, y, noise_std: the observation, one for all particles.
-        data_std: of the clean data, for the twist (see `PiGDM`); the model's own when left out, and any value is
-            asymptotically right.
-        step: the base step p(x_s | x_t), linear, noisy and of memory 1.
-        threshold: resamples, systematically, where the effective share of particles falls below it, in (0, 1].
-        particles: size of the cloud from which the samples are drawn at the end; as many as samples when left out.
+        data_std: standard deviation of the clean data, for the twist (see `PiGDM`); the model's by default. Any value is
+            right in the limit of many particles.
+        step: the base step p(x_s | x_t), a linear predictor of memory 1 with noise; `Ancestral()` by default.
+        threshold: the cloud is resampled, systematically, when its effective share falls below this, in (0, 1].
+        particles: size of the cloud from which the samples are drawn at the end; the number of samples by default.
 
     Raises:
-        ValueError, TypeError: see `Observed`; the step has no noise or a memory, or the threshold is out of range.
+        ValueError: the step is not a linear predictor of memory 1, y does not fit, or an option is out of range.
     """
 
     def __init__(
@@ -78,13 +78,14 @@ class TwistedParticles:
         x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, progress: bool = False,
         dtype: torch.dtype | None = None,
     ) -> SampleResult:  # fmt: skip
-        """shape[0] draws of the cloud; arguments as `Sampler.sample` has them, `x_init` for the whole cloud.
+        """shape[0] draws from the cloud; arguments as in `Sampler.sample`, with an `x_init` for the whole cloud.
 
         Raises:
-            ValueError: see `begin`, `grid.check`; or the step adds no noise.
+            ValueError: see `Observed`, `begin` and `grid.check`; or the grid goes up, the step adds no noise, or a condition
+                differs between particles.
             FloatingPointError: no particle has a finite weight any more.
         """
-        PiGDM(model, self.operator, self.y, self.noise_std, self.data_std)  # refuses what does not fit
+        PiGDM(model, self.operator, self.y, self.noise_std, self.data_std)  # for its refusals
         count = shape[0]
         times = grids.check(self.grid(model.sde), model.sde)
         shape = (self.particles or count, *shape[1:])
@@ -93,7 +94,7 @@ class TwistedParticles:
         _check_shared(model, given, len(start.x))
         rows = [_of_denoised(row, model.sde) for row in self.step.plan(model.sde, times[:-1], times[1:])]
         if (times.diff() > 0).any() or any(row.c <= 0 for row in rows):
-            raise ValueError(f"TwistedParticles needs a falling grid and a step with noise, got {self.step!r}")
+            raise ValueError(f"TwistedParticles needs a decreasing grid and a step with noise, got {self.step!r}")
         model.prepare(times.tolist())
         clock, calls = time.perf_counter(), 0
         x, log_weights, twist = start.x, torch.zeros(len(start.x), dtype=torch.float64, device=start.x.device), None
@@ -101,20 +102,19 @@ class TwistedParticles:
             prediction, clean, push, log_twist = self._twisted(model, x, times[i].item(), given)
             calls += prediction.calls
             log_weights = log_weights + log_twist - (0.0 if twist is None else twist)
-            log_weights = log_weights.nan_to_num(nan=-math.inf, neginf=-math.inf)  # a lost particle has no descendants
-            last = i == len(rows)
-            if last:
-                if len(x) and not log_weights.isfinite().any():
-                    raise FloatingPointError("no particle has a finite weight: the model's outputs are not finite, or "
-                                             "noise_std is far too small for y")  # fmt: skip
-                x = (clean + push)[_systematic(log_weights.softmax(0), start.noise(i + 1, 0), count)]
+            log_weights = log_weights.nan_to_num(nan=-math.inf, neginf=-math.inf)  # a NaN particle has no descendants
+            if i == len(rows):
                 break
             chosen, log_weights = self._resampled(log_weights, start.noise(i + 1, 0))
             x, clean, push, twist = x[chosen], clean[chosen], push[chosen], log_twist[chosen]
             row, z = rows[i], start.noise(i + 1, 1)
-            move = row.b[0] * push / row.c
-            log_weights = log_weights - (move**2 / 2 + move * z).flatten(1).double().sum(1)
-            x = row.a * x + row.b[0] * clean + row.c * (move + z)
+            shift = row.b[0] * push / row.c  # of the guided step's mean, in units of its noise: log(p / q) follows
+            log_weights = log_weights - (shift**2 / 2 + shift * z).flatten(1).double().sum(1)
+            x = row.a * x + row.b[0] * clean + row.c * (shift + z)
+        if len(x) and not log_weights.isfinite().any():
+            raise FloatingPointError("no particle has a finite weight: the model's outputs are not finite, or noise_std is "
+                                     "far too small for y")  # fmt: skip
+        x = (clean + push)[_systematic(log_weights.softmax(0), start.noise(len(times), 0), count)]
         seconds = time.perf_counter() - clock
         warn_of_lost(x, model, times[-1].item())
         return SampleResult(x, calls, seconds, None, times)
@@ -122,7 +122,7 @@ class TwistedParticles:
     def _twisted(
         self, model: ScoreModel, x: Tensor, t: float, condition: Mapping[str, Any]
     ) -> tuple[Prediction, Tensor, Tensor, Tensor]:
-        """The prediction, D, how far the twist moves D, and log pi_t up to a constant."""
+        """The prediction, D, the change of D by the twist, and log pi_t up to a constant, shape (particles,)."""
         prediction, clean, pull = with_pull(model, x, t, condition)
         residual = self.y.to(x) - self.operator(clean)
         v = spread(prediction, model.data_std if self.data_std is None else self.data_std)
@@ -131,7 +131,7 @@ class TwistedParticles:
         return prediction, clean, guided.denoised - clean, -(residual * solved).flatten(1).double().sum(1) / 2
 
     def _resampled(self, log_weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Ancestors and log-weights: drawn and equal where too few particles are effective, else as they are."""
+        """Ancestors and log-weights: drawn, and equal, if too few particles are effective, else unchanged."""
         weights, count = log_weights.softmax(0), len(log_weights)
         few = 1 / weights.square().sum() < self.threshold * count
         own = torch.arange(count, device=weights.device)
@@ -139,20 +139,20 @@ class TwistedParticles:
 
 
 def _check_shared(model: ScoreModel, condition: Mapping[str, Any], particles: int) -> None:
-    """Refuses, with ValueError, a condition that differs from particle to particle: resampling would change theirs."""
+    """Refuses, with ValueError, a condition that differs between particles: resampling would mix them up."""
     for name, value in condition.items():
         if model.per_sample(name, value, particles) and not torch.isclose(value, value[:1], 0, 0, equal_nan=True).all():
             raise ValueError(f"TwistedParticles draws one cloud under one {name}, got several: sample each by itself")
 
 
 def _systematic(weights: Tensor, noise: Tensor, count: int) -> Tensor:
-    """`count` indices drawn with one uniform number (Kitagawa 1996), itself taken from standard normal noise."""
+    """`count` indices by systematic resampling (Kitagawa 1996), whose one uniform number is taken from normal noise."""
     uniform = torch.special.ndtr(noise.flatten()[:1].double())
     places = (torch.arange(count, device=weights.device) + uniform) / count
     return torch.searchsorted(weights.cumsum(0), places).clamp_max(len(weights) - 1)
 
 
 def _of_denoised(row: LinearRow, sde: SDE) -> LinearRow:
-    """The same move written with D in place of N = u D + w eps, eps = (x - alpha D) / sigma."""
+    """The same move in terms of D instead of N = u D + w eps, by eps = (x - alpha D) / sigma."""
     alpha, sigma, (u, w), b = float(sde.alpha(row.t)), float(sde.sigma(row.t)), row.output, row.b[0]
     return row._replace(a=row.a + b * w / sigma, b=(b * (u - w * alpha / sigma),), output=(1.0, 0.0))

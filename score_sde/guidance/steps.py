@@ -1,10 +1,10 @@
-r"""Steps that know an observation y = A x_0 + noise_std e.
+r"""Steps that use an observation y = A x_0 + noise_std e.
 
-With A = U diag(s) V^T, two things are known of the coordinates alpha V^T x_0:
+With A = U diag(s) V^T there are two estimates of the coordinates alpha V^T x_0:
 
     alpha U^T y / s, with variance (alpha noise_std / s)^2,      and      V^T x_t, with variance sigma^2.
 
-Where alpha noise_std < sigma s the first is the better one, and more noise makes it a draw of what x_t should be.
+Where alpha noise_std < sigma s the first is the better one, and added noise makes it a draw of V^T x_t.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ class _ObservedStep(Step):
 
     def _observation(self, x: Tensor) -> Tensor:
         if len(self.y) not in (1, len(x)):
-            raise ValueError(f"{len(self.y)} observations for {len(x)} samples: give one for all or one a sample")
+            raise ValueError(f"{len(self.y)} observations for {len(x)} samples: give one for all or one per sample")
         return self.y.to(x)
 
     def _known(self, s2: Tensor, level: float) -> Tensor:
-        """1 / s^2 where an observation y / s is better than the noise level sigma / alpha, else 0."""
+        """1 / s^2 where y / s is more precise than the noise level sigma / alpha, else 0."""
         return torch.where(s2 * level**2 > self.noise_std**2, self.operator.invert(s2), 0)
 
 
 class Impute(_ObservedStep):
-    """x <- x + A^+ (alpha y - A x) + noise: what A sees of x is drawn anew from the observation, at the noise of x.
+    """x <- x + A^+ (alpha y - A x) + noise: the part of x that A observes is redrawn from y, at the noise level of x.
 
     The noise has variance sigma^2 - (alpha noise_std / s)^2 in the coordinate of singular value s, so that with the
-    observation's own it is sigma^2; coordinates known worse than that are left alone. With `jump_back` this is RePaint;
-    without jumps, the replacement of Song et al. for any predictor. Assumes: linear A. Cost: no call of its own, but
-    jumps multiply the predictor's. Bias: falls with more repeats, where noisy observations give the jumps their `low`:
-    repeats below it forget y. Certificate (5 repeats above it): 0.03 / 0.06.
+    observation's own noise it is sigma^2; coordinates in which y is noisier than x are left alone. With `grid.jump_back`
+    this is RePaint; without jumps, the replacement of Song et al. for any predictor. Assumes: linear A. Cost: no call of its
+    own, but jumps multiply the predictor's. Bias: falls with more repeats; with noisy observations set the `low` of
+    `grid.jump_back`, as repeats below it forget y. Certificate (5 repeats above it): 0.03 / 0.06.
     Source: Song et al. 2021, appendix I.2; Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865, algorithm 1.
 
     Args:
-        operator: what is observed.
-        y: (*output_shape) or (batch, *output_shape).
-        noise_std: of the observation.
+        operator: the linear operator A.
+        y: observations of shape (*output_shape) or (batch, *output_shape).
+        noise_std: standard deviation of the observation's noise.
     """
 
     role: ClassVar[Literal["predictor", "corrector"]] = "corrector"
@@ -89,7 +89,7 @@ class DDRMRow(NamedTuple):
 
 
 class DDRM(_ObservedStep):
-    """Denoising diffusion restoration: DDIM whose direction and mean come from y in the coordinates that y knows.
+    """Denoising diffusion restoration: DDIM whose mean and direction come from y in the coordinates that y determines.
 
     In scaled variables x / alpha with noise level l = sigma / alpha, in the coordinate of singular value s, with
     ybar = (U^T y) / s and n = noise_std / s, the new coordinate is, for a fresh standard normal z,
@@ -98,9 +98,9 @@ class DDRM(_ObservedStep):
         D + sqrt(1 - eta^2) l_s (ybar - D) / n + eta l_s z          where l_s < n,
         (1 - eta_b) D + eta_b ybar + sqrt(l_s^2 - eta_b^2 n^2) z    where l_s >= n.
 
-    Assumes: linear A. Cost: one call, no gradient. Bias: as `Replacement`, the unseen coordinates hear of y through x_t
-    only. Certificate: 0.40 / 0.38, the spread 22 % too small. It is a step, not a score: the middle case has no denoiser
-    that other steps could share.
+    Assumes: linear A. Cost: one call, no gradient. Bias: as `Replacement`, y reaches the unobserved coordinates only through
+    x_t. Certificate: 0.40 / 0.38, the spread 22 % too small. It is a step and not a score model, since the middle case has
+    no denoiser that other steps could use.
     Source: Kawar et al. 2022, https://arxiv.org/abs/2201.11793, eq. 7 and 8.
 
     Args:

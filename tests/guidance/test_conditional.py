@@ -252,10 +252,10 @@ class OfItsOwn(DDIM):
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
-        (ProbabilityFlowODE(), "is no score"),
-        (AdaptiveODE(), "one time of a fixed grid"),
-        (AdaptiveSDE(), "one time of a fixed grid"),
-        (ParallelSampler(DDIM(), LEVELS), "one time of a fixed grid"),
+        (ProbabilityFlowODE(), "has no score"),
+        (AdaptiveODE(), "times of a fixed grid"),
+        (AdaptiveSDE(), "times of a fixed grid"),
+        (ParallelSampler(DDIM(), LEVELS), "times of a fixed grid"),
         (Sampler(DDIM(), LEVELS, LangevinCorrector()), "needs a score"),
         (Sampler(DDIM(), LEVELS, UnadjustedLangevin()), "needs a score"),
         (
@@ -270,7 +270,7 @@ def test_plus_plus_is_refused_where_a_score_is_asked_for(sampler, message):
     guided = DynamicThreshold(ClassifierFreePlusPlus(Labelled(RING, SDE), 0.6))
     with pytest.raises(ValueError, match=message):
         sampler.sample(guided, (4, 2), seed=0, condition={"label": LABEL})
-    with pytest.raises(ValueError, match="is no score"):
+    with pytest.raises(ValueError, match="has no score"):
         log_likelihood(guided, points(), method="adams", steps=12, condition={"label": LABEL})
     with pytest.raises(ValueError, match="reparameterize, or observe, the model inside"):
         reparameterize(guided, VESDE())(points(), 0.5, label=LABEL)
@@ -448,7 +448,7 @@ def test_a_model_under_one_condition_needs_none():
 def test_a_classifier_gives_one_number_a_sample():
     """Summed over all classes, log-probabilities would guide to none of them, without a word."""
     wrong = Classifier(Labelled(RING, SDE), lambda x, t: torch.stack([x[:, 0], x[:, 1]], 1).log_softmax(1))
-    with pytest.raises(ValueError, match=r"one number a sample, shape \(4,\); got \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"one number per sample, shape \(4,\), got \(4, 2\)"):
         wrong(points(), 0.3)
 
 

@@ -280,7 +280,7 @@ def test_seeds_of_sdedit_share_no_noise():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda a: a.observe(torch.zeros(1, 2), 0.1), "give observe the generator of its noise"),
+        (lambda a: a.observe(torch.zeros(1, 2), 0.1), "observe needs a generator for its noise"),
         (lambda a: Impute(a, torch.zeros(2, 3)), "not x itself"),
         (lambda a: Impute(a, torch.zeros(1), -1.0), "noise_std is 0 or more, got -1.0"),
         (lambda a: DDRM(a, torch.zeros(1), eta=2.0), "lie in [0, 1], got eta=2.0"),

@@ -220,7 +220,7 @@ def test_nonlinear_takes_its_shape_from_the_function():
         (lambda: Grey((1, 8, 8)), "do not fit x of shape (1, 8, 8)"),
         (lambda: Blur((1, 8, 8), torch.ones(2, 2)), "odd sides"),
         (lambda: Matrix(torch.ones(2, 3), (4,)), "3 columns"),
-        (lambda: Linear(lambda x: 2 * x + 1, (4,)), "not linear: take an offset off y"),
+        (lambda: Linear(lambda x: 2 * x + 1, (4,)), "not linear: subtract f"),
         (lambda: Linear(torch.square, (4,)), "not linear"),
         (lambda: FourierSubsample((1, 4, 4), torch.ones(4, 4)), "boolean mask of shape (4, 4)"),
         (lambda: OPERATORS["half"](torch.zeros(2, 1, 6, 8)), "(batch, 3, 6, 8), got (2, 1, 6, 8)"),

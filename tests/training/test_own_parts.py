@@ -95,7 +95,7 @@ WRONG = {
     "a dtype of integers": (lambda: draw(dtype=torch.int64), TypeError, "floating-point types, such as torch.float64"),
     "a function as network": (lambda: LearnedScore(max, VPSDE(), Noise(), (2,)), TypeError, "takes a torch.nn.Module"),
     "an int as shape": (lambda: LearnedScore(MLP((2,)), VPSDE(), Noise(), 2), TypeError, "a tuple such as"),
-    "nothing to guide towards": (lambda: ClassifierFree(MODEL, 2.0), ValueError, "this one knows none"),
+    "nothing to guide towards": (lambda: ClassifierFree(MODEL, 2.0), ValueError, "this model takes none"),
     "a list as y": (lambda: MMPS(MODEL, Matrix([[1.0, 0.0]]), [4.0], 0.1), TypeError, "y is a tensor, got list"),
     "a matrix as operator": (lambda: RING.condition(torch.eye(2), torch.zeros(2), 0.1), TypeError, "guidance.Matrix"),
     "a number of samples": (lambda: RING.sample(10), TypeError, r"a tuple, such as \(10,\)"),
