@@ -102,12 +102,11 @@ class SongConfig:
     def process(self) -> tuple[SDE, Parameterization]:
         """The SDE on data in [-1, 1], and the network's parameterization."""
         if self.sde == "ve":
-            low, high, last = 2 * self.sigma_min, 2 * self.sigma_max, self.num_scales - 1
             if self.embedding_type == "fourier":
-                return VESDE(low, high), Published("log_sigma", scale=1, shift=-math.log(2), sign=-1)
-            ladder = DiscreteSDE.geometric(low, high, self.num_scales)
-            # Their index counts down from the greatest noise level.
-            return ladder, Published("time", scale=-1, shift=last, sign=-1)
+                return _variance_exploding(self.sigma_min, self.sigma_max)
+            ladder = DiscreteSDE.geometric(2 * self.sigma_min, 2 * self.sigma_max, self.num_scales)
+            # The original's index counts down from the greatest noise level.
+            return ladder, Published("time", scale=-1, shift=self.num_scales - 1, sign=-1)
         if self.sde == "vp" and not self.continuous:
             per_step = 1000 / self.num_scales
             betas = torch.linspace(self.beta_min / 1000 * per_step, self.beta_max / 1000 * per_step, self.num_scales,
@@ -234,7 +233,7 @@ def _pairs(network: UNet, config: SongConfig) -> Iterator[Pair]:
         yield from layers.block(f"up.{i}", layer)
         if str(i) in network.outward:
             if not network.outward[str(i)].first:
-                layers.next()  # the doubling, likewise
+                layers.next()  # the doubling has none either
             yield from layers.plain(f"outward.{i}.head.0")
             yield from layers.plain(f"outward.{i}.head.2")
     if network.last is not None:
@@ -356,11 +355,11 @@ def _scheduler(given: Any) -> Any:
     name = given.get("_class_name") if isinstance(given, Mapping) else type(given).__name__
     if given is None or name is None:
         raise ValueError(f"{'a network alone' if given is None else 'a config without _class_name'} does not say which "
-                         "scheduler it goes with: give scheduler=, itself or what its save_pretrained wrote")  # fmt: skip
+                         "scheduler it goes with: give scheduler=, as an object or as the config it saved")  # fmt: skip
     if name not in [f"{kind}Scheduler" for kind in (*_LADDERS, *_FLOWS, _VARIANCE_EXPLODING)]:
-        raise ValueError(f"scheduler {name} is not read: ladders of betas "
-                         f"({', '.join(_LADDERS)}), flow matching ({', '.join(_FLOWS)}) and "
-                         f"{_VARIANCE_EXPLODING} are")  # fmt: skip
+        raise ValueError(f"scheduler {name} is not supported; supported are those of ladders of betas "
+                         f"({', '.join(_LADDERS)}), of flow matching ({', '.join(_FLOWS)}) and "
+                         f"{_VARIANCE_EXPLODING}")  # fmt: skip
     import diffusers as library
 
     return getattr(library, name).from_config(dict(given)) if isinstance(given, Mapping) else given
@@ -374,25 +373,29 @@ def _diffusers_process(scheduler: Any, score: bool) -> tuple[SDE, Parameterizati
         raise ValueError(f"{name} does not go with a {'fourier' if score else 'positional'} embedding: a fourier one goes "
                          f"with {_VARIANCE_EXPLODING}Scheduler, a positional one with every other")  # fmt: skip
     if score:
-        told = Published("log_sigma", scale=1, shift=-math.log(2), sign=-1)
-        return VESDE(2 * config.sigma_min, 2 * config.sigma_max), told
+        return _variance_exploding(config.sigma_min, config.sigma_max)
     flow = kind in _FLOWS or config.get("use_flow_sigmas", False)
     known = _OF_FLOWS if flow else _OF_LADDERS
     predicts = config.get("prediction_type", "flow_prediction")  # flow-matching schedulers have no such key
     if predicts not in known:
-        raise ValueError(f"{name} with prediction_type={predicts!r} is not read: {', '.join(known)} on "
-                         f"{'flow matching' if flow else 'a ladder of betas'} are")  # fmt: skip
+        raise ValueError(f"{name} with prediction_type={predicts!r} is not supported: "
+                         f"{'flow matching' if flow else 'a ladder of betas'} takes {', '.join(known)}")  # fmt: skip
     timesteps, inverted = config.get("timestep_type", "discrete"), config.get("invert_sigmas", False)
     if timesteps != "discrete" or inverted:
-        raise ValueError(f"{name} with timestep_type={timesteps!r} and invert_sigmas={inverted} is not read: 'discrete' and "
-                         "False are, a network that is told a ladder's step or the share of noise")  # fmt: skip
+        raise ValueError(f"{name} with timestep_type={timesteps!r} and invert_sigmas={inverted} is not supported: it must be "
+                         "'discrete' and False: networks are given a ladder's step or the share of noise")  # fmt: skip
     if flow:
         return RectifiedFlow(), Published("time", scale=config.num_train_timesteps, prediction="flow")
     betas = scheduler.betas.double()
     if not (betas < 1).all():
-        raise ValueError(f"{name} with a beta of 1 (rescale_betas_zero_snr=True) is not read: such a level has no signal at "
-                         "all, and a ladder here has some at each")  # fmt: skip
+        raise ValueError(f"{name} with a beta of 1 (rescale_betas_zero_snr=True) is not supported: such a level has no "
+                         "signal at all, and every level of a DiscreteSDE has some")  # fmt: skip
     return DiscreteSDE.from_betas(betas), Published("time", scale=1, prediction=known[predicts])
+
+
+def _variance_exploding(sigma_min: float, sigma_max: float) -> tuple[SDE, Parameterization]:
+    """The SDE on data in [-1, 1], and the parameterization, of a Fourier network for VE noise on data in [0, 1]."""
+    return VESDE(2 * sigma_min, 2 * sigma_max), Published("log_sigma", scale=1, shift=-math.log(2), sign=-1)
 
 
 def _warn_of_clipping(scheduler: Any) -> None:

@@ -338,14 +338,14 @@ def test_each_scheduler_has_its_own_ladder_and_defaults(library, name) -> None:
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        *[(options(name), f"scheduler {name}Scheduler is not read: .*DDIM.*FlowMatchEulerDiscrete.*ScoreSdeVe")
+        *[(options(name), f"scheduler {name}Scheduler is not supported; .*DDIM.*FlowMatchEulerDiscrete.*ScoreSdeVe")
           for name in ("EDMEuler", "EDMDPMSolverMultistep", "LCM", "TCD", "CMStochasticIterative", "FlowMatchLCM", "UnCLIP")],
         ({"beta_start": 0.1}, "a config without _class_name does not say .* give scheduler="),
         (options("ScoreSdeVe"), "ScoreSdeVeScheduler does not go with a positional"),
         (options("EulerDiscrete", timestep_type="continuous"), "timestep_type='continuous'"),
         (options("FlowMatchEulerDiscrete", invert_sigmas=True), "invert_sigmas=True"),
-        (options("DDIM", prediction_type="flow_prediction"), "'flow_prediction' is not read: epsilon, v_prediction, sample"),
-        (options("UniPCMultistep", use_flow_sigmas=True), "'epsilon' is not read: flow_prediction on flow matching"),
+        (options("DDIM", prediction_type="flow_prediction"), "a ladder of betas takes epsilon, v_prediction, sample"),
+        (options("UniPCMultistep", use_flow_sigmas=True), "'epsilon' is not supported: flow matching takes flow_prediction"),
         (options("DDIM", rescale_betas_zero_snr=True, prediction_type="v_prediction"), "has no signal at all"),
         (None, "a network alone does not say .* give scheduler="),
     ],
@@ -424,14 +424,14 @@ def test_other_classes_are_refused_by_name(library, tmp_path) -> None:
     )
     scheduler = library.DDPMScheduler(clip_sample=False)
     for other in (conditional, dit):
-        message = f"^{type(other).__name__} is not read: give a UNet2DModel"
+        message = f"^{type(other).__name__} is not supported: give a UNet2DModel"
         with pytest.raises(TypeError, match=message):
             convert.diffusers(other, scheduler)
         other.save_pretrained(tmp_path / "unet")
         scheduler.save_pretrained(tmp_path / "scheduler")
         with pytest.raises(ValueError, match=message):
             convert.diffusers(tmp_path)
-    with pytest.raises(TypeError, match="dict is not read"):
+    with pytest.raises(TypeError, match="dict is not supported"):
         convert.diffusers(DDPM, scheduler)  # no network of random weights
 
 
@@ -470,5 +470,5 @@ def test_a_network_of_unknown_size_is_refused(library) -> None:
     from score_sde.networks.diffusers import DiffusersUNet
 
     for option in ({"sample_size": None}, {"out_channels": 6}, {"class_embed_type": "timestep"}):
-        with pytest.raises(ValueError, match="its sample_size"):
+        with pytest.raises(ValueError, match="it needs a sample_size"):
             DiffusersUNet(DDPM | option)

@@ -296,7 +296,7 @@ def test_a_figure_of_samplers_is_of_one_model_and_of_a_metric_that_it_has(ax: Ax
     assert [line.get_label() for line in lines] == ["Heun", "Langevin"]  # EM ran, and has no such error
     two = pd.concat([comparison().assign(model=name) for name in ("one", "other")])
     for draw in (lambda **options: plotting.quality_against_nfe(ax, **options), plotting.comparison_multiples):
-        with pytest.raises(ValueError, match="one figure is of one model"):
+        with pytest.raises(ValueError, match="a figure shows one model"):
             draw(table=two)
         with pytest.raises(ValueError, match=r"metric is one of .*sliced_w2.*; got 'nope'"):
             draw(table=comparison(), metric="nope")

@@ -97,7 +97,7 @@ class OfClasses(Data):
     def batch(self, step: int, batch_size: int, rows: slice = ALL) -> Batch:
         found = self._first(partial(self.data.batch, step), batch_size)
         if len(found.x) < batch_size:
-            raise ValueError(f"hardly a training example has label {' or '.join(map(str, self.classes.tolist()))}")
+            raise ValueError(f"too few training examples have label {' or '.join(map(str, self.classes.tolist()))}")
         return found.rows(rows)
 
     def prepare(self, batch: Batch, draws: Draws) -> Batch:

@@ -66,7 +66,7 @@ def load_file(
     """
     path = Path(path)
     if path.suffix not in (".npy", ".npz"):
-        raise ValueError(f"{path} is no .npy or .npz file: save the array with numpy.save or numpy.savez")
+        raise ValueError(f"{path} is not a .npy or .npz file: save the array with numpy.save or numpy.savez")
     wanted = [name for name in (x, labels, context, test, test_labels, test_context) if name is not None]
     moved = (x, test) if channels_last else ()
     arrays = _unpacked(path, wanted, moved) if path.suffix == ".npz" else _mapped(path, x, wanted, moved)
@@ -181,10 +181,10 @@ def load_images(path: str | Path, event_shape: Sequence[int]) -> np.ndarray:
         array = np.load(path, allow_pickle=False).astype(np.float32)
         array = array[None] if array.shape == shape else array
         if array.shape[1:] != shape or len(array) == 0:
-            raise ValueError(f"{path} holds an array of shape {array.shape}, events of shape (n, {shape}) are needed")
+            raise ValueError(f"{path} holds an array of shape {array.shape}, but it must be (n, *{shape})")
         return array
     if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"events of shape {shape} are no images: give a .npy array")
+        raise ValueError(f"events of shape {shape} are not images: give a .npy array")
     if not path.exists():
         raise FileNotFoundError(f"no image and no folder at {path}")
     files = [path] if path.is_file() else image_files(path)

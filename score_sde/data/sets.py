@@ -148,14 +148,16 @@ def read_idx(file: Path) -> Array:
     try:
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file} cannot be unpacked: fetch it again ({error})") from error
+        raise ValueError(f"{file} cannot be unpacked: download it again ({error})") from error
     dimensions = raw[3] if raw[:3] == b"\0\0\x08" and len(raw) > 3 else 0
     start = 4 + 4 * dimensions
     if dimensions == 0 or len(raw) < start:
-        raise ValueError(f"{file} is no idx file of bytes: fetch it again")
+        raise ValueError(f"{file} is not an idx file of bytes: download it again")
     shape = struct.unpack(f">{dimensions}I", raw[4:start])
     if len(raw) - start != int(np.prod(shape)):
-        raise ValueError(f"{file} is not whole: {len(raw) - start} bytes for an array {'x'.join(map(str, shape))}")
+        raise ValueError(
+            f"{file} is incomplete: {len(raw) - start} bytes for an array of shape {'x'.join(map(str, shape))}"
+        )
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
@@ -174,7 +176,7 @@ def _cifar_layout(path: Path) -> tuple[Path, tuple[str, Callable[[Path], tuple[A
 def _binary_batch(file: Path) -> tuple[Array, Array]:
     raw = np.frombuffer(file.read_bytes(), np.uint8)
     if len(raw) == 0 or len(raw) % 3073:
-        raise ValueError(f"{file} is not whole: {len(raw)} bytes are no multiple of 3073")
+        raise ValueError(f"{file} is incomplete: {len(raw)} bytes, not a multiple of 3073")
     records = raw.reshape(-1, 3073)
     return records[:, 1:].reshape(-1, 3, 32, 32), _classes(records[:, 0], file)
 
@@ -187,7 +189,7 @@ def _sheet(file: Path) -> tuple[Array, Array]:
         with Image.open(file) as image:
             rows = np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as an image: fetch it again ({error})") from error
+        raise ValueError(f"{file} cannot be read as an image: download it again ({error})") from error
     if rows.shape[1] != 1024:
         raise ValueError(f"{file} has rows of {rows.shape[1]} pixels, an image of 32x32 has 1024")
     part, number = ("test", 0) if file.stem == "test_batch" else ("train", int(file.stem[-1]) - 1)
@@ -198,7 +200,7 @@ def _sheet(file: Path) -> tuple[Array, Array]:
 
 def _classes(labels: Array, file: Path) -> Array:
     if len(labels) == 0 or labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"{file} has labels outside 0..9: fetch it again")
+        raise ValueError(f"{file} has labels outside 0..9: download it again")
     return labels.astype(np.int64)
 
 
@@ -226,4 +228,4 @@ def _python_batch(file: Path) -> tuple[Array, Array]:
         images, labels = batch[b"data"], batch[b"labels"]
         return np.asarray(images, np.uint8).reshape(-1, 3, 32, 32), _classes(np.asarray(labels), file)
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(f"{file} is no python batch of CIFAR-10: fetch it again ({error})") from error
+        raise ValueError(f"{file} is not a python batch of CIFAR-10: download it again ({error})") from error

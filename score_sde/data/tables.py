@@ -117,7 +117,7 @@ def _readable(parquet: Any, file: Path, columns: list[str]) -> Any:
     try:
         table = parquet.ParquetFile(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged, or no parquet file ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{file} is damaged, or not a parquet file ({str(error).splitlines()[0]})") from error
     _check_columns(columns, table.schema_arrow.names, file)
     return table
 
@@ -140,7 +140,9 @@ def _encoded(value: Any, name: str) -> bytes:
 
 def _integers(classes: Any, label: str | None, where: object) -> np.ndarray[Any, Any] | None:
     if classes is not None and not np.issubdtype(np.asarray(classes).dtype, np.integer):
-        raise ValueError(f"{where}: the column {label!r} holds no integers, but classes are 0, 1, ...: leave out label")
+        raise ValueError(
+            f"{where}: the column {label!r} does not hold integers, but classes are 0, 1, ...: leave out label"
+        )
     return None if classes is None else np.asarray(classes)
 
 
@@ -165,7 +167,7 @@ def _dataset_images(dataset: Any, image: str, label: str | None, title: str) -> 
     datasets = _needed("datasets")
     _check_columns([image, *([label] if label else [])], dataset.column_names, title)
     if not isinstance(dataset.features[image], datasets.Image):
-        raise ValueError(f"{title}: the column {image!r} is no Image feature but {dataset.features[image]}")
+        raise ValueError(f"{title}: the column {image!r} is not an Image feature but {dataset.features[image]}")
     encoded = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False))
 
     def read() -> Iterator[tuple[Source, str]]:

@@ -107,8 +107,8 @@ class TensorData(Data):
         held_out = _held_out_share(held_out, test)
         reserved, used = _order(len(train.x)).tensor_split([int(held_out * len(train.x))])
         if held_out and not len(reserved):
-            warnings.warn(f"held_out={held_out} of {len(train.x)} examples is none: samples will be held against training "
-                          "examples", stacklevel=2)  # fmt: skip
+            warnings.warn(f"held_out={held_out} of {len(train.x)} examples rounds down to none: samples will be compared "
+                          "with training examples", stacklevel=2)  # fmt: skip
         self.size: int = len(used)
         self.num_classes = None if train.labels is None else int(train.labels.max()) + 1
         self._parts = {"train": Rows(train, used), "test": Rows(train, reserved if len(reserved) else used)}
@@ -248,7 +248,7 @@ def _check_mirroring(flip: bool, augment: Augment | None, event_shape: tuple[int
     if (flip or augment) and len(event_shape) != 3:
         raise ValueError(f"flip and augment are for images (channels, height, width), not {event_shape}")
     if flip and augment:
-        raise ValueError("augment already mirrors half of the images, as the network is told: leave out flip")
+        raise ValueError("augment mirrors half of the images too, with a condition that says so: leave out flip")
 
 
 def _order(count: int) -> Tensor:

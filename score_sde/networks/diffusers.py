@@ -66,12 +66,13 @@ class DiffusersUNet(nn.Module):
         return cls.of(unet.eval().requires_grad_(False))
 
     def _take(self, unet: Any) -> None:
+        """Holds the network. Raises ValueError for a config that `forward` does not support."""
         config = unet.config
         size, channels, labels = config.sample_size, config.in_channels, config.class_embed_type
         if size is None or config.out_channels != channels or config.time_embedding_type == "learned" or labels:
             raise ValueError(f"a UNet2DModel with sample_size={size}, {channels} channels in, {config.out_channels} out, "
-                             f"{config.time_embedding_type} embedding and class_embed_type={labels} is not read: its "
-                             "sample_size, equal channels, a continuous embedding and no such type are needed")  # fmt: skip
+                             f"{config.time_embedding_type} embedding and class_embed_type={labels} is not supported: "
+                             "it needs a sample_size, equal channels, a fixed embedding and no class_embed_type")  # fmt: skip
         self.unet = unet
         self.score = config.time_embedding_type == "fourier"
         self.num_classes: int | None = config.num_class_embeds
@@ -102,5 +103,5 @@ def _check_class(config: Mapping[str, Any]) -> None:
 
 
 def _refusal(name: str) -> str:
-    return (f"{name} is not read: give a UNet2DModel with its scheduler, a pipeline whose unet is one, or a folder of "
-            "either; around another network write a module (x, c_noise, **condition) for LearnedScore")  # fmt: skip
+    return (f"{name} is not supported: give a UNet2DModel with its scheduler, a pipeline whose unet is one, or a folder of "
+            "either; wrap another network in a module (x, c_noise, **condition) for LearnedScore")  # fmt: skip

@@ -108,7 +108,7 @@ def check_labels(label: Tensor, shape: Sequence[int]) -> None:
 def check_augment(layer: M | None, augment: Tensor) -> M:
     """The layer that embeds augmentation labels. Raises ValueError if the network has none."""
     if layer is None:
-        raise ValueError(f"augmentation labels of shape {tuple(augment.shape)} were given to a network without: "
+        raise ValueError(f"augmentation labels of shape {tuple(augment.shape)} were given to a network that takes none: "
                          "set augment_width, or drop them")  # fmt: skip
     return layer
 
@@ -122,7 +122,7 @@ def context_of(context: Tensor | None, null: Tensor | None, batch: int) -> Tenso
     """
     if null is None:
         if context is not None:
-            raise ValueError("a context was given to a network without: set context_width, or drop the context")
+            raise ValueError("a context was given to a network that takes none: set context_width, or drop the context")
         return None
     if context is None:
         return null.expand(batch, *null.shape)
@@ -165,7 +165,7 @@ def grid_shape(event_shape: tuple[int, ...], multiple: int | tuple[int, ...]) ->
     """(channels, *sides) of a signal, image or video. Raises ValueError unless the sides are multiples of `multiple`."""
     shape = tuple(event_shape)
     if len(shape) not in (2, 3, 4):
-        raise ValueError(f"event_shape={shape} is no signal (channels, length), image (channels, height, width) or "
+        raise ValueError(f"event_shape={shape} is not a signal (channels, length), image (channels, height, width) or "
                          "video (channels, frames, height, width): use networks.MLP for vectors")  # fmt: skip
     sides = shape[1:]
     multiples = (multiple,) * len(sides) if isinstance(multiple, int) else tuple(multiple)
@@ -180,5 +180,5 @@ def image_shape(event_shape: tuple[int, ...], multiple: int) -> tuple[int, int, 
     """(channels, height, width) of an image. Raises ValueError unless its sides are multiples of `multiple`."""
     shape = grid_shape(event_shape, multiple)
     if len(shape) != 3:
-        raise ValueError(f"event_shape={shape} is no image (channels, height, width): use networks.UNet or MLP")
+        raise ValueError(f"event_shape={shape} is not an image (channels, height, width): use networks.UNet or MLP")
     return shape

@@ -304,7 +304,7 @@ def _metric_of(table: pd.DataFrame, metric: str | None) -> str:
     """The metric, by default the table's first. Raises ValueError if the table is of several models or lacks it."""
     if "model" in table and table["model"].nunique() > 1:
         models = ", ".join(map(repr, table["model"].unique()))
-        raise ValueError(f"one figure is of one model, the table of {models}: give table[table['model'] == ...]")
+        raise ValueError(f"a figure shows one model, but the table has {models}: give table[table['model'] == ...]")
     return metrics_of(table)[0] if metric is None else one_of("metric", metric, map(str, table))
 
 

@@ -38,7 +38,7 @@ def limits_of(x: Target | Tensor, *, coverage: float = 0.995, margin: float = 0.
     """A square that holds the fraction `coverage` of the points along each axis, with a margin around it.
 
     Args:
-        x: points (..., 2), or a target, of which points are drawn.
+        x: points (..., 2), or a target to draw points from.
         coverage: the central fraction of the points along each axis.
         margin: blank border, in units of half the square's side.
     """

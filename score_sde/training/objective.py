@@ -112,7 +112,7 @@ class LabelDropout:
         if not left_out:
             raise ValueError(f"label_dropout={self.share}, and the data have no conditions: leave it out")
         if without := sorted(left_out.keys() - self.nulls.keys()):
-            raise ValueError(f"label_dropout={self.share} knows no null of the condition {without[0]!r}: give one, "
+            raise ValueError(f"label_dropout={self.share} has no null value for the condition {without[0]!r}: give one, "
                              f"nulls={{{without[0]!r}: <the value that means no condition>}}")  # fmt: skip
         first = next(iter(left_out.values()))
         dropped = draw(torch.rand, first.shape[:1], generator, device=first.device) < self.share

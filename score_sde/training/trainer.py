@@ -174,7 +174,7 @@ class Trainer:
         if self.patience is not None:
             self.patience = whole("patience", self.patience)
             if not self.test_every:
-                raise ValueError("patience waits for held-out losses, and test_every=0 has none: give test_every=500")
+                raise ValueError("patience needs held-out losses, and test_every=0 computes none: give test_every=500")
         self._check_averages()
         self._check_machine()
 
@@ -225,9 +225,7 @@ class Trainer:
                 f"accumulate={self.accumulate}: it is the batch of all processes together"
             )
         if self.patience is not None and not data.has_test:
-            raise ValueError(
-                "patience waits for held-out losses, and the data hold nothing out: give them held_out=0.1"
-            )
+            raise ValueError("patience needs held-out losses, and the data hold nothing out: give them held_out=0.1")
         _check_times(model, time_sampler)
         _check_data(model, data)
 

@@ -71,7 +71,7 @@ class KarrasWeighting(Weighting):
     """lambda = (s^2 + sigma_data^2) / (s sigma_data)^2: with the Karras parameterization lambda c_out^2 = 1.
 
     sigma_data is the root mean square of the data. Karras et al. 2022, https://arxiv.org/abs/2206.00364, section 5.
-    Raises ValueError where it is not positive.
+    Raises ValueError if it is not positive.
     """
 
     def __init__(self, sigma_data: float = 0.5) -> None:
@@ -84,7 +84,7 @@ class KarrasWeighting(Weighting):
 class MinSNRWeighting(Weighting):
     """lambda = min(alpha^2 / sigma^2, gamma) (Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4).
 
-    Raises ValueError where gamma is not positive.
+    Raises ValueError if gamma is not positive.
     """
 
     def __init__(self, gamma: float = 5.0) -> None:

@@ -105,7 +105,7 @@ def test_stream_follows_its_target_and_references_are_fresh():
 
 
 def test_a_share_held_out_that_is_no_example_is_warned_of():
-    with pytest.warns(UserWarning, match=r"held_out=0.1 of 9 examples is none: samples will be held against training"):
+    with pytest.warns(UserWarning, match=r"held_out=0.1 of 9 examples rounds down to none: samples will be compared"):
         data = TensorData(torch.zeros(9, 2), held_out=0.1)
     assert not data.has_test
 
@@ -269,7 +269,7 @@ def test_files_give_their_arrays(tmp_path):
     assert load_file(tmp_path / "b.npz", labels="y").num_classes == 3
     with pytest.raises(ValueError, match="has no array images, only x, y"):
         load_file(tmp_path / "b.npz", x="images")
-    with pytest.raises(ValueError, match=r"no \.npy or \.npz"):
+    with pytest.raises(ValueError, match=r"not a \.npy or \.npz"):
         load_file(tmp_path / "c.csv")
 
 

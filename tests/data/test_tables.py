@@ -70,7 +70,7 @@ def test_what_parquet_does_not_hold_is_named(tmp_path):
         parquet(tmp_path / "empty")
     table = pyarrow.table({"image": [png(IMAGES[0]), b"no image"], "label": ["cat", "dog"]})
     pq.write_table(table, tmp_path / "empty/b.parquet")
-    with pytest.raises(ValueError, match="'label' holds no integers"):
+    with pytest.raises(ValueError, match="'label' does not hold integers"):
         parquet(tmp_path / "empty", label="label")
     with pytest.raises(ValueError, match=r"b\.parquet row 1 cannot be read as an image"):
         parquet(tmp_path / "empty")

@@ -211,7 +211,7 @@ def test_of_data_of_ones_own_the_examples_of_some_classes_are_picked():
     assert (part.num_classes, part.class_names) == (4, ("a", "b", "c", "d"))
     assert part.reference(20).x[:, 0].tolist() == list(range(0, 1000, 100))
     assert part.batch(1, 3, slice(1, None)).x.shape == (2, 2)
-    with pytest.raises(ValueError, match="hardly a training example has label 3"):
+    with pytest.raises(ValueError, match="too few training examples have label 3"):
         part.of_classes([3]).batch(0, 1)
     with pytest.raises(ValueError, match="have no labels"):
         TargetStream(targets.make("ring")).of_classes([0])

@@ -262,7 +262,7 @@ def test_conditions_of_other_names_are_dropped_to_their_own_null_or_refused() ->
     assert torch.equal(dropped, said["label"] == -1)  # all conditions of an example together
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)  # four standard errors
     assert torch.equal(said["theta"][~dropped], theta[~dropped])
-    with pytest.raises(ValueError, match="knows no null of the condition 'theta': give one, nulls="):
+    with pytest.raises(ValueError, match="has no null value for the condition 'theta': give one, nulls="):
         LabelDropout(0.25)({"theta": theta}, generator(0, "drop"))
     with pytest.raises(ValueError, match="the data have no conditions: leave it out"):
         LabelDropout(0.25)({"augment": augment}, generator(0, "drop"))
