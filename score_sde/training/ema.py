@@ -99,7 +99,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor], batch_size: int, images: int) -> None:
-        """Includes the weights after a step on `batch_size` images, which `images` others came before."""
+        """Averages in the weights after a step on `batch_size` images; `images` were seen before that step."""
         if self.converts:
             weights = [w.to(average.dtype) for w, average in zip(weights, self.tensors, strict=True)]
         torch._foreach_lerp_(self.tensors, list(weights), 1 - self.decay(batch_size, images))

@@ -21,7 +21,7 @@ __all__ = ["MetricsLog", "Window"]
 
 
 class Window:
-    """Means since the last `read`, which alone waits for the device; `add` does not."""
+    """Means since the last `read`. Only `read` waits for the device, `add` does not."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._names = device, ["loss"]

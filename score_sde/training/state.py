@@ -64,7 +64,17 @@ def _coefficients(model: LearnedScore) -> Tensor:
 
 
 class TrainingState:
-    """Model, averages, optimiser, step count and metrics of a run, and the operations on them."""
+    """Model, averages, optimiser, step count and metrics of a run, and the operations on them.
+
+    Attributes:
+        step: number of steps taken.
+        strategy: how weights are placed on processes.
+        view: the model that objectives call, its network wrapped and compiled; None before the first step.
+        averages: the averaged weights by name, "ema" first.
+        window: metrics since the last report.
+        nonfinite, reported: non-finite steps in all, and the step, as of the last report.
+        peak, flops: the device's peak FLOP/s, if known, and the FLOPs of an example, from the first step on.
+    """
 
     def __init__(
         self,
@@ -115,18 +125,7 @@ class TrainingState:
             self.flops = flops_per_example(self.model, batches[0].to(self.model.device))
         source = generator(self.seed, "step", self.step, device=self.device)
         times = self.time_sampler(self.model.sde, size, source)
-        for parameter in self.strategy.parameters:
-            parameter.grad = None
-        rows = self.micro_batches()
-        if self.view is None:
-            self.view = self._connected(batches[0], rows[0], times, source)
-        self._seed_dropout(key(self.seed, "dropout", self.step, *([distributed.rank()] if distributed.rank() else [])))
-        keys = self._dropout_keys()
-        parts = []
-        for batch, part in zip(batches, rows, strict=True):
-            with keyed(self.dropouts, keys[:, part]):
-                parts.append(self._differentiated(batch, part, times, source, last=part is rows[-1]))
-        found = Losses.joined(parts)
+        found = self._gradient(batches, times, source)
         self._update(found, times.u[distributed.share(size)])
         if type(self.time_sampler).update is not TimeSampler.update:  # gathering waits for the device
             self.time_sampler.update(times, distributed.gather(found.loss))
@@ -134,8 +133,26 @@ class TrainingState:
             average.update(self.strategy.held, size, self.step * size)
         self.step += 1
 
-    def _seed_dropout(self, seed: int) -> None:
-        """Seeds torch's global generators of the host and of this device; torch.manual_seed would seed all devices, slowly."""
+    def _gradient(self, batches: Sequence[Batch], times: Times, source: torch.Generator) -> Losses:
+        """Computes the gradient of the global batch's mean loss; returns the losses of this process's examples."""
+        for parameter in self.strategy.parameters:
+            parameter.grad = None
+        micro_batches = self.micro_batches()
+        if self.view is None:
+            self.view = self._connected(batches[0], micro_batches[0], times, source)
+        self._seed_dropout()
+        keys = self._dropout_keys()
+        losses = []
+        for batch, rows in zip(batches, micro_batches, strict=True):
+            with keyed(self.dropouts, keys[:, rows]):
+                losses.append(self._differentiated(batch, rows, times, source, last=rows is micro_batches[-1]))
+        return Losses.joined(losses)
+
+    def _seed_dropout(self) -> None:
+        """Seeds torch's global generators, for `torch.nn.Dropout`, by (seed, step), and by the process after the first."""
+        process = [distributed.rank()] if distributed.rank() else []
+        seed = key(self.seed, "dropout", self.step, *process)
+        # Of the host and this device alone: torch.manual_seed would look for every other one.
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)

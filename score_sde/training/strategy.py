@@ -50,7 +50,7 @@ class Single:
         """Called after the last step."""
 
     def gradients(self) -> list[Tensor]:
-        """Moves the gradients to the held tensors, and returns them."""
+        """Returns the gradients of the held tensors, after setting those of tensors that are not parameters themselves."""
         return [weight.grad for weight in self.held if weight.grad is not None]
 
     def clip(self, limit: float) -> Tensor:
@@ -131,7 +131,7 @@ class Replicated(Single):
         for parameter in self.unreached:
             parameter.requires_grad_(False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of `broadcast_buffers`, whose successor is not in 2.4
+            warnings.simplefilter("ignore", FutureWarning)  # about `broadcast_buffers`, whose replacement torch 2.4 lacks
             self.network = _Transparent(
                 self.network, [self.device] if self.device.type == "cuda" else None,
                 broadcast_buffers=False, gradient_as_bucket_view=True,

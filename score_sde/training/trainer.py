@@ -292,6 +292,7 @@ class Trainer:
                 f"training was interrupted ({stopped.name}) at step {state.step} of {self.steps}", stacklevel=2
             )
         trained = state.shown()[1]
+        # Without label dropout the network has only learnt to predict under a condition, so calls must give it.
         if getattr(getattr(objective, "label_dropout", None), "share", 1.0) == 0:
             trained.needed = trained.condition_names & (data.batch(0, 1).condition.keys() - {"augment"})
         return TrainingResult(trained, state.step, stopped, rows)
@@ -369,7 +370,7 @@ class Trainer:
         self, state: TrainingState, metrics: MetricsLog, bar: Any, outputs: _Outputs, held_out: Batch | None,
         on_evaluate: EvaluateHook | None,
     ) -> None:  # fmt: skip
-        """Writes a row of metrics, with held-out loss and evaluation if due; DivergenceError if too much is not finite."""
+        """Writes a row of metrics, with held-out loss and evaluation if due; raises DivergenceError."""
         row, last_row = state.report(), (state.step - 1) // self.log_every * self.log_every
         if held_out is not None and state.step // self.test_every > last_row // self.test_every:
             with state.window.paused():
