@@ -131,7 +131,7 @@ class Replicated(Single):
         for parameter in self.unreached:
             parameter.requires_grad_(False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # about `broadcast_buffers`, whose replacement torch 2.4 lacks
+            warnings.simplefilter("ignore", FutureWarning)  # on `broadcast_buffers`, as torch 2.4 has no other
             self.network = _Transparent(
                 self.network, [self.device] if self.device.type == "cuda" else None,
                 broadcast_buffers=False, gradient_as_bucket_view=True,

@@ -630,7 +630,7 @@ def test_patience_ends_a_run_whose_held_out_loss_falls_no_more(tmp_path):
 
 
 def test_patience_without_anything_held_out_is_refused():
-    with pytest.raises(ValueError, match="test_every=0 has none"):
+    with pytest.raises(ValueError, match="test_every=0 computes none"):
         tiny.trainer(40, patience=2, test_every=0)
     with pytest.raises(ValueError, match="hold nothing out"):
         tiny.train(None, tiny.trainer(40, patience=2))
