@@ -82,6 +82,7 @@ class Target(ABC):
 
 
 def _weights(weights: Any, count: int) -> Tensor:
+    """Weights (count,), float64, normalised. Raises ValueError unless they are non-negative with a positive sum."""
     weights = torch.as_tensor(weights, dtype=torch.float64)
     if weights.shape != (count,) or not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
         raise ValueError(f"weights are {count} non-negative numbers with a positive sum, "

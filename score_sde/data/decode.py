@@ -101,6 +101,7 @@ class Decoder:
         return pixels.transpose(2, 0, 1), notes
 
     def _fitted(self, image: Image.Image, name: str) -> Image.Image:
+        """The image in the decoder's size, by its `fit`."""
         from PIL import Image
 
         width, height = image.size
@@ -120,6 +121,7 @@ class Decoder:
 
 
 def _opened(source: Source, name: str) -> Image.Image:
+    """The image, turned as its EXIF data say. Raises ValueError if it cannot be read."""
     from PIL import Image, ImageOps
 
     try:
@@ -131,6 +133,7 @@ def _opened(source: Source, name: str) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
+    """The image with 16-bit values cut to their high byte. Raises ValueError for 32-bit values."""
     from PIL import Image
 
     if image.mode == "F":
@@ -145,6 +148,7 @@ def _eight_bit(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
 
 
 def _flattened(image: Image.Image, notes: list[str]) -> Image.Image:
+    """The image, composited on white if it has transparency."""
     from PIL import Image
 
     if "transparency" not in image.info and "A" not in image.getbands() and "a" not in image.getbands():

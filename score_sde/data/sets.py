@@ -92,6 +92,7 @@ def cifar10(
 
 
 def _idx_set(path: Path, source: str, labels: bool, **options: Any) -> TensorData:
+    """The data of the four idx files in a folder; `source` says where they are available."""
     files = {part: _idx_file(path, *words, source) for part, words in _IDX.items()}
 
     def read(part: str) -> tuple[Array, Array]:
@@ -102,6 +103,7 @@ def _idx_set(path: Path, source: str, labels: bool, **options: Any) -> TensorDat
 
 
 def _data(train: Examples, test: Examples, labels: bool, **options: Any) -> TensorData:
+    """`TensorData(**options)` of both sets, without their labels unless `labels`."""
     if not labels:
         train, test = (part._replace(labels=None) for part in (train, test))
     return TensorData(train.x, train.labels, test=test, fingerprint=train.fingerprint, **options)
@@ -135,6 +137,7 @@ _IDX = {
 
 
 def _idx_file(folder: Path, stem: str, kind: str, source: str) -> Path:
+    """The idx file by any of its usual names. Raises ValueError if there is none."""
     names = [f"{stem}{joint}{kind}{suffix}" for suffix in ("", ".gz") for joint in ("-", ".")]
     for name in names:
         if (folder / name).is_file():
@@ -174,6 +177,7 @@ def _cifar_layout(path: Path) -> tuple[Path, tuple[str, Callable[[Path], tuple[A
 
 
 def _binary_batch(file: Path) -> tuple[Array, Array]:
+    """Images uint8 (n, 3, 32, 32) and labels int64 (n,), as are those of the other readers."""
     raw = np.frombuffer(file.read_bytes(), np.uint8)
     if len(raw) == 0 or len(raw) % 3073:
         raise ValueError(f"{file} is incomplete: {len(raw)} bytes, not a multiple of 3073")
@@ -199,6 +203,7 @@ def _sheet(file: Path) -> tuple[Array, Array]:
 
 
 def _classes(labels: Array, file: Path) -> Array:
+    """Labels as int64. Raises ValueError unless they are in 0..9."""
     if len(labels) == 0 or labels.min() < 0 or labels.max() > 9:
         raise ValueError(f"{file} has labels outside 0..9: download it again")
     return labels.astype(np.int64)

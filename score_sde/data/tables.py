@@ -114,6 +114,7 @@ def _parquet_images(path: Path, image: str, label: str | None) -> Images:
 
 
 def _readable(parquet: Any, file: Path, columns: list[str]) -> Any:
+    """The opened file. Raises ValueError if it is damaged or lacks a column."""
     try:
         table = parquet.ParquetFile(file)
     except (OSError, ValueError) as error:
@@ -147,6 +148,7 @@ def _integers(classes: Any, label: str | None, where: object) -> np.ndarray[Any,
 
 
 def _dataset(path: Path) -> Any:
+    """The dataset, or mapping of splits, in a folder."""
     datasets = _needed("datasets")
     if not path.is_dir():
         raise ValueError(f"{path} does not exist: set data.path to the folder of a dataset")
@@ -185,6 +187,7 @@ def _dataset_images(dataset: Any, image: str, label: str | None, title: str) -> 
 
 
 def _needed(module: str) -> Any:
+    """The imported module. Raises ImportError with the extra that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

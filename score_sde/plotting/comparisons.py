@@ -257,9 +257,9 @@ def sample_panels(
         reference: the law of the data, or examples of it, shown in the first row.
         absent: (sampler, budget) -> a word to show in place of missing samples.
     """
-    said = dict(absent or {})
-    names = list(dict.fromkeys(name for name, _ in (*samples, *said)))
-    budgets = sorted({budget for _, budget in (*samples, *said)}, key=lambda budget: (budget == 0, budget))
+    words = dict(absent or {})
+    names = list(dict.fromkeys(name for name, _ in (*samples, *words)))
+    budgets = sorted({budget for _, budget in (*samples, *words)}, key=lambda budget: (budget == 0, budget))
     first = next(iter(samples.values()))
     law = reference if reference is not None else first
     figure, axes = panels(len(budgets), 1 + len(names), width=1.15, height=1.15)
@@ -275,7 +275,7 @@ def sample_panels(
             else:
                 ax.set(xticks=[], yticks=[], aspect="equal")
                 ax.spines[:].set_visible(False)
-                ax.text(0.5, 0.5, said.get((name, budget), ""), ha="center", va="center", fontsize=7, color=RULE)
+                ax.text(0.5, 0.5, words.get((name, budget), ""), ha="center", va="center", fontsize=7, color=RULE)
         row[0].set_ylabel(name.replace("_", "\n"), fontsize=7, color=INK)
     for ax, budget in zip(axes[1], budgets, strict=True):
         ax.set_title(f"{budget} calls" if budget else "own steps", fontsize=8)

@@ -156,6 +156,7 @@ def _writing(file: Path) -> Iterator[None]:
 
 
 def _flush(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
