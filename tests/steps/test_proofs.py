@@ -190,6 +190,28 @@ def test_the_weak_order_is_at_least_the_declared_one(sde, step):
     assert math.log2(coarse / fine) > step.order - 0.3
 
 
+# --- where a move goes on from -----------------------------------------------------------------------------------------
+
+
+@each(SOLVERS)
+def test_a_move_goes_on_from_the_predictions_x_if_the_step_says_so(step):
+    """Of predictions that are all of one point, where a move began does not count; history and noise aside."""
+    sde, times = VPSDE(), torch.tensor([0.8, 0.6, 0.4], dtype=F64)
+    model, rows = ExactScore(mixture(), sde), step.plan(sde, times[:-1], times[1:])
+
+    def at_one_point(x, t):
+        return model(torch.full_like(x, 0.3), t)
+
+    def end(x):
+        history = ()
+        for row in rows:
+            moved, history = step.advance(row, x, history, at_one_point, lambda k: x * 0)
+        return moved
+
+    starts = (torch.full((1, *model.event_shape), value, dtype=F64) for value in (-1.0, 2.0))
+    assert torch.equal(*map(end, starts)) == step.takes_x
+
+
 # --- 5: batch independence --------------------------------------------------------------------------------------------
 
 
