@@ -21,15 +21,18 @@ from score_sde.sde import expand
 Coefficient = float | Tensor
 
 
+def scaled(c: Coefficient, x: Tensor) -> Tensor:
+    """c x for a float or a tensor of shape () or (batch,)."""
+    return (expand(c, x) if isinstance(c, Tensor) else c) * x
+
+
 def affine(p: Coefficient, x: Tensor, q: Coefficient, y: Tensor) -> Tensor:
-    """p x + q y for coefficients that are floats or float64 tensors of shape (batch,)."""
-    if isinstance(p, Tensor):
-        p = expand(p, x)
-    elif p == 0.0:
-        return y if isinstance(q, float) and q == 1.0 else (expand(q, x) if isinstance(q, Tensor) else q) * y
-    if isinstance(q, Tensor):
-        return p * x + expand(q, x) * y
-    return (p * x).add_(y, alpha=q) if not (x.requires_grad or y.requires_grad) else p * x + q * y
+    """p x + q y for coefficients that are floats or tensors of shape () or (batch,); may be y itself."""
+    if not isinstance(p, Tensor) and p == 0.0:
+        return y if isinstance(q, float) and q == 1.0 else scaled(q, y)
+    if isinstance(q, Tensor) or x.requires_grad or y.requires_grad:
+        return scaled(p, x) + scaled(q, y)
+    return scaled(p, x).add_(y, alpha=q)
 
 
 @dataclass(frozen=True, repr=False)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from score_sde.checks import number, one_of, real
 from score_sde.parameterization import Denoised, Flow, Noise, Parameterization, Row, Score, Velocity
-from score_sde.prediction import Coefficient, Prediction
+from score_sde.prediction import Coefficient, Prediction, scaled
 from score_sde.sde import SDE, Time, as_time, expand
 
 
@@ -146,7 +146,7 @@ def checked_condition(
     Raises:
         ValueError, TypeError: see `ScoreModel.check`; or a label is not a class of the model.
     """
-    given = _spread(model, shape[0] if len(shape) else 0, condition, device)
+    given = _repeated(model, shape[0] if len(shape) else 0, condition, device)
     model.check(shape, given)
     if missing := sorted(model.needed - given.keys()):
         warnings.warn(f"this network was trained with each example's {' and '.join(missing)} and has not learnt to do "
@@ -160,7 +160,7 @@ def in_rows(model: ScoreModel, count: int, condition: Mapping[str, Any] | None) 
     Raises:
         ValueError: it has another number of rows, or a label is not a class of the model.
     """
-    given = {name: torch.as_tensor(value) for name, value in _spread(model, count, condition, model.device).items()}
+    given = {name: torch.as_tensor(value) for name, value in _repeated(model, count, condition, model.device).items()}
     for name, value in given.items():
         if value.ndim == 0 or len(value) != count:
             rows = "one value" if value.ndim == 0 else f"{len(value)} rows"
@@ -168,7 +168,9 @@ def in_rows(model: ScoreModel, count: int, condition: Mapping[str, Any] | None) 
     return {name: value.to(model.device) for name, value in given.items()}
 
 
-def _spread(model: ScoreModel, count: int, condition: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any]:
+def _repeated(
+    model: ScoreModel, count: int, condition: Mapping[str, Any] | None, device: torch.device
+) -> dict[str, Any]:
     """The condition with a single label or context, bare or as the only row, repeated for each of `count` samples."""
     given = dict(condition or {})
     label = given.get("label")
@@ -389,25 +391,25 @@ class LearnedScore(nn.Module, ScoreModel):
     def _inputs(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """The network's arguments: c_in x, c_noise of shape (batch,) and the conditions, in the dtype of its weights."""
         dtype = x.dtype if self._weight is None else self._weight.dtype
-        if isinstance(row.c_in, Tensor):
-            scaled = expand(row.c_in, x) * x
-            c_noise = row.c_noise.to(x.device, at_least_single(dtype)).expand(x.shape[0])
+        real, batch, inputs = at_least_single(dtype), x.shape[0], scaled(row.c_in, x)
+        if isinstance(row.c_noise, Tensor):
+            c_noise = row.c_noise.to(x.device, real).expand(batch)
         else:
-            scaled, c_noise = row.c_in * x, x.new_full((x.shape[0],), row.c_noise, dtype=at_least_single(dtype))
+            c_noise = x.new_full((batch,), row.c_noise, dtype=real)
         given = {
             name: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for name, v in condition.items()
         }
-        return scaled.to(dtype), c_noise, given
+        return inputs.to(dtype), c_noise, given
 
     def _network(self, x: Tensor, row: Any, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """F, and the weight w of a learnt variance."""
-        scaled, c_noise, conditions = self._inputs(x, row, condition)
-        output = self.network(scaled, c_noise, **conditions)
+        inputs, c_noise, conditions = self._inputs(x, row, condition)
+        output = self.network(inputs, c_noise, **conditions)
         if not isinstance(output, Tensor) or output.shape != self._output_shape(x):
             given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise ValueError(f"{type(self.network).__name__} gives {given} for x of shape "
                              f"{tuple(x.shape)}: it must be {self._output_shape(x)}")  # fmt: skip
-        if scaled.dtype != x.dtype:
+        if inputs.dtype != x.dtype:
             output = output.to(x.dtype)
         if not self.learns_variance:
             return output, None
@@ -586,8 +588,7 @@ class ReparameterizedScore(WrappedScore):
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         alpha, sigma, inner, ratio = self._level(t)
-        scaled = (expand(ratio, x) if isinstance(ratio, Tensor) else ratio) * x
-        inside = self.model(scaled, inner, **condition)
+        inside = self.model(scaled(ratio, x), inner, **condition)
         return replace(inside, x=x, alpha=alpha, sigma=sigma, c_skip=inside.c_skip * ratio, variance_weight=None)
 
     def prepare(self, times: Iterable[float]) -> None:

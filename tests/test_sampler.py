@@ -374,6 +374,7 @@ def test_impossible_samplers_are_refused(build, message):
         ({"noise": SampleNoise(range(3))}, ValueError, "3 seeds for a batch of 4"),
         ({"x_init": torch.zeros(3, 2)}, ValueError, r"x_init has shape \(3, 2\)"),
         ({"x_init": torch.zeros(4, 2, dtype=torch.uint8)}, TypeError, "floating-point"),
+        ({"x_init": [[0.0, 0.0]] * 4}, TypeError, "x_init is a tensor, got list"),
         ({"condition": {"lable": 1}}, TypeError, "unknown condition 'lable'"),
         ({"shape": 10}, ValueError, r"shape is \(batch, 2\) for this model, got 10"),
         ({"shape": (-1, 2)}, ValueError, "size in shape >= 0, got size in shape=-1"),

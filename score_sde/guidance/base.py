@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from score_sde.networks.blocks import twice_differentiable
-from score_sde.prediction import Coefficient, Prediction
+from score_sde.prediction import Prediction, scaled
 from score_sde.score import ScoreModel
-from score_sde.sde import Time, expand
+from score_sde.sde import Time
 
 Pull = Callable[[Tensor], Tensor]
 """v -> J^T v for the denoiser's Jacobian J = dD / dx, each sample by itself."""
@@ -35,11 +35,6 @@ def check_alike(what: str, model: ScoreModel, other: ScoreModel) -> None:
     if not torch.allclose(kernels[0], kernels[1]):
         raise ValueError(f"{what} takes two models of one process, got {model.sde!r} and {other.sde!r}: "
                          "reparameterize(model, sde) brings one to the other's process")  # fmt: skip
-
-
-def scaled(c: Coefficient, x: Tensor) -> Tensor:
-    """c x for a float or a tensor of shape (batch,)."""
-    return (expand(c, x) if isinstance(c, Tensor) else c) * x
 
 
 def moved(prediction: Prediction, by: Tensor) -> Prediction:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import number, one_of, whole
-from score_sde.guidance.base import Pull, moved, pushed, scaled, with_pull
+from score_sde.guidance.base import Pull, moved, pushed, with_pull
 from score_sde.guidance.operators import LinearOperator, Operator
-from score_sde.prediction import Coefficient, Prediction
+from score_sde.prediction import Coefficient, Prediction, scaled
 from score_sde.score import ScoreModel, WrappedScore
 from score_sde.sde import Time, expand
 
