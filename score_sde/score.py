@@ -183,7 +183,7 @@ def _repeated(
             value = torch.as_tensor(given[name], device=device)
             if value.ndim == single and (single == 0 or len(value) != count):
                 value = value.unsqueeze(0)
-            shared = len(value) == 1 != count
+            shared = value.ndim > 0 and len(value) == 1 != count
             given[name] = value.expand(count, *value.shape[1:]).contiguous() if shared else value
     label = given.get("label")
     if isinstance(label, Tensor) and model.num_classes:

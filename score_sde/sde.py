@@ -161,7 +161,7 @@ class SDE(ABC):
         near = 1e-9 * (ends.flip(0) - ends)  # a difference quotient costs a thirtieth of the derivative
         level = self.half_log_snr(ends)
         change = self.half_log_snr(ends + near) - level
-        change = torch.where(change == 0, near.sign().neg(), change)  # flat: any slope, so that no gradient is NaN
+        change = torch.where(change == 0, -near, change)  # flat: a slope of 1, so that no gradient is NaN
         beyond = ends + (value.unsqueeze(-1) - level) * near / change
         t = torch.where(value > level[0], beyond[..., 0], torch.where(value < level[1], beyond[..., 1], t))
         return t.to(target.dtype)

@@ -139,8 +139,8 @@ class GaussianMixture(Target):
             (K, D), variances = self.means.shape, self.covariances
             self.covariances = variances.expand(K)[:, None, None] * torch.eye(D, dtype=torch.float64)
         if self.means.ndim != 2 or self.covariances.shape != (*self.means.shape, self.means.shape[-1]):
-            raise ValueError(f"means have shape (K, D) and covariances (K, D, D), got {tuple(self.means.shape)} and "
-                             f"{tuple(self.covariances.shape)}")  # fmt: skip
+            raise ValueError(f"means have shape (K, D) and covariances (K, D, D), or variances (K,) or (), got "
+                             f"{tuple(self.means.shape)} and {tuple(self.covariances.shape)}")  # fmt: skip
         self.weights = _weights(weights, len(self.means))
         if not (torch.isfinite(self.means).all() and torch.isfinite(self.covariances).all()):
             raise ValueError("means and covariances must be finite")
