@@ -98,8 +98,13 @@ def karras(sde: SDE, steps: int, rho: float = 7.0) -> Tensor:
     """
     if not 0 < number("rho", rho) < math.inf:
         raise ValueError(f"the Karras grid needs a finite rho > 0, got rho={rho}")
-    first, last = (level ** (1 / rho) for level in sde.noise_level_range)
-    return _between(sde, sde.time_at_noise_level((first + _fractions(steps) * (last - first)) ** rho))
+    return _between(sde, sde.time_at_noise_level(_karras_levels(*sde.noise_level_range, steps, rho)))
+
+
+def _karras_levels(high: float, low: float, steps: int, rho: float = 7.0) -> Tensor:
+    """steps + 1 noise levels from high to low, in equal steps of level^(1 / rho)."""
+    first, last = high ** (1 / rho), low ** (1 / rho)
+    return (first + _fractions(steps) * (last - first)) ** rho
 
 
 exponential = log_snr  # equal ratios of the noise level, under k-diffusion's name
@@ -311,8 +316,7 @@ def restart(
         if not bottom < high <= levels.max().item() or repeats < 1:
             raise ValueError("a restart interval is (low, high, down, repeats), low < high within the grid's levels "
                              f"and repeats >= 1; got {(low, high, down, repeats)}")  # fmt: skip
-        fall = (high ** (1 / 7) + _fractions(down) * (bottom ** (1 / 7) - high ** (1 / 7))) ** 7
-        inner = sde.time_at_noise_level(fall[:-1])
+        inner = sde.time_at_noise_level(_karras_levels(high, bottom, down)[:-1])
         jumps[place] = torch.cat(
             [jumps.get(place, times[:0]), torch.cat([inner, times[place : place + 1]]).repeat(repeats)]
         )

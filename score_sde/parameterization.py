@@ -137,6 +137,7 @@ LEVELS = ("time", "log_sigma")
 PREDICTIONS: dict[str, Parameterization] = {
     "noise": Noise(), "velocity": Velocity(), "denoised": Denoised(), "flow": Flow()
 }  # fmt: skip
+"""What the output of a `Published` network may be, by name, up to its sign."""
 
 
 class Published(Parameterization):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from score_sde.checks import number, one_of, real
-from score_sde.parameterization import Denoised, Flow, Noise, Parameterization, Row, Score, Velocity
+from score_sde.parameterization import PREDICTIONS, Parameterization, Row, Score
 from score_sde.prediction import Coefficient, Prediction, scaled
 from score_sde.sde import SDE, Time, as_time, expand
 
@@ -469,9 +469,7 @@ class ExactScore(ScoreModel):
         return f"ExactScore({self.target!r}, {self.sde!r})"
 
 
-MEANINGS: Mapping[str, Parameterization] = {
-    "score": Score(), "denoised": Denoised(), "noise": Noise(), "velocity": Velocity(), "flow": Flow(),
-}  # fmt: skip
+MEANINGS: Mapping[str, Parameterization] = {"score": Score(), **PREDICTIONS}
 """What the function of a `FunctionScore` may return, by name."""
 
 

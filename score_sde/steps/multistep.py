@@ -75,7 +75,7 @@ def check_order(step: object, order: int) -> int:
 
 
 def check_strength(step: object, eta: float) -> float:
-    """eta as a float, or a ValueError where it is no number >= 0 with a finite square."""
+    """eta as a float, or a ValueError where it is not a number >= 0 with a finite square."""
     value = number("eta", eta, 0)
     if not value * value < math.inf:
         raise ValueError(f"{type(step).__name__} needs a noise strength eta >= 0 with a finite square, got eta={eta}")
