@@ -18,7 +18,7 @@ from torch import Tensor
 
 from score_sde.guidance.operators import LinearOperator
 from score_sde.sde import SDE
-from score_sde.steps.step import Draw, Evaluate, History, Step
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
 
 
 class ImputeRow(NamedTuple):
@@ -65,7 +65,7 @@ class Impute(_ObservedStep):
     calls = 0
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[ImputeRow]:
-        return [ImputeRow(*pair) for pair in zip(sde.alpha(s).tolist(), sde.sigma(s).tolist(), strict=True)]
+        return [ImputeRow(*row) for row in tuples(finite(self, sde, t, [sde.alpha(s), sde.sigma(s)]))]
 
     def advance(
         self, row: ImputeRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
@@ -118,8 +118,8 @@ class DDRM(_ObservedStep):
         self.eta, self.eta_b = float(eta), float(eta_b)
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[DDRMRow]:
-        columns = (t, sde.alpha(t), sde.alpha(s), sde.noise_level(t), sde.noise_level(s))
-        return [DDRMRow(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        columns = [t, sde.alpha(t), sde.alpha(s), sde.noise_level(t), sde.noise_level(s)]
+        return [DDRMRow(*row) for row in tuples(finite(self, sde, t, columns))]
 
     def advance(
         self, row: DDRMRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw

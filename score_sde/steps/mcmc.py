@@ -19,7 +19,7 @@ from torch import Tensor
 from score_sde.checks import whole
 from score_sde.sde import SDE, expand
 from score_sde.steps.langevin import _Langevin
-from score_sde.steps.step import Draw, Evaluate, History, Step
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
 
 
 class UnadjustedLangevin(_Langevin):
@@ -89,7 +89,7 @@ class MetropolisLangevin(_Chain):
         self.calls = self.repeats + 1  # one for each proposal and one for the start
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
-        return [ChainRow(*row) for row in zip(t.tolist(), (self.ratio * sde.sigma(t) ** 2).tolist(), strict=True)]
+        return [ChainRow(*row) for row in tuples(finite(self, sde, t, [t, self.ratio * sde.sigma(t) ** 2]))]
 
     def advance(
         self, row: ChainRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
@@ -136,8 +136,7 @@ class KineticLangevin(_Chain):
         self.persistence, self.calls = float(persistence), self.repeats
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
-        h = math.sqrt(2 * self.ratio) * sde.sigma(t)
-        return [ChainRow(*row) for row in zip(t.tolist(), h.tolist(), strict=True)]
+        return [ChainRow(*row) for row in tuples(finite(self, sde, t, [t, math.sqrt(2 * self.ratio) * sde.sigma(t)]))]
 
     def advance(
         self, row: ChainRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw

@@ -9,7 +9,7 @@ import torch
 
 from score_sde import DDIM, VPSDE, ExactScore, GaussianMixture, LearnedScore, Sampler, grid
 from score_sde.evaluation.exact_laws import stationary_variance
-from score_sde.guidance import Classifier
+from score_sde.guidance import Classifier, Impute, Mask
 from score_sde.parameterization import Denoised
 from score_sde.steps import KineticLangevin, LangevinCorrector, MetropolisLangevin, UnadjustedLangevin
 
@@ -168,3 +168,19 @@ def test_a_corrector_that_never_acts_changes_nothing():
 def test_unknown_options_are_refused_when_the_step_is_built(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+IMPUTE = Impute(Mask((2,), torch.tensor([True, False])), torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "step", [MetropolisLangevin(), KineticLangevin(), IMPUTE], ids=lambda step: type(step).__name__
+)
+def test_a_visit_without_a_finite_step_size_is_refused(step):
+    class Hole(VPSDE):
+        def sigma(self, t):
+            return super().sigma(t).where(t < 0.5, torch.nan)
+
+    t = torch.tensor([0.4, 0.9], dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"{type(step).__name__} has no finite coefficients at t=0.9"):
+        step.plan(Hole(), t, t)
