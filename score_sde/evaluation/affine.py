@@ -1,11 +1,11 @@
 r"""The Gaussian certificate of guidance: the exact law of a sampler's output, without Monte Carlo.
 
-On Gaussian data every denoiser D(x, t) is affine in x, and so are most guided ones; then each move of a sampler is too,
+On Gaussian data the denoiser D(x, t) is affine in x, and so are most guided ones. Each move of a sampler then is, too,
 
     x_s = f_i + F_i x_t + G_i z,    m <- f_i + F_i m,    C <- F_i C F_i^T + G_i G_i^T,
 
-and what it samples is N(m, C), to be held against the exact posterior. f, F and G are read off by running the move
-itself on basis vectors, so that nothing is assumed of the step or the method but that they are affine.
+and its samples have the law N(m, C), which is compared with the exact posterior. f, F and G are found by running the move
+on basis vectors, so the step and the method need to be affine, and nothing else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Law(NamedTuple):
     covariance: Tensor
 
     def then(self, out: Tensor) -> Law:
-        """The law after an affine map, given by its values at x = 0, at unit x, and at unit noise."""
+        """The law after an affine map; the rows of `out` are its values at x = 0, at each unit x, and at each unit noise."""
         size = len(self.mean)
         offset = out[0]
         move, noise = (out[1 : size + 1] - offset).T, (out[size + 1 :] - offset).T
@@ -42,17 +42,17 @@ class Law(NamedTuple):
 
 @torch.no_grad()
 def sampled_law(sampler: Sampler, model: ScoreModel) -> Law:
-    """The law of a sampler's output on a model of vectors that is affine in x.
+    """The law of a sampler's output for a model that is affine in x.
 
     Args:
-        sampler: whose steps keep no history and draw at most once a move.
+        sampler: its steps keep no history and draw noise at most once per move.
         model: of event shape (d,).
 
     Raises:
         ValueError: a step keeps a history or draws twice, or the output is not affine in x.
     """
-    # A move is run on rows: x = 0 without noise, each unit x without noise, each unit noise at x = 0, and beside these a row
-    # of any x and noise, which is their combination where the move is affine.
+    # A move is run on the rows x = 0 without noise, each unit x without noise, and each unit noise at x = 0. One more row, of
+    # random x and noise, must come out as the combination of these: else the move is not affine.
     (size,) = model.event_shape
     unit, nothing = torch.eye(size, dtype=torch.float64), torch.zeros(1 + size, size, dtype=torch.float64)
     x, z = torch.cat([nothing[:1], unit, nothing[1:]]), torch.cat([nothing, unit])
@@ -64,7 +64,7 @@ def sampled_law(sampler: Sampler, model: ScoreModel) -> Law:
 
     def draw(k: int) -> Tensor:
         if k > 0:
-            raise ValueError(f"the law is followed through one draw a move; {sampler.predictor!r} takes more")
+            raise ValueError(f"the law is followed through one noise draw per move, {sampler.predictor!r} takes more")
         return torch.cat([z, anywhere[1:]])
 
     for move in sampler.plan(model.sde, times):
@@ -73,7 +73,7 @@ def sampled_law(sampler: Sampler, model: ScoreModel) -> Law:
         if history and getattr(move.step, "memory", 1) > 1:
             raise ValueError(f"the law is followed through steps without history, got {move.step!r}")
         if not torch.allclose(other, out[0] + anywhere.flatten() @ (out[1:] - out[0]), rtol=1e-6, atol=1e-9):
-            raise ValueError(f"{move.step!r} is not affine in x and noise, so that what is sampled is no Gaussian")
+            raise ValueError(f"{move.step!r} is not affine in x and noise, so its samples are not Gaussian")
         law = law.then(out)
     return law.then(model(x, times[-1].item()).denoised) if sampler.final == "denoise" else law
 
@@ -81,7 +81,7 @@ def sampled_law(sampler: Sampler, model: ScoreModel) -> Law:
 def _check_affine(model: ScoreModel, x: Tensor, t: float) -> None:
     near, far = model(x, t).denoised, model(3 * x, t).denoised
     if not torch.allclose(far - far[:1], 3 * (near - near[:1]), rtol=1e-6, atol=1e-9):
-        raise ValueError(f"{model!r} is not affine in x, so that what is sampled is no Gaussian")
+        raise ValueError(f"{model!r} is not affine in x, so its samples are not Gaussian")
 
 
 def bias(law: Law, posterior: GaussianMixture) -> pd.Series:

@@ -1,12 +1,12 @@
-r"""What a sampler costs beside its network calls.
+r"""What a sampler costs besides its network calls.
 
-Contenders run in turns, round after round in one process, so that what disturbs the machine disturbs all of them; a
-figure is the median of the rounds' ratios with their quartiles. A sampler of n calls and m draws is held against
+The contenders take turns in every round, in one process, so that a disturbance of the machine affects all of them. Results
+are medians over the rounds of a ratio of times, with quartiles. A sampler of n calls and m noise draws is compared with
 
     loop:     n (x <- a x + b D) + m (x <- x + c z), written by hand with the same raw model function,
-    network:  n calls of the bare network, timed right before it and, as `inside`, in the very same run.
+    network:  n calls of the bare network, timed just before the run and, as `inside`, during the run itself.
 
-CUDA work is timed by events, everything else by the wall clock.
+CUDA work is timed by CUDA events, everything else by the wall clock.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from score_sde.steps.multistep import AdamsBashforth
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured; `quick()` is for tests."""
+    """The sizes of what is measured; `quick()` is for tests."""
 
     loop: tuple[int, ...] = (64, 3, 32, 32)
     steps: int = 100
@@ -79,7 +79,7 @@ class Sizes:
 
     @property
     def few_rounds(self) -> int:
-        """Rounds of what takes long: the network, and the ODE solvers."""
+        """Rounds of the slow parts: the network and the ODE solvers."""
         return max(1, self.rounds // 3)
 
     @classmethod
@@ -91,7 +91,7 @@ class Sizes:
 
 
 def elapsed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that the work takes, on CUDA from event to event."""
+    """Seconds that `work` takes, on CUDA the time between two events."""
     if device.type != "cuda":
         start = time.perf_counter()
         work()
@@ -108,9 +108,10 @@ def elapsed(work: Callable[[], object], device: torch.device) -> float:
 def race(
     contenders: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, progress: bool = False
 ) -> pd.DataFrame:
-    """Seconds of each contender in each round, a column each; one round before the first warms up.
+    """Seconds of each contender (a column) in each round (a row), after one round of warming up.
 
-    Each round has an order of its own, so that coming after another (its caches, its sleeping threads) favours nobody.
+    Every round has another random order, so that nobody gains by always running after the same contender (its caches, its
+    sleeping threads).
     """
     rows, order = [], random.Random(0)
     for _ in tqdm(range(rounds + 1), desc="rounds", disable=not progress, delay=1.0, leave=False):
@@ -132,7 +133,7 @@ class Trivial(ScoreModel):
     """D(x, t) = x / 2: a model that costs one pass over its input.
 
     Attributes:
-        function: the same for a loop written by hand.
+        function: x -> D alone, for a loop written by hand.
     """
 
     def __init__(self, sde: SDE, event_shape: Sequence[int], device: torch.device) -> None:
@@ -159,7 +160,7 @@ class Trivial(ScoreModel):
 
 
 class Timed(WrappedScore):
-    """A model that adds up the seconds spent and the samples seen in it (on a CPU)."""
+    """A model that sums the seconds spent in its calls (on a CPU) and the samples that these were given."""
 
     def __init__(self, model: ScoreModel) -> None:
         super().__init__(model)
@@ -178,14 +179,14 @@ class Timed(WrappedScore):
 
 @dataclass(frozen=True)
 class Entry:
-    """A sampler in the tables and the number of its history's outputs."""
+    """A sampler in the tables, and how many outputs its step combines."""
 
     sampler: Sampler
     outputs: int = 1
 
 
 def entries(steps: int, **options: Any) -> dict[str, Entry]:
-    """One sampler of each family, `steps` moves each."""
+    """One sampler of each family, with `steps` moves."""
     grid = partial(grids.log_snr, steps=steps)
     churned = partial(grids.churn, base=partial(grids.karras, steps=steps), S_churn=0.3 * steps)
     predictors: dict[str, Step] = {
@@ -205,7 +206,7 @@ def entries(steps: int, **options: Any) -> dict[str, Entry]:
 
 
 class Counting(BatchNoise):
-    """Noise of one generator that counts its draws."""
+    """A `BatchNoise` that counts its draws."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -222,7 +223,7 @@ class Counting(BatchNoise):
 
 
 def hand_loop(model: Callable[[Tensor], Tensor], x: Tensor, calls: int, outputs: int = 1, noise: bool = False) -> None:
-    """x <- a x + sum_k b_k D_k (+ c z), as one writes it."""
+    """x <- a x + sum_k b_k D_k (+ c z), as written by hand."""
     generator = torch.Generator(x.device).manual_seed(0)
     a, b, c = 0.9, (0.1, 0.05, -0.03, 0.01)[:outputs], 0.3
     past: list[Tensor] = []
@@ -236,10 +237,10 @@ def hand_loop(model: Callable[[Tensor], Tensor], x: Tensor, calls: int, outputs:
 
 
 def against_a_loop(sizes: Sizes, device: torch.device, progress: bool = False) -> pd.DataFrame:
-    """Each sampler over a loop written by hand, with a trivial model.
+    """Each sampler's time over that of a loop written by hand, with a trivial model.
 
-    Columns: sampler, calls, draws, us (a call), ratio with its quartiles low and high, and `own`, the ratio over the
-    loop of the step's own rule, with as many outputs as its history.
+    Columns: sampler, calls, draws, us (microseconds per call), ratio with its quartiles low and high, and `own`, the ratio
+    to a loop that combines as many outputs as the step does.
     """
     model, x = Trivial(VPSDE(), sizes.loop[1:], device), _images(sizes.loop, device)
     found = entries(sizes.steps)
@@ -280,17 +281,18 @@ class Stopwatch:
 
 
 def against_the_network(sizes: Sizes, device: torch.device, progress: bool = False) -> pd.DataFrame:
-    """Each sampler over its calls x the bare network's time, with a convolutional network of ten million parameters.
+    """Each sampler's time over that of as many calls of the bare network, a U-Net of ten million parameters.
 
-    Columns: sampler, calls, ms (a bare call), ratio with its quartiles, each round's bare calls right before the run,
-    and `inside`, the time over what was spent in the network in the same run, free of the drift between two runs.
+    Columns: sampler, calls, ms (per bare call), ratio to the bare calls timed just before each run, with its quartiles, and
+    `inside`, the ratio to the time spent in the network during the same run, so that drift between two runs does not count
+    (CPU only).
     """
     network = UNet(sizes.network[1:], sizes.width, sizes.multipliers).to(device).eval()
     model = LearnedScore(network, VPSDE(), Noise(), sizes.network[1:])
     x = _images(sizes.network, device)
     rows, found = [], entries(sizes.network_steps)
     if device.type == "cuda":
-        longer = entries(4 * sizes.network_steps)  # past the moves that a graph is captured in
+        longer = entries(4 * sizes.network_steps)  # past the moves during which a graph is captured
         graphed = entries(4 * sizes.network_steps, cuda_graph=True)
         found = longer | {f"{name}, CUDA graph": entry for name, entry in graphed.items()}
     for name, entry in tqdm(found.items(), desc="network", disable=not progress, leave=False):
@@ -317,7 +319,7 @@ def _beside_network(
 
 
 def tables(sizes: Sizes, device: torch.device, progress: bool = False) -> pd.DataFrame:
-    """Milliseconds in which each predictor's table of coefficients is built, columns predictor, steps, ms."""
+    """Milliseconds to build each predictor's table of coefficients; columns predictor, steps, ms."""
     sde, rows = VPSDE(), list[dict[str, Any]]()
     times = grids.log_snr(sde, sizes.table)
     found = {name: step for name, step in discover().items() if step.role == "predictor"}
@@ -368,9 +370,9 @@ def ode_solvers(rtol: float = 1e-5, atol: float = 1e-5) -> dict[str, Solver]:
 def against_the_model(sizes: Sizes, device: torch.device, progress: bool = False) -> pd.DataFrame:
     """ODE solvers at rtol = atol = 1e-5 on the ring of eight Gaussians (weights 1 to 8, exact score, VP, float32).
 
-    Columns: solver, batch, calls (a sample's mean), rms (endpoint error against DOP853 at 1e-10, in data std), seconds,
-    ratio (wall time over the time spent in the model for the samples it was called with) with its quartiles, and
-    `batch_ratio`, wall time over calls x one call of the model with the whole batch, each sample at a time of its own.
+    Columns: solver, batch, calls (mean per sample), rms (endpoint error against DOP853 at 1e-10, in data std), seconds,
+    ratio (wall time over the time spent in the model) with its quartiles, and `batch_ratio`, wall time over `calls` times
+    that of one model call with the whole batch, each sample at its own t.
     """
     model = ExactScore(targets.make("ring", weights=list(range(1, 9))), VPSDE())
     generator = torch.Generator().manual_seed(0)
@@ -406,7 +408,7 @@ def _attempt(solver: Solver, model: ScoreModel, x: Tensor, known: Tensor) -> dic
 
 
 def against_batch_noise(sizes: Sizes, device: torch.device, progress: bool = False) -> pd.DataFrame:
-    """One draw of SampleNoise over one of BatchNoise; columns noise, ms, ratio with its quartiles."""
+    """The time of one draw over that of one of BatchNoise; columns noise, ms, ratio with its quartiles."""
     sources: dict[str, NoiseSource] = {"BatchNoise": BatchNoise(0), "SampleNoise": SampleNoise(range(sizes.loop[0]))}
     streams = {name: source.open(sizes.loop, torch.float32, device) for name, source in sources.items()}
     seconds = race({name: partial(stream, 1, 0) for name, stream in streams.items()}, 3 * sizes.rounds, device)
@@ -428,7 +430,7 @@ PARTS: Mapping[str, Callable[[Sizes, torch.device, bool], pd.DataFrame]] = {
 def benchmark(
     parts: Sequence[str] = tuple(PARTS), device: str = "cpu", sizes: Sizes | None = None, progress: bool = False
 ) -> dict[str, pd.DataFrame]:
-    """The named tables, "loop", "network", "tables", "ode" and "noise".
+    """The tables named in `parts`, of "loop", "network", "tables", "ode" and "noise".
 
     Raises:
         ValueError: a part is unknown, or there is none.
@@ -436,12 +438,12 @@ def benchmark(
     for part in parts:
         one_of("part", part, PARTS)
     if not parts:
-        raise ValueError(f"no part to measure: give some of {', '.join(PARTS)}")
+        raise ValueError(f"parts is empty: give some of {', '.join(PARTS)}")
     return {part: PARTS[part](sizes or Sizes(), torch.device(device), progress) for part in parts}
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine on which the figures were measured."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor()
     return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(), "system": platform.platform(), "load": os.getloadavg()[0]}  # fmt: skip

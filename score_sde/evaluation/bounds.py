@@ -1,10 +1,11 @@
 r"""The variational bound of a score model, term by term on a ladder of times and in continuous time.
 
-On the ladder: see `score_sde.training.variational`. As the ladder is refined the bound becomes
+For the ladder see `score_sde.training.variational`. As the ladder is refined, the bound becomes
 
     -log p(x) <= KL(q(x_T | x) || prior) - E log p(x | x_{t_min}) + int E|eps - eps_hat|^2 dlambda
 
-over [lambda(t_max), lambda(t_min)], estimated with lambda uniform: likelihood weighting with importance sampling.
+with the integral over [lambda(t_max), lambda(t_min)], estimated with uniformly drawn lambda: likelihood weighting with
+importance sampling.
 Source: Kingma et al. 2021, https://arxiv.org/abs/2107.00630, eq. 11 to 18; Song et al. 2021, arXiv:2101.09258.
 """
 
@@ -30,13 +31,13 @@ __all__ = ["Bound", "continuous_bound", "variational_bound"]
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper bound on -log p(x), in nats; bits a dimension by `likelihood.bits_per_dim(-total, ...)`.
+    """An upper bound on -log p(x), in nats; `likelihood.bits_per_dim(-total, ...)` gives bits per dimension.
 
     Attributes:
         prior: KL(q(x_T | x) || prior), shape (batch,).
         decoder: -E log p(x | x_{t_min}), shape (batch,).
-        steps: the terms between, shape (K - 1, batch), times[i + 1] -> times[i] at i; in continuous time one row for
-            each draw, the mean over which is the integral.
+        steps: the terms in between, shape (K - 1, batch), row i for the step times[i + 1] -> times[i]; in continuous time
+            shape (draws, batch), and the integral is their mean.
         times: (K,), float64; empty in continuous time.
         nfe: network calls.
     """
@@ -58,7 +59,7 @@ class Bound:
 
     @property
     def std_error(self) -> float:
-        """Of the mean over the data and over the bound's own noise; NaN for one sample."""
+        """Standard error of the mean, from the data's spread and the bound's own noise; NaN for one sample."""
         return (self.total.std() / math.sqrt(len(self.total))).item()
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
@@ -72,14 +73,14 @@ def variational_bound(
     model: ScoreModel, x: Tensor, *, times: Tensor | None = None, variance: Variance = "large",
     decoder: Decoder | None = None, draws: int = 1, seed: int = 0, condition: Mapping[str, Any] | None = None,
 ) -> Bound:  # fmt: skip
-    """DDPM's bound on clean data x, shape (batch, *event), every term with `draws` draws of x_t.
+    """DDPM's bound on clean data x, shape (batch, *event); each term is a mean over `draws` draws of x_t.
 
     Args:
-        model: of a DiscreteSDE, or of any SDE with `times`.
-        times: (K,) increasing; the ladder of a DiscreteSDE unless given.
+        model: of a DiscreteSDE or, if `times` are given, of any SDE.
+        times: (K,) increasing; by default the ladder of a DiscreteSDE.
         variance: "small", "large" (DDPM's two choices), "learned" (the network's own, on its training ladder) or a callable
             (x_t, index) -> w, e.g. `StepVariance`.
-        decoder: `ContinuousDecoder()` unless given; `DiscretisedDecoder(...)` for data on a lattice.
+        decoder: by default `ContinuousDecoder()`; `DiscretisedDecoder(...)` for data on a lattice.
 
     Raises:
         TypeError: x is not real-valued.
@@ -93,8 +94,8 @@ def variational_bound(
     for i, t in enumerate(ladder.times.tolist()):
         index = torch.full((len(x),), i, device=x.device)
         for _ in range(draws):
-            said = model(model.sde.perturb(x, t, _noise(x, source)), t, **condition)
-            terms[i] += ladder.term(x.double(), said, index, variance, decoder) / draws
+            prediction = model(model.sde.perturb(x, t, _noise(x, source)), t, **condition)
+            terms[i] += ladder.term(x.double(), prediction, index, variance, decoder) / draws
     return Bound(ladder.prior(x), terms[0], terms[1:], ladder.times, len(ladder) * draws)
 
 
@@ -103,7 +104,7 @@ def continuous_bound(
     model: ScoreModel, x: Tensor, *, decoder: Decoder | None = None, draws: int = 32, seed: int = 0,
     condition: Mapping[str, Any] | None = None,
 ) -> Bound:  # fmt: skip
-    """The bound in continuous time on clean data x, from `draws` noise levels for each sample, one in each stratum.
+    """The bound in continuous time on clean data x, from `draws` values of lambda for each sample, one in each stratum.
 
     The decoder is N(D(x_{t_min}), (sigma / alpha)^2 I) at t_min. Raises as `variational_bound` does.
     """
@@ -121,8 +122,8 @@ def continuous_bound(
         steps[i] = (last - first) * error.double().square().flatten(1).sum(1)
     denoised = model(sde.perturb(x, sde.t_min, _noise(x, source)), sde.t_min, **condition).denoised
     level = expand(torch.tensor(-2 * last), x.double())
-    ends_at = decoder(x.double(), denoised.double(), level).flatten(1).sum(1)
-    return Bound(Ladder(sde, ends).prior(x), ends_at, steps, ends[:0], draws + 1)
+    decoded = decoder(x.double(), denoised.double(), level).flatten(1).sum(1)
+    return Bound(Ladder(sde, ends).prior(x), decoded, steps, ends[:0], draws + 1)
 
 
 def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -131,6 +132,6 @@ def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def _checked(model: ScoreModel, x: Tensor, draws: int, condition: Mapping[str, Any] | None) -> dict[str, Any]:
     if not x.is_floating_point():
-        raise TypeError(f"{x.dtype} data: scale them to the units of the model (and give DiscretisedDecoder)")
+        raise TypeError(f"x is {x.dtype} data: scale it to the units of the model (and give DiscretisedDecoder)")
     whole("draws", draws)
     return checked_condition(model, x.shape, condition, x.device)

@@ -1,4 +1,4 @@
-"""What a sampler may spend: as many steps as a budget of network calls a sample allows, counted without the network."""
+"""Budgets: how many steps a sampler may take within a number of network calls per sample, counted without the network."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from score_sde.sde import Time, as_time
 __all__ = ["UNBUDGETED", "Contestant", "SamplerLike", "at_budget", "contest", "has_steps", "planned_calls", "reason"]
 
 UNBUDGETED = 0
-"""The budget of a sampler that has no number of steps: its own tolerance or table decides."""
+"""The budget noted for a sampler without a number of steps: its own tolerance or table determines its calls."""
 
 
 class SamplerLike(Protocol):
-    """What is compared: `Sampler`, `ProbabilityFlowODE`, or anything with their `sample`."""
+    """What can be compared: `Sampler`, `ProbabilityFlowODE`, or anything with their `sample`."""
 
     def sample(self, model: ScoreModel, shape: Sequence[int], *, seed: int) -> SampleResult: ...
 
@@ -36,10 +36,10 @@ Contestant = SamplerLike | Mapping[int, SamplerLike] | Callable[[int], SamplerLi
 
 
 def at_budget(sampler: Sampler, model: ScoreModel, calls: int, condition: Mapping[str, Any] | None = None) -> Sampler:
-    """The sampler with as many grid steps as `calls` network calls a sample allow, the last denoising included.
+    """The sampler with as many grid steps as fit into `calls` network calls per sample, including the final denoising.
 
-    Two-stage steps, correctors, churned grids and guidance that asks twice are counted as what they cost; for that the model
-    is called once, on one sample, under the `condition`.
+    Two-stage steps, correctors, churned grids and guidance with several calls are counted at their cost. To find that of
+    guidance, the model is called once, on one sample, under the `condition`.
 
     Raises:
         ValueError: the grid has no `steps` (as in `partial(grid.karras, steps=18)`), or one step costs more.
@@ -49,15 +49,15 @@ def at_budget(sampler: Sampler, model: ScoreModel, calls: int, condition: Mappin
                          "partial(grid.karras, steps=18)")  # fmt: skip
     start = model.start(torch.zeros(1, *model.event_shape, device=model.device))
     spent = model(start, model.sde.t_max, **(condition or {})).calls
-    unknown = spent / model.calls_at(model.sde.t_max)  # 1 where `calls_at` knows them
+    correction = spent / model.calls_at(model.sde.t_max)  # 1 where `calls_at` is right
 
     def cost(steps: int) -> float:
         try:
-            return unknown * planned_calls(_with_steps(sampler, steps), model)
+            return correction * planned_calls(_with_steps(sampler, steps), model)
         except ValueError:
             if steps == 1:
                 raise
-            return math.inf  # a ladder that has no more levels
+            return math.inf  # more steps than a ladder has levels
 
     if cost(1) > calls:
         raise ValueError(f"needs at least {cost(1):g} network calls, the budget is {calls}")
@@ -65,21 +65,21 @@ def at_budget(sampler: Sampler, model: ScoreModel, calls: int, condition: Mappin
     while cost(high) <= calls:
         low, high = high, 2 * high
         if high > 64 * (calls + 1):
-            raise ValueError(f"spends no {calls} network calls, whatever its number of steps")
+            raise ValueError(f"cannot spend {calls} network calls, whatever its number of steps")
     return _with_steps(sampler, bisect.bisect_right(range(high), float(calls), lo=low, key=cost) - 1)
 
 
 def planned_calls(sampler: Sampler, model: ScoreModel) -> int:
-    """Network calls a sample of one run, counted in a run without the network."""
+    """Network calls per sample of one run, counted in a run without the network."""
     plain = copy.copy(sampler)
     plain.cuda_graph = False
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*the sampler diverged")  # as it may where no denoiser holds it
-        return plain.sample(_Silent(model), (1, *model.event_shape), seed=0).nfe
+        warnings.filterwarnings("ignore", ".*the sampler diverged")  # as it may with D = 0
+        return plain.sample(_WithoutNetwork(model), (1, *model.event_shape), seed=0).nfe
 
 
-class _Silent(WrappedScore):
-    """Answers D = 0 at once, and says how many calls the model's answer would take."""
+class _WithoutNetwork(WrappedScore):
+    """Predicts D = 0 and reports the number of network calls that the model would have made."""
 
     def check(self, shape: Sequence[int], condition: Mapping[str, Any]) -> None: ...
 
@@ -117,7 +117,7 @@ def _regridded(grid: Any, steps: int) -> Grid:
 def contest(
     contestant: Any, model: ScoreModel, budgets: Sequence[int], condition: Mapping[str, Any]
 ) -> Iterator[tuple[int, Any]]:
-    """(budget, sampler) for each budget, or (budget, "refused: ...") where there is none."""
+    """Yields (budget, sampler) for each budget, or (budget, status) if there is no sampler; see `reason`."""
     budgeted = isinstance(contestant, Mapping) or callable(contestant) or has_steps(contestant)
     for budget in map(int, budgets) if budgeted else (UNBUDGETED,):
         try:
@@ -140,7 +140,7 @@ def _of_budget(contestant: Any, model: ScoreModel, budget: int, condition: Mappi
 
 
 def reason(error: Exception) -> str:
-    """A status: the error in one line, ValueError and TypeError being refusals."""
+    """The error as a status of one line: "refused: ..." for ValueError and TypeError, else "failed: ..."."""
     line = " ".join(str(error).split()) or type(error).__name__
     return (
         f"refused: {line}" if isinstance(error, (ValueError, TypeError)) else f"failed: {type(error).__name__}: {line}"

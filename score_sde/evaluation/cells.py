@@ -1,9 +1,9 @@
-"""A long computation cut into cells, each remembered by a hash of everything that determines it.
+"""A long computation split into cells, each stored under a hash of everything that determines its result.
 
-What is described is values, not identities: settings, tensors, the code of functions, and for an object its attributes
-and its class: the source files of that class and of its bases, and their plain constants. What has no source file, as in a
-notebook, is described by the code of its methods and by the global names that code uses. Caches (CACHES and cached
-properties) are left out, so that using an object does not change its hash.
+Values are hashed, not identities: settings, tensors, the code of functions; of an object its attributes, the source files of
+its class and base classes, and their plain constants. Where there is no source file, as in a notebook, the code of the
+methods and the globals that it uses are hashed instead. Caches (CACHES and cached properties) are left out, so that using an
+object does not change its hash.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 CACHES = {"_levels", "_copies", "_orders", "_ladders", "_written"}
-# Whose source is not read: a release of these does not change what a cell says by more than rounding.
+# Modules whose source is not hashed: another release of them changes a result by rounding at most.
 STEADY = {*sys.stdlib_module_names, "torch", "numpy", "scipy"}
 
 
@@ -50,7 +50,7 @@ def _describe(thing: Any, path: tuple[int, ...]) -> Iterator[bytes]:
 
 @functools.singledispatch
 def _parts(thing: Any) -> Iterator[Any]:
-    """What a compound value is made of: bytes, or values to be described in turn."""
+    """The parts of a compound value: bytes, or values to be described in turn."""
     yield from (type(thing), _attributes(thing))
 
 
@@ -78,7 +78,7 @@ def _of_generator(thing: torch.Generator) -> Iterator[Any]:
 @_parts.register(tuple)
 def _of_collection(thing: Any) -> Iterator[Any]:
     yield from _elements(thing)
-    if getattr(thing, "__dict__", None):  # of a kind of one's own
+    if getattr(thing, "__dict__", None):  # of a subclass
         yield _attributes(thing)
 
 
@@ -100,7 +100,7 @@ def _of_function(thing: FunctionType) -> Iterator[Any]:
     yield source
     if not source and not _is_steady(thing.__module__):
         known = {name: thing.__globals__.get(name) for name in sorted(_names(thing.__code__))}
-        yield from ((name, value) for name, value in known.items() if _is_telling(value))
+        yield from ((name, value) for name, value in known.items() if _is_relevant(value))
 
 
 @_parts.register
@@ -122,7 +122,7 @@ def _of_builtin(thing: BuiltinFunctionType) -> Iterator[Any]:
 
 
 def _elements(thing: Any) -> Any:
-    """What a collection holds, in an order of its own where it has one, else sorted."""
+    """The elements of a collection, in its own order if it has one, else sorted."""
     if isinstance(thing, Mapping):
         return sorted(thing.items(), key=lambda item: repr(item[0]))
     return thing if isinstance(thing, (list, tuple)) else sorted(thing, key=repr)
@@ -135,7 +135,7 @@ def _attributes(thing: Any) -> Any:
         except TypeError:
             return repr(thing)
     held = {name: value for name, value in vars(thing).items() if name not in CACHES and not _is_cached(thing, name)}
-    if isinstance(thing, nn.Module):  # of torch's registers hooks count, by themselves and not by their numbers
+    if isinstance(thing, nn.Module):  # of torch's registers only the hooks count, without their numbers
         hooks = [[*held[name].values()] for name in sorted(_REGISTERS) if name.endswith("_hooks") and held.get(name)]
         held = {name: value for name, value in held.items() if name not in _REGISTERS} | {"hooks": hooks}
     return held
@@ -145,12 +145,12 @@ _REGISTERS = {*vars(nn.Module())} - {"_parameters", "_buffers", "_modules", "tra
 
 
 def _own(kind: type) -> Iterator[Any]:
-    """A class's own constants, which a program may change, and where it has no source file the code of its methods."""
+    """A class's own constants, which a program may change, and the code of its methods if it has no source file."""
     if _is_steady(kind.__module__):
         return
     bare = not _source(kind.__module__)
     for name, value in sorted(vars(kind).items()):
-        value = getattr(value, "__func__", getattr(value, "fget", value))  # of class and static methods and properties
+        value = getattr(value, "__func__", getattr(value, "fget", value))  # unwraps methods and properties
         if (_is_constant(value) and not name.startswith("__")) or (bare and isinstance(value, FunctionType)):
             yield (name, value)
 
@@ -166,8 +166,8 @@ def _names(code: CodeType) -> set[str]:
     return {*code.co_names}.union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
-def _is_telling(value: Any) -> bool:
-    """Whether a global that a function uses says what it computes: values, arrays, code of one's own and its objects."""
+def _is_relevant(value: Any) -> bool:
+    """Whether a global that a function uses can affect its result: values, arrays, the user's own code and its objects."""
     if isinstance(value, (type, FunctionType)):
         return not _is_steady(value.__module__)
     plain = isinstance(value, (Tensor, np.ndarray, nn.Module, Mapping, list, tuple, functools.partial)) or _is_constant(
@@ -185,7 +185,7 @@ def _is_steady(module: str) -> bool:
 
 
 def _source(module: str) -> bytes:
-    """Digest of a module's source file, of all of this package's for its own; empty for one that has none, and in STEADY."""
+    """Digest of a module's source file, for this package of all its files; empty without a file and for those in STEADY."""
     if module.split(".")[0] == "score_sde":
         return _package()
     file = getattr(sys.modules.get(module), "__file__", None)
@@ -196,7 +196,7 @@ def _source(module: str) -> bytes:
 
 @functools.cache
 def _package() -> bytes:
-    """Digest of all source files of this package, as what any of them computes may go through any other; but for figures."""
+    """Digest of all source files of this package but those of plotting, since a result may depend on any of them."""
     root = Path(__file__).resolve().parent.parent
     files = sorted(file for file in root.rglob("*.py") if file.parent.name != "plotting")
     return hashlib.blake2b(b"".join(map(Path.read_bytes, files)), digest_size=16).digest()
@@ -208,7 +208,7 @@ def _digest(file: str, written: int) -> bytes:
 
 
 class Journal:
-    """Finished cells, one JSON object a line: {"key": ..., ...}; a line that a kill left half-written does not count.
+    """Finished cells, one JSON object per line: {"key": ..., ...}; a line left half-written by a kill is ignored.
 
     Args:
         path: the file, read if it exists; None keeps the cells in memory.
@@ -231,7 +231,7 @@ class Journal:
         return self.rows[key]
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
-        """Keeps a cell; its line is written in one call and is on the disk when this returns."""
+        """Stores a cell; its line is written in one call, and is on the disk when this returns."""
         self.rows[key] = dict(row)
         if self.path is None:
             return

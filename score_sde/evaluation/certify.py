@@ -1,8 +1,9 @@
 r"""Certificates: what a step does, computed rather than claimed.
 
-Nothing here looks inside a step: its own `plan` and `advance` are run, in float64, on models chosen so that the answer
-is known (`trials`): its order and the polynomials it integrates exactly (`orders`), the exact law of its output on
-Gaussian data and on a point mass (`exact_laws`), its calls, and whether the samples of a batch are independent.
+A step is a black box here: its `plan` and `advance` are run, in float64 except for the last check, on models for which the
+answer is known (`trials`). This gives its order and the polynomials that it integrates exactly (`orders`), the exact law of
+its output on Gaussian data and on a point mass (`exact_laws`), its network calls, and whether the samples of a batch are
+independent.
 """
 
 from __future__ import annotations
@@ -33,30 +34,31 @@ from score_sde.sde import SDE, VPSDE, Time
 from score_sde.steps import Step
 from score_sde.steps.linear import Carry, Renoise
 
-EXACT = 1e-9  # what counts as exact: rounding over a hundred moves stays below
-STATIONARY = 1.25  # and what as a corrector's stationary variance, over or under the law's
+EXACT = 1e-9  # errors below count as exact: rounding over a hundred moves stays below
+STATIONARY = 1.25  # a corrector's stationary variance may differ from the law's by this factor
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was found about one step.
+    """The certified properties of one step.
 
     Attributes:
-        name: as listed.
+        name: its name in tables.
         role: "predictor" or "corrector".
         stochastic: whether it draws noise.
         declared, measured: order of convergence, global (ODE) or weak (SDE); nan for correctors and where no order
-            shows.
-        calls, counted: network calls a move, declared and counted.
-        claims_point_mass: whether it declares that it carries data at one point exactly (`Step.point_mass`).
-        point_mass: largest relative error of mean or standard deviation over a run on such data; nan where not affine.
+            can be measured.
+        calls, counted: network calls per move, declared and counted.
+        claims_point_mass: whether it declares to be exact for data at a single point (`Step.point_mass`).
+        point_mass: largest relative error of mean or standard deviation over a run on such data; nan for a step that is
+            not affine in x.
         exact: the polynomials that are integrated exactly, as (prediction, clock, degree), or None.
-        bias: DataFrame with the columns steps, calls, mean, std: signed errors at the end on data N(1, 0.5^2), the
-            mean's in data std, the std's relative; nan for a step that is not affine in x.
-        claims_independence: whether it declares that samples do not depend on their companions.
-        batch_independent: whether a sample is bitwise the same whatever its companions.
-        stationary: for a corrector, its stationary variance on N(0, I) at sigma = 1, relative to 1; exact where it is
-            affine, else simulated in 64 dimensions (standard error about 0.002).
+        bias: DataFrame with the columns steps, calls, mean, std: signed errors at the end on data N(1, 0.5^2), both in
+            units of the exact std; nan for a step that is not affine in x.
+        claims_independence: whether it declares that samples do not depend on the rest of their batch.
+        batch_independent: whether a sample is bitwise the same in any batch.
+        stationary: for a corrector, its stationary variance relative to the exact one, for data N(0, I) at sigma = alpha;
+            exact where it is affine, else simulated in 64 dimensions (standard error about 0.002).
     """
 
     name: str
@@ -76,20 +78,20 @@ class Certificate:
 
     @property
     def faults(self) -> list[str]:
-        """What contradicts the class's declarations."""
+        """The measurements that contradict the class's declarations."""
         faults = []
         excess = self.measured - self.declared
-        # Of little noise the term that leads in a weak error may be too small to be seen on these grids.
+        # A weak order may come out too high: with little noise, the leading error may be too small to show on these grids.
         if not math.isnan(self.declared) and not -0.3 <= excess <= (math.inf if self.stochastic else 0.3):
             faults.append(f"order {self.measured:.2f}, declared {self.declared:g}")
         if self.claims_point_mass and self.point_mass > EXACT:
             faults.append(f"a point mass is missed by {self.point_mass:.2g}, declared exact (point_mass)")
         if self.counted != self.calls:
-            faults.append(f"{self.counted:g} calls a move, declared {self.calls}")
+            faults.append(f"{self.counted:g} calls per move, declared {self.calls}")
         if self.claims_independence and not self.batch_independent:
             faults.append("samples of a batch are coupled, declared independent (batch_independent)")
         if self.role == "corrector" and not 1 / STATIONARY < self.stationary < STATIONARY:
-            faults.append(f"the variance that it leaves stationary is {self.stationary:.3g} of the law's")
+            faults.append(f"its stationary variance is {self.stationary:.3g} times the law's")
         return faults
 
     def row(self) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class Certificate:
 
 
 class _Elementwise(ScoreModel):
-    """D = 2 y / (1 + y^2), y = x / alpha, element by element: bounded, and bitwise the same in any batch."""
+    """D = 2 y / (1 + y^2), y = x / alpha, elementwise: bounded, and bitwise the same in any batch."""
 
     def __init__(self, sde: SDE, event_shape: tuple[int, ...]) -> None:
         self.sde, self.event_shape = sde, event_shape
@@ -136,7 +138,7 @@ def is_batch_independent(step: Step, sde: SDE, steps: int = 8) -> bool:
 
 
 def counted_calls(step: Step, sde: SDE, moves: int = 4) -> tuple[float, bool]:
-    """Network calls a move, and whether noise was drawn."""
+    """Network calls per move, and whether noise was drawn."""
     evaluate, drawn = Gaussian(sde), []
     x = torch.full((2, 3), 0.5, dtype=torch.float64)
 
@@ -152,19 +154,19 @@ def counted_calls(step: Step, sde: SDE, moves: int = 4) -> tuple[float, bool]:
 def certify(
     step: Step, sde: SDE | None = None, name: str | None = None, budgets: Sequence[int] = BUDGETS
 ) -> Certificate:
-    """Runs every check on one step: the package's, or one of the user's own.
+    """Runs every check on one step, the package's or your own.
 
     Args:
         step: a predictor or a corrector.
-        sde: where it is tried; VP with its default rates if left out.
-        name: for the tables; the class's name if left out.
+        sde: the forward process; by default `VPSDE()`.
+        name: its name in tables; by default that of the class.
         budgets: the numbers of steps for the bias.
 
     Raises:
         ValueError: the step refuses the SDE or the grids.
     """
     if not isinstance(step, Step):
-        raise ValueError(f"what is certified is a Step, e.g. Heun(), got {step!r}")
+        raise ValueError(f"step must be a Step, e.g. Heun(), got {step!r}")
     sde, budgets = sde or _default_sde(), wholes("budgets", budgets)
     counted, stochastic = counted_calls(step, sde)
     declared = measured = residual = stationary = math.nan
@@ -189,7 +191,7 @@ def _default_sde() -> SDE:
 
 
 MACHINERY = (Carry, Renoise)
-"""Steps that are the sampler's own."""
+"""Steps that only the sampler itself uses."""
 
 
 def discover(base: type[Step] = Step) -> dict[str, Step]:
@@ -210,13 +212,13 @@ def discover(base: type[Step] = Step) -> dict[str, Step]:
 
 @dataclass(frozen=True)
 class Certificates:
-    """A table of certificates (`table`) and what contradicts a declaration (`faults`)."""
+    """Certificates of several steps: their `table`, and the `faults` among them."""
 
     certificates: list[Certificate]
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a step, predictors by declared order first."""
+        """One row per step: predictors first, ODE steps before SDE steps, by declared order."""
         rows = pd.DataFrame([certificate.row() for certificate in self.certificates])
         return rows.sort_values(
             ["role", "noise", "order", "step"], ascending=[False, True, True, True], ignore_index=True
@@ -224,7 +226,7 @@ class Certificates:
 
     @property
     def faults(self) -> dict[str, list[str]]:
-        """What contradicts a declaration, by step."""
+        """The faults of each step that has any."""
         return {c.name: c.faults for c in self.certificates if c.faults}
 
 

@@ -1,7 +1,7 @@
-"""How well a classifier of noisy data knows the label at each noise level.
+"""How well a classifier of noisy data predicts the label at each noise level.
 
-At low noise a good one is right, at high noise it can only say how frequent each class is: its cross-entropy goes to
-that of the labels. What lies above is overconfidence, which guidance would follow.
+At low noise a good classifier is right. At high noise it can only tell how frequent each class is, and its cross-entropy
+tends to the entropy of the labels; a higher one is overconfidence, which guidance would follow.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def accuracy_by_noise(
     """Accuracy and cross-entropy of a classifier on noisy examples.
 
     Args:
-        classifier: trained.
-        x, labels: clean examples (n, *event_shape) and their labels (n,), best held out.
-        generator: of the noise.
+        classifier: a trained classifier.
+        x, labels: clean examples (n, *event_shape) and their labels (n,), preferably held out.
+        generator: source of the noise.
         levels: noise levels sigma / alpha; those outside the SDE's range are left out.
 
     Returns:
-        A row a level: level, accuracy in [0, 1], cross_entropy in nats.
+        A row per level: level, accuracy in [0, 1], cross_entropy in nats.
     """
     rows, sde = [], classifier.sde
     high, low = sde.noise_level_range

@@ -1,12 +1,12 @@
-r"""Samplers x budgets x seeds on one model or several, held against exact draws: a tidy table, resumable.
+r"""Samplers x budgets x seeds on one model or several, compared with exact draws: a tidy table, resumable.
 
-A budget is a number of network calls. Beside each metric stands its noise floor, and for deterministic samplers the
-paired endpoint error: from the same starting noise, the distance to where the converged probability-flow ODE ends,
+A budget is a number of network calls. Each metric comes with its noise floor. Deterministic samplers also have a paired
+endpoint error, the distance to the endpoint x* of the converged probability-flow ODE from the same starting noise,
 
     endpoint_error = sqrt(mean |x - x*|^2 / d) / std of the data,
 
-the solver's error alone, without Monte Carlo noise. x* is x(t_min) or D(x(t_min), t_min), whichever is nearer: samplers
-are meant to end at either.
+which is the solver's error alone, without Monte Carlo noise. x* is x(t_min) or D(x(t_min), t_min), whichever is nearer:
+samplers may end at either.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ COLUMNS = ["model", "sampler", "budget", "seed", "status", "nfe", "seconds", "se
            "deterministic"]  # fmt: skip
 
 ABSURD = 100.0
-"""Samples whose root mean square is beyond this many data standard deviations have diverged."""
+"""Samples whose root mean square exceeds this many data standard deviations count as diverged."""
 
 CONVERGED = AdaptiveODE("dopri5", rtol=1e-6, atol=1e-6)
-"""What the paired endpoint error is measured from."""
+"""The solver whose endpoints the paired endpoint error is measured from."""
 
 Reference = Target | Tensor
 """The law of the data, or exact samples of it."""
@@ -64,37 +64,37 @@ def compare(
     condition: Mapping[str, Tensor] | None = None, pairs: int = 2000, batch_size: int = 10_000, processes: int = 1,
     directory: str | Path | None = None, progress: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
-    """Samples with every model, sampler, budget and seed, and measures all against the same exact draws.
+    """Samples with every model, sampler, budget and seed, and compares all with the same exact draws.
 
-    Each cell runs on one thread of torch, whatever `processes` is: figures do not depend on it, and times compare.
+    Each run uses one torch thread, whatever `processes` is, so that results do not depend on it and times can be compared.
 
     Args:
         models: exact, learned or guided; a mapping gives them names.
-        samplers: by name. A `Sampler` whose grid has `steps` gets as many as each budget allows (`at_budget`); a mapping
-            {calls: sampler}, such as tuned tables, is asked for its largest number of calls within the budget; a
-            function is called with the budget, and not held to it. Any other sampler runs once, as budget 0: its tolerance
-            decides.
-        budgets: numbers of network calls, the last denoising included.
-        reference: what samples are held against, for all models or by model: a target, or at least 2 `num_samples` exact
+        samplers: by name. A `Sampler` whose grid has `steps` gets as many as each budget allows (`at_budget`). Of a mapping
+            {calls: sampler}, such as tuned tables, the sampler with the most calls within the budget is used. A function
+            is called with the budget, which its sampler need not keep to. Any other sampler runs once, as budget 0, with
+            its own tolerance.
+        budgets: numbers of network calls, including the final denoising.
+        reference: what samples are compared with, for all models or by model: a target, or at least 2 `num_samples` exact
             samples.
-        seeds: of the samplers' noise; one seed gives all samplers the same starting noise.
-        num_samples: drawn each time.
+        seeds: of the samplers' noise; the same seed gives all samplers the same starting noise.
+        num_samples: samples per run.
         metrics, repeats: see `Yardstick`.
         seed: of the exact draws.
-        condition: tensors (num_samples, ...) by name, for the models that know the name; one label is for all samples.
-        pairs: how many starts the paired endpoint error follows; 0 leaves it out.
-        batch_size: samples at a time.
-        processes: how many to spread over.
-        directory: keeps every finished cell at once (`cells.jsonl`, keyed by all that determines it: a restart computes
-            what is missing, a changed setting what it changes) and the first seed's samples (`load_samples`).
+        condition: tensors (num_samples, ...) by name, for the models that know the name; one label serves all samples.
+        pairs: number of starts for the paired endpoint error; 0 leaves it out.
+        batch_size: samples drawn at a time.
+        processes: number of processes that share the runs.
+        directory: stores every run as soon as it has finished (`cells.jsonl`, keyed by all that determines it, so that a
+            restart computes only what is missing or changed) and the first seed's samples (`load_samples`).
         progress: shows a bar when the comparison takes longer than two seconds.
 
     Returns:
         A row for each model, sampler, budget and seed: `COLUMNS`, then for each metric m the columns m, m_floor (its mean
-        between pairs of exact draws) and m_floor_std (its standard deviation over these), and `cell`, the cell's key.
-        `nfe` is counted, `seconds` measured; `deterministic` is 1 where no noise was drawn after the start. `status` is
+        between pairs of exact draws) and m_floor_std (its standard deviation over these), and `cell`, the run's key.
+        `nfe` is counted, `seconds` measured; `deterministic` is 1 if no noise was drawn after the start. `status` is
         "ok", "diverged: ...", "refused: ..." (the sampler's own reason, in one line) or "failed: ..." (any other
-        exception); all but the first leave the figures NaN.
+        exception); unless it is "ok", the metrics are NaN.
 
     Raises:
         ValueError: a number is out of range, a reference is missing or of another shape, a metric or a condition is
@@ -107,11 +107,11 @@ def compare(
                                ("processes", processes, 1), ("repeats", repeats, 1)):  # fmt: skip
         whole(name, count, least)
     _check(named, samplers, laws)
-    told = _told(named, condition or {}, num_samples)
+    given = _condition_rows(named, condition or {}, num_samples)
     settings = (num_samples, batch_size, pairs, torch.__version__, CONVERGED, _measure)
     rules = (metrics, repeats, seed, num_samples, Yardstick)
     entrants = {
-        name: Entrant(model, told[name], who=fingerprint(model, model.device, told[name], settings),
+        name: Entrant(model, given[name], identity=fingerprint(model, model.device, given[name], settings),
                       floor=fingerprint("floor", laws[name], rules)) for name, model in named.items()
     }  # fmt: skip
     cells = [*_cells(entrants, samplers, budgets, seeds)]
@@ -121,18 +121,18 @@ def compare(
     needed = {entrant.floor: laws[name] for name, entrant in entrants.items()}
     if missing or not needed.keys() <= journal.rows.keys():
         make = partial(Yardstick, n=num_samples, metrics=metrics, repeats=repeats)
-        sticks = {floor: make(law, generator=generator(seed, "compare")) for floor, law in needed.items()}
-        with _folder(home) as folder:  # all is known to be in order by now
-            for floor, stick in sticks.items():
+        yardsticks = {floor: make(law, generator=generator(seed, "compare")) for floor, law in needed.items()}
+        with _folder(home) as folder:  # nothing is written before all arguments are known to be valid
+            for floor, yardstick in yardsticks.items():
                 if floor not in journal:
-                    journal.add(floor, {m: [value, stick.spreads[m]] for m, value in stick.floors.items()})
-            bench = Bench(entrants, sticks, num_samples, batch_size, pairs, folder)
+                    journal.add(floor, {m: [value, yardstick.spreads[m]] for m, value in yardstick.floors.items()})
+            bench = Bench(entrants, yardsticks, num_samples, batch_size, pairs, folder)
             _run(bench, list(missing.values()), journal, processes, progress)
     return _table(cells, journal, entrants)
 
 
 def _is_done(journal: Journal, key: str) -> bool:
-    """Whether a cell need not be computed; what failed may have failed for what is no longer so."""
+    """Whether a cell need not be computed; one that failed is tried again, since the cause may be gone."""
     return key in journal and not str(journal[key].get("status")).startswith("failed")
 
 
@@ -154,10 +154,10 @@ def _check(models: Mapping[str, ScoreModel], samplers: Mapping[str, Any], laws: 
             raise ValueError(f"model {name!r} makes samples of shape {expected}, its reference has shape {shape}")
 
 
-def _told(
+def _condition_rows(
     models: Mapping[str, ScoreModel], condition: Mapping[str, Tensor], num_samples: int
 ) -> dict[str, dict[str, Tensor]]:
-    """By model the part of the condition whose names it knows, on its device."""
+    """For each model the conditions that it knows, with a row per sample."""
     for name in condition:
         if not any(name in model.condition_names for model in models.values()):
             raise ValueError(f"condition {name!r} is known to none of the models {', '.join(models)}")
@@ -170,7 +170,7 @@ def _told(
 
 @contextmanager
 def _folder(home: Path | None) -> Iterator[Path]:
-    """The comparison's folder, or one that lasts as long as the comparison."""
+    """The comparison's folder, by default a temporary one."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = home or Path(temporary)
         for name in ("limits", "samples"):
@@ -186,24 +186,24 @@ class Entrant:
     """A model in a comparison.
 
     Attributes:
-        told: by name the rows of the condition that the model knows, one for each sample.
-        who: a hash of the model, of `told` and of all settings that its samples depend on.
-        floor: a hash of what its samples are held against, under which the journal keeps the noise floor.
+        rows: the conditions that the model knows, by name, with a row per sample.
+        identity: a hash of the model, of `rows` and of all settings that its samples depend on.
+        floor: a hash of what its samples are compared with, under which the journal keeps the noise floor.
     """
 
     model: ScoreModel
-    told: Mapping[str, Tensor]
-    who: str
+    rows: Mapping[str, Tensor]
+    identity: str
     floor: str
 
     def condition(self, first: int, size: int) -> dict[str, Tensor]:
         """The condition of samples `first` to `first + size`."""
-        return {name: value[first : first + size] for name, value in self.told.items()}
+        return {name: value[first : first + size] for name, value in self.rows.items()}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. Its `solver` is a sampler, or the status "refused: ..." where there is none; `keep` is for its samples."""
+    """One run. `solver` is a sampler, or a status if there is none; `keep` is whether its samples are stored."""
 
     model: str
     sampler: str
@@ -226,13 +226,13 @@ def _cells(
         for label, contestant in samplers.items():
             for budget, solver in contest(contestant, entrant.model, budgets, entrant.condition(0, 1)):
                 for seed in seeds:
-                    key = fingerprint(entrant.who, entrant.floor, seed, solver)
+                    key = fingerprint(entrant.identity, entrant.floor, seed, solver)
                     yield Cell(name, label, budget, seed, solver, key, keep=seed == seeds[0])
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The converged endpoints of one model and seed."""
+    """The task of computing the converged endpoints for one model and seed."""
 
     model: str
     seed: int
@@ -250,7 +250,7 @@ class Bench:
     folder: Path
 
     def limit_path(self, model: str, seed: int) -> Path:
-        return self.folder / "limits" / f"{fingerprint(self.entrants[model].who, seed)}.npy"
+        return self.folder / "limits" / f"{fingerprint(self.entrants[model].identity, seed)}.npy"
 
     def parts(self) -> list[int]:
         """Sizes of the batches."""
@@ -279,7 +279,7 @@ def _seed_of(seed: int, part: int) -> int:
 
 
 def _run(bench: Bench, cells: Sequence[Cell], journal: Journal, processes: int, progress: bool) -> None:
-    """Computes the cells, after the limits that they need, each kept as soon as it is done."""
+    """Computes the limits that the cells need, then the cells, and stores each as soon as it is done."""
     wanted = {(cell.model, cell.seed) for cell in cells} if bench.pairs else set()
     limits = [Limit(*pair) for pair in sorted(wanted) if not bench.limit_path(*pair).exists()]
     with tqdm(total=len(limits) + len(cells), desc="comparing", delay=2, disable=not progress) as bar:
@@ -291,7 +291,7 @@ def _run(bench: Bench, cells: Sequence[Cell], journal: Journal, processes: int, 
 
 
 def _as_done(bench: Bench, tasks: Sequence[Any], processes: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, row) of each task as it is done; in workers, that read the bench once from a file."""
+    """Yields (key, row) of each task when it is done; worker processes read the bench from a file, once each."""
     if processes == 1 or len(tasks) < 2:
         with _one_thread():
             _warm(bench)
@@ -315,7 +315,7 @@ def _do_from(path: str, task: Any) -> tuple[str, dict[str, Any]]:
 
 @lru_cache(maxsize=1)
 def _end_with_parent() -> None:
-    """Lets this worker end when the process that started it was killed: nobody would take its results."""
+    """Ends this worker when the process that started it is gone, since nobody would take its results."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -336,7 +336,7 @@ def _read(path: str) -> Bench:
 
 
 def _warm(bench: Bench) -> None:
-    """Calls each model once: the first call of a process is slow, and no sampler's fault."""
+    """Calls each model once, so that the slow first call of a process is not in a sampler's time."""
     for entrant in bench.entrants.values():
         with suppress(Exception):  # a model that cannot be called gets its status in its cells
             model = entrant.model
@@ -362,7 +362,7 @@ def _do(bench: Bench, task: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _converge(bench: Bench, limit: Limit) -> None:
-    """Stores x(t_min) and D(x(t_min), t_min) of the first `pairs` starts; nothing where the ODE cannot be solved."""
+    """Stores x(t_min) and D(x(t_min), t_min) of the first `pairs` starts; nothing if the ODE cannot be solved."""
     entrant, size = bench.entrants[limit.model], bench.parts()[0]
     model = entrant.model
     try:
@@ -378,19 +378,19 @@ def _converge(bench: Bench, limit: Limit) -> None:
 
 
 def _measure(bench: Bench, cell: Cell) -> dict[str, Any]:
-    """The row of a cell; whatever goes wrong is its status."""
+    """The row of a cell; any error becomes its status."""
     row: dict[str, Any] = {"status": "ok"}
     entrant = bench.entrants[cell.model]
-    stick = bench.yardsticks[entrant.floor]
+    yardstick = bench.yardsticks[entrant.floor]
     try:
         witness, x, cost = _sample(bench, entrant, cell)
         row |= cost | {"deterministic": witness is not None and not witness.drawn}
-        broken = _broken(x, stick)
+        broken = _broken(x, yardstick)
         if broken:
             return row | {"status": f"diverged: {broken}"}
-        row |= dict(stick(x)[["metric", "value"]].itertuples(index=False))
+        row |= dict(yardstick(x)[["metric", "value"]].itertuples(index=False))
         if witness is not None and not witness.drawn:
-            row |= _endpoint_error(bench.limit_path(cell.model, cell.seed), x, stick)
+            row |= _endpoint_error(bench.limit_path(cell.model, cell.seed), x, yardstick)
     except Exception as error:
         return row | {"status": reason(error)}
     if cell.keep:
@@ -400,7 +400,7 @@ def _measure(bench: Bench, cell: Cell) -> dict[str, Any]:
 
 
 def _sample(bench: Bench, entrant: Entrant, cell: Cell) -> tuple[Witness | None, Tensor, dict[str, Any]]:
-    """All parts, what they cost, and a witness of their noise where the sampler takes a noise source."""
+    """Draws all batches: the witness of their noise if the sampler takes a noise source, the samples, and their cost."""
     watched = "noise" in inspect.signature(cell.solver.sample).parameters
     results, witness = [], None
     for part, size in enumerate(bench.parts()):
@@ -410,7 +410,7 @@ def _sample(bench: Bench, entrant: Entrant, cell: Cell) -> tuple[Witness | None,
         if condition := entrant.condition(part * bench.batch_size, size):
             given["condition"] = condition
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*the sampler diverged")  # which the status will say
+            warnings.filterwarnings("ignore", ".*the sampler diverged")  # the status says so
             results.append(cell.solver.sample(entrant.model, (size, *entrant.model.event_shape), **given))
     seconds = sum(result.seconds for result in results)
     cost = {"nfe": max(result.nfe for result in results), "seconds": seconds,
@@ -418,30 +418,30 @@ def _sample(bench: Bench, entrant: Entrant, cell: Cell) -> tuple[Witness | None,
     return witness, torch.cat([result.x.detach().cpu() for result in results]), cost
 
 
-def _broken(x: Tensor, stick: Yardstick) -> str:
-    """Why samples count as diverged, or nothing."""
+def _broken(x: Tensor, yardstick: Yardstick) -> str:
+    """Why samples count as diverged; empty if they do not."""
     lost = int((~x.flatten(1).isfinite().all(dim=1)).sum())
     if lost:
         return f"{lost} of {len(x)} samples are not finite"
-    centre, std = _spread_of(stick)
+    centre, std = _spread_of(yardstick)
     size = (x.double() - centre).square().mean().sqrt().item() / std
     return f"samples are {size:.3g} data standard deviations wide" if size > ABSURD else ""
 
 
-def _spread_of(stick: Yardstick) -> tuple[Tensor, float]:
+def _spread_of(yardstick: Yardstick) -> tuple[Tensor, float]:
     """Mean, and pooled standard deviation over all elements, of the exact draws."""
-    draws = stick.draws[0].detach().cpu().double()
+    draws = yardstick.draws[0].detach().cpu().double()
     centre = draws.mean(0)
     return centre, (draws - centre).square().mean().sqrt().item() or 1.0
 
 
-def _endpoint_error(path: Path, x: Tensor, stick: Yardstick) -> dict[str, float]:
+def _endpoint_error(path: Path, x: Tensor, yardstick: Yardstick) -> dict[str, float]:
     if not path.exists():
         return {}
     limits = torch.from_numpy(np.load(path)).double()
     miss = x[: limits.shape[1]].double() - limits
     error = miss.square().flatten(1).mean(1).sqrt().min().item()
-    return {"endpoint_error": error / _spread_of(stick)[1]}
+    return {"endpoint_error": error / _spread_of(yardstick)[1]}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ def _table(cells: Sequence[Cell], journal: Journal, entrants: Mapping[str, Entra
 
 
 def load_samples(directory: str | Path, table: pd.DataFrame) -> dict[tuple[str, str, int], Tensor]:
-    """(model, sampler, budget) -> the samples that `compare` kept in its directory: of the first seed, images at most 16."""
+    """(model, sampler, budget) -> the first seed's samples that `compare` stored in its directory, at most 16 if images."""
     found = {}
     for row in table.itertuples():
         path = Path(directory, "samples", f"{row.cell}.npy")

@@ -1,12 +1,12 @@
-r"""Solvers held against the converged ODE from the same starting points: their own error, with little Monte Carlo noise.
+r"""Solvers compared with the converged ODE from the same starting points: their error, with little Monte Carlo noise.
 
-x_i is where a solver ends from starting point i and y_i where the converged probability-flow ODE does. With d numbers a
+x_i is a solver's endpoint from starting point i, and y_i that of the converged probability-flow ODE. With d elements per
 sample and s the standard deviation of y,
 
     endpoint error    sqrt(mean_i |x_i - y_i|^2 / d) / s
     energy distance   E^2 = mean over i != j of 2 |x_i - y_j| - |x_i - x_j| - |y_i - y_j|
 
-E^2 is unbiased for the distance of the two laws, since x_i and y_j are independent, and exactly 0 where x = y.
+E^2 is unbiased for the distance between the two laws, since x_i and y_j are independent, and exactly 0 if x = y.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from score_sde.tuning import CONVERGED, Teacher, TunedSampler, TunedTable, begun
 
 
 def endpoint_error(x: Tensor, y: Tensor) -> float:
-    """Root mean square of x - y over all numbers, in standard deviations of y."""
+    """Root mean square of x - y over all elements, in standard deviations of y."""
     return ((x - y).square().mean().sqrt() / _std(y)).item()
 
 
@@ -40,7 +40,7 @@ def endpoint_median(x: Tensor, y: Tensor) -> float:
 
 
 def coupled_energy(x: Tensor, y: Tensor) -> float:
-    """Energy distance of the laws of x and y, of which the pairs (x_i, y_i) are independent draws; 0 where E^2 < 0."""
+    """Energy distance between the laws of x and y, from independent pairs (x_i, y_i); 0 if E^2 < 0."""
     x, y = x[:PAIRED].double().flatten(1), y[:PAIRED].double().flatten(1)
     n = len(x)
     own = (x - y).norm(dim=1).sum().item()
@@ -59,21 +59,21 @@ def _std(y: Tensor) -> Tensor:
 
 
 RANKED = 512
-"""How many starting points tell the best untuned solvers from the rest."""
+"""Number of starting points on which the untuned solvers are ranked."""
 
 PAIRED = 3000
-"""The energy distance is taken over all pairs of at most so many."""
+"""The energy distance uses at most this many samples."""
 
 
 class Course:
-    """Starting points, where the converged ODE takes them, and the exact draws that a law allows.
+    """Starting points, their converged endpoints and, if the law of the data is known, exact draws.
 
     Args:
         model: exact or learned.
         law: of the data, for the sliced W2 over its floor and the spread within the modes of a mixture; may be None.
-        num_samples: for each seed.
+        num_samples: starting points per seed.
         seeds: of the starting points.
-        teacher: the converged solution; by default `tuning.CONVERGED`.
+        teacher: the solver for the converged endpoints; by default `tuning.CONVERGED`.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Course:
         return torch.cat([sampler.sample(self.model, x.shape, x_init=x).x for x in self.starts[seed].split(1024)])
 
     def ranked(self, tables: Mapping[str, TunedTable], keep: int = 3) -> dict[str, TunedTable]:
-        """The tables with the least median endpoint error on the first seed."""
+        """The `keep` tables with the least median endpoint error on the first seed's first `RANKED` starting points."""
         seed, errors = next(iter(self.starts)), {}
         x, y = self.starts[seed][:RANKED], self.ends[seed][:RANKED]
         for name, table in tables.items():
@@ -106,7 +106,7 @@ class Course:
         return {name: tables[name] for name in sorted(tables, key=errors.__getitem__)[:keep]}
 
     def measure(self, table: TunedTable, seed: int) -> dict[str, float]:
-        """Every figure of a table on one seed's starting points."""
+        """All figures of a table for one seed's starting points."""
         return self.figures(self.endpoints(table, seed), seed)
 
     def figures(self, x: Tensor, seed: int) -> dict[str, float]:
@@ -123,7 +123,7 @@ class Course:
 
 
 def course_table(course: Course, tables: Mapping[tuple[str, int], TunedTable], progress: bool = True) -> pd.DataFrame:
-    """Every table on every seed, beside the best untuned solvers of as many calls, and of twice the most.
+    """Every table on every seed, next to the best untuned solvers with as many calls, and with twice the most.
 
     Args:
         course: see `Course`.
@@ -131,9 +131,9 @@ def course_table(course: Course, tables: Mapping[tuple[str, int], TunedTable], p
         progress: show a bar.
 
     Returns:
-        A row for each solver and seed: kind, solver, calls, seed and the figures; kind is "untuned" for the three untuned
-        solvers with the least median endpoint error, "late" likewise for those begun late (`tuning.begun_late`), and
-        "converged" for the converged solution itself.
+        A row for each solver and seed: kind, solver, calls, seed and the figures. Besides those of `tables`, kind is
+        "untuned" for the three untuned solvers with the least median endpoint error, "late" for the best three of those
+        that begin late (`tuning.begun_late`), and "converged" for the converged solution itself.
     """
     budgets = sorted({calls for _, calls in tables})
     budgets.append(2 * budgets[-1])
@@ -151,9 +151,9 @@ def course_table(course: Course, tables: Mapping[tuple[str, int], TunedTable], p
 
 
 def best_of_each(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds, by kind and calls; of the untuned solvers the best for each figure separately.
+    """Means over seeds by kind and number of calls; where a kind has several solvers, the best for each figure separately.
 
-    Spreads are nearest to 1 where they are best.
+    The best spread is the one nearest to 1, the best of the other figures the least.
     """
     means = table.drop(columns="seed").groupby(["kind", "solver", "calls"], sort=False).mean().reset_index()
     figures = means.columns.drop(["kind", "solver", "calls"])

@@ -1,10 +1,11 @@
-r"""What a researcher asks of a learned score: how far from the truth, where, and whether it is a score at all.
+r"""Diagnostics of a learned score: how far it is from the exact one, where, and whether it is a score at all.
 
-All errors are those of n = -sigma score, the predicted noise, per dimension, so that 1 is the size of the noise itself:
+All errors are of the predicted noise n = -sigma score, per dimension, so that 1 is the size of the noise itself:
 
     loss E|eps - n|^2 / d  =  irreducible E|eps - n*|^2 / d  +  Fisher divergence E|n - n*|^2 / d,      x_t ~ p_t,
 
-n* the exact one. A true score obeys the Fokker-Planck equation and has a symmetric Jacobian; a denoiser is calibrated.
+with the exact n*. An exact score obeys the Fokker-Planck equation and has a symmetric Jacobian, and its denoiser is
+calibrated.
 Source: Vincent 2011; Lai et al. 2023, https://arxiv.org/abs/2210.04296 (score Fokker-Planck equation).
 """
 
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 Condition = Mapping[str, Any] | None
-"""By name, as `Sampler.sample` takes it for as many samples as there are points: one label is for all."""
+"""A condition by name, as `Sampler.sample` takes it for as many samples as there are points; one label serves all points."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class ScoreError:
     def mean(self) -> float:
         """The mean of `fisher` over lambda.
 
-        Times d and lambda's span it bounds KL(p_0 || law of the reverse SDE), but for the ends; the ODE's may be farther.
+        Multiplied by d and the span of lambda it bounds KL(p_0 || law of the reverse SDE's samples), up to the errors at the
+        two ends of time. The probability-flow ODE may be farther from p_0.
 
         Source: Song et al. 2021, https://arxiv.org/abs/2101.09258, theorem 1.
         """
@@ -84,14 +86,14 @@ def score_error(
     model: ScoreModel, target: Target, *, levels: int = 32, count: int = 2000, seed: int = 0,
     condition: Condition = None,
 ) -> ScoreError:  # fmt: skip
-    """The model against the exact score of closed-form data at `levels` noise levels, on `count` fresh points each."""
+    """Compares a model with the exact score of closed-form data at `levels` noise levels, on `count` new points each."""
     exact, times = ExactScore(target, model.sde), _levels(model.sde, levels)
     source, rows = generator(seed, "score error"), []
     told = checked_condition(model, (whole("count", count), *target.event_shape), condition, model.device)
     for t in times.tolist():
         x0, noise = _draw(model, target, count, source)
         x = model.sde.perturb(x0, t, noise)
-        # In double precision also at x in single: under little noise n* is a small difference of large numbers.
+        # In double precision even for x in single: under little noise n* is a small difference of large numbers.
         found, truth = model(x, t, **told).noise.double(), exact(x.double(), t).noise
         excess, size = _mean_square(found - truth), _mean_square(truth)
         rows.append([excess.mean(), excess.std() / math.sqrt(count), excess.mean() / size.mean(),
@@ -102,7 +104,7 @@ def score_error(
 
 @torch.no_grad()
 def field_error(model: ScoreModel, target: Target, x: Tensor, t: float, condition: Condition = None) -> Tensor:
-    """|n - n*| / sqrt(d) at points x (n, *event) of noise level t, shape (n,): a field to plot over space and level."""
+    """|n - n*| / sqrt(d) at points x (count, *event) at time t, shape (count,), to plot over space."""
     truth = ExactScore(target, model.sde)(x.double(), t).noise
     told = checked_condition(model, x.shape, condition, x.device)
     return _mean_square(model(x, t, **told).noise - truth).sqrt()
@@ -112,9 +114,8 @@ def field_error(model: ScoreModel, target: Target, x: Tensor, t: float, conditio
 def fokker_planck_residual(model: ScoreModel, x: Tensor, t: float | Tensor, condition: Condition = None) -> Tensor:
     """R = n - dn/du - sigma grad |n|^2 + sigma^2 grad tr(dn/dx), shape (batch, *event); 0 for the score of any law.
 
-    u = -lambda, and dn/du is taken at fixed x / alpha. It is the gradient of the heat equation that log p obeys,
-    d log p / d(s^2) = (Laplacian log p + |grad log p|^2) / 2, s = sigma / alpha, its left side less its right side times
-    2 s^3, in the noise's units.
+    u = -lambda, and dn/du is taken at fixed x / alpha. In z = x / alpha and s = sigma / alpha, log p obeys the heat equation
+    d log p / d(s^2) = (Laplacian log p + |grad log p|^2) / 2; R is 2 s^3 times the gradient of its left minus its right side.
     """
     sde, named = model.sde, checked_condition(model, x.shape, condition, x.device)
     t = torch.as_tensor(t, dtype=torch.float64).expand(len(x)).to(x.device).contiguous()
@@ -140,7 +141,7 @@ def fokker_planck_residual(model: ScoreModel, x: Tensor, t: float | Tensor, cond
 def asymmetry(model: ScoreModel, x: Tensor, t: float | Tensor, condition: Condition = None) -> Tensor:
     """|J - J^T|_F / (2 |J|_F) of the denoiser's Jacobian at each point, shape (batch,): 0 if the field is conservative.
 
-    1 is a pure rotation. Costs one product a dimension.
+    It is 1 for a pure rotation. Costs one vector-Jacobian product per dimension.
     """
     told = checked_condition(model, x.shape, condition, x.device)
     _, pull = torch.func.vjp(lambda v: model(v, t, **told).denoised, x)  # type: ignore[misc]
@@ -152,14 +153,15 @@ def asymmetry(model: ScoreModel, x: Tensor, t: float | Tensor, condition: Condit
 
 
 def check_target(target: Target, *, count: int = 64, tolerance: float = 1e-3) -> None:
-    """Refuses a law whose denoiser contradicts its density, by Tweedie's formula for x = alpha x_0 + sigma eps,
+    """Checks a law's denoiser against its density by Tweedie's formula for x = alpha x_0 + sigma eps,
 
         E[x_0 | x] = (x + sigma^2 grad log p(x)) / alpha,    p the `marginal(alpha, sigma)`,
 
-    on `count` draws of x in float64 at four noise levels. Nothing is asked of a law without `marginal`. Source: Efron 2011,
+    on `count` draws of x in float64 at four noise levels. A law without `marginal` is not checked. Source: Efron 2011,
     Tweedie's formula and selection bias, https://doi.org/10.1198/jasa.2011.tm11181.
 
-    Raises ValueError where the two are farther apart than `tolerance` standard deviations of the data.
+    Raises:
+        ValueError: the two sides differ by more than `tolerance` standard deviations of the data.
     """
     if not hasattr(target, "marginal"):
         return
@@ -182,12 +184,12 @@ class Calibration:
 
     Attributes:
         times, half_log_snr: the levels, least noisy first.
-        slope: of the regression of x_0 on D over all dimensions, 1 for a posterior mean; below 1 D overreaches.
-        slope_error: its standard error, large where D hardly varies.
+        slope: of the regression of x_0 on D over all dimensions, 1 for a posterior mean; below 1, D varies too much.
+        slope_error: standard error of `slope`, large where D hardly varies.
         bias: E(x_0 - D), in root mean square over dimensions.
-        bias_floor: what it is for a posterior mean, by the number of points alone.
+        bias_floor: the bias that a posterior mean would have from the finite number of points alone.
         mse: E|x_0 - D|^2 / d.
-        predicted_mse: E sigma^2 / alpha tr(dD/dx) / d, the posterior variance that the model's own Jacobian states.
+        predicted_mse: E sigma^2 / alpha tr(dD/dx) / d, the posterior variance that the model's own Jacobian implies.
     """
 
     times: Tensor
@@ -231,7 +233,7 @@ def calibration(
 
 @dataclass(frozen=True)
 class Consistency:
-    """What a score must be that is the score of some law, by noise level; each float64 of shape (levels,).
+    """Whether the model is the score of any law at all, by noise level; each float64 of shape (levels,).
 
     Attributes:
         times, half_log_snr: the levels, least noisy first.
@@ -268,7 +270,7 @@ class Diagnosis:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row a level: time, noise sigma / alpha, and every number by its name."""
+        """A row per level: time, noise sigma / alpha, and all diagnostics by name."""
         columns = {"time": self.error.times, "noise": (-self.error.half_log_snr).exp()}
         for part in (self.error, self.calibration, self.consistency):
             columns |= {name: v for name, v in vars(part).items() if name not in ("times", "half_log_snr")}
@@ -284,10 +286,10 @@ def diagnose(
     seed: int = 0,
     condition: Condition = None,
 ) -> Diagnosis:
-    """Score error, calibration and consistency of a model against its target, the latter two on a quarter of `count`.
+    """Score error, calibration and consistency of a model of a known target; the latter two use a quarter of `count`.
 
-    Their derivatives cost a product a dimension: for data of few dimensions. The condition is one for all points, of which
-    the parts have different numbers.
+    Calibration and consistency need a vector-Jacobian product per dimension, so this is for data of few dimensions. Since the
+    parts use different numbers of points, the condition must be one that serves any number.
     """
     x0 = target.sample((max(2, count // 4),), generator=generator(seed, "diagnosis")).to(model.device)
     shared: dict[str, Any] = {"levels": levels, "seed": seed, "condition": condition}

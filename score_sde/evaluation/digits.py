@@ -1,8 +1,9 @@
-"""What a small classifier trained on the real data makes of samples: confidence, classes, and a feature space.
+"""A small classifier trained on real digits, and its view of samples: confidence, classes, and a feature space.
 
-A generative model of digits should give samples that a classifier recognises: the share whose largest class
-probability exceeds 0.9, the classes present, and the Fréchet distance between the classifier's hidden features of
-samples and of real digits. None means much alone; each stands beside the same figure for held-out digits.
+A classifier should recognise the samples of a good model of digits. Three figures measure this: the share of samples whose
+largest class probability exceeds 0.9, the number of classes among these, and the Fréchet distance between the classifier's
+hidden features of samples and of real digits. None means much alone; each is given next to the same figure for held-out
+digits.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 class DigitClassifier:
     """A multilayer perceptron with one hidden layer of 128 rectified units, trained on images and on shifted copies.
 
-    On scikit-learn's digits it reaches 97.5 to 99 % on the held-out fifth, by split. The weight decay is chosen so that
-    it doubts what is no digit: it is sure (above 0.9) of 94 % of held-out digits, but of 30 % of the draws from a
-    Gaussian fitted to the pixels.
+    On scikit-learn's digits it reaches 97.5 to 99 % on the held-out fifth, depending on the split. The weight decay is chosen
+    so that it is less certain of images that are not digits: the largest class probability exceeds 0.9 for 94 % of held-out
+    digits, but for 30 % of the draws from a Gaussian fitted to the pixels.
 
     Args:
         images: (n, 1, height, width) in [-1, 1].
@@ -43,14 +44,14 @@ class DigitClassifier:
         from sklearn.neural_network import MLPClassifier
 
         if len(images) != len(labels):
-            raise ValueError(f"one label an image, got {len(images)} images and {len(labels)} labels")
+            raise ValueError(f"each image needs one label, got {len(images)} images and {len(labels)} labels")
         if images.ndim != 4 or images.shape[1] != 1 or images.abs().max() > 1.2:
             raise ValueError(f"images have shape (n, 1, height, width) and values in [-1, 1], got "
                              f"{tuple(images.shape)} in [{images.min():g}, {images.max():g}]")  # fmt: skip
         self.event_shape = tuple(images.shape[1:])
         x = np.concatenate([self._pixels(images), *self._shifted(images, np.random.default_rng(seed))])
         self._network: MLPClassifier = MLPClassifier((self.hidden,), alpha=0.3, max_iter=150, random_state=seed)
-        with warnings.catch_warnings():  # the last iteration is reached with the loss flat to three digits
+        with warnings.catch_warnings():  # by the last iteration the loss is flat to three digits
             warnings.simplefilter("ignore")
             self._network.fit(x, np.tile(labels.cpu().numpy(), 1 + self.copies))
 
@@ -61,7 +62,7 @@ class DigitClassifier:
 
     @property
     def feature_space(self) -> str:
-        """Name under which a Fréchet distance in `features` is reported."""
+        """The name of the Fréchet distance in `features` in reports."""
         return f"FD (hidden layer of a digit MLP, {self.hidden}-d)"
 
     def probabilities(self, images: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class DigitClassifier:
 def digit_report(
     classifier: DigitClassifier, samples: Tensor, held_out: Tensor, train: Tensor, *, confidence: float = 0.9
 ) -> pd.DataFrame:
-    """The classifier's view of samples beside its view of held-out digits.
+    """The classifier's view of samples next to its view of held-out digits.
 
     Args:
         classifier: fitted on `train`.
@@ -113,8 +114,8 @@ def digit_report(
 
         - `confident`: share of images whose largest class probability is above `confidence`;
         - `classes`: number of classes among those images;
-        - `classifier.feature_space`: Fréchet distance to the training digits, of as many samples as held-out digits,
-          since its bias depends on the number.
+        - `classifier.feature_space`: Fréchet distance to the training digits, for equal numbers of samples and held-out
+          digits, since its bias depends on the number.
     """
     n = min(len(samples), len(held_out))
     real = classifier.features(train)

@@ -1,4 +1,4 @@
-"""A model under several samplers: their samples, and every metric beside its noise floor."""
+"""A model's samples by several samplers, and every metric of them next to its noise floor."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ COLUMNS = ["sampler", "nfe", "seconds", "metric", "value", "floor", "ratio", "co
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
         samples: by sampler.
-        table: `COLUMNS`, a row for each sampler and metric: the network calls of a sample, the seconds of all; the value,
-            the value of exact samples (floor) and the ratio of the two, and how many samples were measured (count). Where
-            they are not all finite the value is NaN and the ratio infinite.
+        table: a row for each sampler and metric with `COLUMNS`: network calls per sample (nfe), seconds for all samples,
+            the metric's value, its value for exact samples (floor), value / floor (ratio) and the number of samples that
+            were measured (count). If samples are not all finite, value is NaN and ratio infinite.
         nearest: by sampler, the samples nearest to a training image and those images, (2, n, C, H, W).
-        references: what made each reference of features.
+        references: `made_of` of each `Reference`.
     """
 
     samples: dict[str, Tensor]
@@ -44,7 +44,7 @@ class Evaluation:
 
     def mean_ratio(self, metric: str) -> float:
         """The metric's ratio to its floor, averaged over samplers: the one number that a sweep compares."""
-        named = self.table["metric"].str.split(" @ ").str[0] == metric  # at the floor's count, see `Reference.compare`
+        named = self.table["metric"].str.split(" @ ").str[0] == metric  # see `Reference.compare`
         return float(self.table.loc[named, "ratio"].mean())
 
     def flat(self) -> dict[str, float | None]:
@@ -57,7 +57,7 @@ class Evaluation:
         return flat
 
     def report(self) -> dict[str, Any]:
-        """Everything but the images, as JSON writes it: by sampler its cost and each metric's figures."""
+        """Everything but the images, ready for JSON: the cost and metrics of each sampler, and the references."""
         report: dict[str, Any] = {}
         for row in self.table.to_dict("records"):
             entry = report.setdefault(
@@ -77,28 +77,28 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Draws `num_samples` with each sampler and measures them against exact draws or real examples.
 
-    The processes of a launch draw and extract features together; every one of them gets the whole result.
+    The processes of a distributed launch share the sampling and the extraction of features; each gets the whole result.
 
     Args:
-        model: what samples are drawn from.
-        data: gives the closed-form target where there is one, else the real examples to compare with; of labelled ones
-            those of the classes that the condition `label` names.
+        model: the model to sample.
+        data: samples are compared with its closed-form target or, if it has none, with real examples; for labelled ones,
+            with those of the classes in the condition `label`.
         samplers: name -> sampler.
         num_samples: drawn with each sampler; sample i depends on (seed, i), not on the batches.
         seed: of samplers and exact draws.
-        metrics: names or functions (see `Yardstick`); all that apply when left out.
+        metrics: names or functions (see `Yardstick`); by default all that apply.
         classifier_data: labelled images, to add a classifier's view of the samples.
         features: name -> feature space in which images are compared; see `Reference`.
-        references: name -> folder of its reference, in place of the cache's.
-        whole_reference: hold features against those of all training images, not of as many as samples.
-        memorization: for a finite set of images, also how near samples are to training images.
-        condition: tensors (num_samples, ...) by name, for a conditional model; one label is for all samples.
+        references: name -> folder of a saved reference, used instead of the cached one.
+        whole_reference: compare features with those of all training images, not just of `num_samples`.
+        memorization: for a finite set of images, also measure how near samples are to training images.
+        condition: tensors (num_samples, ...) by name, for a conditional model; one label serves all samples.
         batch_size: how many samples are drawn at once.
         progress: shows bars.
 
     Raises:
-        ValueError: no sampler, no such metric, data of another event shape, a condition of another number of rows, too
-            few samples or examples to compare, or what `Reference.of` refuses.
+        ValueError: there is no sampler, a metric is unknown, the data have another event shape, a condition has another
+            number of rows, there are too few samples or examples to compare, or `Reference.of` raises.
     """
     if not isinstance(samplers, Mapping) or not samplers:
         raise ValueError(f"samplers are a mapping from names to one sampler or more, got {samplers!r}")
@@ -138,11 +138,11 @@ def check_counts(
     data: Data, num_samples: int, features: Mapping[str, Extractor] | None = None,
     classifier_data: TensorData | None = None,
 ) -> None:  # fmt: skip
-    """Refuses, with ValueError, too few samples or held-out examples for `evaluate`, before anything is trained or drawn."""
+    """Raises ValueError if samples or held-out examples are too few for `evaluate`, before anything is trained or drawn."""
     if num_samples < 2:
         raise ValueError(f"metrics compare two samples or more: give num_samples >= 2, not {num_samples}")
     if data.target is None and (held := len(data.reference(4).x)) < 4:
-        raise ValueError(f"metrics need 4 held-out examples or more, of these data there are {held}: raise held_out")
+        raise ValueError(f"metrics need 4 held-out examples or more, and there are {held}: raise held_out")
     for name in features or {}:
         check_count(_finite(data, name), num_samples)
     if classifier_data is not None:
@@ -156,7 +156,7 @@ def _yardstick(data: Data, num_samples: int, metrics: Metrics | None, seed: int)
 
 
 def _of_labels(data: Any, labels: Tensor | None) -> Any:
-    """The examples of these labels alone, where there are labels and no law; all where a sample is without one (-1)."""
+    """The data of these labels alone; unchanged if they are unlabelled or have a target, or a sample has no label (-1)."""
     labelled = data is not None and data.num_classes is not None and data.target is None
     if not labelled or labels is None or int(labels.min()) < 0:
         return data
@@ -185,5 +185,5 @@ def _finite_or_none(value: float) -> float | None:
 
 
 def starts(model: ScoreModel, count: int, seed: int) -> Tensor:
-    """`count` draws of the model's prior, the same for every sampler that is to be compared path by path."""
+    """`count` draws of the model's prior, for samplers to be compared path by path."""
     return model.start(torch.randn(count, *model.event_shape, generator=generator(seed, "starts")))

@@ -1,7 +1,7 @@
-r"""The exact law of what a step makes of Gaussian data, without Monte Carlo.
+r"""The exact law of a step's output on Gaussian data, without Monte Carlo.
 
-With Gaussian data D is affine in x, so x is, for ever, m + sum_j g_j z_j in the draws z_j. Running the step on the
-coefficients (m, g) instead of numbers gives the law of its output; with D constant the data are a point mass.
+On Gaussian data D is affine in x, so x keeps the form m + sum_j g_j z_j in the noise draws z_j. Running the step on the
+coefficients (m, g) instead of numbers gives the law of its output; a constant D is that of a point mass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BUDGETS = (5, 10, 20, 50, 100)
 def gaussian_denoiser(mean: float, std: Tensor, constant: int | None) -> Denoiser:
     """D = mean + gain (x - alpha mean) for data N(mean, std^2), std of shape (cases, 1).
 
-    With `constant`, x holds coefficients and mean multiplies the one at that index.
+    With `constant`, x holds coefficients, of which the one at that index is the constant term.
     """
 
     def denoise(x: Tensor, t: float, alpha: float, sigma: float) -> Tensor:
@@ -44,14 +44,14 @@ def gaussian_denoiser(mean: float, std: Tensor, constant: int | None) -> Denoise
 def moments(
     step: Step, sde: SDE, times: Tensor, mean: float, std: Tensor, warm: int = 0
 ) -> tuple[Tensor, Tensor] | None:
-    """Mean and standard deviation after each move on data N(mean, std^2), from the exact law; None if not affine.
+    """Mean and standard deviation after each move on data N(mean, std^2), exactly; None if the step is not affine.
 
     Args:
         step: a predictor.
         sde: the forward process.
         times: the grid, N + 1 decreasing times.
         mean, std: of the data; `std` has shape (cases,).
-        warm: so many moves begin from exact states: those of the deterministic flow from the start.
+        warm: the number of first moves that begin from exact states, those of the probability-flow ODE from the start.
 
     Returns:
         Two tensors of shape (N, cases).
@@ -72,7 +72,7 @@ def moments(
         return torch.zeros_like(std)
 
     run(1.0, torch.zeros((), dtype=torch.float64), None, record)
-    unit = torch.eye(len(keys) + 2, dtype=torch.float64)  # of the number 1, the start's z and every draw
+    unit = torch.eye(len(keys) + 2, dtype=torch.float64)  # rows for the number 1, the start's z and every draw
     states = run(unit[0], unit[1], 0, lambda i, k: unit[keys[i, k]].expand(len(std), -1))
     z = torch.randn(len(unit), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     z[0] = 1.0
@@ -85,7 +85,7 @@ def moments(
 def bias(
     step: Step, sde: SDE, budgets: Sequence[int] = BUDGETS, grid: Callable[..., Tensor] = grids.log_snr
 ) -> pd.DataFrame:
-    """Errors of mean and std at the end of a grid on data N(1, 0.5^2), exactly: columns steps, calls, mean, std."""
+    """Exact errors of mean and std at the end of a grid, on data N(1, 0.5^2): columns steps, calls, mean, std."""
     rows, data = [], torch.tensor([0.5], dtype=torch.float64)
     for steps in budgets:
         times = grid(sde, steps=steps)
@@ -100,7 +100,7 @@ def bias(
 
 
 def point_mass_residual(step: Step, sde: SDE, steps: int = 20) -> float:
-    """Largest error of mean / alpha and std / sigma over a run on the data point 1; nan if not affine."""
+    """Largest error of mean / alpha and std / sigma over a run on the data point 1; nan if the step is not affine."""
     times = uneven(sde, steps)
     found = moments(step, sde, times, 1.0, torch.zeros(1, dtype=torch.float64))
     if found is None:
@@ -110,9 +110,9 @@ def point_mass_residual(step: Step, sde: SDE, steps: int = 20) -> float:
 
 
 def stationary_variance(step: Step, sde: SDE) -> float:
-    """A corrector's stationary variance on N(0, I) at a marginal of variance 1 + 1 in x / alpha, relative to it.
+    """A corrector's stationary variance over the marginal's, for data N(0, I) at sigma = alpha.
 
-    Exact where the corrector is affine, else simulated in 64 dimensions.
+    Exact if the corrector is affine, else simulated in 64 dimensions.
     """
     t = sde.time_at(0.0)
     scale = sde.alpha(t).hypot(sde.sigma(t))
@@ -124,7 +124,7 @@ def stationary_variance(step: Step, sde: SDE) -> float:
 
 
 def _simulated_variance(step: Step, sde: SDE, t: Tensor, scale: Tensor, burn: int = 60, visits: int = 40) -> float:
-    """The mean square over `visits` visits of a corrector after `burn` others, from the law itself."""
+    """The mean square of x over `visits` visits of a corrector after `burn` others, started from the exact law."""
     evaluate, g = Gaussian(sde), torch.Generator().manual_seed(0)
 
     def draw(k: int) -> Tensor:
@@ -139,7 +139,7 @@ def _simulated_variance(step: Step, sde: SDE, t: Tensor, scale: Tensor, burn: in
 
 
 class Gaussian(Evaluator):
-    """Data N(0, I), with the density that Metropolis steps ask for."""
+    """Data N(0, I), with the density that Metropolis steps need."""
 
     def __init__(self, sde: SDE) -> None:
         super().__init__(sde, gaussian_denoiser(0.0, torch.ones((), dtype=torch.float64), None))
@@ -149,7 +149,7 @@ class Gaussian(Evaluator):
 
 
 def _one_visit(step: Step, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(A, V) of x' = A x + noise of variance V, if the corrector is affine on Gaussian data."""
+    """(A, V) of x' = A x + noise of variance V; None if the corrector is not affine on Gaussian data."""
     (row,) = step.plan(sde, t[None], t[None])
     draws: list[int] = []
 
@@ -174,12 +174,10 @@ def _one_visit(step: Step, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 class _Keys(dict[Any, int]):
-    """The places of a run's draws among all."""
+    """The index of each noise draw of a run among the coefficients."""
 
     def __missing__(self, key: Any) -> int:
-        raise ValueError(
-            "the step draws other noise when it is run again: it keeps something on self, which no step may"
-        )
+        raise ValueError("the step draws other noise when it is run again: it must not keep state on self")
 
 
 def _chosen(values: Tensor, keys: Mapping[int, int], k: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Feature spaces in which sets of images are compared: 8-bit images (n, C, H, W) -> features (n, F).
 
 Images are compared as they would be saved: k = round((x + 1) 255 / 2) clipped to 0..255. A Fréchet distance in features
-other than Inception's is never called FID; each extractor says under which name it is reported.
+other than Inception's is never called FID: each extractor has its own name for it.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ __all__ = ["PCA", "EfficientNetLite0", "Extractor", "Inception", "Pixels", "extr
 
 
 class Extractor(nn.Module, ABC):
-    """Features of images; a module, so that what it learned is its state dict.
+    """A map from images to features; a module, so that its state dict holds what it learned.
 
     Attributes:
         title: the name of the feature space in reports.
-        distance: what the Fréchet distance in it is called.
+        distance: the name of the Fréchet distance in this space.
     """
 
     title: str
     distance: str = "FD"
 
     def settings(self) -> dict[str, Any]:
-        """What makes it, for the keys of caches: its class and arguments, and a hash of weights that it came with."""
+        """What determines the features, for cache keys: class, arguments, and a hash of pretrained weights."""
         return {"extractor": type(self).__name__}
 
     def fit(self, data: TensorData) -> None:
         """Learns from the training images; most extractors have nothing to learn."""
 
     def learned(self) -> dict[str, Tensor]:
-        """The weights that `fit` learned, which are kept with a reference."""
+        """The weights that `fit` learned, which a reference stores."""
         return {}
 
     def verdicts(self, features: Tensor) -> dict[str, float]:
-        """Further figures of a set of images by its features (n, F): what a classifier makes of them."""
+        """Further figures of images with features (n, F), by name: a classifier's verdicts."""
         return {}
 
     @abstractmethod
@@ -75,7 +75,7 @@ def in_range(x: Tensor) -> bool:
 def stored_images(data: TensorData, part: str, rows: slice) -> Tensor:
     """Rows of "train" or "test" as uint8 images."""
     if len(data.event_shape) != 3:
-        raise ValueError(f"features are for images (channels, height, width), the data have events {data.event_shape}")
+        raise ValueError(f"features are for images (channels, height, width), the data have shape {data.event_shape}")
     x = data.plain(part, rows).x
     if not in_range(x):
         raise ValueError(f"features are for images in [-1, 1], the data reach {x.abs().amax():.3g}: set features=[]")
@@ -84,9 +84,12 @@ def stored_images(data: TensorData, part: str, rows: slice) -> Tensor:
 
 @torch.no_grad()
 def extract(extractor: Extractor, images: Tensor, *, title: str | None = None) -> Tensor:
-    """Features (n, F) of uint8 images on the CPU, float32, in batches on the extractor's device, with a bar."""
+    """Features (n, F) of uint8 images, float32 on the CPU, computed in batches on the extractor's device.
+
+    With a `title` the main process shows a bar.
+    """
     device = next((v.device for v in extractor.state_dict().values()), torch.device("cpu"))
-    blocks = images.split(32 if device.type == "cpu" else 512)  # small ones stay in a core's cache
+    blocks = images.split(32 if device.type == "cpu" else 512)  # 32 images stay in a core's cache
     bar = tqdm(blocks, desc=title, unit="batch", delay=2, disable=title is None or not distributed.is_main())
     return torch.cat([extractor.eval()(block.to(device)).float().cpu() for block in bar])
 
@@ -101,11 +104,11 @@ class Pixels(Extractor):
 
 
 class PCA(Extractor):
-    """Pixels on the leading principal axes of the training images, by randomised SVD.
+    """Projections on the leading principal axes of the training images, by randomised SVD.
 
     Args:
-        components: how many axes.
-        count: how many training images they are fitted to, at most.
+        components: number of axes.
+        count: largest number of training images that they are fitted to.
 
     Raises:
         ValueError: components is not positive, or exceeds what the images allow.
@@ -141,7 +144,7 @@ class PCA(Extractor):
         return (Pixels()(images) - self.centre) @ self.axes
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        # The shapes of the buffers come with the data.
+        # The buffers' shapes depend on the data that they were fitted to.
         self.axes, self.centre = state_dict[f"{prefix}axes"], state_dict[f"{prefix}centre"]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -154,7 +157,7 @@ class EfficientNetLite0(Extractor):
 
     Raises:
         ImportError: the extra is not installed.
-        ValueError: a size that is no multiple of 32.
+        ValueError: `size` is not a positive multiple of 32.
 
     Source: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite.
     """
@@ -183,10 +186,12 @@ class EfficientNetLite0(Extractor):
 
 
 class Inception(Extractor):
-    """torch-fidelity's InceptionV3 with the 2048 features of the original FID, for those who have it installed.
+    """The 2048 features of the original FID, from torch-fidelity's InceptionV3.
+
+    torch-fidelity is no dependency of this package: it needs torchvision, and downloads the weights when first used.
 
     Raises:
-        ImportError: torch-fidelity is not installed. (It needs torchvision, and fetches its weights when first used.)
+        ImportError: torch-fidelity is not installed.
 
     Source: Heusel et al. 2017, https://arxiv.org/abs/1706.08500; https://github.com/toshas/torch-fidelity.
     """

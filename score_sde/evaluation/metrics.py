@@ -1,4 +1,4 @@
-r"""How far samples are from a law, each distance beside the value that exact samples would get.
+r"""Distances of samples from a law, each next to the value that exact samples would have.
 
 For samples x ~ P and y ~ Q, empirical laws of n and m points, and directions theta uniform on the sphere:
 
@@ -9,7 +9,7 @@ For samples x ~ P and y ~ Q, empirical laws of n and m points, and directions th
     Fréchet      d^2 = |mu - nu|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)       for means mu, nu and covariances A, B
 
 All but the last are reported as distances (roots), in the units of x where they have any. They are positive for finite
-samples even when P = Q: the value between two independent exact draws is the noise floor, printed beside every figure.
+samples even when P = Q: the value between two independent exact draws is the noise floor, given with every figure.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from score_sde.targets import GaussianMixture, Target
 Metric = Callable[[Tensor, Tensor], float]
 
 Metrics = Sequence[str | Metric] | Mapping[str, Metric]
-"""Names and functions of two samples, (samples, exact draws) -> number, by their own names or by others."""
+"""Names of metrics and functions (samples, exact draws) -> number, or a mapping from names to such functions."""
 
 
 def sliced_w2(x: Tensor, y: Tensor, *, directions: int = 128, seed: int = 0) -> float:
     """Sliced 2-Wasserstein distance: the root of the mean over directions of the squared W2 on a line.
 
     Each one-dimensional W2 is exact, whatever the two sample sizes. The directions depend on `seed` alone, so that
-    figures of different samples are comparable.
+    distances of different samples are comparable.
 
     Args:
         x, y: (n, *event_shape) and (m, *event_shape); events are flattened.
-        directions: how many directions, uniform on the sphere.
+        directions: number of directions, uniform on the sphere.
         seed: seed of the directions.
 
     Source: Bonneel et al. 2015, Sliced and Radon Wasserstein barycenters, section 3.
@@ -85,7 +85,7 @@ def w2(x: Tensor, y: Tensor, *, max_points: int = 1000) -> float:
 
     x, y = (_thin(v, max_points) for v in pair(x, y))
     cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
-    # Many iterations are allowed: the default limit stops short of the optimum beyond some thousand points.
+    # The default limit of iterations stops short of the optimum beyond some thousand points.
     return float(ot.emd2([], [], cost.cpu().numpy(), numItermax=10_000_000)) ** 0.5
 
 
@@ -113,8 +113,8 @@ def mmd(
 ) -> float:
     """Maximum mean discrepancy between at most `max_points` points of each sample.
 
-    The kernel is k(x, y) = mean_h exp(-|x - y|^2 / (2 h^2)) over the `bandwidths` h; left out, these are
-    1, 1/4 and 1/16 times the median distance between points of y that differ (times 1 where none do).
+    The kernel is k(x, y) = mean_h exp(-|x - y|^2 / (2 h^2)) over the `bandwidths` h, by default 1, 1/4 and 1/16 times the
+    median distance between points of y that differ (or times 1 if none do).
 
     Args:
         x, y: (n, *event_shape) and (m, *event_shape).
@@ -150,7 +150,7 @@ def mmd(
 
 
 def mode_weights(x: Tensor, mixture: GaussianMixture) -> Tensor:
-    """Share of each component, the mean over samples of its posterior responsibility r_k(x); shape (K,).
+    """The share of each component: the mean over samples of its responsibility r_k(x); shape (K,).
 
     For exact samples the expectation is w_k, however much the components overlap.
     """
@@ -158,7 +158,7 @@ def mode_weights(x: Tensor, mixture: GaussianMixture) -> Tensor:
 
 
 def mode_spread(x: Tensor, mixture: GaussianMixture) -> Tensor:
-    """Standard deviation within each component over the exact one, shape (K,): 1 is right, less is too narrow.
+    """Standard deviation within each component relative to the exact one, shape (K,); below 1, samples are too narrow.
 
     The spread of component k is the root of the trace of the samples' covariance weighted by r_k(x), about their own
     weighted mean; for exact samples it tends to sqrt(tr Sigma_k). Components that hold less than one sample get 0.
@@ -225,7 +225,7 @@ def kid(x: Tensor, y: Tensor) -> float:
         return (pairs(a, a) - own) / (n * (n - 1))
 
     if min(len(x), len(y)) < 2:
-        raise ValueError("KID leaves out the pairs of a point with itself: give 2 samples of each at least")
+        raise ValueError("KID leaves out the pairs of a point with itself: give at least 2 samples of each set")
     return within(x) + within(y) - 2 * pairs(x, y) / (len(x) * len(y))
 
 
@@ -255,7 +255,7 @@ def _w2_of_projections(x: Tensor, y: Tensor) -> float:
 PROFILES = {"sliced_w2": Profile(_projections, _w2_of_projections), "energy": Profile(_spread, _energy_between)}
 
 PROFILED = 20_000
-"""Up to so many samples profiles are used: the sorted projections of one set then take 20 MB."""
+"""Profiles are used up to this number of samples: the sorted projections of one set then take 20 MB."""
 
 
 def noise_floor(
@@ -268,26 +268,26 @@ def noise_floor(
         reference: a target, or a tensor (m, *event_shape) of exact samples, m >= 2 n, from which both are drawn.
         n: size of each draw.
         generator: source of the draws.
-        repeats: how many pairs are drawn.
+        repeats: number of pairs.
     """
     pairs = [_draw_pair(reference, n, generator) for _ in range(repeats)]
     return sum(metric(x, y) for x, y in pairs) / repeats
 
 
 class Yardstick:
-    """A set of metrics, the exact draws that samples are held against, and the floors between such draws.
+    """A set of metrics, the exact draws that samples are compared with, and the floors between such draws.
 
-    Made once and used for many samples, it holds all of them against the same draws. A figure is the mean over
-    `repeats` draws of the metric between the samples and the draw; its floor, the mean of the metric between two draws,
-    whose standard deviation over the pairs is in `spreads`. Some metrics take fewer points: `counts` has how many.
+    Made once, it compares any number of sets of samples with the same draws. A value is the mean over `repeats` draws of the
+    metric between the samples and the draw. Its floor is the mean over `repeats` pairs of the metric between two draws;
+    `spreads` has the standard deviation over these pairs. Some metrics use fewer points: `counts` has how many.
 
     Args:
         reference: a target, or a tensor (m, *event_shape) of exact samples, m >= 2 n.
         n: number of samples to be measured.
         generator: source of the exact draws.
-        metrics: names in `METRICS` and, when the reference is a GaussianMixture, in `MODE_METRICS` (all of them when
-            left out) and functions of two samples, or a mapping from names to such functions.
-        repeats: how many draws; at 8 the floor of the sliced W2 is known to about a tenth.
+        metrics: names in `METRICS` and, if the reference is a GaussianMixture, in `MODE_METRICS` (by default all of them),
+            and functions (samples, exact draws) -> number; or a mapping from names to such functions.
+        repeats: number of draws; with 8 the floor of the sliced W2 is known to about a tenth.
 
     Raises:
         ValueError: a metric is unknown, or the reference holds fewer than 2 n samples.
@@ -320,7 +320,7 @@ class Yardstick:
         """The columns metric, value, floor and ratio (value / floor) for samples of shape (n, *event_shape).
 
         Raises:
-            ValueError: the samples are not n, have another event shape, or are not all finite.
+            ValueError: there are not n samples, they have another event shape, or are not all finite.
         """
         if len(samples) != self.n:
             raise ValueError(f"this yardstick measures {self.n} samples, its floors hold for no other number, "
@@ -346,10 +346,10 @@ def score(
     metrics: Metrics | None = None,
     repeats: int = 8,
 ) -> pd.DataFrame:
-    """Every metric of the samples beside its floor and their ratio: `Yardstick` for one set of samples.
+    """Every metric of the samples, its floor and their ratio: `Yardstick` for one set of samples.
 
-    When the reference is a tensor of m samples, at most m / 2 of the given samples are used, as many as in each of
-    the two disjoint draws that the floor is taken between.
+    If the reference is a tensor of m samples, at most m / 2 of the given samples are used, as many as in each of the two
+    disjoint draws between which the floor is measured.
     """
     n = min(len(samples), len(reference) // 2) if isinstance(reference, Tensor) else len(samples)
     yardstick = Yardstick(reference, n, generator=generator, metrics=metrics, repeats=repeats)
@@ -412,7 +412,7 @@ def pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _most_points(metric: Metric) -> int | None:
-    """How many points of each sample a metric takes, where it says so."""
+    """The default of a metric's argument `max_points`; None if it has none."""
     limit = inspect.signature(metric).parameters.get("max_points")
     return None if limit is None else limit.default
 

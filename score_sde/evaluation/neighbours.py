@@ -1,13 +1,13 @@
-r"""What nearest neighbours say of samples Y beside real examples X, n and m points of a feature space.
+r"""Nearest-neighbour metrics of n samples Y and m real examples X in a feature space.
 
-With B_k(x) the ball about x that reaches its k-th nearest neighbour within its own set:
+With B_k(x) the ball about x that reaches its k-th nearest neighbour in its own set:
 
     precision = share of y in some B_k(x)           recall   = share of x in some B_k(y)               (k = 3)
     density   = mean_y #{x : y in B_k(x)} / k       coverage = share of x with some y in B_k(x)        (k = 5)
 
 Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991, eq. 1 and 2; Naeem et al. 2020,
-https://arxiv.org/abs/2002.09797, eq. 3 and 4. A sample is taken as memorised where its nearest training example is
-three times nearer than the second (Yoon et al. 2023, section 3).
+https://arxiv.org/abs/2002.09797, eq. 3 and 4. A sample counts as memorised if its nearest training example is three times
+nearer than the second nearest (Yoon et al. 2023, section 3).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from score_sde.evaluation.metrics import pair
 from score_sde.progress import tqdm
 
 CANDIDATES = 8
-"""How many nearest examples are looked at for two different pictures."""
+"""Number of nearest examples among which two different pictures are looked for."""
 
 __all__ = ["Nearest", "density_coverage", "nearest", "neighbour_metrics", "precision_recall"]
 
@@ -34,11 +34,11 @@ def neighbour_metrics(samples: Tensor, real: Tensor, k: int = 3, k_density: int 
 
     Args:
         samples, real: (n, *event) and (m, *event), examples or features.
-        k: of precision and recall, both in [0, 1].
-        k_density: of density, 1 in the mean for exact samples and more where they crowd, and of coverage, in [0, 1].
+        k: for precision and recall, both in [0, 1].
+        k_density: for coverage, in [0, 1], and density, whose mean is 1 for exact samples and more if samples crowd.
 
     Raises:
-        ValueError: a set has no more than k points, or points that are not finite or of other events.
+        ValueError: a set has no more than k points, or points that are not finite or of another event shape.
     """
     samples, real = pair(samples, real)
     (inside, dense), (around,) = _radii(real, k, k_density), _radii(samples, k)
@@ -57,13 +57,13 @@ def neighbour_metrics(samples: Tensor, real: Tensor, k: int = 3, k_density: int 
 
 
 def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
-    """The first two of `neighbour_metrics`."""
+    """Precision and recall alone, see `neighbour_metrics`."""
     found = neighbour_metrics(samples, real, k, k)
     return found["precision"], found["recall"]
 
 
 def density_coverage(samples: Tensor, real: Tensor, k: int = 5) -> tuple[float, float]:
-    """The last two of `neighbour_metrics`."""
+    """Density and coverage alone, see `neighbour_metrics`."""
     found = neighbour_metrics(samples, real, 1, k)
     return found["density"], found["coverage"]
 
@@ -81,7 +81,7 @@ def _radii(x: Tensor, *ks: int) -> list[Tensor]:
 
 
 def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Distances between rows of x and all of y, block by block in bounded memory; about y's mean, or digits are lost."""
+    """Distances between rows of x and all of y, in blocks of bounded memory; y is centred first, or digits would be lost."""
     size, center = max(1, 2**24 // len(y)), y.double().mean(0)
     x, y = x.double() - center, y.double() - center
     for start in range(0, len(x), size):
@@ -90,9 +90,9 @@ def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 @dataclass(frozen=True)
 class Nearest:
-    """The two nearest training examples of each sample: distances (n, 2), ascending, and their places in `plain`.
+    """The two nearest training examples of each sample: distances (n, 2), ascending, and rows of `data.plain("train")`.
 
-    The second is another picture than the first: of examples that are there several times, one counts.
+    The second is a different picture from the first: repeated examples count once.
     """
 
     distance: Tensor
@@ -100,7 +100,7 @@ class Nearest:
 
     @property
     def memorised(self) -> Tensor:
-        """Whether the first is three times nearer than the second, (n,)."""
+        """Whether the nearest is three times nearer than the second, (n,)."""
         return self.distance[:, 0] < self.distance[:, 1] / 3
 
 
@@ -108,8 +108,8 @@ class Nearest:
 def nearest(samples: Tensor, data: TensorData, *, device: torch.device | str = "cpu", progress: bool = True) -> Nearest:
     """Nearest training examples by root mean square difference over the components, in the units of the data.
 
-    Where training mirrors its images, an example is as near as the nearer of the two ways round. Cost: n N D
-    multiplications, twice that with mirroring, in blocks of the training set.
+    If training mirrors its images, the nearer of an example and its mirror image counts. Cost: n N D multiplications, twice
+    that with mirroring, in blocks of the training set.
 
     Args:
         samples: (n, *event_shape), in the scale of the data.
@@ -125,7 +125,7 @@ def nearest(samples: Tensor, data: TensorData, *, device: torch.device | str = "
         block, place = torch.cdist(x, y).amin(0).topk(min(CANDIDATES, len(y)), largest=False)
         merged, order = torch.cat([best, block], 1).topk(CANDIDATES, largest=False)
         best, index = merged, torch.cat([index, place + start], 1).gather(1, order)
-    # Once more without the cancellation of |x|^2 + |y|^2 - 2 xy, which is all that is left of a copy's distance.
+    # Computed anew without |x|^2 + |y|^2 - 2 xy, whose cancellation would be all that is left of the distance to a copy.
     rows = zip(x.split(256, dim=1), index.split(256), strict=True)
     parts = [_two_pictures(part, place, data) for part, place in rows]
     distance, index = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
@@ -133,7 +133,8 @@ def nearest(samples: Tensor, data: TensorData, *, device: torch.device | str = "
 
 
 def _two_pictures(x: Tensor, index: Tensor, data: TensorData) -> tuple[Tensor, Tensor]:
-    """The nearest of candidates index (n, k) to x (ways round, n, D), and of those that differ from it the next."""
+    """Distances and indices of the nearest to x (orientations, n, D) of the candidates `index` (n, k), and of the nearest
+    one that differs from it."""
     found = torch.stack([data.plain("train", column).x for column in index.T.cpu()], dim=1).to(x.device)
     y = found.flatten(2).double()
     order = (y - x[:, :, None].double()).square().mean(dim=3).sqrt().amin(0).sort(dim=1)

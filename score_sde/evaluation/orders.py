@@ -1,8 +1,8 @@
-r"""Of which order a step is, and which polynomials it integrates exactly.
+r"""The order of a step, and the polynomials that it integrates exactly.
 
-The ODE's global error is that on a Gaussian mixture, against a tight Runge-Kutta solution; for an SDE step the weak
-error is that of mean and variance on Gaussian data. The history starts from exact states, so that it is the formula that
-is measured and not its first moves.
+The global error of an ODE step is measured on a Gaussian mixture, against a Runge-Kutta solution of tight tolerance; the weak
+error of an SDE step is that of mean and variance on Gaussian data. The first moves begin at exact states, so that the
+formula is measured and not the building up of its history.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from score_sde.steps import Step
 from score_sde.steps.multistep import CLOCKS, PREDICTIONS, output_of
 from score_sde.targets import GaussianMixture
 
-WARM = 6  # moves that begin at exact states: more than any history is long
+WARM = 6  # moves that begin at exact states: more than the longest history
 
 
 @functools.lru_cache(maxsize=32)
@@ -78,9 +78,10 @@ def _no_draw(move: int, k: int) -> Tensor:
 
 
 def polynomial_exactness(step: Step, sde: SDE, degrees: int = 5) -> tuple[str, str, int] | None:
-    """The (prediction, clock, degree) of the highest polynomials in time that an ODE step integrates exactly.
+    """The (prediction, clock, degree) of the highest polynomials that an ODE step integrates exactly.
 
-    The prediction is set to u(t)^j, whatever x; the exact solution is then a quadrature. None if no constants are.
+    The prediction is set to u(t)^j for all x, u the clock; the exact solution is then a quadrature. None if not even
+    constants are integrated exactly.
     """
     best: tuple[str, str, int] | None = None
     for prediction in sorted(PREDICTIONS, key=lambda name: name != getattr(step, "prediction", "denoised")):

@@ -1,8 +1,8 @@
 r"""Posterior samplers against exact posteriors, and guidance by labels against the density it is said to target.
 
-On a Gaussian mixture p(x | y) of a linear observation y = A x + noise_std e is a mixture again: a method's error is a
-number, the distance of its samples to exact draws, beside the distance between two sets of exact draws. The row `exact`
-samples with the posterior's own score; what it lacks is the solver's, what the others lack beyond it is the method's.
+If the prior is a Gaussian mixture and the observation linear, y = A x + noise_std e, p(x | y) is a mixture too. A method's
+error is then the distance between its samples and exact draws, given with that between two sets of exact draws. The row
+`exact` samples with the posterior's own score: its error is the solver's, and what the others have beyond it the method's.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from score_sde.targets import GaussianMixture, Target, ring
 
 @dataclass(frozen=True)
 class Problem:
-    """A prior, what is observed of a draw of it, and the process that samplers run.
+    """A prior, an observation of one draw of it, and the forward process.
 
     Attributes:
-        prior: law of the clean x.
+        prior: the law of clean x.
         operator: linear, on the prior's vectors.
         y: one observation.
-        noise_std: of the observation, positive.
+        noise_std: standard deviation of the observation's noise, positive.
         sde: the forward process.
     """
 
@@ -81,7 +81,7 @@ class Problem:
 
 
 class Case(Protocol):
-    """What a method needs to know: a `Problem`, or an observation of real images."""
+    """What a method is given: a `Problem`, or an observation of real images."""
 
     @property
     def model(self) -> ScoreModel: ...
@@ -100,11 +100,11 @@ class Case(Protocol):
 
 
 Method = Callable[[Any], ScoreModel]
-"""From a `Case` to a guided model; those named in `KNOWING` need a `Problem`."""
+"""A function from a `Case` to a guided model; those in `KNOWING` need a `Problem`."""
 Solver = Callable[[Any, int], SamplerLike]
 
 KNOWING = ("exact", "prior")
-"""Yardsticks rather than methods: the posterior's own score, and the prior's, which does not look at y."""
+"""Yardsticks rather than methods: the posterior's own score, and the prior's, which ignores y."""
 
 METHODS: dict[str, Method] = {
     "exact": lambda p: ExactScore(p.posterior, p.sde),
@@ -124,7 +124,7 @@ def _log_snr(steps: int) -> grid.Grid:
 
 
 def _repaint(problem: Case, steps: int) -> Sampler:
-    """Five times through what lies above the observation's noise level, once through the rest: `steps` in all, or less."""
+    """RePaint in at most `steps` moves: five passes over the levels above the observation's noise, one over the rest."""
     low, sde = problem.noise_std / problem.operator.least_singular_value(), problem.model.sde
     first, last = sde.half_log_snr_range
     share = min(1.0, max(0.0, (-math.log(low) - first) / (last - first))) if low else 1.0
@@ -143,14 +143,14 @@ SOLVERS: dict[str, Solver] = {
     "repaint": _repaint,
     "tds": _particles,
 }
-"""Methods that are samplers of their own, made for a number of steps."""
+"""Methods that are samplers themselves, by number of steps."""
 
 SAMPLERS: dict[str, Callable[[int], SamplerLike]] = {
     "ddim": lambda steps: Sampler(DDIM(), _log_snr(steps)),
     "adams2": lambda steps: Sampler(ExponentialAdams(2), _log_snr(steps)),
     "ancestral": lambda steps: Sampler(Ancestral(), _log_snr(steps)),
 }
-"""What the methods are run with: an ODE solver of first and of second order, and the reverse SDE."""
+"""The samplers for `METHODS`: ODE solvers of first and second order, and the reverse SDE."""
 
 
 def compare_posteriors(
@@ -159,20 +159,20 @@ def compare_posteriors(
     num_samples: int = 2000, seeds: Sequence[int] = (0,), metrics: Sequence[str] = ("sliced_w2",), seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
-    """Every method with every sampler, and every solver of its own, at every budget, against the exact posterior.
+    """Compares every method with every sampler, and every solver, at every budget, with the exact posterior.
 
     Args:
         problem: prior and observation.
-        budgets: steps.
-        methods, samplers, solvers: `METHODS`, `SAMPLERS` and `SOLVERS` when left out.
-        num_samples: a run; for particle filters also the number of particles.
+        budgets: numbers of steps.
+        methods, samplers, solvers: by default `METHODS`, `SAMPLERS` and `SOLVERS`.
+        num_samples: samples per run.
         seeds: of the samplers.
         metrics: see `Yardstick`.
         seed: of the exact draws, the same for all methods.
-        progress: shows a bar where it takes long.
+        progress: shows a bar if it takes long.
 
     Returns:
-        A column `method` and those of `by_metric`; a run that diverges or is refused leaves its reason in `error`.
+        A table with the columns `method` and those of `by_metric`; `error` has the reason why a run diverged or was refused.
     """
     guided = {name: make(problem) for name, make in (METHODS if methods is None else methods).items()}
     own = {name: partial(make, problem) for name, make in (SOLVERS if solvers is None else solvers).items()}
@@ -189,16 +189,16 @@ def compare_posteriors(
 
 
 def ring_problem(sde: SDE, noise_std: float = 0.5) -> Problem:
-    """A ring of eight Gaussians in the plane of which one oblique coordinate is seen: several modes remain."""
+    """A ring of eight Gaussians in the plane, observed along one oblique direction: several modes remain possible."""
     return Problem(ring(8, 2.0, 0.4), Matrix([[1.0, 0.3]]), torch.tensor([0.5]), noise_std, sde)
 
 
 def gaussian_problem(
     sde: SDE, dimensions: int = 2, noise_std: float = 0.3, seed: int = 0, correlated: bool = False
 ) -> Problem:
-    """N(mu, 0.8^2 I), half of whose dimensions are seen through a random matrix: PiGDM and MMPS are exact.
+    """N(mu, 0.8^2 I), observed through a random matrix of half as many rows: PiGDM and MMPS are exact.
 
-    Correlated, its covariance has variances 0.64 and correlations exp(-|i - j| / 2), on which MMPS alone is.
+    With `correlated`, the covariance is 0.64 exp(-|i - j| / 2), and MMPS alone is exact.
     """
     g = torch.Generator().manual_seed(seed)
     places = torch.arange(dimensions, dtype=torch.float64)
@@ -219,10 +219,10 @@ def image_problem(
 
 
 def field_mixture(event_shape: Sequence[int], components: int = 4, seed: int = 0) -> GaussianMixture:
-    """Gaussian fields of correlation exp(-d^2 / 8) in space and 1/2 between channels, about means of the same law.
+    """A mixture of Gaussian fields with correlation exp(-d^2 / 8) in space and 1/2 between channels, as their means have.
 
-    Means have standard deviation 0.25, the fields about them 0.4 and a white part of 0.1: an
-    observation of half of them leaves several components possible.
+    The means have standard deviation 0.25, the fields about them 0.4 and a white part 0.1, so that an observation of half
+    the pixels leaves several components possible.
     """
     channels, *places = event_shape
     where = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in places)).view(-1, len(places))
@@ -242,12 +242,12 @@ def certify_guidance(
     """The Gaussian certificate: each method's exact bias on a Gaussian problem, by DDIM and by ancestral sampling.
 
     Args:
-        problem: whose prior is a single Gaussian.
-        steps: of a log-SNR grid; many, so that what is left is the method's.
-        methods: `METHODS` when left out; with them the solvers of `SOLVERS` whose output is Gaussian.
+        problem: its prior must be a single Gaussian.
+        steps: of a log-SNR grid; many, so that the remaining bias is the method's.
+        methods: by default `METHODS`, and DDRM and RePaint of `SOLVERS`.
 
     Returns:
-        A row for each method and sampler whose output is Gaussian: method, sampler, and what `affine.bias` says.
+        A row for each method and sampler whose output is Gaussian: method, sampler, and the entries of `affine.bias`.
     """
     chosen = METHODS if methods is None else methods
     runs = [(name, label, SAMPLERS[label](steps), make(problem)) for name, make in chosen.items()
@@ -269,7 +269,7 @@ def _observed(prior: Target, operator: LinearOperator, noise_std: float, seed: i
 
 
 class LabelledMixture(ScoreModel):
-    """The exact score of a mixture and, under the condition `label` (batch,), of its component of that number."""
+    """The exact score of a mixture or, under the condition `label` of shape (batch,), of the component of that index."""
 
     condition_names = frozenset({"label"})
 
@@ -285,26 +285,26 @@ class LabelledMixture(ScoreModel):
         label = condition["label"].to(x.device)
         known = ((label >= 0) & (label < len(self.parts))).all()
         if label.shape != (len(x),) or label.is_floating_point() or not known:
-            raise ValueError(f"label is one of 0 to {len(self.parts) - 1} a sample, integers of shape ({len(x)},)")
+            raise ValueError(f"label is an integer from 0 to {len(self.parts) - 1} per sample, of shape ({len(x)},)")
         predictions = [part(x, t) for part in self.parts]
         raw = torch.stack([p.raw for p in predictions])[label, torch.arange(len(x), device=x.device)]
         return Prediction(x, raw, predictions[0].alpha, predictions[0].sigma)
 
 
 def component(mixture: GaussianMixture, k: int) -> GaussianMixture:
-    """Component k by itself."""
+    """Component k alone."""
     return GaussianMixture([1.0], mixture.means[k : k + 1], mixture.covariances[k : k + 1])
 
 
 def tilted(
     whole: Target, part: Target, scale: float, count: int, *, generator: torch.Generator, side: int = 801
 ) -> Tensor:
-    """Draws of whole(x)^(1 - scale) part(x)^scale, normalised, in the plane: what guidance is said to target.
+    """Draws in the plane of the normalised whole(x)^(1 - scale) part(x)^scale, which guidance is said to target.
 
-    From the cells of a grid of side x side over three times the extent of draws of both laws, uniform in each.
+    The density is taken as uniform in each cell of a grid of side x side over three times the extent of both laws' draws.
 
     Raises:
-        ValueError: the cells are no smaller than what the density varies over, or the density lies beyond the grid.
+        ValueError: the cells are too wide for the density, or the density reaches beyond the grid.
     """
     seen = torch.cat([law.sample((4096,), generator=generator) for law in (whole, part)]).double()
     low, high = seen.amin(0), seen.amax(0)
@@ -320,18 +320,18 @@ def tilted(
 
 
 def _check_cells(log_prob: Tensor, weights: Tensor) -> None:
-    """Refuses, with ValueError, a grid that cuts a density off, or whose cells are wider than half a standard deviation.
+    """Raises ValueError if a grid cuts the density off, or its cells are wider than half a standard deviation.
 
     Along an axis the second difference of a Gaussian's log-density is (cell / std)^2.
     """
     inner = weights[1:-1, 1:-1]
     if 1 - inner.sum().item() > 1e-6:
-        raise ValueError("this tilted density lies beyond the region of its two laws: take a smaller scale")
+        raise ValueError("this tilted density reaches beyond the region of its two laws: take a smaller scale")
     bends = [log_prob.diff(2, 0)[:, 1:-1].abs(), log_prob.diff(2, 1)[1:-1].abs()]
     width = max((bend * inner).sum().item() for bend in bends) ** 0.5
     if not width < 0.5:
-        raise ValueError(f"the cells of {len(weights)} x {len(weights)} are {width:.2g} standard deviations wide, and half of "
-                         f"one is allowed: give side={math.ceil(len(weights) * width / 0.4)}")  # fmt: skip
+        raise ValueError(f"the cells of {len(weights)} x {len(weights)} are {width:.2g} standard deviations wide, and at most "
+                         f"0.5 is allowed: give side={math.ceil(len(weights) * width / 0.4)}")  # fmt: skip
 
 
 def compare_tilted(
@@ -341,8 +341,8 @@ def compare_tilted(
     """Classifier-free guidance towards one component of a plane mixture, against the tilted density of the same scale.
 
     Returns:
-        A row a scale: sliced W2 to the tilted density (`value`), its floor and their ratio, and how far the samples'
-        mean lies beyond the tilted one's, away from the mixture's mean (`overshoot`), in units of the data.
+        A row per scale: sliced W2 to the tilted density (`value`), its floor and their ratio, and how much farther the
+        samples' mean is from the mixture's mean than the tilted density's (`overshoot`), in units of the data.
     """
     model, rows = LabelledMixture(mixture, sde), []
     labels = torch.full((num_samples,), label)

@@ -1,9 +1,9 @@
-"""Features of real images, computed once: what samples are held against, and the floor of every figure.
+"""Features of real images, computed once: samples are compared with them, and they give the floor of every metric.
 
-value = d(samples, train) of n each, n as asked for (papers take 50,000), and floor = d(test, train) of m <= n each, as
-many as are held out. Most distances depend on the count: every figure states its own, and where m < n the value at m
-stands beside the floor. Where no test set is held out, two disjoint parts of the training set give the floor.
-Of a `whole` reference n samples, and m test images, are held against all training images, as published FIDs are.
+value = d(samples, train) with n of each, n as requested (papers take 50,000), and floor = d(test, train) with m <= n of each,
+as many as are held out. Most distances depend on the count: every row states its own, and if m < n the value is also given at
+m, next to the floor. Without a test set, two disjoint parts of the training set give the floor. With a `whole` reference, n
+samples and m test images are compared with all training images, as in published FIDs.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ class Reference:
         cls, data: TensorData, extractor: Extractor, count: int, *, whole: bool = False, path: str | Path | None = None,
         device: torch.device | str = "cpu", progress: bool = True,
     ) -> Reference:  # fmt: skip
-        """The reference of these data: from `path`, from the cache, or computed, which the cache then keeps.
+        """The reference of these data: from `path`, from the cache, or computed and then cached.
 
         Args:
-            data: what training and test images come from.
-            extractor: fitted to the training images where it has to be, those of `data.whole`.
-            count: of training and of test images, at most; fewer where the data have fewer.
-            whole: take all training images, but for those that the floor takes where nothing is held out.
-            path: a folder that `save` wrote.
+            data: source of the training and test images.
+            extractor: fitted, if it has to be, to the training images of `data.whole`.
+            count: of training and of test images; fewer if the data have fewer.
+            whole: use all training images; without a test set, all but those used for the floor.
+            path: a folder written by `save`.
             device: where features are computed.
 
         Raises:
-            ValueError: the data are no images, or the reference in `path` was made of other data, with another
+            ValueError: the data are not images, or the reference in `path` was made of other data, with another
                 extractor or count.
         """
         made_of = _made_of(data, extractor, count, whole)
@@ -76,7 +76,7 @@ class Reference:
         return cls(extractor.to(device), train, test, made_of)
 
     def save(self, path: str | Path) -> None:
-        """Writes the reference into a folder, to be kept or handed on."""
+        """Writes the reference into a folder, for the `path` of `of`."""
         Path(path).mkdir(parents=True, exist_ok=True)
         _write(Path(path), self.extractor, self.train, self.test)
         (Path(path) / "made_of.json").write_text(json.dumps(self.made_of, indent=2, sort_keys=True) + "\n")
@@ -86,11 +86,11 @@ class Reference:
         return {}
 
     def compare(self, features: Tensor) -> pd.DataFrame:
-        """Every metric of features of samples: the columns metric, value, floor, ratio (value / floor) and count.
+        """Every metric of samples with these features: the columns metric, value, floor, ratio (value / floor) and count.
 
-        As many samples as training images are compared, n, of a whole reference all samples with all images; where fewer
-        test images are at hand, m, the rows of count n have no floor, and rows "<metric> @ m" have the value and the floor
-        of count m. KID, which is 0 in the mean for exact samples, has no ratio.
+        n samples are compared with n training images or, for a whole reference, with all. If there are only m < n test
+        images, the rows of count n have no floor, and the rows "<metric> @ m" have the value and the floor at count m. KID,
+        whose mean is 0 for exact samples, has no ratio.
         """
         n = len(features) if self._whole else min(len(features), len(self.train))
         m = min(n, len(self.test))
@@ -107,7 +107,7 @@ class Reference:
         return bool(self.made_of.get("whole"))
 
     def _real(self, count: int) -> Tensor:
-        """The training images that so many samples or test images are held against."""
+        """The training images with which `count` samples or test images are compared."""
         return self.train if self._whole else self.train[:count]
 
     def _rows(self, features: Tensor, floors: Mapping[str, float]) -> pd.DataFrame:
@@ -126,7 +126,7 @@ def feature_metrics(samples: Tensor, real: Tensor, extractor: Extractor) -> dict
 
 
 class FeatureView:
-    """What a reference says of samples, in features that all processes extract together."""
+    """The metrics of samples against a reference, in features that all processes extract together."""
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
@@ -134,26 +134,26 @@ class FeatureView:
     def __call__(self, samples: Tensor) -> pd.DataFrame:
         """The rows of `Reference.compare` for samples (n, C, H, W) in [-1, 1].
 
-        Raises ValueError for samples of another shape than the reference's images.
+        Raises ValueError if the samples have another shape than the reference's images.
         """
         shape = list(self.reference.made_of["event_shape"])
         if list(samples.shape[1:]) != shape:
-            raise ValueError(f"samples of shape {tuple(samples.shape)} and a reference of images {tuple(shape)}")
+            raise ValueError(f"samples of shape {tuple(samples.shape)} for a reference of images {tuple(shape)}")
         images = quantized(samples)[distributed.share(len(samples))]
         features = extract(self.reference.extractor, images, title=f"{self.reference.extractor.title}: samples")
         return self.reference.compare(distributed.gather(features))
 
 
 def check_count(data: TensorData, count: int) -> int:
-    """How many real images a reference of this count holds its training images against.
+    """The number of real images that give the floor of a reference of this count.
 
-    Raises ValueError where they are fewer than the six that the metrics need.
+    Raises ValueError if there are fewer than the six that the metrics need.
     """
     found = min(count, data.count("test") if data.has_test else data.count("train") // 2)
     if found < 6:
         fix = "draw more samples" if count < 6 else "raise held_out, or leave the features out"
         raise ValueError(
-            f"features of samples need 6 real images of each kind or more to stand beside, not {found}: {fix}"
+            f"feature metrics need 6 samples, 6 training and 6 held-out images or more, not {found}: {fix}"
         )
     return found
 
@@ -190,7 +190,7 @@ def _rows_of(data: TensorData, made_of: Mapping[str, Any]) -> tuple[tuple[str, s
         return ("train", slice(n)), ("test", slice(m))
     if made_of.get("whole"):
         return ("train", slice(m, None)), ("train", slice(m))
-    return ("train", slice(n)), ("train", slice(m, 2 * m))  # beside the first m, which the floor is taken to
+    return ("train", slice(n)), ("train", slice(m, 2 * m))  # disjoint from the first m, with which they are compared
 
 
 def _write(folder: Path, extractor: Extractor, train: Tensor, test: Tensor) -> None:

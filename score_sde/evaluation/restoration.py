@@ -4,7 +4,7 @@ r"""Restored images against the true ones:
     SSIM = mean over windows of (2 m_x m_y + c_1) (2 c_xy + c_2) / ((m_x^2 + m_y^2 + c_1) (v_x + v_y + c_2)),
 
 with local means m, variances v and covariance c_xy. A draw of the posterior has a lower PSNR than the posterior's mean
-(by 3 dB where the posterior is exact), which is why both stand in the table.
+(by 3 dB if the posterior is exact), so the table has both.
 Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861, eq. 13 with K_1 = 0.01 and K_2 = 0.03.
 """
 
@@ -39,18 +39,18 @@ COLUMNS = ["method", "sampler", "budget", "seed", "nfe", "seconds", "psnr", "psn
 LEARNED: dict[str, Method] = {name: make for name, make in METHODS.items() if name not in KNOWING} | {
     "mmps": lambda case: MMPS(case.model, case.operator, case.y, case.noise_std, 3)
 }
-"""Methods that are score models, for learned ones: MMPS with few iterations."""
+"""The methods for learned models, with few iterations of MMPS."""
 
 OWN: dict[str, Solver] = {name: make for name, make in SOLVERS.items() if name != "tds"}
-"""Methods that are samplers of their own, but for particle filters, which take one observation."""
+"""The solvers for learned models: all but the particle filter, which takes a single observation."""
 
 
 def psnr(x: Tensor, reference: Tensor, width: float = 2.0) -> float:
-    """Peak signal-to-noise ratio in dB, its mean over images.
+    """Peak signal-to-noise ratio in dB, averaged over images.
 
     Args:
         x, reference: (n, *event_shape).
-        width: of the range of values.
+        width: width of the range of values.
 
     Raises:
         ValueError: the shapes differ.
@@ -61,15 +61,15 @@ def psnr(x: Tensor, reference: Tensor, width: float = 2.0) -> float:
 
 
 def ssim(x: Tensor, reference: Tensor, width: float = 2.0, window: int | None = None) -> float:
-    """Structural similarity, in [-1, 1], its mean over images, channels and places of the window.
+    """Structural similarity, in [-1, 1], averaged over images, channels and positions of the window.
 
     Args:
         x, reference: (n, channels, height, width).
-        width: of the range of values.
-        window: odd side of the Gaussian window of standard deviation 1.5; 11, or the largest that fits the image.
+        width: width of the range of values.
+        window: odd side of the Gaussian window of standard deviation 1.5; by default 11, or the largest that fits.
 
     Raises:
-        ValueError: the shapes differ, or are no images that the window fits.
+        ValueError: the shapes differ, or are not those of images that the window fits into.
     """
     x, reference = _pair(x, reference)
     if x.ndim != 4:
@@ -100,16 +100,16 @@ def _pair(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Restoration:
-    """True images and what is seen of them.
+    """True images and their observations.
 
     Attributes:
-        model: of images like them.
-        truth: (n, *event_shape); methods see their observation only.
+        model: a model of such images.
+        truth: (n, *event_shape), the true images, hidden from the methods.
         operator: linear.
-        noise_std: of the observation.
-        observed: (n, *output_shape), what is seen.
-        draws: of the posterior for each observation.
-        data_std: spread of such images about their mean, as `data.measure_data_std` measures it; the model's if left out.
+        noise_std: standard deviation of the observation's noise.
+        observed: (n, *output_shape), the observations.
+        draws: number of posterior draws per observation.
+        data_std: spread of such images about their mean, as `data.measure_data_std` measures it; by default the model's.
     """
 
     model: ScoreModel
@@ -132,21 +132,21 @@ def compare_restorations(
     seeds: Sequence[int] = (0,), features: Callable[[Tensor], Tensor] | None = None, progress: bool = True,
     on_result: Callable[[str, str, int, Tensor], None] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
-    """Every method with every sampler, and every solver of its own, at every budget, against the true images.
+    """Compares every method with every sampler, and every solver, at every budget, with the true images.
 
     Args:
-        case: images and what is seen of them.
-        budgets: steps.
-        methods, samplers, solvers: `LEARNED`, `posterior.SAMPLERS` and `OWN` when left out.
+        case: true images and their observations.
+        budgets: numbers of steps.
+        methods, samplers, solvers: by default `LEARNED`, `posterior.SAMPLERS` and `OWN`.
         seeds: of the samplers.
         features: (n, *event_shape) -> (n, F), for a Fréchet distance between restored and true images.
-        progress: shows a bar where it takes long.
+        progress: shows a bar if it takes long.
         on_result: called with method, sampler, budget and the draws (n, draws, *event_shape) of the first seed.
 
     Returns:
         A row for each run with the columns `COLUMNS`: PSNR of the draws and of their mean in dB, SSIM of the draws,
-        `misfit` the root mean square of y - A x in units of noise_std (1 for the truth), and the reason of a run that
-        was refused or diverged in `error`. First the pseudo-inverse A^+ y, which is no draw and costs no call.
+        `misfit`, the root mean square of y - A x in units of noise_std (1 for the truth), and `error`, the reason why a run
+        was refused or diverged. The first row is the pseudo-inverse A^+ y, which is not a draw and costs no network call.
     """
     budgets, seeds = wholes("budgets", budgets), wholes("seeds", seeds, 0)
     chosen = SAMPLERS if samplers is None else samplers
@@ -164,7 +164,7 @@ def compare_restorations(
         row = {"method": name, "sampler": label, "budget": budget, "seed": seed}
         try:
             result = _drawn(case, make(budget), guide(), seed)
-        except Exception as failure:  # one method that fails must not lose the others' table
+        except Exception as failure:  # a method that fails must not lose the rows of the others
             rows.append(row | {"error": f"{type(failure).__name__}: {failure}"})
             continue
         x = result.x.unflatten(0, (len(case.truth), case.draws)).cpu()

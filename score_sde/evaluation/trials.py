@@ -1,6 +1,6 @@
-r"""Running a step by hand, in float64, on models chosen so that the answer is known.
+r"""Runs of a step without a `Sampler`, in float64, on models for which the answer is known.
 
-Nothing here looks inside a step: its own `plan` and `advance` are run.
+A step is a black box here: only its `plan` and `advance` are used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Denoiser = Callable[[Tensor, float, float, float], Tensor]
 
 
 class Evaluator:
-    """A denoiser as a sampler's `evaluate`: counted, in one SDE."""
+    """A denoiser as the `evaluate` of `Step.advance`, with its calls counted."""
 
     def __init__(self, sde: SDE, denoiser: Denoiser) -> None:
         self.sde, self.denoiser, self.calls = sde, denoiser, 0
@@ -44,7 +44,7 @@ def travel(
 ) -> Iterator[Tensor]:
     """The states of a predictor over a grid, or of a corrector at the times of a grid.
 
-    `exact` has the states with which the first len(exact) moves begin, whatever the moves before them gave.
+    The first len(exact) moves begin at the states `exact` instead of where the move before ended.
     """
     rows = step.plan(sde, times[:-1], times[1:] if step.role == "predictor" else times[:-1])
     history: tuple[Tensor, ...] = ()

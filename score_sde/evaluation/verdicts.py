@@ -1,4 +1,4 @@
-"""What a table of `compare` says: means over seeds, which sampler is good enough, and with how many calls."""
+"""Verdicts from a table of `compare`: means over seeds, which sampler is good enough, and with how many calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def metrics_of(table: pd.DataFrame) -> list[str]:
 
 
 def by_metric(table: pd.DataFrame) -> pd.DataFrame:
-    """The table of `compare` with one row a run and metric: metric, value, floor and ratio = value / floor."""
+    """The table of `compare` with one row per run and metric: metric, value, floor and ratio = value / floor."""
     names = metrics_of(table)
     rest = table.drop(columns=[f"{m}{end}" for m in names for end in ("", "_floor", "_floor_std")])
     parts = [rest.assign(metric=m, value=table[m], floor=table[f"{m}_floor"]) for m in names]
@@ -31,7 +31,7 @@ def by_metric(table: pd.DataFrame) -> pd.DataFrame:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds, a row for each model, sampler and budget.
 
-    Columns: model, sampler, budget, seeds (how many runs were ok), status (the first that is not ok, else "ok"), nfe,
+    Columns: model, sampler, budget, seeds (number of runs that are ok), status (the first that is not ok, else "ok"), nfe,
     seconds, seconds_per_sample, endpoint_error, deterministic, and for each metric m: m, m_error (standard error over the
     seeds), m_floor, m_floor_std and m_ratio = m / m_floor.
     """
@@ -49,15 +49,18 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
-    """`summarise`, with a verdict: `excess`, the largest over the metrics of mean / goal, and `worst`, that metric.
+    """`summarise` with a verdict: a sampler reaches its goal if `excess` is at most 1.
 
-    Beside it `floors`, the largest over the metrics of mean / noise floor, and `near`, whether the floor alone would do as
-    the goal of every metric.
+    The goal of a metric is the largest of
 
-    The goal of a metric is the largest of `within` times its noise floor; two standard errors of the floor above it,
-    which no set of samples is told apart from; and `within` times the best mean of any sampler on that model, where the
-    network and not the sampler sets the limit. A sampler is there when `excess` is at most 1. Empty runs have NaN; where
-    a seed diverged or failed it is infinite, whatever the others say.
+    - `within` times its noise floor,
+    - the noise floor plus two standard errors, up to which samples cannot be told from exact ones,
+    - `within` times the best mean of any sampler on the same model, since there the network sets the limit.
+
+    Returns:
+        The columns of `summarise` and: `excess`, the largest mean / goal over the metrics, and `worst`, that metric;
+        `floors`, the largest mean / noise floor; and `near`, whether every mean is within the first two goals alone.
+        `excess` is NaN for runs without figures, and infinite if any seed diverged or failed.
     """
     summary, names = summarise(table), metrics_of(table)
     best = summary.groupby("model")[names].transform("min")
@@ -80,32 +83,31 @@ def judge(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
 
 
 def ranking(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
-    """Which sampler gets there (see `judge`) with the fewest calls.
+    """Which sampler reaches its goal (see `judge`) with the fewest calls.
 
     Returns:
-        A row for each model and sampler, the fewest calls first: `calls`, the fewest with which it is there (NaN where it
-        never is), and at that budget, or where the excess is smallest, `at` so many calls: `seconds_per_sample`,
-        `endpoint_error`, `excess`, the metric `worst` and `floors`.
+        A row for each model and sampler, the fewest calls first: `calls`, the fewest with which it reaches the goal (NaN if
+        it never does), and, at that budget or else the one with the smallest excess: `at`, its calls,
+        `seconds_per_sample`, `endpoint_error`, `excess`, `worst` and `floors`.
     """
     summary = judge(table, within).dropna(subset="excess")
     figures, rows = ["seconds_per_sample", "endpoint_error", "excess", "worst", "floors"], []
     for place, (model, runs) in enumerate(summary.groupby("model", sort=False)):
         for sampler, own in runs.groupby("sampler", sort=False):
-            there = own[own["excess"] <= 1].nsmallest(1, "nfe")
-            shown = there.iloc[0] if len(there) else own.loc[own["excess"].idxmin()]
-            calls = shown["nfe"] if len(there) else math.nan
+            reached = own[own["excess"] <= 1].nsmallest(1, "nfe")
+            shown = reached.iloc[0] if len(reached) else own.loc[own["excess"].idxmin()]
+            calls = shown["nfe"] if len(reached) else math.nan
             rows.append([place, model, sampler, calls, shown["nfe"], *shown[figures]])
     found = pd.DataFrame(rows, columns=["place", "model", "sampler", "calls", "at", *figures])
     return found.sort_values(["place", "calls", "excess"], ignore_index=True).drop(columns="place")
 
 
 def winners(table: pd.DataFrame, within: float = 1.25) -> pd.DataFrame:
-    """Which sampler to take within each budget, of those that spend no more.
+    """The best sampler at each budget, of those that spend no more.
 
     Returns:
-        A row for each model and budget: `sampler`, the one of the smallest `excess` (see `judge`), its `excess`, the
-        metric `worst`, its `floors`, and `equals`, the others that are there too, or within a tenth of it where it is not
-        there.
+        A row for each model and budget: `sampler`, the one with the smallest `excess` (see `judge`), its `excess`, `worst`
+        and `floors`, and `equals`, the others that reach their goals too or have an excess at most a tenth larger.
     """
     summary = judge(table, within).dropna(subset="excess")
     held = summary[(summary["budget"] != UNBUDGETED) & (summary["nfe"] <= summary["budget"])]

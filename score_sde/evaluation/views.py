@@ -1,4 +1,4 @@
-"""What is said of sets of images beside the metrics: by a classifier, by features, and by the nearest training images."""
+"""Views of sets of images besides the metrics: a classifier's, in features, and of the nearest training images."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ View = Callable[[Tensor], pd.DataFrame]
 """Samples -> rows with the columns metric, value, floor, ratio and count."""
 
 MEMORIZATION_COUNT = 2000
-"""How many samples, and how many held-out images, are looked up among the training images at most."""
+"""Largest number of samples, and of held-out images, whose nearest training images are looked up."""
 
 SHOWN = 8
-"""How many of the samples nearest to a training image are kept as pictures."""
+"""Number of samples, those nearest to a training image, that are kept as pictures."""
 
 
 def on_plain(data: Data, view: View) -> View:
-    """A view of samples on the scale of images as they are read."""
+    """A view that takes samples in the model's scale, made from one of images in the scale in which they are read."""
     return lambda x: view(data.as_plain(x) if isinstance(data, TensorData) else x)
 
 
 def classifier_view(data: TensorData, count: int, device: torch.device) -> View:
-    """What a classifier trained on labelled images makes of samples, beside what it makes of `count` held-out images.
+    """The view of samples that a classifier trained on labelled images has, next to its view of `count` held-out images.
 
-    Of images of a few pixels it is a multilayer perceptron (`DigitClassifier`), else a convolutional network
-    (`ConvClassifier`).
+    The classifier is a multilayer perceptron (`DigitClassifier`) for images of at most 12 pixels a side, else a
+    convolutional network (`ConvClassifier`).
     """
     if _is_small(data):
         return _digit_view(data)
@@ -44,7 +44,7 @@ def classifier_view(data: TensorData, count: int, device: torch.device) -> View:
 
 
 def check_classifier_data(data: TensorData, count: int) -> None:
-    """Refuses, with ValueError, fewer images than the classifier's figures need."""
+    """Raises ValueError if there are fewer images than the classifier's figures need."""
     if not _is_small(data):
         check_count(data, count)
 
@@ -54,7 +54,7 @@ def _is_small(data: TensorData) -> bool:
 
 
 class _DigitView:
-    """A classifier trained on digits of all classes, and what it says of samples beside held-out digits of `data`."""
+    """A classifier trained on digits of all classes, and its view of samples next to held-out digits of `data`."""
 
     def __init__(self, data: TensorData) -> None:
         self.train, self.held_out, known = data.examples(), data.reference(10**6), data.whole.examples()
@@ -70,14 +70,14 @@ class _DigitView:
         return table.assign(ratio=table["value"] / table["floor"])
 
 
-_digit_view = lru_cache(2)(_DigitView)  # which trains a classifier
+_digit_view = lru_cache(2)(_DigitView)  # since it trains a classifier
 
 
 class Memorization:
-    """How near samples are to training images of any class, beside how near held-out images are.
+    """How near samples are to training images of any class, next to how near held-out images are.
 
-    Called with samples in the units of the model, it gives the rows of its figures, and the samples nearest to a training
-    image above those images, (2, n, *event_shape).
+    Called with samples in the model's scale, it returns the rows of its figures, and the samples nearest to a training image
+    stacked with those images, (2, n, *event_shape).
     """
 
     def __init__(self, data: TensorData, device: torch.device) -> None:
@@ -85,7 +85,7 @@ class Memorization:
 
     @cached_property
     def is_clipped(self) -> bool:
-        """Whether samples are clipped to [-1, 1], in which the data lie; latents do not."""
+        """Whether samples are clipped to [-1, 1]: if the data lie in this range, which e.g. latents do not."""
         return in_range(self.data.plain("train", slice(MEMORIZATION_COUNT)).x)
 
     @cached_property

@@ -1,7 +1,7 @@
 """Tuned solvers: a sampler is a table of scalars, so fit it.
 
-`tune` fits the best table to a model's converged probability-flow ODE; `tune_spectrum` needs no model, only the data's
-covariance. `table` says what a table is, `untuned` has the published solvers as tables.
+`tune` fits a table to a model's converged probability-flow ODE; `tune_spectrum` needs no model, only the data's covariance.
+`table` defines what a table is, `untuned` has the published solvers as tables.
 """
 
 from score_sde.tuning.fitting import EARLIER, METHODS, check, tune

@@ -1,7 +1,7 @@
-r"""Fits tables to a model: by Levenberg and Marquardt's method in all of their numbers, or by Nelder and Mead's in the levels.
+r"""Fits tables to a model: all of their numbers by Levenberg-Marquardt, or only the levels by Nelder-Mead.
 
-A table of N calls has few numbers, dozens, and thousands of misses to make small, so that the normal equations hold nearly
-all of the curvature: a fit is done in some twenty iterations, and different starts often end in the same table.
+A table has a few dozen numbers, which are fitted to the endpoints of thousands of samples, so that the normal equations hold
+nearly all of the curvature: a fit takes some twenty iterations, and different starts often end in the same table.
 """
 
 from __future__ import annotations
@@ -37,30 +37,29 @@ def tune(
 ) -> TunedTable:  # fmt: skip
     """The best table found for this model and this number of network calls.
 
-    Starting points are drawn from the prior, `samples` to fit on and half as many, which the fit does not see, to
-    validate. The most promising untuned solvers, begun late (`begun_late`), and as many random levels are fitted a
-    little, two of them longer and the best one in full; what then validates best is returned, never a worse solver than
-    the best of those that were not fitted.
+    Starting points are drawn from the prior: `samples` to fit on, and half as many to validate on. The most promising
+    untuned solvers, begun late (`begun_late`), and as many on random levels are fitted for a few iterations, two of them for
+    longer and the better of these in full. The table with the least validation loss is returned, which may be untuned.
 
     Args:
         model: exact or learned; its derivatives are not needed.
-        steps: network calls of a sample.
-        method: "coefficients" fits all numbers of the table (Levenberg-Marquardt, the derivatives by differences);
-            "grid" the levels alone (Nelder-Mead), the weights following the rule of the best untuned solver.
-        samples: starting points to fit on; by default 2^16 numbers' worth, 1024 to 16384.
-        iterations: at most so many of the full fit, which ends by itself where it gains less than a thousandth.
-        starts: candidates that are fitted.
-        seed: of the starting points.
-        teacher: what the samples shall come close to; `CONVERGED` unless given.
-        robust: below this many data standard deviations per dimension the loss is quadratic in the error, above it
-            grows as the root.
-        batch_size: points at a time; by default 2^14 numbers' worth, 64 to 2048.
-        minutes: for large networks, begin no iteration that would end later, judged by the one before it. The ranking of
-            the untuned solvers counts, the converged solution does not. The result then depends on the machine's speed;
-            None gives the same table everywhere.
-        pairs: what `converged_pairs` returned, which serves every number of calls; samples, seed, teacher, robust and
-            batch_size are its own then.
-        earlier: a table of as many calls to be held against the others, and returned where it validates best.
+        steps: network calls per sample.
+        method: "coefficients" fits all numbers of the table (Levenberg-Marquardt, with derivatives by differences);
+            "grid" fits the levels alone (Nelder-Mead), with the weights of the best untuned solver's rule.
+        samples: number of starting points to fit on; by default 2^16 / d for data of d dimensions, but 1024 to 16384.
+        iterations: largest number of the full fit, which stops where it gains less than a thousandth.
+        starts: number of candidates that are fitted.
+        seed: of the starting points and the random levels.
+        teacher: the solver whose endpoints are fitted; by default `CONVERGED`.
+        robust: the loss is quadratic in errors below this many data standard deviations per dimension, and grows as their
+            square root above.
+        batch_size: points at a time; by default 2^14 / d, but 64 to 2048.
+        minutes: time limit, for large networks: no iteration begins that would end later, judged by the one before. The
+            time includes ranking the untuned solvers but not computing the converged solution. The result then depends
+            on the machine's speed; None gives the same table everywhere.
+        pairs: the result of `converged_pairs`, which serves every number of calls, in place of samples, teacher, robust,
+            batch_size and the seed of the starting points.
+        earlier: a table with as many calls that competes with the others, and is returned if it validates best.
         progress: show bars.
 
     Raises:
@@ -85,7 +84,7 @@ def tune(
     if earlier is not None:
         if len(earlier.weights) != steps:
             raise ValueError(
-                f"the earlier table is of {len(earlier.weights)} calls, and a table of {steps} is asked for"
+                f"the earlier table has {len(earlier.weights)} calls, and a table of {steps} is to be fitted"
             )
         TunedSampler(earlier).check(model.sde)
         tuned[EARLIER] = earlier
@@ -95,20 +94,20 @@ def tune(
 def check(
     steps: int, *, method: str = "coefficients", iterations: int = 1, starts: int = 1, minutes: float | None = None
 ) -> None:
-    """Refuses, with ValueError, options of `tune` that do not lead to a table, before anything is computed."""
+    """Raises ValueError for options of `tune` that are out of range, before anything is computed."""
     one_of("method", method, METHODS)
     for name, value in (("steps", steps), ("iterations", iterations), ("starts", starts)):
         whole(name, value)
-    if minutes is not None:  # for as long as it takes
+    if minutes is not None:
         number("minutes", minutes, above=0)
 
 
 FIRST, KEPT = 256, 12
-"""Points on which all untuned solvers are measured at first, and how many of the best then are measured on all."""
+"""Number of points on which all untuned solvers are measured first, and how many of the best are then measured on all."""
 
 
 def ranked(tables: Mapping[str, TunedTable], pairs: Pairs, progress: bool, kept: int = KEPT) -> dict[str, float]:
-    """The losses on all points of the tables that promise most by the first: `KEPT` or more; of few points, of all."""
+    """Losses on all points, of the best tables on the first `FIRST` points (`KEPT` or more), or of all if points are few."""
     losses = losses_of(tables, pairs.first(FIRST), progress)
     if len(pairs.x) <= FIRST:
         return losses
@@ -125,7 +124,7 @@ def losses_of(tables: Mapping[str, TunedTable], pairs: Pairs, progress: bool = F
 def chosen(
     known: dict[str, TunedTable], others: dict[str, TunedTable], losses: dict[str, float], method: str
 ) -> TunedTable:
-    """The table with the least loss, all losses in its record, and the best of the untuned solvers named."""
+    """The table with the least loss; its record has all losses, and names the best untuned solver."""
     least, best = (min(names, key=losses.__getitem__) for names in (losses, losses.keys() & known))
     return replace((known | others)[least], record={
         "method": method, "chosen": least, "best untuned": best, "validation": losses})  # fmt: skip
@@ -139,12 +138,12 @@ def rule_of(name: str) -> str:
 # --- what is fitted ---------------------------------------------------------------------------------------------------
 
 GLANCE = (6, 512)
-"""Iterations, and points at most, of a candidate's fit."""
+"""Iterations, and largest number of points, of a candidate's first fit."""
 
 PATHS = {"": (), ", from wide": (1.0, 0.3)}
-"""Values of `robust` that a candidate is fitted with before its own: each is fitted once directly and once from wide to
-narrow. A wide loss first pulls in the starts that end in another mode, a narrow one then gives them up; which of the two
-paths leads to the better table depends on the target."""
+"""Values of `robust` with which a candidate is fitted before the given one: once directly, and once from wide to narrow. A
+wide loss first pulls in the starts that end in another mode, a narrow one then gives them up; which of the two paths leads
+to the better table depends on the target."""
 
 FINALISTS = 2
 """Candidates that are fitted to the end, on a quarter of the points; the best of them then on all."""
@@ -153,10 +152,10 @@ FINALISTS = 2
 def _fitted(
     fit: Pairs, validation: Pairs, tables: dict[str, TunedTable], iterations: int, end: float, progress: bool
 ) -> dict[str, TunedTable]:
-    """The best table, fitted in three rounds, each of which may take a third of the time that is left.
+    """The best table by three rounds of fits, which may take a third of the time left each.
 
-    Every candidate on few points by each of PATHS; the FINALISTS that then validate best on a quarter of the points; the
-    better of these on all.
+    First every candidate on few points along each of PATHS; then the FINALISTS that validate best, on a quarter of the
+    points; last the better of these, on all points.
     """
     few, points = min(GLANCE[0], iterations), min(GLANCE[1], max(64, 2**14 // fit.x[0].numel()))
     now = time.monotonic()
@@ -180,7 +179,7 @@ def _fitted(
 
 
 def _random(span: Span, calls: int, count: int, seed: int) -> dict[str, TunedTable]:
-    """Levels at random where most of the change happens, with second-order rules."""
+    """Second-order rules on random levels in the range where most of the change happens."""
     generator, tables = torch.Generator().manual_seed(seed), {}
     low, high = max(span.first, -2.0), min(span.last, 3.0)
     for k in range(count):
@@ -195,13 +194,13 @@ def _random(span: Span, calls: int, count: int, seed: int) -> dict[str, TunedTab
 
 
 def deadline(minutes: float | None) -> float:
-    """The reading of the monotonic clock in so many minutes."""
+    """The reading of the monotonic clock after this many minutes; infinity for None."""
     return math.inf if minutes is None else time.monotonic() + 60 * minutes
 
 
 @contextmanager
 def searching(iterations: int, progress: bool) -> Iterator[tqdm]:
-    """A bar of at most so many iterations, which is full at the end even if the fits converged before."""
+    """A bar over at most this many iterations, full at the end even if the fits converge earlier."""
     with tqdm(total=iterations, desc="tuning", disable=not progress, delay=2) as bar:
         yield bar
         bar.total = bar.n
@@ -216,7 +215,7 @@ class Search:
     end: float = math.inf
 
     def over(self, began: float = math.inf) -> bool:
-        """Whether the time is over, or would be after another iteration like the one that `began` then."""
+        """Whether the time is over, or would be after another iteration as long as the one since `began`."""
         now = time.monotonic()
         return now + max(0.0, now - began) > self.end
 
@@ -227,10 +226,10 @@ class Search:
 
 
 def fit_all(pairs: Pairs, start: TunedTable, search: Search, enough: float = 1e-3) -> TunedTable:
-    """Levenberg-Marquardt in all numbers of the table, until two iterations in turn gain less than a share `enough`.
+    """Levenberg-Marquardt in all numbers of the table, until two successive iterations gain less than a share `enough`.
 
-    Steps solve (J^T W J + mu diag(J^T W J)) dz = -J^T W m for a damping mu that falls with each that makes the loss less,
-    and grows until one does. No number moves by more than 2: all but the weights are logits or logarithms.
+    A step solves (J^T W J + mu diag(J^T W J)) dz = -J^T W m. The damping mu grows until a step lowers the loss, and falls
+    after each that does. No number moves by more than 2 in a step: all but the weights are logits or logarithms.
     Source: Marquardt 1963; the weights W of the robust loss are those of iteratively reweighted least squares.
     """
     span, calls = Span.of(pairs.model.sde), len(start.weights)
@@ -260,7 +259,7 @@ def fit_all(pairs: Pairs, start: TunedTable, search: Search, enough: float = 1e-
 def search_levels(
     pairs: Pairs, start: TunedTable, rule: Callable[[torch.Tensor], TunedTable], search: Search
 ) -> TunedTable:
-    """Nelder-Mead over the levels, from its first simplex on; of log loss, so that its tolerance is relative."""
+    """Nelder-Mead over the levels, on the logarithm of the loss, so that its tolerance is relative."""
     span, points = Span.of(pairs.model.sde), replace(pairs, batch_size=1024)
 
     def table(z: np.ndarray) -> TunedTable:

@@ -1,8 +1,8 @@
-r"""Starting points paired with the ends of their converged solutions, and how far from there a table takes them.
+r"""Starting points paired with their converged endpoints, and the error of a table's endpoints.
 
-A table's N + 1 moves are functions of its numbers, and each number changes the moves from some one on. So the derivatives of
-the endpoints are differences of two runs, of which the changed one is carried on from there: no derivative of the model is
-needed, and all columns of the Jacobian of a table of six calls cost 77 calls, not 192.
+A table's N + 1 moves are functions of its numbers, and each number changes only the moves from a certain one on. Derivatives
+of the endpoints are taken as differences between two runs, of which the changed one is carried on from that move: no
+derivative of the model is needed, and the Jacobian of a table of six calls costs 77 calls, not 192.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from score_sde.tuning.span import Span
 from score_sde.tuning.table import TunedSampler, TunedTable
 
 CONVERGED = AdaptiveODE("dopri5", rtol=1e-5, atol=1e-5, final="denoise")
-"""What a table is fitted to, and held against: the probability-flow ODE, with the error of each sample controlled."""
+"""The solver that tables are fitted to and compared with: the probability-flow ODE, with each sample's error controlled."""
 
 
 STEEP = 10.0
-"""A sample's derivatives beyond so many data standard deviations for a change of 1 count as if they were of that size."""
+"""A sample whose Jacobian exceeds this many data standard deviations is given less weight, as if it had this size."""
 
 
 class Teacher(Protocol):
-    """What a teacher does: `ProbabilityFlowODE`, or a `Sampler` of many steps."""
+    """A solver whose endpoints are fitted: `ProbabilityFlowODE`, or a `Sampler` of many steps."""
 
     def sample(self, model: ScoreModel, shape: Sequence[int], *, x_init: Tensor) -> SampleResult: ...
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A run of a table's rows: the states, one more than rows, and the denoiser's output in each move, None for no call."""
+    """A run of a table: its states, one more than moves, and each move's denoiser output, None if it makes no call."""
 
     states: list[Tensor]
     outputs: list[Tensor | None]
 
     def carried_on(self, model: ScoreModel, rows: Sequence[LinearRow], move: int) -> Passage:
-        """The passage with these rows from `move` on; those before it are taken to be as they were."""
+        """The run with these rows from `move` on; the rows before must be those of this run."""
         states, outputs = self.states[: move + 1], self.outputs[: move + 1]
         for i, row in enumerate(rows[move:], move):
             if i == len(outputs):
@@ -67,12 +67,12 @@ def rows_of(table: TunedTable, sde: SDE) -> list[LinearRow]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Starting points x, where the converged ODE takes them, y, and the robust distance of a table's endpoints from there.
+    """Starting points x, their converged endpoints y, and a robust loss for the endpoints x_N of a table.
 
-    loss = mean (|x_N - y|^2 / d + c^2)^(1/4) - c^(1/2) in `unit`s, the data's standard deviation: quadratic in misses below
-    c = `robust`, and their square root above. Starts close to a boundary between modes end in the wrong mode with few calls,
-    whatever the table. A squared loss would draw all endpoints near the boundary towards the middle to make these few misses
-    smaller, where the data have nothing; the root does not.
+    loss = mean (|x_N - y|^2 / d + c^2)^(1/4) - c^(1/2), with lengths in `unit`, the data's standard deviation: quadratic in
+    errors below c = `robust`, and their square root above. With few calls, starts close to a boundary between modes end in
+    the wrong mode whatever the table. A squared loss would make these few errors smaller by drawing all endpoints near the
+    boundary towards the middle, where there are no data; the square root does not.
     """
 
     model: ScoreModel
@@ -83,7 +83,7 @@ class Pairs:
     batch_size: int
 
     def penalty(self, square: Tensor) -> Tensor:
-        """The loss of each sample, of its mean square miss; shape (batch,)."""
+        """The loss of each sample, from its mean square error; shape (batch,)."""
         return (square + self.robust**2).pow(0.25) - self.robust**0.5
 
     def first(self, count: int) -> Pairs:
@@ -107,9 +107,10 @@ class Pairs:
 
     @torch.no_grad()
     def normal_equations(self, span: Span, z: Tensor, calls: int) -> tuple[Tensor, Tensor]:
-        """J^T W J and J^T W m of the misses m at z and W, their penalty's slope: what Gauss and Newton make of the loss.
+        """J^T W J and J^T W m at z, for Gauss-Newton on the loss: m the misses, J their Jacobian, W the penalty's slope.
 
-        A sample that diverged says nothing, and one at the very boundary between modes, whose difference is a jump, little.
+        Samples that diverged are left out, and those at the very boundary between modes, whose difference is a jump, have
+        little weight (`STEEP`).
         """
         sde, moves, step = self.model.sde, span.first_moves(calls), 1e-6 if self.x.dtype == torch.float64 else 1e-3
         rows = rows_of(span.table(z, calls), sde)
@@ -136,7 +137,7 @@ def converged_pairs(
     model: ScoreModel, *, samples: int | None = None, seed: int = 0, teacher: Teacher | None = None,
     robust: float = 0.07, batch_size: int | None = None, progress: bool = True,
 ) -> tuple[Pairs, Pairs]:  # fmt: skip
-    """Starting points and the teacher's endpoints, to fit on and to validate; arguments as `tune` has them.
+    """Pairs of starting points and the teacher's endpoints, to fit on and to validate on; arguments as in `tune`.
 
     Raises:
         ValueError: an option is not positive.

@@ -11,15 +11,15 @@ from score_sde.sde import SDE
 from score_sde.tuning.table import TunedTable
 
 CLOSEST = 1e-6
-"""The share of the way over which levels are spread evenly whatever z is, so that they stay apart."""
+"""Levels are mixed with this share of evenly spaced ones, so that they stay apart whatever z is."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """The half log SNRs at t_max and t_min, and tables between them as vectors without constraints.
+    """The half log SNRs at t_max (`first`) and t_min (`last`), and tables between them as unconstrained vectors z.
 
-    z = (logit of the share of what is left of the way that each level goes; the strictly lower triangle of the weights;
-    log kappa; log chi of all calls but the first).
+    z = (for each level, the logit of the share that it covers of the way left to `last`; the strictly lower triangle of the
+    weights; log kappa; log chi of all calls but the first).
     """
 
     first: float
@@ -31,7 +31,7 @@ class Span:
         return cls(*sde.half_log_snr_range)
 
     def inside(self, half_log_snr: Tensor) -> Tensor:
-        """Levels that start no earlier than `first` and, about a thousandth of a unit apart or more, end before `last`."""
+        """Levels adjusted to begin no earlier than `first`, and to keep gaps of about 1e-3 between them and before `last`."""
         ends = half_log_snr.new_tensor([[self.first], [self.last]])
         gaps = torch.cat([ends[0], half_log_snr, ends[1]]).diff()
         gaps = gaps.clamp_min(half_log_snr.new_tensor([0.0] + [1e-3] * len(half_log_snr)))
@@ -42,7 +42,7 @@ class Span:
         return self.first + (self.last - self.first) * (gone + CLOSEST * (_evenly(logits) - gone))
 
     def vector(self, table: TunedTable) -> Tensor:
-        """Shares are kept from 0 and 1 here: a closed gap would hardly open again."""
+        """The vector z of a table; shares are kept away from 0 and 1, since a closed gap would hardly open again."""
         levels, least = table.half_log_snr, 0.02 / (len(table.half_log_snr) + 1)
         gone = ((levels - self.first) / (self.last - self.first) - CLOSEST * _evenly(levels)) / (1 - CLOSEST)
         left = 1 - torch.cat([gone.new_zeros(1), gone])
@@ -59,9 +59,9 @@ class Span:
 
     @staticmethod
     def first_moves(calls: int) -> list[int]:
-        """The move of a table's run, the scaling of the start being move 0, that each number of z is the first to change.
+        """For each number of z, the first move of a table's run that it changes; move 0 scales the start.
 
-        Level, noise and signal of a call are those of the state that move i ends in; row i of the weights is of move i + 1.
+        Level, noise and signal of call i describe the state in which move i ends; row i of the weights is used in move i + 1.
         """
         rows, each = _below(calls)[0] + 1, list(range(calls))
         return [*each, *rows.tolist(), *each, *each[1:]]
@@ -74,7 +74,7 @@ def closed(weights: Tensor) -> Tensor:
 
 
 def _evenly(levels: Tensor) -> Tensor:
-    """Their shares of the way if they were equally spaced between its ends."""
+    """The shares of the way that as many equally spaced levels have covered."""
     return torch.arange(1, len(levels) + 1, dtype=levels.dtype) / (len(levels) + 1)
 
 

@@ -22,20 +22,20 @@ def tune_spectrum(
     eigenvalues: Tensor | Sequence[float], steps: int, *, sde: SDE | None = None, method: str = "grid",
     iterations: int = 400, progress: bool = True,
 ) -> TunedTable:  # fmt: skip
-    """A table that is good for Gaussian data with this covariance spectrum: no network, no samples, seconds.
+    """A table tuned for Gaussian data with this covariance spectrum, in seconds, without a network or samples.
 
     Along an eigenvector of variance v the denoiser is D = alpha v / (alpha^2 v + sigma^2) x, so a table multiplies a
-    start of variance alpha^2 v + sigma^2 by a number. The sum of (std - sqrt v)^2 over the spectrum is minimised, the
-    squared Wasserstein distance between the law of the samples and that of the data.
+    start of variance alpha^2 v + sigma^2 by a number, which gives the samples' std. The sum of (std - sqrt v)^2 over the
+    spectrum is minimised: the squared 2-Wasserstein distance between samples and data.
 
     Args:
         eigenvalues: of the data's covariance, positive, shape (D,).
-        steps: network calls of a sample.
-        sde: `VPSDE()` if left out.
-        method: "grid" fits the levels under Adams on the rectified path, which carries over to data that are not
-            Gaussian (on Gaussian data an untuned solver of another rule may be nearer); "coefficients" all numbers, far
-            better on Gaussian data and often far worse on others.
-        iterations: at most so many of the optimiser.
+        steps: network calls per sample.
+        sde: by default `VPSDE()`.
+        method: "grid" fits the levels of Adams on the rectified path, which carries over to data that are not Gaussian (on
+            Gaussian data an untuned solver of another rule may be better); "coefficients" fits all numbers, far better
+            on Gaussian data and often far worse on others.
+        iterations: largest number of iterations of the optimiser.
         progress: show a bar.
 
     Raises:
@@ -50,7 +50,7 @@ def tune_spectrum(
     pairs = _Spectrum(model, x, y, unit=y.square().mean().sqrt().item(), robust=1e-6, batch_size=1)
     known, late = untuned(model.sde, steps), begun_late(model.sde, steps)
     losses = losses_of(known | late, pairs)
-    # Adams on the rectified path is not always the best, but its neighbourhood has the best tables more often than not.
+    # Adams on the rectified path is not always the best, but the best tables are most often found near it.
     starts = {name: tables[name] for tables in (late, known) for rule in RULES if rule.startswith("velocity")
               for name in [min((n for n in tables if rule_of(n) == rule), key=losses.__getitem__)]}  # fmt: skip
     with searching(iterations * len(starts), progress) as bar:

@@ -1,15 +1,14 @@
 r"""A solver as a table of scalars.
 
-Every deterministic solver that is linear in x and in the denoiser outputs and takes every start to the right end where the
-data are one point is
+Every deterministic solver that is linear in x and in the denoiser outputs, and exact for data at a single point, is
 
     x_{i+1} = r_i x_i + (a_{i+1} - r_i a_i) sum_{k <= i} w_ik D_k,   r_i = s_{i+1} / s_i,   sum_k w_ik = 1:
 
-a move straight towards an affine combination of all clean estimates so far, which it reaches at (a_N, s_N) = (1, 0). Free are
-the levels (alpha_i, sigma_i) of the calls, the noise s_i = kappa_i sigma_i and the signal a_i = chi_i alpha_i in their states,
-and the weights w; with kappa = chi = 1 DDIM, DPM-Solver++ and Adams in the velocity are such tables. The first call need not
-be at t_max, where a network sees little but noise: the start is scaled to the noise s_0, which leaves it the signal a_0 = s_0
-alpha(t_max) / sigma(t_max), and what is called first already tells where to go.
+a move straight towards an affine combination of all denoiser outputs so far, which it reaches at (a_N, s_N) = (1, 0). Free
+are the levels (alpha_i, sigma_i) of the calls, the noise s_i = kappa_i sigma_i and the signal a_i = chi_i alpha_i in their
+states, and the weights w. With kappa = chi = 1, DDIM, DPM-Solver++ and Adams in the velocity are such tables. The first call
+need not be at t_max, where a network sees little but noise: the start is scaled to the noise s_0, which leaves it the signal
+a_0 = s_0 alpha(t_max) / sigma(t_max), and the first call is made at a level where the output already says where to go.
 """
 
 from __future__ import annotations
@@ -32,18 +31,17 @@ NUMBERS = ("half_log_snr", "weights", "noise", "signal")
 
 @dataclass(frozen=True, eq=False)
 class TunedTable:
-    """A solver as numbers; it serves every SDE whose noise levels reach its own.
+    """A solver as numbers, for every SDE that starts at its noise level and reaches below that of its last call.
 
     Attributes:
         half_log_snr: lambda = log(alpha / sigma) of each call, increasing, shape (N,).
         weights: w, lower triangular with rows that sum to 1, shape (N, N); row i weighs D_0 ... D_i.
-        noise: kappa, the noise in the state of each call over the sigma of its level, positive, shape (N,); 1 where
-            left out.
-        start: lambda of the noise that sampling starts from; that of the first call by default, and never greater. A first
+        noise: kappa, the noise in the state of each call over the sigma of its level, positive, shape (N,); by default 1.
+        start: lambda of the noise that sampling starts from; by default that of the first call, and never greater. A first
             call at the start itself has kappa = 1.
-        signal: chi, the signal in the state of each call over the alpha of its level, positive, shape (N,); 1 where left
-            out, and for the first, which has what its start has.
-        record: how it came about: the method, and the validation losses of the candidates.
+        signal: chi, the signal in the state of each call over the alpha of its level, positive, shape (N,); by default 1,
+            and always 1 for the first call.
+        record: how it was made: the method, and the validation losses of the candidates.
 
     Raises:
         ValueError: shapes do not fit, levels do not increase or begin before the start, noise or signal is not positive, or
@@ -83,13 +81,13 @@ class TunedTable:
             raise ValueError("a table's weights are lower triangular with rows that sum to 1: else a point mass moves")
 
     def contents(self) -> dict[str, Any]:
-        """What a file of the table holds."""
+        """The contents of the table's file."""
         rows = [row[: i + 1] for i, row in enumerate(self.weights.tolist())]
         return {"start": self.start, "half_log_snr": self.half_log_snr.tolist(), "noise": self.noise.tolist(),
                 "signal": self.signal.tolist(), "weights": rows, "record": self.record}  # fmt: skip
 
     def text(self) -> str:
-        """The table as JSON, its numbers to the last bit."""
+        """The table as JSON, with its numbers to the last bit."""
         return json.dumps(self.contents(), indent=1) + "\n"
 
     def save(self, path: str | Path) -> None:
@@ -101,9 +99,9 @@ class TunedTable:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: the file is not such a table.
+            ValueError: the file is not a table.
         """
-        later: dict[str, Any] = {"start": None, "signal": None}  # of files before these were free
+        later: dict[str, Any] = {"start": None, "signal": None}  # older files lack these
         read, parts = json.loads(Path(path).read_text()), {"half_log_snr", "noise", "weights", "record", *later}
         if not isinstance(read, dict) or read.keys() | later.keys() != parts:
             raise ValueError(f"{path} is no table of scripts/tune.py, which has {', '.join(sorted(parts))}")
@@ -122,7 +120,7 @@ class TunedSampler(Sampler):
         table: a `TunedTable`, or the JSON file of one.
 
     Raises:
-        ValueError: the file is no table.
+        ValueError: the file is not a table.
     """
 
     def __init__(self, table: TunedTable | str | Path) -> None:
@@ -131,7 +129,7 @@ class TunedSampler(Sampler):
         super().__init__(self.step, self._times, final="none")
 
     def _times(self, sde: SDE) -> Tensor:
-        """The times of the start, if the first call is not there, and of the calls, and t_min in the place of the end.
+        """The times of the start, if the first call is not there, of the calls, and t_min to stand for the end.
 
         Raises:
             ValueError: the table starts at another noise level than the SDE, or goes below its t_min.

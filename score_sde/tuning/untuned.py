@@ -1,4 +1,4 @@
-"""The deterministic solvers as tables: what a tuned one starts from, and is held against."""
+"""The published deterministic solvers as tables, which tuned ones start from and are compared with."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from score_sde.tuning.table import TunedTable
 
 
 def as_table(step: LinearStep, half_log_snr: Tensor, to_zero: bool = False) -> TunedTable:
-    """The table of a deterministic step that carries a point mass exactly, with its calls at these levels.
+    """The table of a deterministic step that is exact for a point mass, with its calls at these levels.
 
     Every state of such a run is a linear form x_i = c_i x_0 + sum_j P_ij D_j, and so is every output N_j = u D_j + w eps_j,
     eps_j = (x_j - alpha_j D_j) / sigma_j. Hence kappa_i = c_i sigma_0 / sigma_i and, with `table`'s r_i,
     (alpha_{i+1} - r_i alpha_i) w_i = P_{i+1} - r_i P_i. The coefficients are taken on the rectified path, alpha = 1 - t
-    and sigma = t. The last move ends at the last D, or `to_zero` carries the step itself on to t = 0.
+    and sigma = t. The last move ends at the last D or, with `to_zero`, is the step itself to t = 0.
     """
     calls, sde = len(half_log_snr), RectifiedFlow()
     t = torch.cat([torch.sigmoid(-half_log_snr), half_log_snr.new_zeros(1)])
@@ -63,7 +63,7 @@ RULES: dict[str, Callable[[Tensor], TunedTable]] = {
     **{f"UniPC {k}": partial(as_table, UniPC(k)) for k in (2, 3)},
     "iPNDM 4": partial(as_table, IPNDM(4)),
 }
-"""From the levels of the calls to the table: DDIM (exponential Adams 1), multistep DPM-Solver++, LMS and others."""
+"""Functions from the levels of the calls to a table: DDIM (exponential Adams 1), multistep DPM-Solver++, LMS and others."""
 
 GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
     "rectified": _rectified,
@@ -81,7 +81,7 @@ def untuned(sde: SDE, steps: int) -> dict[str, TunedTable]:
 
 
 def begun_late(sde: SDE, steps: int) -> dict[str, TunedTable]:
-    """The untuned solvers on their grids of one call more without the first call, at noise alone: "<rule> on <grid>, late"."""
+    """The untuned solvers on grids of one call more, without the first, which sees only noise: "<rule> on <grid>, late"."""
     span, steps = Span.of(sde), whole("steps", steps)
     tables = _by_name({name: span.inside(grid(sde, steps + 1))[1:] for name, grid in GRIDS.items()})
     return {f"{name}, late": replace(table, start=span.first) for name, table in tables.items()}

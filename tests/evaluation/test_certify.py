@@ -179,12 +179,12 @@ class Counter(DDIM):
 
 def test_wrong_correctors_are_exposed():
     (weak,), (falling,) = (certify(make(), SDE, budgets=(5,)).faults for make in (WeakLangevin, FallingLangevin))
-    assert weak == "the variance that it leaves stationary is 0.506 of the law's"
-    assert falling == "the variance that it leaves stationary is inf of the law's"
+    assert weak == "its stationary variance is 0.506 times the law's"
+    assert falling == "its stationary variance is inf times the law's"
 
 
 def test_a_step_that_remembers_its_runs_is_refused_in_one_line():
-    with pytest.raises(ValueError, match="draws other noise when it is run again: it keeps something on self"):
+    with pytest.raises(ValueError, match="draws other noise when it is run again: it must not keep state on self"):
         certify(Counter(eta=1.0), SDE, budgets=(5,))
 
 
@@ -218,7 +218,7 @@ def test_a_wrong_number_of_calls_and_a_coupled_batch_are_exposed():
     class Coupled(LangevinCorrector):
         batch_independent = True
 
-    assert certify(Miscounted(), SDE, budgets=(5,)).faults == ["2 calls a move, declared 1"]
+    assert certify(Miscounted(), SDE, budgets=(5,)).faults == ["2 calls per move, declared 1"]
     (fault,) = certify(Coupled(norm="batch"), SDE).faults
     assert "samples of a batch are coupled" in fault
 

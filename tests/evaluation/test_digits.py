@@ -66,7 +66,7 @@ def test_the_same_seed_gives_the_same_classifier(split: Split) -> None:
 def test_refusals(classifier: DigitClassifier, split: Split) -> None:
     with pytest.raises(ValueError, match=r"values in \[-1, 1\], got .* in \[0, 16\]"):
         DigitClassifier(8 * (split[0] + 1), split[1])
-    with pytest.raises(ValueError, match="one label an image"):
+    with pytest.raises(ValueError, match="each image needs one label"):
         DigitClassifier(split[0], split[1][:5])
     with pytest.raises(ValueError, match=r"takes images of shape \(n, 1, 8, 8\), got \(3, 64\)"):
         classifier.features(torch.zeros(3, 64))

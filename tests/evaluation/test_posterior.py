@@ -100,13 +100,13 @@ def test_tilted_draws_lie_where_the_laws_do_or_are_refused():
     table = compare_tilted(far, 0, [1.0], SAMPLERS["adams2"](60), SDE, num_samples=2000)
     assert table["ratio"].item() < 2
     thin = GaussianMixture([0.5, 0.5], [[1.0, 0.0], [-1.0, 0.0]], torch.eye(2).expand(2, 2, 2) / 1e4)
-    with pytest.raises(ValueError, match=r"and half of one is allowed: give side=\d+") as refusal:
+    with pytest.raises(ValueError, match=r"and at most 0.5 is allowed: give side=\d+") as refusal:
         tilted(thin, component(thin, 0), 1.0, 10, generator=torch.Generator().manual_seed(0), side=201)
     side = int(str(refusal.value).rpartition("=")[2])
     x = tilted(thin, component(thin, 0), 1.0, 20_000, generator=torch.Generator().manual_seed(0), side=side)
     torch.testing.assert_close(x.std(0), torch.tensor([0.01, 0.01]), atol=4e-4, rtol=0)
     apart = GaussianMixture([1.0], [[0.5, 0.0]], torch.eye(2)[None])
-    with pytest.raises(ValueError, match="beyond the region of its two laws"):
+    with pytest.raises(ValueError, match="reaches beyond the region of its two laws"):
         tilted(apart, GaussianMixture([1.0], [[1.5, 0.0]], torch.eye(2)[None]), 30.0, 10, generator=torch.Generator())
 
 
@@ -124,5 +124,5 @@ def test_labelled_mixture_is_its_parts():
     alpha, sigma = float(SDE.alpha(0.3)), float(SDE.sigma(0.3))
     for row, k in enumerate((2, 0, 1)):
         torch.testing.assert_close(got[row : row + 1], component(target, k).denoise(x[row : row + 1], alpha, sigma))
-    with pytest.raises(ValueError, match="label is one of 0 to 2"):
+    with pytest.raises(ValueError, match="label is an integer from 0 to 2"):
         model(x, 0.3, label=torch.tensor([0, 1, 3]))

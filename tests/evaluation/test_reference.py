@@ -187,7 +187,7 @@ def test_a_reference_is_computed_once_and_refused_for_other_data_count_or_featur
     ("build", "message"),
     [
         (lambda: Reference.of(TensorData(torch.randn(30, 2)), Pixels(), 10), "features are for images"),
-        (lambda: Reference.of(data(8, 3), Pixels(), 10), "6 real images"),
+        (lambda: Reference.of(data(8, 3), Pixels(), 10), "6 held-out images or more, not"),
         (lambda: PCA(0), "components=0"),
         (lambda: ConvClassifier(0), "examples=0"),
     ],
