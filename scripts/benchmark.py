@@ -22,7 +22,7 @@ def main(config: DictConfig) -> None:
     sizes = Sizes.quick() if config.quick else Sizes(rounds=config.rounds)
     parts = [one_of("a part", part, PARTS) for part in config.parts]
     if not parts:
-        raise ValueError(f"parts=[] leaves nothing to measure: give some of {', '.join(PARTS)}")
+        raise ValueError(f"parts=[] measures nothing: give some of {', '.join(PARTS)}")
     record = {"machine": machine(device)}
     print(", ".join(f"{key}: {value}" for key, value in record["machine"].items()))
     for part in parts:

@@ -44,7 +44,7 @@ def main(config: DictConfig) -> None:
 
 
 def random_images(event_shape: list[int]) -> TensorData:
-    """Bytes of no meaning, whose cost is that of real ones."""
+    """1000 images of random bytes, which cost as much as real ones."""
     source = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (1000, *event_shape), generator=source, dtype=torch.uint8)
     return TensorData(x, dequantize=False)

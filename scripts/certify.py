@@ -1,7 +1,7 @@
 """Certifies solvers: measures each on models with known answers. python scripts/certify.py
 
-Writes certificates.csv and certificates.png into `output`, prints the table, and exits with status 1 if a step does not
-do what its class declares.
+Writes certificates.csv and certificates.png into `output`, prints the table, and exits with status 1 if a step contradicts
+what its class declares.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHOWN = ["step", "noise", "order", "measured order", "calls", "point mass", "exa
          "std bias 10", "std bias 100", "stationary variance"]  # fmt: skip
 
 COLUMNS = (
-    "point mass: by how much a step misses data at one point; exact in, exact degree: the prediction and the clock in which "
+    "point mass: relative error of a step on data at one point; exact in, exact degree: the prediction and the clock in which "
     "polynomials up to that degree are solved exactly (-1: none); std bias n: relative error of the standard deviation after "
     "n steps, on data of mean 1 and standard deviation 0.5"
 )
@@ -47,16 +47,16 @@ def main(config: DictConfig) -> None:
 
 
 def steps_of(config: DictConfig) -> dict[str, Step]:
-    """The steps to certify by name: the user's own `step`, those of the package named in `steps`, or all of the package.
+    """The steps to certify, by name: your own `step`, the package's steps named in `steps`, or all of the package's.
 
-    Raises ValueError for an unknown name, for a `step` that is no config, and where both are given.
+    Raises ValueError for an unknown name, for a `step` that is not a config, and if both are given.
     """
     if config.step is None:
         known = discover()
         names = known if config.steps is None else listed(config.steps)
         return {one_of("a step", name, known): known[name] for name in names}
     if isinstance(config.step, str):
-        raise ValueError(f"step={config.step!r} is the config of a step, of conf/sampler/predictor or corrector: give "
+        raise ValueError(f"step={config.step!r} must be a config, of conf/sampler/predictor or corrector: give "
                          f"+sampler/predictor@step={config.step}, or +step._target_=<a class>")  # fmt: skip
     if config.steps is not None:
         raise ValueError(f"steps={config.steps} does nothing beside a step of your own: leave one of them out")

@@ -39,11 +39,11 @@ def main(config: DictConfig) -> None:
     table, folder = compared(config, subject, samplers), Path(config.output)
     home = home_of(table, folder)
     comparison_report.write(config, table, subject.reference, home, absent)
-    tell(table, home, folder)
+    print_results(table, home, folder)
 
 
 def compared(config: DictConfig, subject: subjects.Subject, samplers: Mapping[str, Any]) -> pd.DataFrame:
-    """The table of `score_sde.evaluation.compare`. Raises ValueError where no sampler could run."""
+    """The table of `score_sde.evaluation.compare`. Raises ValueError if no sampler could run."""
     known = [m for m in DEFAULT_METRICS if m in known_metrics(subject.reference)]
     try:
         table = compare(
@@ -54,15 +54,15 @@ def compared(config: DictConfig, subject: subjects.Subject, samplers: Mapping[st
             processes=config.processes, directory=config.output,
         )  # fmt: skip
     except KeyboardInterrupt:
-        again = f"; what was computed is kept: go on with the same command and output={config.output}"
+        again = f"; finished runs are kept: continue with the same command and output={config.output}"
         sys.exit(entry.interrupted(again))
     if table["status"].str.startswith(("refused", "failed")).all():
         raise ValueError(f"no sampler could run: {table['sampler'][0]}: {table['status'][0].partition(': ')[2]}")
     return table
 
 
-def tell(table: pd.DataFrame, home: Path, folder: Path) -> None:
-    """Prints the ranking, what to take, what did not run, and where the report in `home` and the samples in `folder` lie."""
+def print_results(table: pd.DataFrame, home: Path, folder: Path) -> None:
+    """Prints the ranking, advice, the runs that failed, and where the report (`home`) and the samples (`folder`) are."""
     output.show(ranking(table))
     print(comparison_report.RULE)
     for line in comparison_report.advice(table):
@@ -74,26 +74,26 @@ def tell(table: pd.DataFrame, home: Path, folder: Path) -> None:
     there = "samples/, " if home == folder else ""
     print(f"\n{home}: report.html, comparison.csv (every run), summary.csv (means), {there}{pictures}")
     if home != folder:
-        print(f"{folder}: samples/, and the report of other runs, which stays as it is")
+        print(f"{folder}: samples/, and the report of other runs, which is kept")
 
 
 def home_of(table: pd.DataFrame, folder: Path) -> Path:
-    """Where a table's report goes: `folder`, or folder-2, ... where that has the report of runs that the table lacks."""
+    """The folder for a table's report: `folder`, or folder-2, ... if that has a report of runs that the table lacks."""
     columns = ["model", "sampler", "budget", "seed", "cell"]
     own = {*table[columns].itertuples(index=False, name=None)}
     homes = itertools.chain([folder], (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2)))
 
-    def told(home: Path) -> set[tuple[Any, ...]]:
+    def reported(home: Path) -> set[tuple[Any, ...]]:
         file = home / "comparison.csv"
         if not file.exists():
             return set()
         return {*pd.read_csv(file).reindex(columns=columns).itertuples(index=False, name=None)}
 
-    return next(home for home in homes if told(home) <= own)
+    return next(home for home in homes if reported(home) <= own)
 
 
 def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuses, with ValueError, options that do nothing in what the others ask for."""
+    """Raises ValueError for options that do nothing with the others given."""
     if not config.task:
         idle(overrides, ["restoration"], "without a task")
     else:
@@ -111,10 +111,10 @@ def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def fit_to(config: DictConfig, reference: Any) -> None:
-    """Cuts `num_samples` to the two disjoint sets of real examples that samples and the noise floor need."""
+    """Lowers `num_samples` to half the real examples: the noise floor needs two disjoint sets of them."""
     most = len(reference) // 2 if isinstance(reference, torch.Tensor) else config.num_samples
     if most < 2:
-        raise ValueError(f"{config.run} has {len(reference)} held-out examples, and samples are held against 4 or more: "
+        raise ValueError(f"{config.run} has {len(reference)} held-out examples, and a comparison needs 4 or more: "
                          "train with a greater data.held_out")  # fmt: skip
     if config.num_samples > most:
         print(f"num_samples={most}, not {config.num_samples}: {config.run} has {len(reference)} held-out examples")
@@ -122,7 +122,7 @@ def fit_to(config: DictConfig, reference: Any) -> None:
 
 
 def models_of(subject: subjects.Subject, exact: bool) -> dict[str, ScoreModel]:
-    """The subject's model by name, beside it the exact one where it is asked for."""
+    """The subject's model by name, and the exact score if it is asked for."""
     model, reference = subject.model, subject.reference
     if isinstance(model, ExactScore):
         return {"exact": model}
@@ -132,10 +132,9 @@ def models_of(subject: subjects.Subject, exact: bool) -> dict[str, ScoreModel]:
 
 
 def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:
-    """The samplers by name, of conf/sampler and of the user's own, and a line for each one left out because its tables are
-    missing.
+    """The samplers by name, of conf/sampler and your own, and a line for each that is left out for want of its tables.
 
-    Raises ValueError where none is left.
+    Raises ValueError if none is left.
     """
     found: dict[str, Any] = {}
     absent: list[str] = []
@@ -151,7 +150,7 @@ def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:
 
 
 def contestant(node: DictConfig, config: DictConfig) -> Any:
-    """A config's sampler; of one whose `table` is a pattern, a sampler for each number of calls that there is a table of.
+    """The sampler of a config or, if its `table` is a pattern, {calls: sampler} for all tables that match.
 
     The tables are those of `tables`, or of the run's or target's folder.
     """
@@ -161,7 +160,7 @@ def contestant(node: DictConfig, config: DictConfig) -> Any:
     if not isinstance(files, DictConfig):
         files = tuned_tables.tables_of(Path(files or tuned_tables.tuned_folder(config)), node.table)
     if not files:
-        raise ValueError("tables={} names no table: give {calls: file}, a folder, or leave it out")
+        raise ValueError("tables={} has no table: give {calls: file}, a folder, or leave it out")
     folder = Path(config.run) if config.run else None
     made = {int(calls): configs.sampler_config(OmegaConf.merge(node, {"table": str(file)}), folder, config.step)
             for calls, file in files.items()}  # fmt: skip

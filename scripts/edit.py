@@ -46,10 +46,10 @@ OPTIONS = {
     "class": ("sampler", "label", "context", "scale", "time"),
     "interpolate": ("label", "context"),
 }
-"""Of the options that not every task has, each task's own."""
+"""The options that each task takes, of those that not all tasks take."""
 
 Edited = tuple[Tensor, Tensor, dict[str, Tensor]]
-"""Inputs (n, ...), results (n, draws, ...), and the named columns of the sheet."""
+"""Inputs (n, ...), results (n, draws, ...), and the columns of the sheet by name."""
 
 
 @entry.main("edit")
@@ -58,14 +58,14 @@ def main(config: DictConfig) -> None:
 
 
 def check_options(task: str, overrides: Sequence[str]) -> None:
-    """Refuses, with ValueError, an unknown task and options that are other tasks'."""
+    """Raises ValueError for an unknown task and for options of other tasks."""
     own = OPTIONS[one_of("task", task, OPTIONS)]
     others = {name for options in OPTIONS.values() for name in options if name not in own}
     idle(overrides, others, f"in task={task}, which takes {', '.join(own)}")
 
 
 def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
-    """Carries out the task, for which the `overrides` were given, and returns the folder of its results."""
+    """Carries out the task, checked against the command line's `overrides`, and returns the folder of its results."""
     check_options(config.task, overrides)
     for name in ("count", "draws"):
         whole(name, config[name])
@@ -88,9 +88,9 @@ def run_task(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
 def restored(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) -> Edited:
     """Draws of the posterior for degraded images; the sheet shows the input, what is seen of it, and the draws.
 
-    An input of which entries are missing (NaN) is an observation; rows that miss the same ones are drawn at once.
+    An input with missing entries (NaN) is taken as an observation. Inputs that miss the same entries are drawn together.
     """
-    told, method = conditions.told_alike(model, run, config), method_of(config, run, model)
+    conditioned, method = conditions.conditioned(model, run, config), method_of(config, run, model)
     before = inputs(config, run, observed_shape(config, model))
     patterns, pattern_of = before.isnan().unique(dim=0, return_inverse=True)
     incomplete = bool(patterns.any())
@@ -101,25 +101,26 @@ def restored(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) ->
         hidden = missing if incomplete and config.task == "inpaint" else None
         operator = operator_of(config, model.event_shape, hidden)
         y = observation(config, operator, before[rows], observed)
-        guided = method(told, operator, y.repeat_interleave(config.draws, 0).to(model.device), config.noise_std)
+        y_of_draws = y.repeat_interleave(config.draws, 0).to(model.device)
+        guided = method(conditioned, operator, y_of_draws, config.noise_std)
         drawn = draws_of(config, sampler, guided, rows, progress=len(patterns) == 1)
         parts.append(Restored(drawn.nfe, drawn.seconds, rows, drawn.x.cpu().unflatten(0, (len(rows), config.draws)),
                               operator.pseudo_inverse(y), figures.visible(operator, y)))  # fmt: skip
     found, name = Restored.joined(parts), method.func.__name__
-    print(f"{name}: {found.nfe} network calls a draw, {found.seconds:.1f} s")
-    tell(name, found.after, before, None if observed else found.seen)
+    print(f"{name}: {found.nfe} network calls per draw, {found.seconds:.1f} s")
+    print_quality(name, found.after, before, None if observed else found.seen)
     first = before.where(~before.isnan(), found.seen) if before.shape == found.seen.shape else found.shown
     return before, found.after, {"input": first, "seen": found.shown} | numbered("draw", found.after)
 
 
 @dataclass(frozen=True)
 class Restored:
-    """Draws for inputs that are seen through one operator.
+    """Draws for the inputs that are seen through one operator.
 
     Attributes:
-        nfe, seconds: network calls of a draw, and what all took.
-        rows: (n,) among the inputs.
-        after: (n, draws, *event_shape).
+        nfe, seconds: network calls per draw, and seconds for all draws.
+        rows: (n,), the indices of these inputs.
+        after: (n, draws, *event_shape), the draws.
         seen: (n, *event_shape), the observations' pseudo-inverse.
         shown: the observations as images.
     """
@@ -133,7 +134,7 @@ class Restored:
 
     @classmethod
     def joined(cls, parts: Sequence[Restored]) -> Restored:
-        """All of them in the order of the inputs."""
+        """All parts as one, in the order of the inputs."""
         rows, *columns = (
             torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "after", "seen", "shown")
         )
@@ -142,14 +143,14 @@ class Restored:
 
 
 def observed_shape(config: DictConfig, model: LearnedScore) -> tuple[int, ...]:
-    """The shape of an input: that of an observation where it is one of another task than inpainting."""
+    """The shape of an input: the model's event shape, or an observation's if it is one of another task than inpainting."""
     if config.degraded and config.task != "inpaint":
         return operator_of(config, model.event_shape).output_shape
     return model.event_shape
 
 
 def observation(config: DictConfig, operator: LinearOperator, x: Tensor, observed: bool) -> Tensor:
-    """What is seen of inputs: with noise what the operator leaves of clean ones, those that are `observed` as they are."""
+    """The observations of clean inputs x, with noise; of inputs that are `observed` already, these without more noise."""
     if not observed:
         return operator.observe(x, config.noise_std, generator=torch.Generator().manual_seed(config.seed))
     return operator(x) if config.task == "inpaint" else x
@@ -158,17 +159,17 @@ def observation(config: DictConfig, operator: LinearOperator, x: Tensor, observe
 def draws_of(
     config: DictConfig, sampler: Any, guided: ScoreModel, rows: Tensor, *, progress: bool
 ) -> SampleResult:  # fmt: skip
-    """`draws` samples of each row, one after the other, from noise that depends on the row alone."""
+    """The draws of each row, one row after the other, from noise that depends on the row alone."""
     samples = (rows[:, None] * config.draws + torch.arange(config.draws)).flatten()
     noise = SampleNoise.of_run(config.seed, samples)
     return sampler.sample(guided, (len(samples), *guided.event_shape), noise=noise, progress=progress)
 
 
-def tell(name: str, after: Tensor, before: Tensor, seen: Tensor | None) -> None:
-    """Prints whether draws (n, draws, ...) have diverged, and how near they are to inputs that were degraded to be `seen`."""
+def print_quality(name: str, after: Tensor, before: Tensor, seen: Tensor | None) -> None:
+    """Warns of draws (n, draws, ...) that have diverged; prints the PSNR to inputs that were degraded to `seen`."""
     far = (~(after.abs().flatten(2).amax(2) <= 10 * max(1.0, float(before.nan_to_num().abs().max())))).sum()
     if far:
-        print(f"warning: {far} of {len(after) * after.shape[1]} draws are far beyond the data: {name} has diverged; take a "
+        print(f"warning: {far} of {len(after) * after.shape[1]} draws are far beyond the data: {name} has diverged; take "
               "weaker guidance, more steps (sampler.grid.steps=500), or guidance=mmps")  # fmt: skip
     if seen is not None:
         named = {"draws": after.flatten(0, 1), "their mean": after.mean(1), "pseudo-inverse": seen}
@@ -177,31 +178,31 @@ def tell(name: str, after: Tensor, before: Tensor, seen: Tensor | None) -> None:
 
 
 def method_of(config: DictConfig, run: Run, model: ScoreModel) -> partial[Any]:
-    """The guidance that restores; PiGDM's with the spread of the run's data.
+    """The guidance that restores images; PiGDM with the standard deviation of the run's data.
 
-    Raises ValueError for guidance that restores nothing.
+    Raises ValueError for guidance that does not restore observations.
     """
     method = build(config.guidance, (*run.trust, "score_sde.guidance"))
     if not issubclass(method.func, Observed):
-        raise ValueError(f"{method.func.__name__} restores nothing: task={config.task} takes guidance=mmps, pigdm, dps, "
-                         "diffpir or replacement")  # fmt: skip
+        raise ValueError(f"{method.func.__name__} restores no observations: task={config.task} takes guidance=mmps, pigdm, "
+                         "dps, diffpir or replacement")  # fmt: skip
     if method.func is PiGDM and config.guidance.get("data_std") is None:
         try:
             method = partial(method, data_std=measure_data_std(run.data()))
         except FileNotFoundError:
-            print(f"the data of {run.path} are not here: PiGDM takes the model's data_std={model.data_std:.3g}")
+            print(f"the data of {run.path} are missing: PiGDM takes the model's data_std={model.data_std:.3g}")
     return method
 
 
 def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) -> Edited:
     """Inputs noised up to `time` and sampled from there under the label."""
     if config.label is None:
-        raise ValueError("task=class needs the label to bring the input to: give label=<number>")
-    told = conditions.alike(model, run, config)
+        raise ValueError("task=class needs the label to change the input to: give label=<number>")
+    given = conditions.shared(model, run, config)
     guiding.check_unconditional(run, config.scale)
     before = inputs(config, run, model.event_shape)
     start = before.repeat_interleave(config.draws, 0).to(model.device)
-    condition = {name: value.to(model.device).expand(len(start), *value.shape) for name, value in told.items()}
+    condition = {name: value.to(model.device).expand(len(start), *value.shape) for name, value in given.items()}
     guided = ClassifierFree(model, config.scale)
     result = sdedit(sampler, guided, start, config.time, seed=config.seed, condition=condition)
     after = result.x.cpu().unflatten(0, (len(before), config.draws))
@@ -209,22 +210,22 @@ def relabelled(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) 
 
 
 def interpolated(config: DictConfig, run: Run, model: LearnedScore, sampler: Any) -> Edited:
-    """From each input to the next through their latent codes, in `draws` + 1 equal parts."""
-    told = conditions.told_alike(model, run, config)
+    """`draws` images between each input and the next, equally spaced along a path through their latent codes."""
+    conditioned = conditions.conditioned(model, run, config)
     before = inputs(config, run, model.event_shape)
     if len(before) < 2:
         raise ValueError("task=interpolate needs two inputs or more")
     x = before.to(model.device)
     shares = torch.linspace(0, 1, config.draws + 2)[1:-1].tolist()
-    frames = interpolate(ProbabilityFlowODE(), told, x[:-1], x[1:], shares).transpose(0, 1).cpu()
+    frames = interpolate(ProbabilityFlowODE(), conditioned, x[:-1], x[1:], shares).transpose(0, 1).cpu()
     return before, frames, {"from": before[:-1]} | numbered("step", frames) | {"to": before[1:]}
 
 
 def operator_of(config: DictConfig, event_shape: tuple[int, ...], missing: Tensor | None = None) -> LinearOperator:
-    """The task's operator; for inpainting through the user's mask, if there is one, and never of what is `missing`.
+    """The task's operator; for inpainting, the mask given, without the entries that are `missing`.
 
-    Raises ValueError for a mask with another task, of another size, or an option that the operator does not have, and for
-    events that are no images where nothing says what of them is seen.
+    Raises ValueError for a mask with another task or of another size, for an option that the operator does not have, and
+    for events that are not images if there is neither a mask nor missing entries.
     """
     if config.mask is not None and config.task != "inpaint":
         raise ValueError(f"mask= belongs to task=inpaint, not to task={config.task}")
@@ -243,7 +244,7 @@ def operator_of(config: DictConfig, event_shape: tuple[int, ...], missing: Tenso
 
 
 def read_mask(path: Path) -> Tensor:
-    """A .npy array as it is, or True where an image is lighter than the middle."""
+    """A .npy array as it is, or an image as True where it is lighter than middle grey."""
     from PIL import Image
 
     if path.suffix == ".npy":
@@ -253,7 +254,7 @@ def read_mask(path: Path) -> Tensor:
 
 
 def inputs(config: DictConfig, run: Run, shape: tuple[int, ...]) -> Tensor:
-    """The user's inputs, or held-out examples of the run's own data; of a label that they are to keep, where it is one."""
+    """The inputs given, or held-out examples of the run's own data, of the given label unless task=class changes it."""
     if config.input is None:
         if config.degraded:
             raise ValueError("degraded=true says that the input is an observation: give input=<image, folder or .npy>")
@@ -269,12 +270,12 @@ def inputs(config: DictConfig, run: Run, shape: tuple[int, ...]) -> Tensor:
 
 
 def files_of(given: Any) -> list[Path]:
-    """The image files that an input stands for, or the .npy file that it is."""
+    """The file itself, or the image files in a folder."""
     return [path] if (path := Path(given)).is_file() else image_files(path)
 
 
 def names_of(config: DictConfig) -> list[str]:
-    """What the inputs, or pairs of them, are called by their image files; of arrays and held-out examples nothing."""
+    """Names for the inputs, or pairs of them, from their image files; none for arrays and held-out examples."""
     files = [file for given in (listed(config.input) if config.input else []) for file in files_of(given)]
     names = [file.stem for file in files][: config.count]
     if any(file.suffix == ".npy" for file in files):
@@ -283,9 +284,9 @@ def names_of(config: DictConfig) -> list[str]:
 
 
 def check_observed(path: Path, task: str, shape: tuple[int, ...]) -> None:
-    """Refuses image files that are not the observation they are said to be, but a clean image.
+    """Raises ValueError for image files that cannot be observations of the task, and are probably clean images.
 
-    Raises ValueError for one of another size, or in colour where one channel is observed.
+    These are of another size, or in colour where one channel is observed.
     """
     from PIL import Image
 
@@ -303,7 +304,7 @@ def check_observed(path: Path, task: str, shape: tuple[int, ...]) -> None:
 
 
 def numbered(name: str, x: Tensor) -> dict[str, Tensor]:
-    """(inputs, count, *event_shape) as `count` columns of a sheet: name 1, name 2, ..."""
+    """x of shape (inputs, count, *event_shape) as `count` columns of a sheet, "<name> 1", "<name> 2", ..."""
     return {f"{name} {i + 1}": part for i, part in enumerate(x.unbind(1))}
 
 

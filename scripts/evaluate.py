@@ -23,7 +23,7 @@ from score_sde.evaluation import diagnose, evaluate, known_metrics
 from score_sde.training import write_atomically
 
 RECORDED = ("metrics", "features", "references", "whole_reference", "memorization")
-"""The settings that the numbers depend on."""
+"""The settings that the results depend on."""
 
 OWN = ("samplers", *RECORDED, "batch_size")
 
@@ -50,26 +50,26 @@ def main(config: DictConfig) -> None:
     )  # fmt: skip
     if not distributed.is_main():
         return
-    asked = asked_for(config, run, nodes)
-    folder = output.folder_of(asked, Path(config.output or run.path / "evaluation"))
+    recorded = settings_of(config, run, nodes)
+    folder = output.folder_of(recorded, Path(config.output or run.path / "evaluation"))
     (folder / "samples").mkdir(exist_ok=True)
     output.save_samples(folder / "samples", condition | evaluation.samples)
-    told = conditions.of_examples(model, conditions.example_conditions(run.config, data))
-    write(folder, asked, figures.Subject(run, told, data, evaluation, next(iter(samplers.values())), config.seed),
+    shown = conditions.of_examples(model, conditions.example_conditions(run.config, data))
+    write(folder, recorded, figures.Subject(run, shown, data, evaluation, next(iter(samplers.values())), config.seed),
           config.figures)  # fmt: skip
 
 
 def conditions_of(config: DictConfig, run: Run, data: Data) -> dict[str, Tensor]:
-    """What the samples are told of: the labels asked for, in the data's own shares, and what else the network needs."""
+    """The samples' conditions: the given labels, in the proportions of the data, and what else the network needs."""
     labels = conditions.labels_of(config.label, run)
     if labels and (data.num_classes is None or data.target is not None):
-        print(f"samples of label={config.label} are held against data of all labels, which are not told apart here")
+        print(f"samples of label={config.label} are compared with data of all labels, which cannot be told apart here")
     condition = {"label": conditions.natural(labels, data, config.num_samples)} if labels else {}
-    return condition | conditions.told({}, run, config.num_samples)
+    return condition | conditions.of_samples({}, run, config.num_samples)
 
 
-def asked_for(config: DictConfig, run: Run, nodes: Mapping[str, DictConfig]) -> dict[str, Any]:
-    """All that the numbers depend on."""
+def settings_of(config: DictConfig, run: Run, nodes: Mapping[str, DictConfig]) -> dict[str, Any]:
+    """All settings that the results depend on, for the record."""
     settings = configs.plain(run.config.evaluation)
     return {
         "step": config.step, "ema": config.ema, "seed": config.seed, "label": conditions.labels_of(config.label, run),
@@ -81,10 +81,10 @@ def asked_for(config: DictConfig, run: Run, nodes: Mapping[str, DictConfig]) -> 
     }  # fmt: skip
 
 
-def write(folder: Path, asked: Mapping[str, Any], shown: figures.Subject, drawn: bool) -> None:
-    """evaluation.json with all that was `asked` for, the same as a table, of data of closed form diagnostics, and figures."""
+def write(folder: Path, recorded: Mapping[str, Any], shown: figures.Subject, drawn: bool) -> None:
+    """Writes evaluation.json with the `recorded` settings, the table, diagnostics if the data have a target, and figures."""
     data, found = shown.data, shown.found
-    report = {"run": str(shown.run.path), **asked, **found.report()}
+    report = {"run": str(shown.run.path), **recorded, **found.report()}
     write_atomically(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     write_atomically(folder / "evaluation.csv", found.table.to_csv(index=False))
     output.show(found.table, output.RATIOS)
@@ -92,7 +92,7 @@ def write(folder: Path, asked: Mapping[str, Any], shown: figures.Subject, drawn:
     if diagnosis:
         write_atomically(folder / "diagnostics.csv", diagnosis.table.to_csv(index=False))
         output.show(diagnosis.table[::3])
-    if drawn:  # last: no fault of a figure costs the numbers
+    if drawn:  # last, so that a figure that fails costs no results
         figures.write(figures.evaluation_sheets(data, found) or figures.all_of(shown), folder / "figures")
         if diagnosis:
             figures.write(figures.of_diagnosis(shown.model, data, diagnosis), folder / "figures")
@@ -101,7 +101,7 @@ def write(folder: Path, asked: Mapping[str, Any], shown: figures.Subject, drawn:
 
 
 def _sampler_nodes(config: DictConfig, run: Run) -> dict[str, DictConfig]:
-    """Of the one `sampler` that is given, or of those that the settings name."""
+    """The configs of the one `sampler` given, or of those named in the settings."""
     if "sampler" not in config:
         if run.config.evaluation.samplers == []:
             raise ValueError("there is no sampler to evaluate: give sampler=<name>, or several as samplers=[heun,ode]")

@@ -3,7 +3,7 @@
 python scripts/likelihood.py run=<dir> count=200
 python scripts/likelihood.py run=<dir> input=[mine.npy,photos]
 
-In likelihood.csv, `index` is an example's row in its source array; out of distribution, in the array it was made from.
+In likelihood.csv, `index` is an example's row in its source array; out of distribution, the row it was made from.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from score_sde.progress import tqdm
 from score_sde.run import needed
 from score_sde.training import DiscretisedDecoder, write_atomically
 
-TWO_LAWS = ("bound_...: of the law of the reverse-time SDE; the others: of that of the probability-flow ODE; these are two "
-            "laws, and a bound may lie on either side of the others")  # fmt: skip
+TWO_LAWS = ("bound_... is for the law of the reverse-time SDE, the other columns for that of the probability-flow ODE; these "
+            "are two laws, so the bound may lie on either side of the others")  # fmt: skip
 
 
 @entry.main("likelihood")
@@ -46,8 +46,8 @@ def main(config: DictConfig) -> None:
     sets, places = sets_of(config, data)
     condition = conditions_of(run, data, config.count)
     if condition and config.input is not None:
-        raise ValueError(f"the network of {run.path} is told each example's {' and '.join(condition)}, which is not known of "
-                         "examples of your own: leave input out")  # fmt: skip
+        raise ValueError(f"the network of {run.path} needs each example's {' and '.join(condition)}, which your own files do "
+                         "not give: leave input out")  # fmt: skip
     bins = lattice(data)
     if not bins and (config.dequantization, config.draws) != ("uniform", 1):
         raise ValueError(f"dequantization and draws are for data that were integers, those of {run.path} are not: "
@@ -72,23 +72,23 @@ def main(config: DictConfig) -> None:
 def rows_of(
     name: str, x: Tensor, places: Tensor, condition: Mapping[str, Tensor], measure: Measure, config: DictConfig
 ) -> Iterator[pd.DataFrame]:
-    """The table of a set, batch after batch."""
+    """Yields the table of a set, batch by batch."""
     for i, part in enumerate(tqdm(x.split(config.batch_size), desc=name, delay=2)):
         rows = slice(i * config.batch_size, i * config.batch_size + len(part))
-        told = {key: value[rows].to(measure.model.device) for key, value in condition.items()}
-        found = measure(part.to(measure.model.device), config.seed * 1_000_003 + i, told)
+        given = {key: value[rows].to(measure.model.device) for key, value in condition.items()}
+        found = measure(part.to(measure.model.device), config.seed * 1_000_003 + i, given)
         columns = {"index": places[rows]} | found
         yield pd.DataFrame({"set": name, **{key: value.cpu().numpy() for key, value in columns.items()}})
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is computed of a batch of examples: (x, seed, condition) -> columns.
+    """Computes the columns of a batch of examples: (x, seed, condition) -> columns.
 
     Attributes:
         options: of `log_likelihood`.
-        draws: of the noise that integers are dequantised by; variational where there is a `dequantizer`, else uniform.
-        bound_draws: of the variational bound; 0 for none.
+        draws: number of draws of the dequantisation noise; variational if there is a `dequantizer`, else uniform.
+        bound_draws: number of draws for the variational bound; 0 for none.
     """
 
     model: LearnedScore
@@ -99,12 +99,12 @@ class Measure:
     bound_draws: int
 
     def __call__(self, x: Tensor, seed: int, condition: dict[str, Tensor]) -> dict[str, Tensor]:
-        asked = {**self.options, "seed": seed, "condition": condition}
-        found = self.discrete(x, asked) if lattice(self.data) else self.real(x, asked)
+        options = {**self.options, "seed": seed, "condition": condition}
+        found = self.discrete(x, options) if lattice(self.data) else self.real(x, options)
         return found | self.bound(x, seed, condition) if self.bound_draws else found
 
     def real(self, x: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
-        """Densities of real-valued data, beside the true ones where they are known."""
+        """Densities of real-valued data, and the true ones if they are known."""
         found = log_likelihood(self.model, x, **options)
         row = {"log_prob": found.log_prob, "std_error": found.std_error, "truncation": found.truncation}
         law = self.data.target
@@ -117,10 +117,10 @@ class Measure:
         return {"log_prob": nats, "bits_per_dim": bits_per_dim(nats, codes.shape[1:], 1.0)}
 
     def bound(self, x: Tensor, seed: int, condition: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The variational bound in continuous time, of densities, or of integers in the way that the model was trained.
+        """The variational bound in continuous time, for densities or, if the data were integers, for their probabilities.
 
-        A model of dequantised data is asked for the density of such data, one of the bare lattice for the mass of a bin:
-        below the bins' width the one has more to code, the other has nothing left to learn.
+        A model trained on dequantised data is bounded by the density of such data. One trained on the bare lattice is
+        bounded by the mass of a bin, since it has nothing to learn below the bins' width.
         """
         bins, options = lattice(self.data), {"draws": self.bound_draws, "seed": seed, "condition": condition}
         if bins is None:
@@ -137,7 +137,7 @@ class Measure:
 
 
 def sets_of(config: DictConfig, data: Data) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Examples by the name of their set, those of the user's own files too, and which rows of their array they are."""
+    """Examples by the name of their set, your own files among them, and their rows in their source arrays."""
     files = [] if config.input is None else [Path(str(name)) for name in listed(config.input)]
     usual = [] if files else ["shuffled", "inverted", "uniform"] if len(data.event_shape) == 3 else ["uniform"]
     ood = usual if config.ood is None else listed(config.ood)
@@ -149,7 +149,7 @@ def sets_of(config: DictConfig, data: Data) -> tuple[dict[str, Tensor], dict[str
 
 
 def options_of(config: DictConfig, data: Data) -> dict[str, Any]:
-    """Those of `log_likelihood`; unless a divergence is given it is exact in 16 dimensions and fewer."""
+    """The options of `log_likelihood`; by default the divergence is exact in up to 16 dimensions."""
     names = ("divergence", "probes", "method", "rtol", "atol", "steps", "truncation")
     options = {name: config[name] for name in names}
     if config.divergence is None:
@@ -159,15 +159,15 @@ def options_of(config: DictConfig, data: Data) -> dict[str, Any]:
 
 
 def fitted(model: Any, data: Any, condition: dict[str, Tensor], seed: int) -> GaussianDequantizer:
-    """The dequantizer fitted to the first training examples, with their conditions of these names."""
+    """The dequantizer fitted to the first training examples, with their conditions of the names in `condition`."""
     first = data.plain("train", slice(256))
-    codes, told = integers(first.x, data.levels).to(model.device), {name: first.condition[name] for name in condition}
+    codes, given = integers(first.x, data.levels).to(model.device), {name: first.condition[name] for name in condition}
     dequantizer = GaussianDequantizer(data.event_shape).to(model.device)
-    return dequantizer.fit(model, codes, **lattice(data), seed=seed, condition=told)
+    return dequantizer.fit(model, codes, **lattice(data), seed=seed, condition=given)
 
 
 def histogram(table: pd.DataFrame, column: str, label: str) -> Figure:
-    """A column of the table, set by set."""
+    """Histograms of a column of the table, one per set."""
     figure, axes = plotting.panels(1, width=7.5, height=4)
     values = {name: torch.tensor(v.to_numpy()) for name, v in table.groupby("set", sort=False)[column]}
     plotting.likelihood_histogram(axes[0, 0], values, label)
@@ -184,7 +184,7 @@ def lattice(data: Data) -> dict[str, float] | None:
 
 
 def examples(data: Data, count: int, ood: list[str], generator: torch.Generator) -> dict[str, Tensor]:
-    """Held-out examples, or of data that hold none out training examples, and sets out of distribution; integers stay."""
+    """Held-out examples (training examples if none are held out), and sets out of distribution; integers stay integers."""
     bins = lattice(data)
     x = integers(data.plain("test", slice(count)).x, data.levels) if bins else data.reference(count).x  # type: ignore[attr-defined]
     sets = {"held out" if data.has_test else "training": x}
@@ -204,9 +204,9 @@ def examples(data: Data, count: int, ood: list[str], generator: torch.Generator)
 
 
 def own(file: Path, data: Any) -> Tensor:
-    """Examples of a file of the user's own, or of a folder of images; those of integer data as integers.
+    """Examples from your own file or folder of images; as integers if the data were integers.
 
-    Raises ValueError for other shapes, and for values that such data do not have.
+    Raises ValueError for other shapes, and for values that such data cannot have.
     """
     x = torch.from_numpy(load_images(file, data.event_shape))
     if not lattice(data):
@@ -220,22 +220,22 @@ def own(file: Path, data: Any) -> Tensor:
 
 
 def integers(x: Tensor, levels: int) -> Tensor:
-    """The integers that were scaled to [-1, 1]."""
+    """The integers 0 to levels - 1 that x, in [-1, 1], was scaled from."""
     return ((x + 1) * ((levels - 1) / 2)).round().long()
 
 
 def conditions_of(run: Run, data: Data, count: int) -> dict[str, Tensor]:
-    """The conditions of those examples, which stand for the sets made of them too, of a network that needs some."""
+    """The conditions of these examples if the network needs any; sets made from the examples have the same conditions."""
     names = needed(run.config)
     if not names:
         return {}
-    print(f"densities given each example's {' and '.join(names)}, without which this network has not learnt to do")
+    print(f"densities given each example's {' and '.join(names)}, which this network needs")
     given = data.plain("test", slice(count)) if lattice(data) else data.reference(count)  # type: ignore[attr-defined]
     return {name: given.condition[name] for name in names}
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard error of every column, by set."""
+    """Mean and standard error of every column, for each set."""
     columns = [name for name in table.columns if name not in ("set", "index")]
     groups = table.groupby("set", sort=False)[columns]
     parts = {}

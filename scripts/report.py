@@ -30,7 +30,8 @@ def main(config: DictConfig) -> None:
     meanings = list(summary["meaning"].dropna().unique())
     several = len(meanings) > 1
     print_means(
-        summary if several else summary.drop(columns="meaning"), "what stands under meaning" if several else meanings[0]
+        summary if several else summary.drop(columns="meaning"),
+        "what the column meaning says" if several else meanings[0],
     )
     for row in table[table["status"] != "finished"].to_dict("records"):
         print(f"{row['status']}: {row['run']} ({row['setting']}, seed {row['seed']}): {row['error']}")
@@ -39,22 +40,22 @@ def main(config: DictConfig) -> None:
 
 
 def with_folder(argv: Sequence[str]) -> list[str]:
-    """The arguments, a plain one as folder=; what follows an option is its value."""
+    """The arguments, with a bare one as folder=<argument>; one that follows an option is that option's value."""
     return [given if "=" in given or given.startswith("-") or before.startswith("-") else f"folder={given}"
             for before, given in itertools.pairwise(argv)]  # fmt: skip
 
 
 def print_means(summary: pd.DataFrame, label: str) -> None:
-    """The table without columns that are empty: the standard error of one seed, the mean of failed runs alone."""
+    """Prints the table without empty columns, such as the standard error for one seed."""
     shown = summary.dropna(axis="columns", how="all")
     error = ", with its standard error" if "standard_error" in shown else ""
     output.show(shown, f"mean over seeds{error}, of: {label}" if "mean" in shown else "")
 
 
 def draw(summary: pd.DataFrame, file: Path) -> bool:
-    """The figure, a panel for each meaning, unless there is no mean to draw; returns whether there is one.
+    """Draws the figure, a panel for each meaning of the metric; returns False if there is no mean to draw.
 
-    Where there are several meanings, settings that never came to one are left out.
+    Settings without a finished run are left out if there are several meanings.
     """
     if summary["mean"].isna().all():
         return False
@@ -66,9 +67,10 @@ def draw(summary: pd.DataFrame, file: Path) -> bool:
 
 
 def collect(folder: Path, metric: str) -> pd.DataFrame:
-    """One row a run: folder, setting (the overrides in which runs differ, but the seed), seed, status, value, error, meaning.
+    """A row per run: run (its folder), setting (the overrides in which runs differ, without the seed), seed, status, value,
+    error, meaning.
 
-    Raises ValueError where the folder holds no run, and where runs have finished, none of them with a number of this name.
+    Raises ValueError if the folder holds no run, or if runs have finished but none with a number of this name.
     """
     homes = sorted(
         {file.parent for name in ("result.json", "config.yaml") for file in folder.rglob(name)}, key=_natural
@@ -81,7 +83,7 @@ def collect(folder: Path, metric: str) -> pd.DataFrame:
     if numbers and metric not in numbers:
         raise ValueError(unknown("metric", metric, [*numbers], [key for key in numbers if key.endswith(f"/{metric}")]))
     rows = [_row(run, result, metric) for run, result in results.items()]
-    known = [set(row["setting"]) for row in rows if row["setting"]]  # but of what was killed before it wrote any
+    known = [set(row["setting"]) for row in rows if row["setting"]]  # a run killed early may have written none
     shared = set.intersection(*known) if known else set()
     for row in rows:
         row["setting"] = ", ".join(pair for pair in row["setting"] if pair not in shared) or "all"
@@ -105,9 +107,9 @@ def _row(run: str, result: Mapping[str, Any], metric: str) -> dict[str, Any]:
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard error of the metric over the finished seeds of each setting, and how many ended in what.
+    """Mean and standard error of the metric over the finished seeds of each setting, and the number of runs by status.
 
-    `meaning` is what the mean is of: where all that finished have the same, also of a setting that never did.
+    `meaning` says what the metric is. If it is the same in all finished runs, settings without one have it too.
     """
     counts = pd.get_dummies(table["status"], dtype=int).reindex(
         columns=["finished", "unfinished", "failed"], fill_value=0
@@ -121,7 +123,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_lost(row: dict[str, Any]) -> str:
-    """A setting, and how many of its seeds its mean is without."""
+    """A setting, and how many of its seeds are missing from its mean."""
     lost = [f"{row[status]} {status}" for status in ("failed", "unfinished") if row[status]]
     return f"{row['setting']} ({', '.join(lost)})" if lost else row["setting"]
 

@@ -40,7 +40,7 @@ def main(config: DictConfig) -> None:
     guided.check((config.num_samples, *model.event_shape), condition)
     data = guiding.labelled(run) if config.agreement else None
     if config.agreement and (data is None or not labels):
-        raise ValueError("agreement=true compares samples with their labels: give label=, and a run of labelled data")
+        raise ValueError("agreement=true compares samples with their labels: give label=, and a run on labelled data")
 
     name = chosen(config, "sampler")
     samples, nfe, seconds = distributed.sample(
@@ -62,14 +62,14 @@ def main(config: DictConfig) -> None:
 
 
 def conditions_of(config: DictConfig, run: Run, labels: list[int]) -> dict[str, Tensor]:
-    """What the samples are told of: the conditions given, what else the network needs, and the labels in turn."""
+    """The samples' conditions: those given, what else the network needs, and the labels in turn."""
     given = dict(config.condition) | ({} if config.context is None else {"context": config.context})
-    condition = conditions.told(given, run, config.num_samples)
+    condition = conditions.of_samples(given, run, config.num_samples)
     return condition | ({"label": conditions.turns(labels, config.num_samples)} if labels else {})
 
 
 def settings_of(config: DictConfig, node: DictConfig, labels: list[int]) -> dict[str, Any]:
-    """All that the samples depend on, of files what is in them."""
+    """All settings that the samples depend on; files by a hash of their contents."""
     given = configs.plain(config)
     settings = {name: given[name] for name in ("num_samples", "guidance", "threshold", "seed", "ema", "step")}
     settings |= {"label": labels, "context": output.content_of(config.context) or given["context"],
@@ -80,7 +80,7 @@ def settings_of(config: DictConfig, node: DictConfig, labels: list[int]) -> dict
 
 
 def sheet(samples: Tensor, labels: list[int], run: Run) -> Figure:
-    """The first samples, a column or several for each label, and its name above where they are few."""
+    """The first samples, with one or more columns per label, named if labels are few."""
     if not labels:
         return plotting.sheet(samples, columns=8)
     columns = max(1, 8 // len(labels)) * len(labels)
@@ -90,7 +90,7 @@ def sheet(samples: Tensor, labels: list[int], run: Run) -> Figure:
 
 
 def agreement(data: TensorData, samples: Tensor, labels: Tensor) -> pd.DataFrame:
-    """Prints and returns, for each label, the share of samples in which a classifier of labelled data sees it."""
+    """The share of each label's samples that a classifier trained on the labelled data agrees with; prints the mean."""
     print("training a classifier on the labelled data", flush=True)
     train, held_out = data.examples(), data.reference(10_000)
     classifier = DigitClassifier(train.x, train.condition["label"])

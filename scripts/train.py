@@ -41,12 +41,13 @@ from score_sde.training.interrupt import hand_on
 
 @dataclass(frozen=True)
 class Job:
-    """A run with what its config asks for, built: the parts of its training, and what its samples are measured with.
+    """A run and all that its config names, built: the parts of training, samplers, and what measures the samples.
 
     Attributes:
-        resumes: whether it goes on from checkpoints.
-        preview: the sampler of what is drawn and measured during training; `samplers` are those of the end.
-        views: arguments of `evaluate` beside the metrics.
+        resumes: whether it continues from a checkpoint.
+        samplers: the samplers of the final evaluation, by name.
+        preview: the sampler for samples and measurements during training.
+        views: arguments of `evaluate` besides the metrics.
     """
 
     run: Run
@@ -67,12 +68,12 @@ class Job:
 
     @cached_property
     def conditions(self) -> Callable[[int], dict[str, Tensor]]:
-        """count -> what so many samples are told of."""
+        """count -> the conditions of this many samples."""
         return conditions.example_conditions(self.config, self.data)
 
     @property
     def periodic(self) -> int:
-        """Samples of a measurement during training."""
+        """Number of samples of each evaluation during training."""
         return int(self.config.evaluation.get("num_periodic") or self.config.num_samples)
 
     def measure(self, model: LearnedScore, samplers: Mapping[str, Any], count: int, progress: bool) -> Evaluation:
@@ -105,11 +106,11 @@ def main(config: DictConfig) -> float:
 
 
 def built(run: Run, resumes: bool) -> Job:
-    """The parts that the config of a run names; what the data decide is written into the config of a new one."""
+    """The parts that a run's config names; in a new run's config, what the data determine is filled in."""
     config, trust = run.config, run.trust
     data: Data = build(config.data, trust)
     if not isinstance(data, Data):
-        raise TypeError(f"data are a score_sde.data.Data, {config.data._target_} gives {type(data).__name__}: "
+        raise TypeError(f"data must be a score_sde.data.Data, {config.data._target_} gives {type(data).__name__}: "
                         "wrap arrays, e.g. return TensorData(x)")  # fmt: skip
     configs.check_own(data.target)
     trainer = build(config.trainer, trust)
@@ -128,7 +129,7 @@ def built(run: Run, resumes: bool) -> Job:
 
 
 def started(run: Run, resumes: bool) -> LearnedScore:
-    """The run's model, from the weights that `init` names where it has none of its own yet."""
+    """The run's model, with the weights that `init` names if the run has no checkpoint yet."""
     config = run.config
     model = build_model(config, run.trust)
     if not config.get("init"):
@@ -136,13 +137,13 @@ def started(run: Run, resumes: bool) -> LearnedScore:
     elif run.checkpoints.latest() is None:
         initial.start_from(config, model)
     if isinstance(model.network, MLP) and 2 <= len(config.event_shape) <= 4 and not resumes:
-        print(f"network=mlp takes events {tuple(config.event_shape)} for vectors; network=unet, dit_s and ncsn know what is "
-              "near: they are made for signals (channels, length), images and volumes")  # fmt: skip
+        print(f"network=mlp flattens events of shape {tuple(config.event_shape)}; network=unet, dit_s and ncsn are made for "
+              "signals (channels, length), images and volumes")  # fmt: skip
     return model
 
 
 def check(job: Job) -> None:
-    """Refuses, with ValueError or TypeError, before a run begins, what its parts or its end would fail at."""
+    """Raises ValueError or TypeError, before a run begins, for what training or the final evaluation would fail at."""
     config, data, views = job.config, job.data, job.views
     job.trainer.check(job.model, data, job.time_sampler)
     for sampler in (job.preview, *job.samplers.values()):
@@ -154,17 +155,17 @@ def check(job: Job) -> None:
 
 
 def fit(job: Job) -> TrainingResult:
-    """Trains, with samples and measurements on the way where they are asked for."""
+    """Trains, with samples and evaluations during training if they are asked for."""
 
     def on_evaluate(step: int, raw: LearnedScore, averaged: LearnedScore) -> dict[str, float]:
         table = job.measure(averaged, {"preview": job.preview}, job.periodic, False).table
         return {f"eval/{metric}": value for metric, value in zip(table["metric"], table["value"], strict=True)}
 
     def on_start() -> None:
-        new = not job.resumes and job.config.resume != "auto"  # which starts what was killed too early
+        new = not job.resumes and job.config.resume != "auto"  # "auto" may restart a run without a checkpoint
         job.run.save_config(job.config, new=new)
 
-    warnings.filterwarnings("ignore", "training was interrupted")  # it is said here
+    warnings.filterwarnings("ignore", "training was interrupted")  # main prints it
     return job.trainer.fit(
         job.model, job.data, job.objective, job.time_sampler, job.run.path, seed=job.config.seed, resume=job.resumes,
         on_start=on_start,
@@ -174,7 +175,7 @@ def fit(job: Job) -> TrainingResult:
 
 
 def previews(job: Job) -> Callable[[int, LearnedScore, LearnedScore], dict[str, Path]]:
-    """What draws samples of the raw and of the averaged weights of a step into run.samples, and returns the files."""
+    """A function that draws samples with a step's raw and averaged weights into run.samples, and returns the files."""
     law, count = figures.law_of(job.data), job.config.num_previews
 
     def draw(step: int, raw: LearnedScore, averaged: LearnedScore) -> dict[str, Path]:
@@ -195,23 +196,23 @@ def finish(job: Job, model: LearnedScore) -> float:
     """Samples, figures and result.json; returns the number that a sweep minimises."""
     run, config, data = job.run, job.config, job.data
     evaluation = job.measure(model, job.samplers, config.num_samples, config.trainer.progress)
-    told = conditions.of_examples(model, job.conditions)
+    shown_model = conditions.of_examples(model, job.conditions)
     score = evaluation.mean_ratio(config.evaluation.objective)
     if not distributed.is_main():
         return score
     output.save_samples(run.samples, {**job.conditions(config.num_samples), **evaluation.samples})
-    more = {} if data.target is None else {"fisher": score_error(told, data.target, seed=config.seed).mean}
+    more = {} if data.target is None else {"fisher": score_error(shown_model, data.target, seed=config.seed).mean}
     meaning = f"{config.evaluation.objective} over its noise floor, mean over samplers"
     record(run, config, score, meaning, **more, **evaluation.flat())
     output.show(evaluation.table, output.RATIOS)
-    shown = figures.Subject(run, told, data, evaluation, next(iter(job.samplers.values())), config.seed)
-    drawn = draw(run, config, lambda: figures.all_of(shown))  # last: no fault of a figure costs the numbers
+    shown = figures.Subject(run, shown_model, data, evaluation, next(iter(job.samplers.values())), config.seed)
+    drawn = draw(run, config, lambda: figures.all_of(shown))  # last, so that a figure that fails costs no results
     print(f"\n{run.path}: {drawn}samples/, metrics.jsonl, result.json")
     return score
 
 
 def finish_unmeasured(job: Job) -> float:
-    """result.json and the losses' figure of a run with evaluation.samplers=[]; returns the last loss."""
+    """result.json and the loss figure of a run with evaluation.samplers=[]; returns the last loss."""
     run, config = job.run, job.config
     loss = float(run.metrics()["loss"].iloc[-1])
     if not distributed.is_main():
@@ -241,7 +242,7 @@ def finish_classifier(job: Job, model: NoisyClassifier) -> float:
 
 
 def draw(run: Run, config: DictConfig, drawings: Callable[[], Mapping[str, figures.Drawing]]) -> str:
-    """Draws into the run's figures where they are wanted, as runs of before there was a choice do; returns what to say."""
+    """Draws the run's figures unless figures=false; returns their name for the list of results."""
     if not config.get("figures", True):
         return ""
     figures.write(drawings(), run.figures, config.trainer.progress)
@@ -257,9 +258,9 @@ def record(run: Run, config: DictConfig, metric: float, meaning: str, **more: An
 
 
 def metrics_of(config: DictConfig, data: Data) -> Sequence[Any]:
-    """The metrics; refuses, with ValueError, those that these data do not have and counts that show nothing.
+    """The metrics of the config; a null `evaluation.objective` is set to one of them.
 
-    Chooses the objective.
+    Raises ValueError for metrics that these data do not have, and for counts that are too small.
     """
     metrics = configs.metrics_of(config.evaluation.metrics, config.trust, known_metrics(data.target))
     chosen = [getattr(metric, "__name__", metric) for metric in metrics]
@@ -281,7 +282,7 @@ def metrics_of(config: DictConfig, data: Data) -> Sequence[Any]:
 
 
 def check_labels(config: DictConfig, data: Data) -> None:
-    """Refuses, with ValueError, options about labels where the data have none."""
+    """Raises ValueError for options about labels if the data have none."""
     given = data.batch(0, 1).condition
     if "label" not in given and (known := config.network.get("num_classes")):
         raise ValueError(f"network.num_classes={known}, and the data have no labels: leave it out, or give labels")
@@ -290,7 +291,7 @@ def check_labels(config: DictConfig, data: Data) -> None:
 
 
 def check_references(config: DictConfig, data: Data, views: Mapping[str, Any]) -> None:
-    """Refuses, with ValueError or FileNotFoundError, features and references that do not fit the data or one another."""
+    """Raises ValueError or FileNotFoundError for features and references that do not fit the data or each other."""
     features, references = views["features"], views["references"]
     for name in features.keys() | references.keys():
         if name not in features:
@@ -298,7 +299,7 @@ def check_references(config: DictConfig, data: Data, views: Mapping[str, Any]) -
         if not isinstance(data, TensorData) or len(data.event_shape) != 3:
             raise ValueError(f"the features {name!r} are for finite sets of images: set evaluation.features=[]")
     if references and config.evaluation.get("num_periodic"):
-        raise ValueError("evaluation.references hold num_samples images: leave them or evaluation.num_periodic out")
+        raise ValueError("evaluation.references are for num_samples images: leave them or evaluation.num_periodic out")
     for name, path in references.items():
         Reference.of(data, features[name], config.num_samples, whole=views.get("whole_reference", False), path=path)
 

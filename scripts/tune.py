@@ -46,7 +46,7 @@ LABELS = {"endpoint": "endpoint error / data std", "median": "median endpoint er
 def main(config: DictConfig) -> None:
     check_options(config, typed())
     steps = wholes("steps", listed(config.steps))
-    subject = subjects.of_run_alike(config) if config.run else subjects.of_target(config)
+    subject = subjects.of_run_conditioned(config) if config.run else subjects.of_target(config)
     fits = Fits(config, subject, Path(config.output or tuned_tables.tuned_folder(config)))
     tuned_tables.check_conditions(fits.folder, fits.conditions)
     fits.folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def main(config: DictConfig) -> None:
 
 
 def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuses, with ValueError, options out of range, and those that do nothing in what the others ask for."""
+    """Raises ValueError for options out of range, and for those that do nothing with the others given."""
     subjects.check_one(config, "tune for what")
     for calls in wholes("steps", listed(config.steps)):
         check(calls, **{name: config[name] for name in FITTING if name != "seed"})
@@ -73,7 +73,7 @@ def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Fits:
-    """Tables of a subject, fitted as a config says and left in a folder; what all of them are fitted to is computed once."""
+    """Fits tables to a subject and writes them into a folder; the converged solution for all fits is computed once."""
 
     config: DictConfig
     subject: subjects.Subject
@@ -81,13 +81,13 @@ class Fits:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What all samples are told of."""
+        """The label and context, if given, that all samples share."""
         given = configs.plain(self.config)
         return {name: given[name] for name in tuned_tables.CONDITIONS if given[name] is not None}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that a fit depends on, for its table's record."""
+        """All settings that a fit depends on, for its table's record."""
         given, law = configs.plain(self.config), ("ema",) if self.config.run else ("target", "sde")
         return {name: given[name] for name in (*TEACHING, *FITTING, "step", *law)} | self.conditions
 
@@ -100,34 +100,34 @@ class Fits:
         return spectrum_of(self.subject.reference, self.config)
 
     def of(self, calls: int) -> dict[str, TunedTable]:
-        """The tables of so many calls by kind, "tuned" and "spectrum" or the latter alone, each written and told of."""
+        """Fits the tables with this number of calls, "tuned" and "spectrum" or the latter alone; writes and prints each."""
         spectrum = tune_spectrum(self.spectrum, calls, sde=self.subject.model.sde)
         spectrum.record.update(settings=self.conditions)
         tables = {} if self.config.spectrum else {"tuned": self.tuned(calls)}
         for kind, table in (tables | {"spectrum": spectrum}).items():
             path = self.folder / f"{kind}-{calls}.json"
             write_atomically(path, table.text())
-            tell_validation(table)
+            print_validation(table)
             print(f"{path}: use it with sampler={kind} sampler.table={path}")
         return tables | {"spectrum": spectrum}
 
     def tuned(self, calls: int) -> TunedTable:
-        """The tuned table; one in the folder that these settings gave is taken as it is, another has to be beaten."""
+        """The tuned table; one in the folder is used if it has these settings, and else kept unless the fit is better."""
         model, path = self.subject.model, self.folder / f"tuned-{calls}.json"
         earlier = earlier_table(path, model.sde)
         if earlier is not None and earlier.record.get("settings") == self.settings:
-            print(f"{path}: fitted with these settings already; another seed, or without the file, fits anew")
+            print(f"{path}: fitted with these settings already; for a new fit give another seed, or remove the file")
             return earlier
         options = {name: self.config[name] for name in FITTING}
         table = tune(model, calls, pairs=self.pairs, earlier=earlier, **options)
         if table.record["chosen"] == EARLIER:
-            print(f"{path}: the table that was there is kept, the new fit is no better")
+            print(f"{path}: the table that was there is kept, since the new fit is no better")
         table.record.update(settings=self.settings, step=self.config.step)
         return table
 
 
 def earlier_table(path: Path, sde: SDE) -> TunedTable | None:
-    """The table in a file, where there is one that serves this SDE."""
+    """The table in a file; None if there is none, or it does not fit this SDE."""
     with suppress(ValueError, FileNotFoundError):
         TunedSampler(path).check(sde)
         return TunedTable.load(path)
@@ -142,37 +142,37 @@ def measured(config: DictConfig, subject: subjects.Subject, tables: Tables) -> p
     """Every table, and the best untuned solvers, on starting points that no fit has seen: a row for each solver and seed."""
     seeds = wholes("seeds", listed(config.seeds), 0)
     law = subject.reference if isinstance(subject.reference, Target) and not config.run else None
-    foretell(subject.model, tables, config.num_samples, len(seeds))
+    print_estimate(subject.model, tables, config.num_samples, len(seeds))
     course = Course(subject.model, law, num_samples=config.num_samples, seeds=seeds)
     return course_table(course, tables).assign(step=config.step or 0, num_samples=config.num_samples)
 
 
-def foretell(model: ScoreModel, tables: Tables, num_samples: int, seeds: int) -> None:
-    """Prints how long the report will take if that is minutes: it measures more than a fit does, and nothing limits it."""
+def print_estimate(model: ScoreModel, tables: Tables, num_samples: int, seeds: int) -> None:
+    """Prints how long the report will take if it is minutes: it measures more than a fit does, and has no time limit."""
     (_, calls), table = next(iter(tables.items()))
     budgets, count = {calls for _, calls in tables}, min(num_samples, 1024)
     began = time.monotonic()
     TunedSampler(table).sample(model, (count, *model.event_shape), seed=0)
     a_call = (time.monotonic() - began) / (count * calls)
-    every = sum(budgets) + 2 * max(budgets)  # the budgets that are measured
+    every = sum(budgets) + 2 * max(budgets)  # calls of one solver at each budget that is measured
     ranking = 2 * len(RULES) * len(GRIDS) * RANKED * every  # of the untuned solvers, and of those begun late
-    # About eight solvers of each budget are then measured, beside the converged solution of about a hundred calls.
+    # Then about eight solvers of each budget are measured, and the converged solution, which takes about a hundred calls.
     minutes = a_call * (num_samples * seeds * (8 * every + 100) + ranking) / 60
     if minutes > 2:
-        print(f"the report will take about {minutes:.0f} minutes: fewer num_samples={num_samples} or seeds={seeds} take less, "
-              "report=false none; the tables are written", flush=True)  # fmt: skip
+        print(f"the report will take about {minutes:.0f} minutes, less with fewer num_samples={num_samples} or seeds={seeds}, "
+              "none with report=false; the tables are written", flush=True)  # fmt: skip
 
 
 def spectrum_of(reference: Any, config: DictConfig) -> torch.Tensor:
-    """Eigenvalues of the data's covariance, by draws of the law or by examples; none below a millionth of their mean."""
+    """Eigenvalues of the covariance of the law's draws or of examples, at least a millionth of their mean each."""
     x = reference if isinstance(reference, torch.Tensor) else reference.sample(
         (2 * config.num_samples,), generator=generator(config.seed, "spectrum"))  # fmt: skip
     values = torch.linalg.eigvalsh(torch.cov(x.double().flatten(1).T).reshape(x[0].numel(), -1))
     return values.clamp_min(1e-6 * values.mean())
 
 
-def tell_validation(table: TunedTable) -> None:
-    """Prints the chosen table beside its best rivals, by their loss on starting points that the fit did not see."""
+def print_validation(table: TunedTable) -> None:
+    """Prints the chosen table and its best rivals, with their loss on starting points that the fit did not see."""
     losses = table.record["validation"]
     spectrum = table.record["method"].startswith("spectrum")
     what = "W2 on Gaussian data of this covariance" if spectrum else "loss on starting points that no fit has seen"
@@ -182,15 +182,15 @@ def tell_validation(table: TunedTable) -> None:
 
 
 def merged(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The table below the rows of the file that are of other kinds or calls than its own.
+    """The table, after those rows of the file whose kind and calls it does not have.
 
-    A file made with other weights, seeds or numbers of samples is dropped, as its rows do not compare.
+    A file made with other weights, seeds or numbers of samples is dropped, since its rows are not comparable.
     """
     if not path.exists():
         return table
     old, keys, made_with = pd.read_csv(path), ["kind", "calls"], ["seed", "step", "num_samples"]
     if {*old.columns} != {*table.columns} or not _combinations(old, made_with).equals(_combinations(table, made_with)):
-        print(f"{path}: written anew, what it held is of other weights, seeds or num_samples")
+        print(f"{path}: written anew, since its rows are for other weights, seeds or num_samples")
         return table
     kept = ~pd.MultiIndex.from_frame(old[keys]).isin(pd.MultiIndex.from_frame(table[keys]))
     return pd.concat([old[kept], table], ignore_index=True)
@@ -201,7 +201,7 @@ def _combinations(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def report(table: pd.DataFrame, folder: Path) -> None:
-    """Writes tuning.csv, which keeps what earlier runs measured, and tuning.png; prints the best solver of each kind."""
+    """Writes tuning.csv, which keeps the rows of earlier runs, and tuning.png; prints the best solver of each kind."""
     table = merged(folder / "tuning.csv", table)
     write_atomically(folder / "tuning.csv", table.to_csv(index=False))
     best = best_of_each(table.drop(columns=["step", "num_samples"]))
@@ -215,7 +215,7 @@ def report(table: pd.DataFrame, folder: Path) -> None:
             ax.legend(frameon=False, fontsize=8)
     figures.save(figure, folder / "tuning.png")
     print(f"\n{folder}: tuning.csv, tuning.png; untuned: the best of {table[table.kind == 'untuned'].solver.nunique()} "
-          "solvers, for each figure by itself; late: likewise, without the call at noise alone")  # fmt: skip
+          "solvers, for each column separately; late: the same without the first call, which sees only noise")  # fmt: skip
 
 
 if __name__ == "__main__":

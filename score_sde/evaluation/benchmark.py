@@ -355,7 +355,7 @@ def torchdiffeq_solver(rtol: float, atol: float) -> Solver:
 
 
 def ode_solvers(rtol: float = 1e-5, atol: float = 1e-5) -> dict[str, Solver]:
-    """AdaptiveODE, scipy's RK45 and, where it is installed, torchdiffeq's dopri5."""
+    """AdaptiveODE, scipy's RK45 and, if installed, torchdiffeq's dopri5."""
 
     def of(solver: AdaptiveODE | ProbabilityFlowODE) -> Solver:
         return lambda model, x: solver.sample(model, x.shape, x_init=x).x

@@ -89,12 +89,12 @@ def score_error(
     """Compares a model with the exact score of closed-form data at `levels` noise levels, on `count` new points each."""
     exact, times = ExactScore(target, model.sde), _levels(model.sde, levels)
     source, rows = generator(seed, "score error"), []
-    told = checked_condition(model, (whole("count", count), *target.event_shape), condition, model.device)
+    named = checked_condition(model, (whole("count", count), *target.event_shape), condition, model.device)
     for t in times.tolist():
         x0, noise = _draw(model, target, count, source)
         x = model.sde.perturb(x0, t, noise)
         # In double precision even for x in single: under little noise n* is a small difference of large numbers.
-        found, truth = model(x, t, **told).noise.double(), exact(x.double(), t).noise
+        found, truth = model(x, t, **named).noise.double(), exact(x.double(), t).noise
         excess, size = _mean_square(found - truth), _mean_square(truth)
         rows.append([excess.mean(), excess.std() / math.sqrt(count), excess.mean() / size.mean(),
                      _mean_square(noise - found).mean(), _mean_square(noise - truth).mean()])  # fmt: skip
@@ -106,8 +106,8 @@ def score_error(
 def field_error(model: ScoreModel, target: Target, x: Tensor, t: float, condition: Condition = None) -> Tensor:
     """|n - n*| / sqrt(d) at points x (count, *event) at time t, shape (count,), to plot over space."""
     truth = ExactScore(target, model.sde)(x.double(), t).noise
-    told = checked_condition(model, x.shape, condition, x.device)
-    return _mean_square(model(x, t, **told).noise - truth).sqrt()
+    named = checked_condition(model, x.shape, condition, x.device)
+    return _mean_square(model(x, t, **named).noise - truth).sqrt()
 
 
 @torch.no_grad()
@@ -143,8 +143,8 @@ def asymmetry(model: ScoreModel, x: Tensor, t: float | Tensor, condition: Condit
 
     It is 1 for a pure rotation. Costs one vector-Jacobian product per dimension.
     """
-    told = checked_condition(model, x.shape, condition, x.device)
-    _, pull = torch.func.vjp(lambda v: model(v, t, **told).denoised, x)  # type: ignore[misc]
+    named = checked_condition(model, x.shape, condition, x.device)
+    _, pull = torch.func.vjp(lambda v: model(v, t, **named).denoised, x)  # type: ignore[misc]
     size = x[0].numel()
     basis = torch.eye(size, dtype=x.dtype, device=x.device)[:, None].expand(size, len(x), size)
     jacobian = torch.func.vmap(lambda v: pull(v.view_as(x))[0].flatten(1))(basis).movedim(0, 1).double()
@@ -209,12 +209,12 @@ def calibration(
     """Regresses clean data x0 (n, *event) on the denoiser's output at each level; no exact score is needed."""
     times = _levels(model.sde, levels)
     source = generator(seed, "calibration", device=x0.device)
-    told = checked_condition(model, x0.shape, condition, x0.device)
+    named = checked_condition(model, x0.shape, condition, x0.device)
     trace, ids, rows = ExactTrace(x0.flatten(1)), torch.arange(len(x0), device=x0.device), []
     for t in times.tolist():
         noise = torch.randn(x0.shape, generator=source, dtype=x0.dtype, device=x0.device)
         x = model.sde.perturb(x0, t, noise)
-        denoised, pull = torch.func.vjp(lambda v, t=t: model(v, t, **told).denoised, x)  # type: ignore[misc]
+        denoised, pull = torch.func.vjp(lambda v, t=t: model(v, t, **named).denoised, x)  # type: ignore[misc]
 
         def products(v: Tensor, pull: Any = pull) -> Tensor:
             return pull(v.view_as(x0))[0].flatten(1)

@@ -184,7 +184,7 @@ def _compute(
 
 
 def _rows_of(data: TensorData, made_of: Mapping[str, Any]) -> tuple[tuple[str, slice], tuple[str, slice]]:
-    """The set and rows of the images that samples are held against, and of those that give the floor."""
+    """The set and rows of the images that samples are compared with, and of those that give the floor."""
     n, m = made_of["count"], made_of["floor_count"]
     if data.has_test:
         return ("train", slice(n)), ("test", slice(m))

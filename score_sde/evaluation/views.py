@@ -1,4 +1,4 @@
-"""Views of sets of images besides the metrics: a classifier's, in features, and of the nearest training images."""
+"""Views of samples besides the metrics: by a classifier, in feature spaces, and by the nearest training images."""
 
 from __future__ import annotations
 

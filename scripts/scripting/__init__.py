@@ -1,1 +1,1 @@
-"""What the programs of scripts/ share: how they are entered and configured, what they draw and leave."""
+"""What the scripts share: entry point, configuration, figures and output."""

@@ -1,4 +1,4 @@
-"""What a command line gives, held against the config files, which say what there is and of what kind it is."""
+"""Checks of the command line against the config files: keys that exist, and values of the right kind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 CLOSED = ("evaluation", "restoration")
-"""The mappings that have no `_target_`, and no keys but those of the config files."""
+"""The mappings without a `_target_` that take no keys but those of the config files."""
 
 
 def listed(value: Any) -> list[Any]:
@@ -27,25 +27,25 @@ def listed(value: Any) -> list[Any]:
 
 
 def typed() -> list[str]:
-    """The job's overrides as they were typed: read from Hydra's config they are resolved, before the data fill it in."""
+    """The job's overrides as typed, not resolved: some refer to values that the data only fill in later."""
     return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[return-value]
 
 
 def chosen(config: DictConfig, group: str) -> str:
-    """The name of what a run, or else this job, chose in a group; the last part of its `_target_` where it is one's own."""
+    """The name of what a run, or else this job, chose in a group; for your own, the last part of its `_target_`."""
     choices = config.get("choices") or HydraConfig.get().runtime.choices
     return choices.get(group) or config[group]._target_.rpartition(".")[2]
 
 
 def key_of(override: str) -> str:
-    """The dotted key, or the group, that an override is about."""
+    """The dotted key, or the config group, of an override."""
     return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def check(config: DictConfig) -> None:
-    """Refuses, with ValueError, an added key that nothing reads, and values of another kind than the config files have.
+    """Raises ValueError for an added key that nothing reads, and for a value of another kind than the config files have.
 
-    One value for a list becomes a list of it, in `config` itself.
+    A single value for a list becomes a list, in `config` itself.
     """
     own = HydraConfig.get()
     groups = {*own.runtime.choices, *GlobalHydra.instance().config_loader().list_groups("")}
@@ -61,17 +61,17 @@ def check(config: DictConfig) -> None:
 def check_values(
     overrides: Sequence[str], default: DictConfig, config: DictConfig, of_hydra: Sequence[str] = ()
 ) -> None:
-    """Likewise, of overrides that made `config` out of `default`, beside those of Hydra's own keys."""
+    """`check` for the overrides that turned `default` into `config`, given those of Hydra's own keys, `of_hydra`."""
     for override in overrides:
         key = key_of(override)
-        if override.startswith("+") and not config.get("resume"):  # whose run may have what these groups have not
+        if override.startswith("+") and not config.get("resume"):  # a resumed run may have keys that these groups lack
             check_known(key, default, [OmegaConf.to_yaml(config), *of_hydra])
         if not override.startswith("~"):
             _check_kind(key, default, config)
 
 
 def idle(overrides: Sequence[str], names: Iterable[str], why: str) -> None:
-    """Refuses, with ValueError, overrides of these keys or of what is below them."""
+    """Raises ValueError if an override changes one of these keys, or a key below one."""
     for override in overrides:
         key = key_of(override).replace("/", ".") + "."
         if any(key.startswith(f"{name}.") for name in names):
@@ -79,7 +79,7 @@ def idle(overrides: Sequence[str], names: Iterable[str], why: str) -> None:
 
 
 def unknown(kind: str, name: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
-    """The line that refuses a name, with the places that have it, or the nearest known one."""
+    """The error for an unknown name, with the places where it exists, or else the nearest known name."""
     near = elsewhere or difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     if not known:
@@ -89,12 +89,12 @@ def unknown(kind: str, name: str, known: Sequence[str], elsewhere: Sequence[str]
 
 
 def misread(error: BaseException) -> str | None:
-    """The line for an argument that Hydra does not take, with what to type instead; None for other errors."""
+    """The error for an argument that Hydra cannot read, with what to type instead; None for other errors."""
     said = str(error)
     if isinstance(error, OverrideParseException):
         key, is_pair, value = error.override.partition("=")
         if not is_pair:
-            return f"{key!r} is no <key>=<value>: a run's folder is given as run={key}, to train.py as resume={key}"
+            return f"{key!r} is not <key>=<value>: a run's folder is given as run={key}, to train.py as resume={key}"
         return None if set(value) & {*"[]{}'\""} else f"{error.override}: quote the value, '{key}=\"{value}\"'"
     if twice := re.match(r"(\S+) appears more than once in the final defaults list", said):
         return f"{twice[1]} has a choice already: give {twice[1]}=<name> in its place, without +"
@@ -102,12 +102,12 @@ def misread(error: BaseException) -> str | None:
         given = [key_of(argument) for argument in sys.argv if argument.endswith("=null")]
         group = next((key for key in given if (CONF / key).is_dir()), "<group>")
         names = ", ".join(sorted(file.stem for file in (CONF / group).glob("*.yaml")))
-        return f"{group}=null is no choice: give {group}=<name>, or ~{group} to leave it out; known: {names}"
+        return f"{group}=null is not a choice: give {group}=<name>, or ~{group} to leave it out; known: {names}"
     return None
 
 
 def _select(config: DictConfig, key: str) -> Any:
-    """A value, or None where there is none, or none yet."""
+    """The value of a key; None if it has none, or none yet."""
     try:
         return OmegaConf.select(config, key)
     except OmegaConfBaseException:
@@ -115,9 +115,9 @@ def _select(config: DictConfig, key: str) -> Any:
 
 
 def check_known(key: str, known: DictConfig, texts: Sequence[str]) -> None:
-    """Refuses, with ValueError, a key that is not among those known, unless an interpolation in the texts names it.
+    """Raises ValueError for a key that is not among those known, unless an interpolation in the texts names it.
 
-    What a `_target_` takes is for it to say, and a mapping of the user's own is open.
+    Arguments of a `_target_` are left for it to check, and mappings of your own may have any key.
     """
     home, _, name = key.rpartition(".")
     top = key.partition(".")[0]
@@ -132,7 +132,7 @@ def check_known(key: str, known: DictConfig, texts: Sequence[str]) -> None:
 
 
 def unknown_key(key: str, node: DictConfig) -> str:
-    """The line that refuses a key that `node`, its home, lacks."""
+    """The error for a key that `node`, the mapping it belongs to, lacks."""
     name = key.rpartition(".")[2]
     root = OmegaConf.to_container(node._get_root(), resolve=False)
     elsewhere = ["hydra.run.dir"] if name == "output" else [*_places(root, name)]
@@ -142,7 +142,7 @@ def unknown_key(key: str, node: DictConfig) -> str:
 
 
 def _places(node: Any, name: str, home: str = "") -> Iterator[str]:
-    """The dotted keys that end in this name."""
+    """Yields the dotted keys that end in this name."""
     for key, value in node.items() if isinstance(node, dict) else ():
         if key == name:
             yield f"{home}{key}"
@@ -151,7 +151,7 @@ def _places(node: Any, name: str, home: str = "") -> Iterator[str]:
 
 
 def _is_numeral(word: Any) -> bool:
-    """Whether a word, of the environment for example, spells a number."""
+    """Whether a word, e.g. from an environment variable, spells a number."""
     try:
         float(word)
     except (TypeError, ValueError):
@@ -160,7 +160,7 @@ def _is_numeral(word: Any) -> bool:
 
 
 def _check_kind(key: str, known: DictConfig, config: DictConfig) -> None:
-    """Refuses another kind of value; whether a number may be null is for the `_target_` beside it to say."""
+    """Raises ValueError for another kind of value; a null number next to a `_target_` is left for that to check."""
     value, default, home = _select(config, key), _select(known, key), key.rpartition(".")[0]
     switch = isinstance(default, bool)
     number = isinstance(default, int | float) and not switch

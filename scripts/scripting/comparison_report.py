@@ -1,4 +1,4 @@
-"""What scripts/compare.py says of its table, in words and figures, and the page that they are put on."""
+"""The report of scripts/compare.py: advice in words, figures, and the page that has all of it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from scripting import configs, figures, html_page
 SHOWN = {"nfe": "calls", "seconds_per_sample": "s per sample", "endpoint_error": "endpoint error"}
 
 RULE = (
-    "A sampler is there when each metric is within 1.25 times its noise floor, within two standard errors of it, or within "
-    "1.25 times the best of any sampler on this model; excess: its worst metric over that goal; floors: its worst metric over "
-    "the noise floor; at: with so many calls; equals: others that are there too, or within a tenth of the best."
+    "A sampler is at the goal when each metric is within 1.25 times its noise floor, within two standard errors of it, or "
+    "within 1.25 times the best of any sampler on this model; excess: its worst metric over that goal; floors: its worst "
+    "metric over the noise floor; at: the calls for these; equals: others at the goal, or within a tenth of the best."
 )
 
 
 class Picture(NamedTuple):
-    """A figure of the page: the name of its file, its heading, and what it shows in words."""
+    """A figure of the page: the stem of its file's name, its heading, its caption, and the figure."""
 
     stem: str
     title: str
@@ -42,7 +42,7 @@ class Picture(NamedTuple):
 
 
 def write(config: DictConfig, table: pd.DataFrame, reference: Any, folder: Path, absent: list[str]) -> None:
-    """Writes comparison.csv, summary.csv, the figures, and report.html that has all of it; samples are those of `output`."""
+    """Writes comparison.csv, summary.csv, the figures and report.html into a folder; samples are read from `output`."""
     summary, metrics = judge(table), metrics_of(table)
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "comparison.csv", table.to_csv(index=False))
@@ -76,7 +76,7 @@ def heading(config: DictConfig, table: pd.DataFrame) -> tuple[str, str]:
 
 
 def pictures(table: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> Iterator[tuple[str, Picture]]:
-    """Every figure of numbers, by model."""
+    """Yields (model, figure of its numbers)."""
     for name, runs in table.groupby("model"):
         means = summary[summary["model"] == name]
         yield str(name), ratio_picture(means, list(ranking(runs)["sampler"]), metrics)
@@ -85,7 +85,7 @@ def pictures(table: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> 
 
 
 def curves(runs: pd.DataFrame, metrics: list[str]) -> Iterator[Picture]:
-    """One model's metrics against calls and against seconds, and the paired endpoint error of its deterministic samplers."""
+    """One model's metrics against calls and seconds, and the paired endpoint error of its deterministic samplers."""
     points = " Points: means over seeds with their standard deviations." if runs["seed"].nunique() > 1 else ""
     blue = f"Blue: deterministic samplers; orange: the others.{points}"
     for metric in metrics:
@@ -97,21 +97,21 @@ def curves(runs: pd.DataFrame, metrics: list[str]) -> Iterator[Picture]:
             plotting.comparison_multiples(runs, metric=metric),
         )  # fmt: skip
         yield Picture(
-            f"{metric}_seconds", f"{title} against seconds", f"{blue} One thread; other work on the machine shows.",
+            f"{metric}_seconds", f"{title} against seconds", f"{blue} One thread; other work on the machine slows runs.",
             plotting.comparison_multiples(runs, metric=metric, against="seconds_per_sample"),
         )  # fmt: skip
     if runs["endpoint_error"].notna().any():
         yield Picture(
             "endpoint_error", "Paired endpoint error",
-            "Deterministic samplers: from the same starting noise, the root mean square distance to where the converged "
-            "probability-flow ODE ends, in standard deviations of the data. The solver's error alone, without Monte Carlo "
+            "Deterministic samplers: the root mean square distance to the endpoints of the converged probability-flow ODE "
+            "from the same starting noise, in standard deviations of the data: the solver's error alone, without Monte Carlo "
             "noise.",
             plotting.comparison_multiples(runs, metric="endpoint_error"),
         )  # fmt: skip
 
 
 def ratio_picture(summary: pd.DataFrame, order: list[str], metrics: list[str]) -> Picture:
-    """One model's metrics over their noise floors as a table in colours, samplers down in this order."""
+    """One model's metrics over their noise floors as coloured tables, with the samplers in this order."""
     return Picture(
         "ratios", "Over the noise floor",
         "Each metric divided by its value between exact draws; 1 is as good as exact samples. Fewest calls first. ×: diverged "
@@ -121,7 +121,7 @@ def ratio_picture(summary: pd.DataFrame, order: list[str], metrics: list[str]) -
 
 
 def ratios(summary: pd.DataFrame, order: list[str], metrics: list[str]) -> Figure:
-    """A table in colours for each metric, samplers down in this order."""
+    """A coloured table for each metric, with the samplers in this order."""
     ordered = summary[summary["sampler"].isin(order)].sort_values(
         "sampler", key=lambda names: names.map(order.index), kind="stable"
     )
@@ -140,7 +140,7 @@ def ratios(summary: pd.DataFrame, order: list[str], metrics: list[str]) -> Figur
 def sample_sheets(
     samples: Mapping[tuple[str, str, int], torch.Tensor], reference: Any, table: pd.DataFrame
 ) -> Iterator[tuple[str, Picture]]:
-    """A sheet of panels for each model whose samples can be looked at: points in the plane, or images."""
+    """Yields a sheet of panels for each model whose samples can be shown: points in the plane, or images."""
     for name in dict.fromkeys(model for model, _, _ in samples):
         own = {(sampler, budget): x for (model, sampler, budget), x in samples.items() if model == name}
         shape = tuple(next(iter(own.values())).shape[1:])
@@ -155,7 +155,7 @@ def sample_sheets(
 
 
 def advice(table: pd.DataFrame) -> list[str]:
-    """What the table says to take, in words, for each model."""
+    """Which samplers to take, in words, for each model."""
     lines = []
     for name, runs in table.groupby("model", sort=False):
         mark = f"{name} score: " if table["model"].nunique() > 1 else ""
@@ -166,15 +166,16 @@ def advice(table: pd.DataFrame) -> list[str]:
 def _reached(runs: pd.DataFrame) -> Iterator[str]:
     """Which samplers reach the goal, with the fewest calls and in the shortest time, and which do not."""
     order, verdicts = ranking(runs), judge(runs)
-    goal = "there" if verdicts["near"].any() else "within 1.25 times the best of them"
-    if goal != "there" and (verdicts["floors"] < math.inf).any():
+    near = verdicts["near"].any()
+    goal = "at the goal" if near else "within 1.25 times the best of them"
+    if not near and (verdicts["floors"] < math.inf).any():
         yield f"no sampler is near the noise floor: {nearest(verdicts)}."
-    there = order.dropna(subset="calls")
-    if len(there) and (goal == "there" or len(order) > 1):
-        best = ", ".join(f"{r.sampler} ({r.calls:.0f})" for r in there.head(5).itertuples())
+    reached = order.dropna(subset="calls")
+    if len(reached) and (near or len(order) > 1):
+        best = ", ".join(f"{r.sampler} ({r.calls:.0f})" for r in reached.head(5).itertuples())
         yield f"{goal} with the fewest calls: {best}."
-        quick = there.nsmallest(3, "seconds_per_sample")
-        listed = ", ".join(f"{r.sampler} ({duration(r.seconds_per_sample)} a sample)" for r in quick.itertuples())
+        quick = reached.nsmallest(3, "seconds_per_sample")
+        listed = ", ".join(f"{r.sampler} ({duration(r.seconds_per_sample)} per sample)" for r in quick.itertuples())
         yield f"{goal} in the shortest time: {listed}."
     never = order[order["calls"].isna()]
     if len(never):
@@ -183,7 +184,7 @@ def _reached(runs: pd.DataFrame) -> Iterator[str]:
 
 
 def _converged(runs: pd.DataFrame) -> Iterator[str]:
-    """Which sampler ends nearest to the converged ODE within 10 and within 20 calls, or other budgets."""
+    """Which sampler ends nearest to the converged ODE within 10 and 20 calls, or else within the two smallest budgets."""
     paired = judge(runs).dropna(subset="endpoint_error")
     paired = paired[paired["excess"] < math.inf]
     budgets = sorted(set(runs["budget"]) - {0})
@@ -192,30 +193,30 @@ def _converged(runs: pd.DataFrame) -> Iterator[str]:
         if len(within):
             best = within.loc[within["endpoint_error"].idxmin()]
             yield (f"nearest to the converged ODE within {budget} calls: {best['sampler']}, "
-                   f"{best['endpoint_error']:.2g} data standard deviations with {best['nfe']:.0f}.")  # fmt: skip
+                   f"{best['endpoint_error']:.2g} data standard deviations with {best['nfe']:.0f} calls.")  # fmt: skip
 
 
 def nearest(verdicts: pd.DataFrame) -> str:
-    """Which of the runs comes nearest to the noise floor by its worst metric, and how near."""
+    """Which run comes nearest to the noise floor by its worst metric, and how near."""
     best = verdicts.loc[verdicts["floors"].idxmin()]
     worst = max(metrics_of(verdicts), key=lambda metric: best[f"{metric}_ratio"])
     return f"the nearest, {best['sampler']} with {best['nfe']:.0f} calls, is at {best['floors']:.3g} floors by {worst}"
 
 
 def duration(seconds: float) -> str:
-    """Three digits in s, ms or µs."""
+    """A time to three digits, in s, ms or µs."""
     unit, size = next(((u, z) for u, z in (("s", 1.0), ("ms", 1e-3)) if seconds >= z), ("µs", 1e-6))
     return f"{seconds / size:.3g} {unit}"
 
 
 def faults(table: pd.DataFrame) -> pd.DataFrame:
-    """What did not run, with its reason: model, sampler, budget, seeds and status."""
+    """The runs that are not ok, with the columns model, sampler, budget, status and seeds (their number)."""
     bad = table[table["status"] != "ok"]
     return bad.groupby(["model", "sampler", "budget", "status"], sort=False)["seed"].size().reset_index(name="seeds")
 
 
 def columns_shown(summary: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """The columns of the summary that a reader of the page wants."""
+    """The columns of the summary for the page."""
     model = ["model"] if summary["model"].nunique() > 1 else []
     figures = ["nfe", "seconds_per_sample", "endpoint_error", *metrics, *(f"{m}_ratio" for m in metrics), "excess"]
     return summary.loc[summary["seeds"] > 0, [*model, "sampler", "budget", *figures]]

@@ -1,4 +1,4 @@
-"""What samples are told of: labels by number or name, contexts and other conditions, of training examples or given."""
+"""Conditions of samples: labels by number or name, contexts and others, as given or from training examples."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from scripting.command_line import listed, unknown
 
 
 def labels_of(label: Any, run: Run) -> list[int]:
-    """One label or several as a list, by their numbers or by the names of the run's classes; nothing for null.
+    """The numbers of one or several labels, given by number or by the names of the run's classes; none for null.
 
-    Raises ValueError for what is neither, and for a number that is the name of another class.
+    Raises ValueError for anything else, and for a number that is also the name of another class.
     """
     if label is None:
         return []
@@ -40,30 +40,30 @@ def _number(label: Any, names: list[str]) -> int:
             raise ValueError(unknown("label", label, names))
         return names.index(label)
     if isinstance(label, bool) or not isinstance(label, int):
-        raise ValueError(f"label={label!r} is no class: give a whole number, or several as label=[0,1,2]")
+        raise ValueError(f"label={label!r} is not a class: give a whole number, or several as label=[0,1,2]")
     if str(label) in names and names.index(str(label)) != label:
-        raise ValueError(f"label={label} is the name of class {names.index(str(label))}, and no number here: quote names that "
+        raise ValueError(f"label={label} is the name of class {names.index(str(label))}, not a number, here: quote names that "
                          f"are numerals, label='[\"{label}\"]'")  # fmt: skip
     return label
 
 
 def turns(labels: list[int], count: int) -> Tensor:
-    """`count` labels, the given ones taking turns."""
+    """`count` labels, cycling through the given ones."""
     return torch.tensor(labels)[torch.arange(count) % len(labels)]
 
 
 def first_conditions(data: Data, names: Sequence[str], count: int) -> dict[str, Tensor]:
-    """Those of the first training examples, whose order the seed of the data decides: in the data's own shares."""
+    """The conditions of the first training examples, in the order of the data's seed, and so in the data's proportions."""
     if not names:
         return {}
     batches = [data.batch(step, 100).condition for step in range(-(-count // 100))]
     return {name: torch.cat([batch[name] for batch in batches])[:count] for name in names}
 
 
-def told(given: Mapping[str, Any], run: Run, count: int) -> dict[str, Tensor]:
-    """Conditions (count, ...) of samples, labels aside: each one number or vector, or the rows of a .npy file in turn.
+def of_samples(given: Mapping[str, Any], run: Run, count: int) -> dict[str, Tensor]:
+    """Conditions (count, ...) of samples, except labels: each one number or vector, or the rows of a .npy file in turn.
 
-    What the network has to be told of and is not `given` is that of the first training examples.
+    Conditions that the network needs and that are not `given` are those of the first training examples.
     """
     missing = [name for name in needed(run.config) if name != "label" and name not in given]
     conditions = first_conditions(run.data(), missing, count) if missing else {}
@@ -77,12 +77,12 @@ def told(given: Mapping[str, Any], run: Run, count: int) -> dict[str, Tensor]:
 
 
 def rows_of(name: str, given: Any) -> Tensor:
-    """The rows of a .npy file, or the one that is given; a context is a vector of floats, a number alone too."""
+    """The rows of a .npy file, or the given number or vector as one row; a context is always a vector of floats."""
     rows = (
         np.load(given) if isinstance(given, str) else np.asarray([listed(given) if OmegaConf.is_list(given) else given])
     )
     if rows.dtype.kind not in "fi" or rows.ndim not in (1, 2, 3):
-        raise ValueError(f"{name}={given} is no number or vector of numbers, nor a .npy file of such rows")
+        raise ValueError(f"{name}={given} is neither a number or vector of numbers nor a .npy file of such rows")
     if name == "context" and rows.ndim == 1:
         rows = rows[None]
     whole = rows.dtype.kind == "i" and name != "context"
@@ -90,7 +90,7 @@ def rows_of(name: str, given: Any) -> Tensor:
 
 
 class OfExamples(WrappedScore):
-    """A model that knows nothing without conditions, for figures: row i of a batch has row i of `conditions(batch)`."""
+    """A model that needs conditions, made callable without, for figures: row i of a batch has row i of `conditions(batch)`."""
 
     def __init__(self, model: ScoreModel, conditions: Callable[[int], dict[str, Tensor]]) -> None:
         super().__init__(model)
@@ -102,32 +102,32 @@ class OfExamples(WrappedScore):
 
 
 def example_conditions(config: DictConfig, data: Data) -> Callable[[int], dict[str, Tensor]]:
-    """count -> what a run's network has to be told of so many samples, as the first training examples are; perhaps nothing."""
+    """count -> the conditions that a run's network needs for this many samples, from the first training examples."""
     return cache(partial(first_conditions, data, needed(config)))
 
 
 def of_examples(model: ScoreModel, conditions: Callable[[int], dict[str, Tensor]]) -> ScoreModel:
-    """The model, told of such conditions where there are any."""
+    """The model under the conditions of examples; the model itself if there are none."""
     return OfExamples(model, conditions) if conditions(1) else model
 
 
 def natural(labels: list[int], data: Data, count: int) -> Tensor:
-    """`count` of the labels in the shares that they have in the data, to be held against those; in turn without any."""
+    """`count` of the labels in the proportions of the data, for comparison with these; in turn if the data have no labels."""
     if data.num_classes is None:
         return turns(labels, count)
     return first_conditions(data.of_classes(labels), ["label"], count)["label"]
 
 
-def told_alike(model: LearnedScore, run: Run, config: DictConfig) -> ScoreModel:
-    """The model under the conditions that are `alike`, or as it is without any."""
-    own = alike(model, run, config)
+def conditioned(model: LearnedScore, run: Run, config: DictConfig) -> ScoreModel:
+    """The model under the conditions that all samples share (see `shared`); the model itself if there are none."""
+    own = shared(model, run, config)
     return Conditioned(model, **own) if own else model
 
 
-def alike(model: LearnedScore, run: Run, config: DictConfig) -> dict[str, Tensor]:
-    """The one `label` and the one `context` that every sample is to have, of those that are given.
+def shared(model: LearnedScore, run: Run, config: DictConfig) -> dict[str, Tensor]:
+    """The `label` and the `context`, if given, that all samples share.
 
-    Raises ValueError for several, and where the network has to be told of what is not given.
+    Raises ValueError for several values, and if the network needs a condition that is not given.
     """
     labels, context = labels_of(config.label, run), config.get("context")
     check_labels(labels, model)
@@ -135,15 +135,15 @@ def alike(model: LearnedScore, run: Run, config: DictConfig) -> dict[str, Tensor
     own |= {} if context is None else {"context": rows_of("context", context)}
     for name, rows in own.items():
         if len(rows) != 1:
-            raise ValueError(f"{name}={config[name]}: give one, which all samples have")
+            raise ValueError(f"{name}={config[name]}: give one, which all samples share")
     if missing := [name for name in needed(run.config) if name not in own]:
         raise ValueError(f"{run.path} has not learnt to do without its {' and '.join(missing)}: give the one that all samples "
-                         f"are to have, {' '.join(f'{name}=<value>' for name in missing)}")  # fmt: skip
+                         f"share, {' '.join(f'{name}=<value>' for name in missing)}")  # fmt: skip
     return {name: rows[0] for name, rows in own.items()}
 
 
 def check_labels(labels: list[int], model: LearnedScore) -> None:
-    """Refuses labels that the network of a model, or a classifier, does not know."""
+    """Raises ValueError for labels that the network of a model, or a classifier, does not know."""
     known = getattr(model.network, "num_classes", None)
     for label in labels:
         if known is None:

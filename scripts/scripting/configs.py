@@ -1,4 +1,4 @@
-"""What the configs of scripts stand for: files of conf/ by name, samplers, the SDE, metrics, a run and its model."""
+"""Reads and builds what configs name: files of conf/, samplers, the SDE, metrics, a run and its model."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from scripting.tuned_tables import take_table
 
 
 def plain(node: DictConfig) -> Any:
-    """A config as nested dicts and lists; what has no value yet is ???."""
+    """A config as nested dicts and lists; missing values are "???"."""
     return OmegaConf.to_container(node, resolve=True)
 
 
 def recorded(config: DictConfig) -> dict[str, Any]:
-    """What the results of a script depend on: all of its config but where things lie and run."""
+    """The settings that a script's results depend on: its config without folders and devices."""
     left_out = {"run", "output", "device", "trust", "hydra"}
     return {name: value for name, value in plain(config).items() if name not in left_out}
 
 
 def named(group: str, name: str) -> DictConfig:
-    """The config of file `name` in a config group, e.g. named("sampler", "heun"); the job's own --config-dir is searched too.
+    """The config of file `name` in a config group, e.g. named("sampler", "heun"), of conf/ or the job's own --config-dir.
 
-    Raises ValueError with the known names where there is none.
+    Raises ValueError with the known names if there is none.
     """
     own = own_folders()
     known = sorted({file.stem for folder in (str(CONF), *own) for file in Path(folder, group).glob("*.yaml")})
@@ -49,19 +49,19 @@ def named(group: str, name: str) -> DictConfig:
         config = hydra.compose(overrides=[f"hydra.searchpath=[{path}]", f"+{group}={name}"])
     for part in group.split("/"):
         config = config[part]
-    OmegaConf.set_struct(config, False)  # open to the names that a user adds
+    OmegaConf.set_struct(config, False)  # users may add keys
     return config
 
 
 def own_folders() -> list[str]:
-    """The folders of configs beside conf/ that the job was given, by --config-dir or hydra.searchpath."""
+    """The job's config folders besides conf/, from --config-dir or hydra.searchpath."""
     sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
     return [source.path for source in sources if source.schema == "file" and Path(source.path) != CONF]
 
 
 @contextmanager
 def _separate_hydra() -> Iterator[None]:
-    """Composes beside the application's own Hydra, which is put back afterwards."""
+    """A separate Hydra to compose with; the application's own is restored afterwards."""
     instance = GlobalHydra.instance()
     own, instance.hydra = instance.hydra, None
     try:
@@ -72,11 +72,11 @@ def _separate_hydra() -> Iterator[None]:
 
 
 def sampler_config(node: str | DictConfig, folder: Path | None = None, step: int | None = None) -> DictConfig:
-    """A sampler's config from its name or its node, whose parts may be names too, and its `table` a pattern in a folder.
+    """A sampler's config from its name or its node; its parts may be names too, and its `table` a pattern for a folder.
 
-    Raises ValueError for a name that is unknown, and as `take_table`.
+    Raises ValueError for an unknown name, and as `take_table` does.
     """
-    node = named("sampler", node) if isinstance(node, str) else OmegaConf.create(plain(node))  # what it names resolved
+    node = named("sampler", node) if isinstance(node, str) else OmegaConf.create(plain(node))  # interpolations resolved
     for part in ("predictor", "corrector", "corrector_where", "grid"):
         if isinstance(node.get(part), str):
             node[part] = named(f"sampler/{part}", node[part])
@@ -85,7 +85,7 @@ def sampler_config(node: str | DictConfig, folder: Path | None = None, step: int
 
 
 def sampler_nodes(config: DictConfig, folder: Path | None = None, step: int | None = None) -> dict[str, DictConfig]:
-    """name -> config: those that `evaluation.samplers` names in conf/sampler, or the run's own `sampler` for null."""
+    """name -> config: the samplers of conf/sampler named in `evaluation.samplers`, or the run's own `sampler` for null."""
     names = config.evaluation.samplers
     if OmegaConf.is_list(names) and len({*names}) < len(names):
         raise ValueError(f"evaluation.samplers={list(names)} names one twice: name each once")
@@ -94,18 +94,18 @@ def sampler_nodes(config: DictConfig, folder: Path | None = None, step: int | No
 
 
 def samplers_of(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
-    """name -> sampler, likewise."""
+    """name -> sampler, built from `sampler_nodes`."""
     return {name: build(node, trust) for name, node in sampler_nodes(config).items()}
 
 
 def check_own(target: Any) -> None:
-    """Refuses, with ValueError, a law of the user's own that contradicts itself (`evaluation.check_target`)."""
+    """Raises ValueError for a law of your own that contradicts itself (`evaluation.check_target`)."""
     if target is not None and not type(target).__module__.startswith("score_sde."):
         check_target(target)
 
 
 def fill_auto(config: DictConfig, data: Data) -> None:
-    """Writes the scales that the config leaves `auto` into it, measured from the data."""
+    """Replaces the scales that are `auto` in the config by those measured from the data."""
     measures = {
         ("sde", "sigma_max"): functools.partial(measure_sigma_max, quantile=config.get("sigma_max_quantile", 1.0)),
         ("parameterization", "sigma_data"): measure_sigma_data,
@@ -117,15 +117,15 @@ def fill_auto(config: DictConfig, data: Data) -> None:
 
 
 def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str], overrides: Sequence[str] = ()) -> None:
-    """Writes into the config what the data decide, event shape, conditions and `auto` scales, and the groups and overrides.
+    """Writes into the config what the data determine (event shape, conditions, `auto` scales), the choices and overrides.
 
-    Of overrides of one name the last stands, and `resume` is left out, which says nothing of the run.
+    Of several overrides of one key the last is kept. `resume` is left out, since it is no setting of the run.
     """
     config.event_shape = list(data.event_shape)
     config.conditions = sorted(data.batch(0, 1).condition.keys() - {"augment"})
     config.class_names = list(data.class_names) if data.class_names else None
     if data.target is None:
-        idle(overrides, ["target"], "with these data, which are drawn from no target")
+        idle(overrides, ["target"], "with these data, which are not drawn from a target")
         config.target = None
     fill_auto(config, data)
     config.choices = {group: name for group, name in choices.items() if "hydra" not in group}
@@ -134,7 +134,7 @@ def fill_in(config: DictConfig, data: Data, choices: Mapping[str, str], override
 
 
 def sde_of(config: DictConfig, data: Data | None = None) -> SDE:
-    """The SDE of a config, its `sigma_max: auto` written into it: measured from the data, as in training; 50 without."""
+    """The SDE of a config; `sigma_max: auto` is replaced by the value measured from the data, as in training, or else 50."""
     if data is not None:
         fill_auto(config, data)
     elif config.sde.get("sigma_max") == "auto":
@@ -144,15 +144,15 @@ def sde_of(config: DictConfig, data: Data | None = None) -> SDE:
 
 
 def metrics_of(given: Any, trust: Sequence[str], known: Sequence[str]) -> list[Any]:
-    """The metrics of a config, all that are known for null; a name with a dot is a function of a module of the user's."""
+    """The metrics of a config, for null all that are `known`; a name with a dot is a function of a module of your own."""
     names = known if given is None else listed(given)
     return [trusted(name, trust) if isinstance(name, str) and "." in name else name for name in names]
 
 
 def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
     """What an `evaluation` config adds to the metrics, as arguments of `score_sde.evaluation.evaluate`."""
-    own = plain(settings)  # while it stands in its config, whose values it may name
-    settings = OmegaConf.merge(named("evaluation", "default"), own)  # runs of before have fewer keys
+    own = plain(settings)  # resolved first: its interpolations need the whole config
+    settings = OmegaConf.merge(named("evaluation", "default"), own)  # older runs have fewer keys
     labelled = settings.classifier_data
     return {
         "classifier_data": build(labelled, trust) if labelled else None,
@@ -165,9 +165,9 @@ def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def open_run(config: DictConfig) -> Run:
-    """The run that `run=` names.
+    """The run named by `run=`.
 
-    Raises ValueError where it is missing, FileNotFoundError where it is no run.
+    Raises ValueError if it is not given, FileNotFoundError if it is not a run.
     """
     if not config.run:
         raise ValueError("which run? give run=<directory>, a folder that scripts/train.py wrote")
@@ -175,11 +175,11 @@ def open_run(config: DictConfig) -> Run:
 
 
 def model_of(run: Run, config: DictConfig) -> LearnedScore:
-    """The run's score model with the weights that `ema` and `step` name, on `device`; `step` becomes that of the weights.
+    """The run's score model with the weights of `ema` and `step`, on `device`; a null `step` becomes that of the weights.
 
-    Raises ValueError for a run of a classifier, and what `Run.model` refuses.
+    Raises ValueError for a run of a classifier, and as `Run.model` does.
     """
-    if config.step is None:  # read once: a run that still trains may have another before the work is done
+    if config.step is None:  # read once: a run that is still training may write another checkpoint meanwhile
         config.step = run.checkpoints.latest()
     model = run.model(ema=config.ema, step=config.step).to(device_of(config.device))
     if isinstance(model, NoisyClassifier):
@@ -189,5 +189,5 @@ def model_of(run: Run, config: DictConfig) -> LearnedScore:
 
 
 def device_of(name: str) -> str:
-    """ "auto" as this process's CUDA device where there is one, else "cpu"."""
+    """The device; for "auto" this process's CUDA device if there is one, else "cpu"."""
     return str(distributed.device(name))

@@ -1,4 +1,4 @@
-"""How every script is entered: `hydra.main` with one-line errors, in one process or several."""
+"""The entry point of every script: `hydra.main` with one-line errors, in one process or several."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from score_sde.training import DivergenceError
 from scripting import command_line
 from scripting.command_line import CONF, idle, misread, unknown, unknown_key
 
-# What a wrong input raises, or a solver that fails; anything else is a bug of ours and keeps its traceback.
+# Errors of a wrong input or a failed solver, shown in one line; anything else is a bug and keeps its traceback.
 REFUSALS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, SolverError, DivergenceError, HydraException,
             OmegaConfBaseException)  # fmt: skip
 
 
 def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """`hydra.main` over conf/<config_name>.yaml; a wrong input ends in one line on stderr and exit status 1.
+    """`hydra.main` with conf/<config_name>.yaml; a wrong input ends in one line on stderr and exit status 1.
 
-    --help shows the file, whose comments say what each key is. HYDRA_FULL_ERROR=1 shows the traceback instead. In a sweep
-    a failed job says its line at once, and leaves it in its result.json. Ctrl-C ends in a line and status 130.
+    --help prints the file, whose comments explain each key. HYDRA_FULL_ERROR=1 shows the traceback instead of the line. In a
+    sweep a failed job prints its line at once, and writes it to its result.json. Ctrl-C ends in a line and status 130.
     """
     full_error = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
 
@@ -61,7 +61,7 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
 
 
 def _start(job: Callable[[DictConfig], Any], config_name: str, full_error: bool) -> None:
-    """Hydra over the job, or over each job of a sweep."""
+    """Runs Hydra with the job, or with each job of a sweep."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         with _environment():
@@ -74,14 +74,14 @@ def _start(job: Callable[[DictConfig], Any], config_name: str, full_error: bool)
     except REFUSALS as error:
         if full_error:
             raise
-        if isinstance(error, OSError) and error.filename:  # not the job's own, which has ended in its line
+        if isinstance(error, OSError) and error.filename:  # an error of Hydra's: those of the job have been handled
             error = ValueError(f"{error.filename} cannot be created: {error.strerror}")
         sys.exit(refusal(error))
 
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Lets Hydra raise what goes wrong, and a job that submitit starts elsewhere find these scripts' own modules."""
+    """Makes Hydra raise its errors, and lets jobs that submitit starts elsewhere import `scripting`."""
     before = dict(os.environ)
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), before.get("PYTHONPATH")]))
@@ -93,8 +93,8 @@ def _environment() -> Iterator[None]:
 
 
 def _carried_out(task: Callable[[DictConfig], Any], config: DictConfig, full_error: bool) -> Any:
-    """What a job returns; it ends the program where an input is wrong, in a sweep once all jobs have run."""
-    join()  # a job that a launcher has sent to SLURM begins here
+    """The job's result. A wrong input ends the program, in a sweep after all jobs have run."""
+    join()  # jobs that a launcher sent to SLURM begin here
     output, in_sweep = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().mode == RunMode.MULTIRUN
     own = bool(config.get("resume")) or not (output / "config.yaml").exists()
     try:
@@ -112,16 +112,16 @@ def _carried_out(task: Callable[[DictConfig], Any], config: DictConfig, full_err
             raise
         if in_sweep:
             report = f"python scripts/report.py {HydraConfig.get().sweep.dir}"
-            raise ValueError(f"jobs of this sweep failed, as said above: {report} lists them") from None
+            raise ValueError(f"jobs of this sweep failed, see above: {report} lists them") from None
         sys.exit(refusal(error))
     except KeyboardInterrupt:
         leave(output)
-        again = f"; go on with: python scripts/train.py resume={output}"
+        again = f"; continue with: python scripts/train.py resume={output}"
         sys.exit(interrupted(again if Run(output).checkpoints.latest() is not None else ""))
 
 
 def record_failure(output: Path, error: BaseException, config: DictConfig) -> None:
-    """result.json of a job that failed; the numbers of one that had finished stand."""
+    """Writes result.json for a failed job, unless it has one of a finished run."""
     result = output / "result.json"
     if not result.exists() or json.loads(result.read_text()).get("status") != "finished":
         Run(output).save_result({"status": "failed", "error": one_line(error), "seed": config.get("seed"),
@@ -129,51 +129,51 @@ def record_failure(output: Path, error: BaseException, config: DictConfig) -> No
 
 
 def leave(output: Path) -> None:
-    """Removes the folder of a run that has not come to write anything."""
+    """Removes the folder of a run that has written nothing."""
     if distributed.is_main() and output != Path.cwd() and output.is_dir() and not any(output.iterdir()):
         output.rmdir()
 
 
 def interrupted(again: str = "") -> int:
-    """The exit status of Ctrl-C, once it is said."""
+    """Prints that the script was interrupted; returns the exit status of Ctrl-C."""
     print(f"\ninterrupted{again}", file=sys.stderr)
     return 128 + signal.SIGINT
 
 
 def check_shared(config: DictConfig) -> None:
-    """Refuses, with ValueError, a seed or counts that are no whole numbers, and folders that are no names.
+    """Raises ValueError for a seed or counts that are not whole numbers, and for folders that are not names.
 
-    What is right but for its kind (1.0 for 1, a number for a folder's name) becomes what it means, in `config` itself.
+    Values of the wrong type with a clear meaning (1.0 for 1, a number for a folder's name) are converted, in `config` itself.
     """
     for name in ("run", "output", "folder"):
         value = config.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             config[name] = str(value)
         elif not (value is None or isinstance(value, str)):
-            raise ValueError(f"{name}={value} is no folder: give the name of one")
+            raise ValueError(f"{name}={value} is not a folder: give the name of one")
     for name, least in (("seed", -math.inf), ("num_samples", 1), ("batch_size", 1)):
         if config.get(name) is not None:
             config[name] = whole(name, config[name], least)
 
 
 def join() -> None:
-    """Joins the processes of a launcher, of which the main one alone prints."""
+    """Joins the processes of a launcher; only the main one prints."""
     distributed.start()
     if not distributed.is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def refusal(error: BaseException) -> str | int:
-    """The line on stderr for a wrong input; of several processes the main one comes first, and `torchrun` ends them.
+    """The line on stderr for a wrong input, as the argument of `sys.exit`; if stdout is closed, as by `| head`, its status.
 
-    Where nobody reads stdout any more, as after `| head`, there is nothing to say: the shell's status for that.
+    Other processes than the main one wait, so that its line comes first and `torchrun` ends them.
     """
     try:
-        if isinstance(error, BrokenPipeError):  # of a stdout without a buffer
+        if isinstance(error, BrokenPipeError):  # from an unbuffered stdout
             raise error
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
         return 128 + signal.SIGPIPE
     if not distributed.is_main():
         time.sleep(5)
@@ -181,7 +181,7 @@ def refusal(error: BaseException) -> str | int:
 
 
 def one_line(error: BaseException) -> str:
-    """The innermost reason of an error, on one line, with the nearest known key for a misspelt one."""
+    """The innermost cause of an error in one line, with the nearest known key for a misspelt one."""
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return unknown(group or "config", name, error.options or sorted(file.stem for file in CONF.glob("*.yaml")))
@@ -205,14 +205,14 @@ def one_line(error: BaseException) -> str:
 
 
 def _run_directory(resume: str | None, experiment: str | None) -> str:
-    """The run's folder, the same in every process; a run to resume that does not exist is not made."""
+    """The run's folder, the same in every process; the folder of a run to resume is not created if it does not exist."""
     if resume:
         return resume if isinstance(resume, str) and Path(resume).is_dir() else "."
     return f"outputs/{experiment or 'train'}/{_started()}"
 
 
 def _started() -> str:
-    """The date and time of the main process."""
+    """The date and time at which the main process started."""
     return distributed.agree(f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
 
 

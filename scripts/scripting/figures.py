@@ -1,4 +1,4 @@
-"""The pictures that a run leaves in its figures folder."""
+"""The figures that scripts draw of a run."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from score_sde.steps import EulerMaruyama
 from score_sde.targets import Target
 
 Drawing = Callable[[Path], Path]
-"""Draws a figure into a file and returns its path."""
+"""A function that draws a figure into a file and returns its path."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What the figures of a run show: its model, told of conditions where it has to be, its data, what was found of it.
+    """What the figures of a run show.
 
     Attributes:
-        sampler: of the GIF of images.
+        model: the run's model, which can be called without conditions (`conditions.of_examples`).
+        found: the evaluation of its samples.
+        sampler: draws the GIF of images.
         seed: of starting points.
     """
 
@@ -61,7 +63,7 @@ def all_of(shown: Subject) -> dict[str, Drawing]:
 
 
 def write(drawings: Mapping[str, Drawing], folder: Path, progress: bool = True) -> list[Path]:
-    """The files, drawn one after the other behind a bar."""
+    """Draws the files one by one, with a bar."""
     folder.mkdir(exist_ok=True)
     bar = tqdm(drawings.items(), desc="figures", delay=2, disable=not progress)
     return [draw_into(folder / name) for name, draw_into in bar]
@@ -72,7 +74,7 @@ def _png(make: Callable[..., Figure], *arguments: Any) -> Drawing:
 
 
 def evaluation_sheets(data: Data, evaluation: Evaluation) -> dict[str, Drawing]:
-    """A sheet of each sampler's samples, for points of the plane none; of images also those nearest to training images."""
+    """A sheet of each sampler's samples, unless they are points in the plane; for images also of the nearest training ones."""
     if in_plane(data):
         return {}
     law = law_of(data)
@@ -83,7 +85,7 @@ def evaluation_sheets(data: Data, evaluation: Evaluation) -> dict[str, Drawing]:
 
 
 def pairs(samples: Tensor, nearest: Tensor) -> Figure:
-    """Samples in a row above the training images nearest to them."""
+    """A row of samples above the training images nearest to them."""
     figure, axes = plotting.panels(1, width=6, height=2)
     plotting.image_grid(axes[0, 0], torch.cat([samples, nearest]), columns=len(samples))
     axes[0, 0].set_title("samples nearest to a training image (above), and that image (below)")
@@ -91,17 +93,17 @@ def pairs(samples: Tensor, nearest: Tensor) -> Figure:
 
 
 def columns(images: Mapping[str, Tensor]) -> Figure:
-    """Images (n, channels, height, width) side by side: a named column for each entry, a row for each image."""
+    """Images (n, channels, height, width) side by side: a column for each name, a row for each image."""
     return mosaics({"": images}, 1)
 
 
 def visible(operator: LinearOperator, y: Tensor) -> Tensor:
-    """Observations as images: themselves where they have the images' height and width, else their pseudo-inverse."""
+    """Observations as images: as they are if they have the images' height and width, else their pseudo-inverse."""
     return y if operator.output_shape[-2:] == operator.input_shape[-2:] else operator.pseudo_inverse(y)
 
 
 def mosaics(rows: Mapping[str, Mapping[str, Tensor]], columns: int) -> Figure:
-    """Named rows of named mosaics side by side, each of images (n, channels, height, width) in so many columns."""
+    """Named rows of named mosaics side by side, each of images (n, channels, height, width) in `columns` columns."""
     lines = -(-max(len(x) for row in rows.values() for x in row.values()) // columns)
     longest = max(map(len, rows.values()))
     figure, axes = plotting.panels(longest, len(rows), width=1.2, height=1.2 * lines / columns + 0.2)
@@ -116,10 +118,10 @@ def mosaics(rows: Mapping[str, Mapping[str, Tensor]], columns: int) -> Figure:
 
 
 def losses(run: Run) -> Figure:
-    """The loss, and beside it where the target is known the error of the predicted noise, by noise quartile.
+    """The loss and, if the target is known, the error of the predicted noise, by noise quartile.
 
-    The loss is weighted as the objective says, the error is not: at each level it is what is left to learn, beside what
-    no network can.
+    The loss is weighted as in training, the error is not: at each noise level it shows what is left to learn (`fisher`) and
+    what no network can reduce (`irreducible`).
     """
     metrics = run.metrics()
     excess = [name for name in metrics if str(name).startswith("fisher") or name == "irreducible"]
@@ -134,7 +136,7 @@ def losses(run: Run) -> Figure:
 
 
 def of_diagnosis(model: ScoreModel, data: Data, found: Diagnosis) -> dict[str, Drawing]:
-    """The figures of what `evaluation.diagnose` found of a model whose data have a closed form."""
+    """The figures of the `evaluation.diagnose` of a model on closed-form data."""
     drawings = {"diagnosis.png": _png(plotting.diagnosis, found)}
     if in_plane(data):
         exact = ExactScore(data.target, model.sde)
@@ -151,7 +153,7 @@ def of_accuracy(table: pd.DataFrame, labels: Tensor) -> dict[str, Drawing]:
 
 
 def accuracy(table: pd.DataFrame, labels: Tensor) -> Figure:
-    """A noisy classifier's accuracy and cross-entropy at each noise level, and those of what is known without looking."""
+    """A noisy classifier's accuracy and cross-entropy at each noise level, and those of chance."""
     figure, axes = plotting.panels(2, width=4, height=3.5)
     shares = labels.bincount().double() / len(labels)
     chance = {"accuracy": shares.max(), "cross_entropy": torch.special.entr(shares).sum()}
@@ -187,12 +189,12 @@ def animate(model: ScoreModel, sampler: Any, data: Data, seed: int, path: Path) 
     points = len(model.event_shape) == 1
     sampler = Sampler(EulerMaruyama(), partial(grid.log_snr, steps=200)) if points else sampler
     x = starts(model, 1500 if points else 16, seed).to(model.device)
-    scale = 1.0 if points else max(1.0, float(data.reference(5000).x.abs().max()))  # as sheets of samples have it
+    scale = 1.0 if points else max(1.0, float(data.reference(5000).x.abs().max()))  # as in sheets of samples
     return plotting.animation(_path(sampler, model, x, seed) / scale, path)
 
 
 def _path(sampler: Any, model: ScoreModel, x: Tensor, seed: int) -> Tensor:
-    """Every state on the way from x."""
+    """All states of the sampler's path from x."""
     return sampler.sample(model, tuple(x.shape), seed=seed, x_init=x, trajectory=True).trajectory.cpu()
 
 
@@ -202,7 +204,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def law_of(data: Data) -> Target | Tensor:
-    """What the data are, to be drawn beside samples: their law where it is known, else held-out examples."""
+    """The data to draw next to samples: their law if it is known, else held-out examples."""
     return data.target if data.target is not None else data.reference(20_000).x
 
 

@@ -62,11 +62,11 @@ for (const head of document.querySelectorAll('th')) head.onclick = () => {
 
 @dataclass
 class Page:
-    """A page that is written from the top down.
+    """A page, written from top to bottom.
 
     Attributes:
         title, subtitle: plain text.
-        sections: (heading, HTML).
+        sections: pairs (heading, HTML).
     """
 
     title: str
@@ -100,17 +100,17 @@ def bullets(lines: Sequence[str]) -> str:
 
 
 def code(lines: str) -> str:
-    """Lines as they are, in a box."""
+    """Preformatted lines in a box."""
     return f"<pre>{escape(lines)}</pre>"
 
 
 def folded(heading: str, *parts: str) -> str:
-    """Parts that are shown on a click."""
+    """Parts that a click unfolds."""
     return f"<details><summary>{escape(heading)}</summary>\n{''.join(parts)}\n</details>"
 
 
 def picture(file: Path, caption: str) -> str:
-    """A figure's PNG file, embedded at 100 pixels an inch, and what it shows."""
+    """A figure's PNG file, embedded at 100 pixels per inch, with a caption."""
     with Image.open(file) as image:
         width = round(100 * image.width / image.info["dpi"][0])
     data = base64.b64encode(file.read_bytes()).decode()
@@ -119,14 +119,14 @@ def picture(file: Path, caption: str) -> str:
 
 
 def table(frame: pd.DataFrame, names: Mapping[str, str] | None = None, note: str = "") -> str:
-    """A table that a click on a column's head sorts, under a note on what stands in it; missing values are dashes."""
+    """A table below a note; a click on a column's head sorts it; missing values are dashes."""
     names = names or {}
     numbers = {c: pd.api.types.is_numeric_dtype(frame[c]) for c in frame}
     head = "".join(f"<th{_class(numbers[c])}>{escape(names.get(str(c), str(c).replace('_', ' ')))}</th>" for c in frame)
     rows = ("".join(_cell(value, numbers[c]) for c, value in row.items()) for _, row in frame.astype(object).iterrows())
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    told = f'<p class="soft">{escape(note)}</p>\n' if note else ""
-    return f'{told}<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    above = f'<p class="soft">{escape(note)}</p>\n' if note else ""
+    return f'{above}<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def _class(number: bool) -> str:

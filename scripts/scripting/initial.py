@@ -1,4 +1,4 @@
-"""The weights that a new run's network starts from: of another run, of an exported model, or of a file."""
+"""Initial weights of a new run's network, from another run, an exported model, or a file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from scripting.command_line import unknown
 
 
 def start_from(config: DictConfig, model: LearnedScore) -> None:
-    """Gives the network the weights that `init` names, but for those of `init_new`, and writes their file into the config.
+    """Loads the weights of `init` into the network, except those of `init_new`, and writes their file into the config.
 
-    Raises ValueError where there are none, or they are of another network.
+    Raises ValueError if there are no such weights, or they are of another network.
     """
     file = Path(distributed.agree(str(source_of(config.init))))
     own, anew = model.network.state_dict(), tuple(config.init_new)
@@ -43,7 +43,7 @@ def start_from(config: DictConfig, model: LearnedScore) -> None:
 
 
 def source_of(init: Any) -> Path:
-    """The file that `init` names: itself, that of an exported model, the averages of a checkpoint, of a run's latest one."""
+    """The file that `init` names: a .safetensors file, or that of an exported model, a checkpoint or a run's latest one."""
     folder = Path(str(init))
     latest = Checkpoints(folder / "checkpoints").latest()
     places = [folder, folder / "model.safetensors", folder / "ema.safetensors"]
@@ -56,7 +56,7 @@ def source_of(init: Any) -> Path:
 
 
 def network_weights(file: Path, known: Collection[str]) -> dict[str, Tensor]:
-    """A file's weights of a network: all, if some have `known` names, else those of a model's part `network`."""
+    """The network weights in a file: all if any has a `known` name, else those of a model's part `network`."""
     try:
         weights = load_file(file)
     except SafetensorError as error:
@@ -68,7 +68,7 @@ def network_weights(file: Path, known: Collection[str]) -> dict[str, Tensor]:
 
 
 def config_beside(file: Path) -> DictConfig:
-    """The config of the run or the exported model whose weights are in a file; empty where there is none."""
+    """The config of the run or exported model that a weights file belongs to; empty if there is none."""
     for place in (file.parent / "config.json", file.parent.parent.parent / "config.yaml"):
         if place.is_file() and isinstance(config := OmegaConf.load(place), DictConfig):
             return config
@@ -76,7 +76,7 @@ def config_beside(file: Path) -> DictConfig:
 
 
 def settings_that_differ(there: DictConfig, here: DictConfig, groups: Sequence[str]) -> list[str]:
-    """The settings of these groups `there` that are others here, as they are given on a command line."""
+    """The settings of these groups in `there` that differ from those in `here`, as command-line overrides."""
     return [line for group in groups if group in there for line in _others(group, there, here)]
 
 
@@ -90,7 +90,7 @@ def _others(group: str, there: DictConfig, here: DictConfig) -> Iterator[str]:
 
 
 def refusal(file: Path, wrong: Sequence[str], settings: Sequence[str]) -> str:
-    """The line for weights of another network."""
+    """The error for weights of another network."""
     more = f", and {len(wrong) - 2} more differ" if len(wrong) > 2 else ""
     names = ",".join([line.partition(" ")[0] for line in wrong][:2] + ["..."] * (len(wrong) > 2))
     same = f"give {' '.join(settings)}, as it was trained" if settings else "make the networks the same"

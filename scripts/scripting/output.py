@@ -1,4 +1,4 @@
-"""What scripts leave and print: folders that record their settings, samples, tables."""
+"""Output of scripts: folders that record their settings, samples, and printed tables."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from score_sde.progress import tqdm
 from score_sde.training import write_array, write_atomically
 from scripting.command_line import typed
 
-RATIOS = ("nfe: network calls a sample; ratio: value over floor, the same distance between two sets of exact samples of this "
+RATIOS = ("nfe: network calls per sample; ratio: value over floor, the distance between two sets of exact samples of this "
           "number: about 1 is as good as exact samples")  # fmt: skip
 
 
 def folder_of(settings: Mapping[str, Any], home: Path) -> Path:
-    """A folder for results of these settings, which it records: `home`, or home-2, ... where that has those of others."""
+    """A folder for results of these settings, recorded in it: `home`, or home-2, ... if that has results of others."""
     own, folder, others = json.loads(json.dumps(settings)), home, itertools.count(2)
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         record = folder / "settings.json"
-        with suppress(FileExistsError):  # of two processes one comes first
+        with suppress(FileExistsError):  # another process may write it first
             write_atomically(record, json.dumps(own, indent=2) + "\n", new=True)
         if json.loads(record.read_text()) == own:
             return folder
@@ -38,27 +38,27 @@ def folder_of(settings: Mapping[str, Any], home: Path) -> Path:
 
 
 def member() -> str:
-    """What tells this job from the others of a sweep, to stand before the folder of its results; nothing outside of one."""
+    """The overrides of this job of a sweep, to print before the folder of its results; empty if there is no sweep."""
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     return f"{' '.join(typed())}: " if in_sweep else ""
 
 
 def content_of(file: Any) -> str | None:
-    """A hash of a file's content; None where an option is null or no name of a file."""
+    """A hash of a file's content; None for an option that is not the name of a file."""
     return hashlib.blake2b(Path(file).read_bytes()).hexdigest()[:32] if isinstance(file, str) else None
 
 
 def save_samples(folder: Path, samples: Mapping[str, Any]) -> None:
-    """<folder>/<sampler>.npy for each set of samples."""
+    """Writes <folder>/<name>.npy for each set of samples."""
     for name, x in samples.items():
         write_array(folder / f"{name}.npy", x.numpy())
 
 
 def save_images(folder: Path, x: Tensor, names: Sequence[str] = ()) -> None:
-    """Images in [-1, 1] as uint8, those beyond clipped: <folder>/images.npz and <folder>/png/00000.png, 00001.png, ...
+    """Writes images in [-1, 1], clipped, as uint8 into <folder>/images.npz and <folder>/png/00000.png, 00001.png, ...
 
-    Of (n, channels, height, width), or (n, draws, ...), whose files are 00000-1.png, 00000-2.png, ..., and 00000-<name>-1.png
-    where the n have names. `arr_0` of the archive has the channels last, of grey images three that are equal: evaluators of
+    x has shape (n, channels, height, width) or (n, draws, ...); the files of draws are 00000-1.png, 00000-2.png, ..., with
+    `names` 00000-<name>-1.png. `arr_0` of the archive has the channels last, three equal ones for grey images: evaluators of
     FID take no others.
     """
     import numpy as np
@@ -80,7 +80,7 @@ def save_images(folder: Path, x: Tensor, names: Sequence[str] = ()) -> None:
 
 
 def show(table: Any, note: str = "") -> None:
-    """Prints a table of figures, and under it what its columns are."""
+    """Prints a table, and below it a note on its columns."""
     print("\n" + table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     if note:
         print(note)

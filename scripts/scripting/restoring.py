@@ -1,4 +1,4 @@
-"""scripts/compare.py task=...: posterior samplers held against exact posteriors, or on a run's images."""
+"""scripts/compare.py task=...: posterior samplers compared with exact posteriors, or on a run's images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PRIORS = ("fields", "ring", "gaussian", "gaussian64")
 
 
 def run_task(config: DictConfig) -> Path:
-    """Carries out the comparison of a task, on a run's images or on an exact posterior; returns its folder."""
+    """Compares the methods on a task, on a run's images or with an exact posterior; returns the folder of the results."""
     one_of("task", config.task, (*TASKS, "linear"))
     options = {**contestants(config.restoration), "seeds": list(config.seeds)}
     folder = Path(config.output)
@@ -49,7 +49,7 @@ def run_task(config: DictConfig) -> Path:
 
 
 def contestants(node: DictConfig) -> dict[str, Mapping[str, Any]]:
-    """`methods` that are score models, the `samplers` they run with, and `solvers`, methods that are samplers of their own."""
+    """`methods` that are score models, the `samplers` they run with, and `solvers`, methods that are samplers themselves."""
     known = [*METHODS, *SOLVERS]
     names = known if node.methods is None else [one_of("a method", name, known) for name in listed(node.methods)]
     return {
@@ -60,7 +60,7 @@ def contestants(node: DictConfig) -> dict[str, Mapping[str, Any]]:
 
 
 def problem_of(task: str, node: DictConfig, sde: SDE) -> Problem:
-    """The exact posterior that a task asks for."""
+    """The problem of a task without a run, whose posterior is known exactly."""
     one_of("restoration.prior", node.prior, PRIORS)
     if (task == "linear") == (node.prior == "fields"):
         raise ValueError(f"task={task} does not go with restoration.prior={node.prior}: images are fields, "
@@ -73,11 +73,11 @@ def problem_of(task: str, node: DictConfig, sde: SDE) -> Problem:
 
 
 def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any], folder: Path) -> Path:
-    """The table against an exact posterior, and of Gaussian data each method's certificate."""
+    """The comparison with an exact posterior; for a Gaussian prior also each method's certificate."""
     table = compare_posteriors(
         problem, list(config.budgets), num_samples=config.num_samples, seed=config.seed, **options
     )
-    folder = output.folder_of(asked(config), folder)
+    folder = output.folder_of(settings_of(config), folder)
     table.to_csv(folder / "posteriors.csv", index=False)
     title = (
         f"task {config.task}, prior {config.restoration.prior}: {problem.y.numel()} numbers seen of "
@@ -99,9 +99,9 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
 
 
 def on_images(config: DictConfig, options: Mapping[str, Any], folder: Path) -> Path:
-    """The table on held-out images of a run's data, and a sheet of what each method makes of the first ones."""
+    """The comparison on held-out images of a run's data, and a sheet of the first ones as each method restores them."""
     if config.task == "linear":
-        raise ValueError(f"task=linear has no run; on images: {', '.join(TASKS)}")
+        raise ValueError(f"task=linear takes no run; tasks for images are {', '.join(TASKS)}")
     run = configs.open_run(config)
     case = case_of(config, run)
     learned = {"methods": {name: LEARNED[name] for name in options["methods"] if name in LEARNED},
@@ -116,7 +116,7 @@ def on_images(config: DictConfig, options: Mapping[str, Any], folder: Path) -> P
     table = compare_restorations(
         case, list(config.budgets), features=features_of(run), on_result=keep, **{**options, **learned}
     )
-    folder = output.folder_of(asked(config), folder)
+    folder = output.folder_of(settings_of(config), folder)
     table.to_csv(folder / "restorations.csv", index=False)
     axis = Axis("psnr", "PSNR of a draw in dB", "pseudo-inverse", table["psnr"].iloc[0])
     picture = curves(table[table["sampler"] != "none"], axis, f"{config.task}, {run.path}")
@@ -131,9 +131,9 @@ def on_images(config: DictConfig, options: Mapping[str, Any], folder: Path) -> P
 
 
 def case_of(config: DictConfig, run: Run) -> Restoration:
-    """Held-out images of a run's data, of a label those of that class, observed as the task says."""
+    """Held-out images of a run's data (of one class if a label is given), observed by the task's operator."""
     node, data = config.restoration, run.data()
-    model = conditions.told_alike(configs.model_of(run, config), run, config)
+    model = conditions.conditioned(configs.model_of(run, config), run, config)
     if labels := conditions.labels_of(config.label, run):
         data = data.of_classes(labels)
     operator = task_operator(config.task, model.event_shape, **node.operator)
@@ -142,15 +142,15 @@ def case_of(config: DictConfig, run: Run) -> Restoration:
     return Restoration(model, truth, operator, node.noise_std, observed, node.draws, measure_data_std(data))
 
 
-def asked(config: DictConfig) -> dict[str, Any]:
-    """What a task's numbers depend on."""
+def settings_of(config: DictConfig) -> dict[str, Any]:
+    """The settings that a task's results depend on."""
     whole = configs.plain(config)
     names = ("task", "restoration", "run", "label", "ema", "step", "sde", "budgets", "seeds", "num_samples", "seed")
     return {name: whole[name] for name in names}
 
 
 def features_of(run: Run) -> Any:
-    """Features of a classifier trained on labelled data of the run, where there are such."""
+    """Features of a classifier trained on labelled data of the run; None if it has none."""
     data = guiding.labelled(run)
     if data is None:
         return None
@@ -159,14 +159,14 @@ def features_of(run: Run) -> Any:
 
 
 def wide(table: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Methods and samplers down, steps across, means over seeds."""
+    """Means over seeds: a row per method and sampler, a column per number of steps."""
     mean = table.groupby(["method", "sampler", "budget"], sort=False)[value].mean().unstack("budget")
     return mean.reset_index()
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A column of a table as an axis: its name there and under the figure, and a dashed `line` at some height."""
+    """A column of a table as an axis: the column (`value`), the axis label, and a dashed line's label and height."""
 
     value: str
     label: str
@@ -175,15 +175,15 @@ class Axis:
 
 
 def curves(table: pd.DataFrame, axis: Axis, title: str) -> Figure:
-    """A panel for each sampler in one scale, a line for each method: the mean over seeds, and its range.
+    """A panel for each sampler, on a common scale, and a line for each method: the mean over seeds, and their range.
 
-    Methods with a sampler of their own are the same in every panel.
+    Methods that are samplers themselves are the same in every panel.
     """
     value = axis.value
     shared = [name for name in table["sampler"].unique() if name != "own"] or ["own"]
     figure, axes = plotting.panels(len(shared), width=4.6, height=4.2, sharey=True)
-    looks = {name: plotting.look(i) for i, name in enumerate([*METHODS, *SOLVERS])}  # whichever are drawn
-    top = 30.0 if value == "ratio" else math.inf  # what is beyond leaves a cross, not the scale
+    looks = {name: plotting.look(i) for i, name in enumerate([*METHODS, *SOLVERS])}  # whichever of them are drawn
+    top = 30.0 if value == "ratio" else math.inf  # larger values are crosses, and do not change the scale
     looks |= {"exact": {"color": plotting.INK, "marker": "*"}, "prior": {"color": plotting.RULE, "marker": "*"}}
     for ax, sampler in zip(axes[0], shared, strict=True):
         for name, runs in table[table["sampler"].isin([sampler, "own"])].groupby("method", sort=False):

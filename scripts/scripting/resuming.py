@@ -1,4 +1,4 @@
-"""The run of scripts/train.py: a new one, or one that goes on with its own config and what the command line changes of it."""
+"""The run of scripts/train.py: a new one, or one that is resumed with its own config and the command line's changes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from score_sde.run import Run
 from score_sde.training.trainer import has_stalled
 from scripting.command_line import check_known, key_of, typed
 
-# What the weights and the order of examples depend on: a resumed run keeps its own.
+# Settings that the weights and the order of examples depend on: a resumed run keeps its own.
 FIXED = ("network", "sde", "parameterization", "data", "target", "event_shape", "seed", "trainer.batch_size", "init",
          "init_new")  # fmt: skip
 
 
 def opened(config: DictConfig) -> tuple[Run, bool]:
-    """The run of this command with its config, and whether it goes on from checkpoints.
+    """The run of this command with its config, and whether it is resumed from a checkpoint.
 
-    Raises ValueError where `resume` is no folder, where it is `auto` and the output directory has no name of its own, and
-    where a new run is to begin in a directory that holds one.
+    Raises ValueError if `resume` is not a folder, if it is `auto` and no output directory is named, or if a new run would
+    begin in a directory that holds one.
     """
     if config.resume is not None and (not isinstance(config.resume, str) or not config.resume):
-        raise ValueError(f"resume={config.resume!r} is no folder: give a run's directory, or auto")
+        raise ValueError(f"resume={config.resume!r} is not a folder: give a run's directory, or auto")
     automatic, folder = config.resume == "auto", Path(HydraConfig.get().runtime.output_dir)
     if automatic:
         if folder == Path.cwd():
-            raise ValueError("resume=auto goes on in the folder that it started in: name it, hydra.run.dir=<folder>")
+            raise ValueError("resume=auto continues in the folder where it started: name it, hydra.run.dir=<folder>")
         if distributed.agree(Run(folder).checkpoints.latest()) is not None:
             return resumed(folder, config), True
     elif config.resume:
@@ -43,7 +43,7 @@ def opened(config: DictConfig) -> tuple[Run, bool]:
 
 
 def resumed(folder: str | Path, config: DictConfig) -> Run:
-    """The run in a folder, its config continued with this command's overrides."""
+    """The run in a folder, with its config changed by this command's overrides."""
     run = Run.open(folder, tuple(config.trust))
     before = run.config.get("overrides") or []
     run.config = continued(run.config, typed())
@@ -52,10 +52,10 @@ def resumed(folder: str | Path, config: DictConfig) -> Run:
 
 
 def continued(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config of a run to resume, changed and its `overrides` extended by what the command line gives.
+    """The config of a run to resume, changed by the command line's overrides, which are added to its own.
 
-    An override that the run has already, and a value of `auto`, which the run has measured, change nothing. Raises
-    ValueError for another choice in a config group, for ~key, and for another value of what is FIXED.
+    An override that the run has already changes nothing, nor does a value of `auto`, which the run has measured. Raises
+    ValueError for another choice in a config group, for ~key, and for another value of a FIXED setting.
     """
     known = list(own.get("overrides") or [])
     resolved = OmegaConf.merge(own, {"overrides": [*overrides]}).overrides
@@ -72,7 +72,7 @@ def continued(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def values_of(overrides: Sequence[str], own: DictConfig) -> dict[str, str]:
-    """key -> value of the overrides, without those of config groups, whose choice has to be the run's own."""
+    """key -> value of the overrides, without those of config groups, which must be the run's own choices."""
     given: dict[str, str] = {}
     for override in overrides:
         name, value = key_of(override), override.partition("=")[2]
@@ -82,9 +82,7 @@ def values_of(overrides: Sequence[str], own: DictConfig) -> dict[str, str]:
             check_known(name, own, [OmegaConf.to_yaml(own), *overrides])
         if override.startswith("~"):
             if OmegaConf.select(own, name) is not None:
-                raise ValueError(
-                    f"{override} takes from the run what it was started with: start a new run, or leave it out"
-                )
+                raise ValueError(f"{override} removes what the run was started with: start a new run, or leave it out")
         elif name in own.choices:
             check_same(name, own.choices[name] or "null", value)
         else:
@@ -93,13 +91,13 @@ def values_of(overrides: Sequence[str], own: DictConfig) -> dict[str, str]:
 
 
 def check_same(name: str, own: Any, given: Any) -> None:
-    """Refuses, with ValueError, another value than the run's own."""
+    """Raises ValueError for another value than the run's own."""
     if own != given:
         raise ValueError(f"{name}={given} differs from the run's own {name}={own}: start a new run, or leave it out")
 
 
 def check_steps_left(run: Run, new: Sequence[str]) -> None:
-    """Refuses, with ValueError, new settings of the training where it has come to its end, by its steps or its patience."""
+    """Raises ValueError for new settings of a training that has ended, by its steps or its patience."""
     done, trainer = run.checkpoints.latest() or 0, run.config.trainer
     free = [f"trainer.{name}" for name in ("steps", "patience", "device", "progress")]
     settings = [override for override in new if key_of(override).partition(".")[0] in ("trainer", "objective", "time_sampler")

@@ -1,4 +1,4 @@
-"""What scripts/compare.py and tune.py are about: a model, and what its samples are held against."""
+"""The subject of scripts/compare.py and tune.py: a model, and what its samples are compared with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Subject:
 
     Attributes:
         reference: the law that its samples should have, or real examples.
-        conditions: count -> the conditions of so many samples, by name.
+        conditions: count -> the conditions of this many samples, by name.
     """
 
     model: ScoreModel
@@ -31,7 +31,7 @@ class Subject:
 
 
 def check_one(config: DictConfig, what: str) -> None:
-    """Refuses, with ValueError, all but one of run= and target=."""
+    """Raises ValueError unless exactly one of run= and target= is given."""
     if bool(config.run) == bool(config.get("target")):
         raise ValueError(f"{what}? give either run=<directory> or target=<name>, e.g. target=ring")
 
@@ -44,7 +44,7 @@ def of_target(config: DictConfig) -> Subject:
 
 
 def of_run(config: DictConfig) -> Subject:
-    """A run's model, whose samples have the conditions of training examples, those of `label` where it is given."""
+    """A run's model; its samples have the conditions of training examples, of those with the `label` if it is given."""
     run = configs.open_run(config)
     data, model = run.data(), configs.model_of(run, config)
     labels, names = conditions.labels_of(config.get("label"), run), {*model.needed}
@@ -55,18 +55,18 @@ def of_run(config: DictConfig) -> Subject:
         whose = f", of label {' or '.join(map(str, labels))}" if labels else ""
         print(f"samples have the {' and '.join(sorted(names))} of the first training examples{whose}")
     elif model.num_classes is not None:
-        print(f"{run.path} knows {model.num_classes} labels: sampled without, against data of all of them")
-    told = partial(conditions.first_conditions, data, sorted(names))
-    return Subject(model, reference_of(data, config.num_samples), told)
+        print(f"{run.path} knows {model.num_classes} labels: sampled without, and compared with data of all labels")
+    given = partial(conditions.first_conditions, data, sorted(names))
+    return Subject(model, reference_of(data, config.num_samples), given)
 
 
-def of_run_alike(config: DictConfig) -> Subject:
-    """A run's model under the one label and context of all samples, held against the run's law or examples of that label.
+def of_run_conditioned(config: DictConfig) -> Subject:
+    """A run's model under the label and context that all samples share; the reference is the law, or examples of that label.
 
-    A label that is given by name becomes its number, in `config` itself.
+    A label given by name becomes its number, in `config` itself.
     """
     run = configs.open_run(config)
-    data, model = run.data(), conditions.told_alike(configs.model_of(run, config), run, config)
+    data, model = run.data(), conditions.conditioned(configs.model_of(run, config), run, config)
     if labels := conditions.labels_of(config.label, run):
         data, config.label = data.of_classes(labels), labels[0]
     return Subject(model, reference_of(data, config.num_samples))

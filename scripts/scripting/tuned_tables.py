@@ -1,4 +1,4 @@
-"""The tables that scripts/tune.py leaves, and which of them a sampler's config takes."""
+"""The tables that scripts/tune.py writes, and which of them a sampler's config uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from score_sde.run import Run
 from scripting.command_line import chosen
 
 CONDITIONS = ("label", "context")
-"""What a run's tables may be fitted under."""
+"""The conditions under which a run's tables may be fitted."""
 
 
 class NoTablesError(ValueError):
@@ -22,21 +22,21 @@ class NoTablesError(ValueError):
 
 
 def tuned_folder(config: DictConfig) -> Path:
-    """Where scripts/tune.py leaves its tables: the run's directory, or outputs/tuned/<target>/<sde>."""
+    """The folder of scripts/tune.py's tables: the run's directory, or outputs/tuned/<target>/<sde>."""
     if config.run:
         return Path(config.run)
     return Path("outputs", "tuned", *(chosen(config, group) for group in ("target", "sde")))
 
 
 def is_pattern(table: Any) -> bool:
-    """Whether a sampler's table is found in a folder, as tuned-*.json is."""
+    """Whether a sampler's table is a pattern for files in a folder, such as tuned-*.json."""
     return isinstance(table, str) and "*" in table
 
 
 def tables_of(folder: Path | None, pattern: str) -> dict[int, Path]:
-    """{calls: file} of the tables that scripts/tune.py left in a folder, e.g. for the pattern tuned-*.json.
+    """{calls: file} of the tables in a folder that match a pattern, e.g. tuned-*.json.
 
-    Raises NoTablesError where there are none, ValueError where there is no folder.
+    Raises NoTablesError if there are none, ValueError if there is no folder.
     """
     name = pattern.replace("*", "<calls>")
     if folder is None:
@@ -55,10 +55,10 @@ def tables_of(folder: Path | None, pattern: str) -> dict[int, Path]:
 def take_table(node: DictConfig, folder: Path | None, step: int | None) -> None:
     """Replaces a pattern in a sampler's `table` by one of the folder's files, and drops `calls`, which chooses it.
 
-    Without `calls` it is the table of the most. Prints a warning where the table was fitted to other weights than those of
-    the folder's run at `step` (by default its latest), and a note where it is for samples of one label or context alone.
+    Without `calls` it is the table with the most calls. Prints a warning if the table was fitted to other weights than those
+    of the folder's run at `step` (by default its latest), and a note if it is only for samples of one label or context.
 
-    Raises ValueError where no file matches, or `calls` stands beside a file.
+    Raises ValueError if no file matches, or if `calls` is given with a file.
     """
     calls = node.pop("calls", None)
     if is_pattern(node.get("table")):
@@ -73,11 +73,11 @@ def take_table(node: DictConfig, folder: Path | None, step: int | None) -> None:
     if folder is not None and isinstance(node.get("table"), str) and Path(node.table).is_file():
         _warn_of_other_weights(Path(node.table), folder, step)
         if given := fitted_under(Path(node.table)):
-            print(f"{node.table}: fitted {_words(given)}, and for samples of that alone")
+            print(f"{node.table}: fitted {_words(given)}, and only for such samples")
 
 
 def check_conditions(folder: Path, own: Mapping[str, Any]) -> None:
-    """Refuses, with ValueError, a folder whose tables were fitted under other conditions than `own`."""
+    """Raises ValueError for a folder whose tables were fitted under other conditions than `own`."""
     for table in sorted(file for kind in ("tuned", "spectrum") for file in folder.glob(f"{kind}-*.json")):
         if (given := fitted_under(table)) not in (None, own):
             raise ValueError(
@@ -86,7 +86,7 @@ def check_conditions(folder: Path, own: Mapping[str, Any]) -> None:
 
 
 def fitted_under(table: Path) -> dict[str, Any] | None:
-    """The label and context, by name, that a table was fitted under; None for a file that does not say."""
+    """The label and context, by name, under which a table was fitted; None if the file does not record them."""
     settings = _record(table).get("settings")
     return None if settings is None else {name: settings[name] for name in CONDITIONS if name in settings}
 
@@ -96,7 +96,7 @@ def _words(given: Mapping[str, Any]) -> str:
 
 
 def _record(table: Path) -> dict[str, Any]:
-    """The `record` of a table, how it was made; empty where the file is no table."""
+    """The `record` of a table, of how it was made; empty if the file is not a table."""
     with suppress(ValueError):
         if isinstance(read := json.loads(table.read_text()), dict):
             return dict(read.get("record") or {})
@@ -104,7 +104,7 @@ def _record(table: Path) -> dict[str, Any]:
 
 
 def _warn_of_other_weights(table: Path, folder: Path, step: int | None) -> None:
-    """Prints where a table was fitted to other weights than those of the run in the folder at `step`, or its last."""
+    """Prints a line if a table was fitted to other weights than those of the folder's run at `step`, or its latest."""
     step = Run(folder).checkpoints.latest() if step is None else step
     fitted = _record(table).get("step", step)
     if (table.parent / "config.yaml").is_file() and table.parent.resolve() != folder.resolve():

@@ -103,7 +103,7 @@ def test_the_page_stands_alone(compared: Path) -> None:
 def test_advice_says_where_none_is_near_the_noise_floor(compared: Path) -> None:
     table = pd.read_csv(compared / "comparison.csv")
     good = table.assign(**{metric: table[f"{metric}_floor"] for metric in ("sliced_w2", "mode_spread")})
-    assert comparison_report.advice(good)[0].startswith("there with the fewest calls: ")
+    assert comparison_report.advice(good)[0].startswith("at the goal with the fewest calls: ")
     far = good.assign(sliced_w2=good["sliced_w2_floor"] * (9 + good["budget"]))
     first, second = comparison_report.advice(far[far["sampler"].isin(["heun", "ddim"])])[:2]
     assert re.fullmatch(
@@ -146,7 +146,7 @@ def test_a_report_gives_way_to_one_of_more_runs_alone(tmp_path: Path) -> None:
 
 WRONG = {
     "no tables": (["target=ring", "samplers=[tuned]"], "outputs/tuned/ring/vp holds no tables tuned-<calls>.json"),
-    "a mapping of no tables": (["target=ring", "samplers=[tuned]", "tables={}"], "tables={} names no table: give"),
+    "a mapping of no tables": (["target=ring", "samplers=[tuned]", "tables={}"], "tables={} has no table: give"),
     "unknown metric": (["target=ring", "metrics=[fid]"], "unknown metric 'fid'"),
     "posteriors without images": (
         ["task=superres", "restoration.draws=2"],
@@ -232,7 +232,7 @@ def test_labels_of_a_run_are_said_to_be_left_out(monkeypatch, capsys: pytest.Cap
     )
     monkeypatch.setattr(configs, "open_run", lambda config: run)
     subjects.of_run(composed("run=runs/labelled", "device=cpu"))
-    assert "runs/labelled knows 3 labels: sampled without" in capsys.readouterr().out
+    assert "runs/labelled knows 3 labels: sampled without, and compared with data of all" in capsys.readouterr().out
 
 
 def test_cells_of_a_table_are_escaped_and_sorted_by_value() -> None:

@@ -114,7 +114,7 @@ def test_a_table_is_fitted_under_one_condition(name: str, condition: str, reques
     script("sample", f"run={folder}", *asked, cwd=folder)
     assert np.abs(np.load(folder / "tuned/samples.npy").mean(0) - [0, 4]).max() < 0.5
     if name == "by_label":
-        assert "give one, which all samples have" in script("tune", f"run={folder}", "label=[0,1]", cwd=folder, code=1)
+        assert "give one, which all samples share" in script("tune", f"run={folder}", "label=[0,1]", cwd=folder, code=1)
 
 
 @pytest.mark.parametrize("name", ["by_context", "by_label"])

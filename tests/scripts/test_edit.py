@@ -58,7 +58,7 @@ def test_tasks_leave_arrays_and_a_sheet(run: Path, tmp_path: Path, capsys: pytes
     Image.fromarray(mask).save(tmp_path / "mask.png")
     folder = run_edit(run, "task=inpaint", f"mask={tmp_path / 'mask.png'}")
     assert folder == run / "edits/inpaint"
-    assert "5 network calls a draw" in capsys.readouterr().out
+    assert "5 network calls per draw" in capsys.readouterr().out
     after = np.load(folder / "after.npy")
     assert after.shape == (2, 3, 1, 8, 8)
     assert len(list((folder / "png").iterdir())) == 6
@@ -252,10 +252,10 @@ def test_of_what_is_no_image_a_mask_says_what_is_seen(task: str, tmp_path: Path)
         (["task=class"], "give label=<number>"),
         (["task=superres", "guidance=replacement"], "Replacement takes an observation without noise"),
         (["task=paint"], "task is one of inpaint, colorize, superres, deblur, class, interpolate; got 'paint'"),
-        (["task=class", "label=[1,2]"], "label=[1, 2]: give one, which all samples have"),
+        (["task=class", "label=[1,2]"], "label=[1, 2]: give one, which all samples share"),
         (
             ["task=superres", "guidance=classifier_free"],
-            "ClassifierFree restores nothing: task=superres takes guidance=mmps",
+            "ClassifierFree restores no observations: task=superres takes guidance=mmps",
         ),
         (["task=superres", "draws=0"], "draws >= 1, got draws=0"),
         (["task=class", "label=12"], "knows the classes 0 to 9"),
@@ -273,5 +273,5 @@ def test_wrong_inputs_are_refused_in_one_line(run: Path, arguments: list[str], m
 def test_draws_that_are_not_finite_are_counted_as_diverged(capsys: pytest.CaptureFixture[str]) -> None:
     after = torch.zeros(2, 3, 1, 4, 4)
     after[0, 1], after[1, 2, 0, 0, 0] = 50, torch.nan
-    edit.tell("DPS", after, torch.zeros(2, 1, 4, 4), None)
+    edit.print_quality("DPS", after, torch.zeros(2, 1, 4, 4), None)
     assert "warning: 2 of 6 draws are far beyond the data: DPS has diverged" in capsys.readouterr().out

@@ -103,7 +103,7 @@ WRONG = {
     "unknown label of a classifier": (
         "plain", ["label=-1", "guidance=classifier", "guidance.run={classifier}"], "label=-1, but"),
     "no classes": ("plain", ["label=3"], "knows no classes"),
-    "a word": ("labelled", ["label=three"], "label='three' is no class"),
+    "a word": ("labelled", ["label=three"], "label='three' is not a class"),
     "guidance towards nothing": ("labelled", ["guidance.scale=2"], "give label=<number>"),
     "no classifier": ("plain", ["label=3", "guidance=classifier"], "give guidance.run=<directory>"),
     "not a classifier": ("plain", ["label=3", "guidance=classifier", "guidance.run={plain}"], "Classifier takes a classifier"),
@@ -233,7 +233,7 @@ def test_labels_go_by_the_names_of_the_runs_classes(tmp_path):
         with pytest.raises(ValueError, match=message):
             conditions.labels_of(label, run)
     nameless = Run.create(tmp_path / "digits", {"class_names": None})
-    with pytest.raises(ValueError, match="label='dog' is no class: give a whole number"):
+    with pytest.raises(ValueError, match="label='dog' is not a class: give a whole number"):
         conditions.labels_of("dog", nameless)
 
 

@@ -132,7 +132,7 @@ def test_a_sweep_with_a_failing_job_is_reported(tmp_path: Path) -> None:
     options = ["sde=vp,ve", "seed=0,1", "trainer.learning_rate=1e-3,-1", f"hydra.sweep.dir={sweep}"]
     error = script("train", "-m", *options, *TINY, cwd=tmp_path, code=1)
     assert [f"{sweep}/{job} failed: " in error for job in range(8)] == [False, True] * 4
-    assert f"error: jobs of this sweep failed, as said above: python scripts/report.py {sweep} lists them" in error
+    assert f"error: jobs of this sweep failed, see above: python scripts/report.py {sweep} lists them" in error
     script("train", f"resume={sweep / '0'}", "trainer.progress=false", cwd=tmp_path)  # it is what it was
     (sweep / "2" / "result.json").unlink()  # as if it still ran
     out = script("report", str(sweep), cwd=tmp_path)
@@ -174,7 +174,7 @@ def test_a_report_says_what_each_of_unlike_means_is_of(tmp_path: Path) -> None:
     assert FLOOR in lines["experiment=0"]
     assert NATS in lines["experiment=1"]
     assert "standard" not in out  # of one seed there is none
-    assert "mean over seeds, of: what stands under meaning\n" in out
+    assert "mean over seeds, of: what the column meaning says\n" in out
     assert "report.png" in out
 
 
@@ -336,7 +336,7 @@ WRONG = {
         "trainer.learning_rate=0.5 does nothing: all 4 steps of",
     ),
     "a sampler twice": ("evaluate", ["run={run}", "samplers=[heun,ode,heun]"], "names one twice"),
-    "no folder": ("train", ["resume=true"], "resume=True is no folder"),
+    "no folder": ("train", ["resume=true"], "resume=True is not a folder"),
     "a filled-in key": ("train", ["event_shape=[3]"], "event_shape=[3] does nothing as it is filled in here"),
     "an unknown key of a run": ("train", ["resume={run}", "+foo=6"], "unknown key 'foo'"),
     "a folder with a run": ("train", ["hydra.run.dir={run}"], "holds a run already: give resume="),

@@ -65,7 +65,7 @@ def test_a_run_goes_on_with_its_own_model_data_and_batches(override: str) -> Non
 
 
 def test_a_run_keeps_its_parts() -> None:
-    with pytest.raises(ValueError, match="~sampler takes from the run what it was started with: start a new run"):
+    with pytest.raises(ValueError, match="~sampler removes what the run was started with: start a new run"):
         resuming.continued(OWN, ["~sampler"])
 
 
@@ -141,7 +141,7 @@ def test_torchrun_starts_a_job_again_where_a_process_died(tmp_path: Path) -> Non
 
 def test_automatic_resumption_asks_for_a_folder_of_a_fixed_name(tmp_path: Path) -> None:
     error = script("train", "resume=auto", *TINY, cwd=tmp_path, code=1)
-    assert "resume=auto goes on in the folder that it started in: name it, hydra.run.dir=<folder>" in error
+    assert "resume=auto continues in the folder where it started: name it, hydra.run.dir=<folder>" in error
     assert os.listdir(tmp_path) == []
 
 
@@ -232,7 +232,7 @@ def test_data_that_are_no_pictures_are_trained_on_and_evaluated(tmp_path: Path, 
     np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((200, *shape)).astype(np.float32))
     said = script("train", "data=file", f"data.path={tmp_path}/data.npy", "trainer.steps=4", f"hydra.run.dir={tmp_path}/run",
                   *TINY, "trainer.sample_every=2", "figures=true", cwd=tmp_path)  # fmt: skip
-    assert ("network=unet, dit_s and ncsn know what is near" in said) == (len(shape) > 1)
+    assert ("network=unet, dit_s and ncsn are made for" in said) == (len(shape) > 1)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
     script("evaluate", f"run={tmp_path}/run", "sampler=ddim", "num_samples=20", cwd=tmp_path)
     assert (tmp_path / "run" / "evaluation/evaluation.json").exists()

@@ -123,7 +123,7 @@ def test_tables_of_one_folder_are_of_one_condition(tmp_path: Path, capsys: pytes
     (tmp_path / "tuned-6.json").write_text("damaged")
     tuned_tables.check_conditions(tmp_path, {"label": 3})
     (tmp_path / "spectrum-6.json").unlink()
-    for given, said in (({"label": 3}, "fitted under label=3, and for samples of that alone"), ({}, "")):
+    for given, said in (({"label": 3}, "fitted under label=3, and only for such samples"), ({}, "")):
         node = OmegaConf.create({"table": str(left(tmp_path, given) / "tuned-6.json")})
         tuned_tables.take_table(node, tmp_path, None)
         assert said in (out := capsys.readouterr().out)
