@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
     output.show(result.table[[name for name in SHOWN if name in result.table]], COLUMNS)
     for name, faults in result.faults.items():
         print(f"FAULT {name}: {'; '.join(faults)}")
-    print(f"\n{len(steps)} steps, {len(result.faults)} with faults; {folder}: certificates.csv, certificates.png")
+    print(f"\nsteps: {len(steps)}, with faults: {len(result.faults)}; {folder}: certificates.csv, certificates.png")
     sys.exit(1 if result.faults else 0)
 
 

@@ -207,7 +207,7 @@ def finish(job: Job, model: LearnedScore) -> float:
     output.show(evaluation.table, output.RATIOS)
     shown = figures.Subject(run, shown_model, data, evaluation, next(iter(job.samplers.values())), config.seed)
     drawn = draw(run, config, lambda: figures.all_of(shown))  # last, so that a figure that fails costs no results
-    print(f"\n{run.path}: {drawn}samples/, metrics.jsonl, result.json")
+    print(f"\n{run.path}: {drawn}samples/, checkpoints/, metrics.jsonl, result.json")
     return score
 
 
