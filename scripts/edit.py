@@ -150,7 +150,7 @@ def observed_shape(config: DictConfig, model: LearnedScore) -> tuple[int, ...]:
 
 
 def observation(config: DictConfig, operator: LinearOperator, x: Tensor, observed: bool) -> Tensor:
-    """The observations of clean inputs x, with noise; of inputs that are `observed` already, these without more noise."""
+    """The observations of clean inputs x, with noise; inputs that are `observed` already get no more noise."""
     if not observed:
         return operator.observe(x, config.noise_std, generator=torch.Generator().manual_seed(config.seed))
     return operator(x) if config.task == "inpaint" else x

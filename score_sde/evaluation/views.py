@@ -28,7 +28,7 @@ SHOWN = 8
 
 
 def on_plain(data: Data, view: View) -> View:
-    """A view that takes samples in the model's scale, made from one of images in the scale in which they are read."""
+    """A view of samples in the model's scale, from a view of images in the scale in which they are read."""
     return lambda x: view(data.as_plain(x) if isinstance(data, TensorData) else x)
 
 
@@ -85,7 +85,7 @@ class Memorization:
 
     @cached_property
     def is_clipped(self) -> bool:
-        """Whether samples are clipped to [-1, 1]: if the data lie in this range, which e.g. latents do not."""
+        """Whether samples are clipped to [-1, 1], as they are if the data lie in this range (latents do not)."""
         return in_range(self.data.plain("train", slice(MEMORIZATION_COUNT)).x)
 
     @cached_property

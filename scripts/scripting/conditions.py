@@ -42,7 +42,7 @@ def _number(label: Any, names: list[str]) -> int:
     if isinstance(label, bool) or not isinstance(label, int):
         raise ValueError(f"label={label!r} is not a class: give a whole number, or several as label=[0,1,2]")
     if str(label) in names and names.index(str(label)) != label:
-        raise ValueError(f"label={label} is the name of class {names.index(str(label))}, not a number, here: quote names that "
+        raise ValueError(f"label={label} is the name of class {names.index(str(label))} here, not a number: quote names that "
                          f"are numerals, label='[\"{label}\"]'")  # fmt: skip
     return label
 

@@ -20,8 +20,8 @@ from score_sde.progress import tqdm
 from score_sde.training import write_array, write_atomically
 from scripting.command_line import typed
 
-RATIOS = ("nfe: network calls per sample; ratio: value over floor, the distance between two sets of exact samples of this "
-          "number: about 1 is as good as exact samples")  # fmt: skip
+RATIOS = ("nfe: network calls per sample; ratio: value over floor, the same distance between two sets of this many exact "
+          "samples: about 1 is as good as exact samples")  # fmt: skip
 
 
 def folder_of(settings: Mapping[str, Any], home: Path) -> Path:
