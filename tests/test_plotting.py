@@ -276,11 +276,10 @@ def comparison() -> pd.DataFrame:
 
 
 def test_quality_against_nfe_draws_means_floor_and_failures(ax: Axes) -> None:
-    heun, em, langevin = plotting.quality_against_nfe(ax, comparison())
+    heun, em = plotting.quality_against_nfe(ax, comparison())  # Langevin was refused
     assert [line.get_label() for line in (heun, em)] == ["Heun", "EM"]
     assert np.asarray(heun.get_xydata()).tolist() == [[9, 1.5], [39, 0.75]]
     assert np.asarray(em.get_xydata()).tolist() == [[20, 5]]
-    assert len(langevin.get_xdata()) == 0
     floor = next(line for line in ax.lines if line.get_label() == "noise floor")
     assert np.asarray(floor.get_ydata()) == pytest.approx([0.1, 0.1])
     assert ax.patches[0].get_extents().transformed(ax.transData.inverted()).intervaly == pytest.approx([0.08, 0.12])
@@ -293,7 +292,7 @@ def test_quality_against_nfe_draws_means_floor_and_failures(ax: Axes) -> None:
 
 def test_a_figure_of_samplers_is_of_one_model_and_of_a_metric_that_it_has(ax: Axes) -> None:
     lines = plotting.quality_against_nfe(ax, comparison(), metric="endpoint_error")
-    assert [line.get_label() for line in lines] == ["Heun", "Langevin"]  # EM ran, and has no such error
+    assert [line.get_label() for line in lines] == ["Heun"]  # EM ran, and has no such error
     two = pd.concat([comparison().assign(model=name) for name in ("one", "other")])
     for draw in (lambda **options: plotting.quality_against_nfe(ax, **options), plotting.comparison_multiples):
         with pytest.raises(ValueError, match="a figure shows one model"):

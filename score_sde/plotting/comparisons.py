@@ -71,7 +71,7 @@ def quality_against_nfe(
         ax: where to draw.
         table: as `score_sde.evaluation.compare` returns it, of one model.
         metric: a column of the table; by default its first metric. Samplers without a value are left out, unless all their
-            runs failed.
+            runs were lost.
         against: "nfe", "seconds" or "seconds_per_sample".
 
     Raises:
@@ -82,10 +82,7 @@ def quality_against_nfe(
     """
     metric = _metric_of(table, metric)
     lines = []
-    measured = table.groupby("sampler", sort=False).filter(
-        lambda runs: runs[metric].notna().any() or not runs["status"].eq("ok").any()
-    )
-    for i, (name, runs) in enumerate(measured.groupby("sampler", sort=False)):
+    for i, (name, runs) in enumerate(_shown(table, metric).items()):
         style = look(i)
         seeds = _over_seeds(runs, metric, against)
         ax.fill_between(seeds[against], seeds["min"], seeds["max"], color=style["color"], alpha=0.15, linewidth=0)
@@ -168,19 +165,19 @@ def comparison_multiples(
     Args:
         table: as `score_sde.evaluation.compare` returns it, of one model. Its column `deterministic` names deterministic
             samplers; without that column, they are those with a paired endpoint error.
-        metric: a column of the table; by default its first metric. Samplers without a value are left out.
+        metric: a column of the table; by default its first metric. Samplers without a value are left out, unless all their
+            runs were lost.
         against: "nfe", "seconds" or "seconds_per_sample".
         columns: panels in a row.
     """
     metric = _metric_of(table, metric)
-    names = [name for name, runs in table.groupby("sampler", sort=False) if runs[metric].notna().any()]
-    means = {name: _over_seeds(table[table["sampler"] == name], metric, against) for name in names}
+    shown = _shown(table, metric)
+    means = {name: _over_seeds(runs, metric, against) for name, runs in shown.items()}
     fixed = table.get("deterministic", table["endpoint_error"].notna()).eq(True).groupby(table["sampler"]).any()
     several = table["seed"].nunique() > 1
-    columns = max(1, min(columns, len(names)))
-    figure, axes = panels(columns, max(1, math.ceil(len(names) / columns)), width=2.3, height=1.9)
-    for ax, name in zip(axes.flat, names, strict=False):
-        runs = table[table["sampler"] == name]
+    columns = max(1, min(columns, len(shown)))
+    figure, axes = panels(columns, max(1, math.ceil(len(shown) / columns)), width=2.3, height=1.9)
+    for ax, (name, runs) in zip(axes.flat, shown.items(), strict=False):
         for other, curve in means.items():
             if other != name:
                 ax.plot(curve[against], curve["mean"], color="#d3d7dc", linewidth=0.8, zorder=1, label="other samplers")
@@ -192,9 +189,9 @@ def comparison_multiples(
         _crosses(ax, runs, against, colour)
         _floor(ax, table, metric)
         ax.set_title(str(name).replace("_", " "))
-    for ax in axes.flat[len(names) :]:
+    for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
-    _share_curves(axes, len(names), AGAINST[against])
+    _share_curves(axes, len(shown), AGAINST[against])
     name = textwrap.fill(METRIC_NAMES.get(metric, metric), 18 * len(axes))
     label, height = figure.supylabel(name, fontsize=9, color=INK), figure.get_figheight()
     legend_below(figure, "points: means over seeds ± std" if several else "")
@@ -308,6 +305,17 @@ def _metric_of(table: pd.DataFrame, metric: str | None) -> str:
     return metrics_of(table)[0] if metric is None else one_of("metric", metric, map(str, table))
 
 
+def _shown(table: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
+    """The runs of each sampler that has a value of the metric, or of which all runs were lost."""
+    groups = table.groupby("sampler", sort=False)
+    return {str(name): runs for name, runs in groups if runs[metric].notna().any() or _lost(runs).all()}
+
+
+def _lost(runs: pd.DataFrame) -> pd.Series:
+    """Which runs diverged or failed."""
+    return runs["status"].str.startswith(("diverged", "failed"))
+
+
 def _over_seeds(runs: pd.DataFrame, metric: str, against: str) -> pd.DataFrame:
     """By budget: mean, min, max and std of the metric over the seeds with a value, and the mean of `against`."""
     good = runs[runs["status"].eq("ok") & runs[metric].notna()]
@@ -318,7 +326,7 @@ def _over_seeds(runs: pd.DataFrame, metric: str, against: str) -> pd.DataFrame:
 
 def _crosses(ax: Axes, runs: pd.DataFrame, against: str, colour: str) -> None:
     """A cross at each budget with a run that diverged or failed, at its mean x (the budget itself if calls are unknown)."""
-    lost = runs[runs["status"].str.startswith(("diverged", "failed"))]
+    lost = runs[_lost(runs)]
     place = lost[against].fillna(lost["budget"]) if against == "nfe" else lost[against]
     crosses(ax, place.groupby(lost["budget"]).mean().dropna(), colour, "diverged or failed")
 

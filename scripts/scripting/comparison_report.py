@@ -23,7 +23,12 @@ from score_sde.progress import tqdm
 from score_sde.training import write_atomically
 from scripting import configs, figures, html_page
 
-SHOWN = {"nfe": "calls", "seconds_per_sample": "s per sample", "endpoint_error": "endpoint error"}
+SHOWN = {"nfe": "calls", "seconds_per_sample": "s per sample"}
+VERDICTS = {
+    "budget": "calls allowed", "calls": "calls to the goal", "at": "at calls", "excess": "times the goal",
+    "worst": "worst metric", "floors": "times the floor", "equals": "as good",
+}  # fmt: skip
+"""Heads of the page's columns, where they differ from the table's."""
 
 RULE = (
     "A sampler is at the goal when each metric is within 1.25 times its noise floor, within two standard errors of it, or "
@@ -33,7 +38,7 @@ RULE = (
 
 
 class Picture(NamedTuple):
-    """A figure of the page: the stem of its file's name, its heading, its caption, and the figure."""
+    """A figure of the page: the stem of its file's name, the heading of its section, its caption, and the figure."""
 
     stem: str
     title: str
@@ -48,15 +53,18 @@ def write(config: DictConfig, table: pd.DataFrame, reference: Any, folder: Path,
     write_atomically(folder / "comparison.csv", table.to_csv(index=False))
     write_atomically(folder / "summary.csv", summary.to_csv(index=False))
     report = html_page.Page(*heading(config, table))
-    report.add("What to take", html_page.bullets([*advice(table), *absent]),
-               html_page.table(winners(table), {"budget": "calls allowed"}, RULE),
-               html_page.folded("Every sampler: its fewest calls", html_page.table(ranking(table))))  # fmt: skip
     several = table["model"].nunique() > 1
+    best, every = (rows if several else rows.drop(columns="model") for rows in (winners(table), ranking(table)))
+    report.add("What to take", html_page.bullets([*advice(table), *absent]), html_page.table(best, VERDICTS, RULE),
+               html_page.folded("Every sampler", html_page.table(every, SHOWN | VERDICTS)))  # fmt: skip
     drawn = [*pictures(table, summary, metrics), *sample_sheets(load_samples(config.output, table), reference, table)]
+    sections: dict[str, list[str]] = {}
     for name, shown in tqdm(drawn, desc="figures", delay=2):
         file = figures.save(shown.figure, folder / (f"{name}_{shown.stem}.png" if several else f"{shown.stem}.png"))
         title = f"{shown.title}, {name} score" if several else shown.title
-        report.add(title, html_page.picture(file, shown.caption))
+        sections.setdefault(title, []).append(html_page.picture(file, shown.caption))
+    for title, parts in sections.items():
+        report.add(title, *parts)
     report.add("All numbers", html_page.text("Means over seeds. Click on a column's head to sort."),
                html_page.table(columns_shown(summary, metrics), SHOWN))  # fmt: skip
     if len(lost := faults(table)):
@@ -79,7 +87,8 @@ def pictures(table: pd.DataFrame, summary: pd.DataFrame, metrics: list[str]) -> 
     """Yields (model, figure of its numbers)."""
     for name, runs in table.groupby("model"):
         means = summary[summary["model"] == name]
-        yield str(name), ratio_picture(means, list(ranking(runs)["sampler"]), metrics)
+        order = dict.fromkeys([*ranking(runs)["sampler"], *runs["sampler"]])  # last those without a good run
+        yield str(name), ratio_picture(means, list(order), metrics)
         for shown in curves(runs, metrics):
             yield str(name), shown
 
@@ -92,12 +101,13 @@ def curves(runs: pd.DataFrame, metrics: list[str]) -> Iterator[Picture]:
         name = plotting.METRIC_NAMES.get(metric, metric).replace("$", "").replace("_2", "2")
         title = f"{name[0].upper()}{name[1:]}"
         yield Picture(
-            f"{metric}_calls", f"{title} against calls",
-            f"{name}, lower is better. {blue} Band: the noise floor, between exact draws. Crosses: diverged.",
+            f"{metric}_calls", title,
+            f"{title} against network calls, lower is better. {blue} Band: the noise floor, between exact draws. Crosses: "
+            "diverged or failed.",
             plotting.comparison_multiples(runs, metric=metric),
         )  # fmt: skip
         yield Picture(
-            f"{metric}_seconds", f"{title} against seconds", f"{blue} One thread; other work on the machine slows runs.",
+            f"{metric}_seconds", title, "The same against time, on one thread; other work on the machine slows runs.",
             plotting.comparison_multiples(runs, metric=metric, against="seconds_per_sample"),
         )  # fmt: skip
     if runs["endpoint_error"].notna().any():
@@ -179,8 +189,7 @@ def _reached(runs: pd.DataFrame) -> Iterator[str]:
         yield f"{goal} in the shortest time: {listed}."
     never = order[order["calls"].isna()]
     if len(never):
-        listed = ", ".join(f"{r.sampler} (excess {r.excess:.3f}, by {r.worst})" for r in never.itertuples())
-        yield f"not {goal} within any budget: {listed}."
+        yield f"not {goal} within any budget, the nearest first: {', '.join(never['sampler'])}."
 
 
 def _converged(runs: pd.DataFrame) -> Iterator[str]:
@@ -210,9 +219,11 @@ def duration(seconds: float) -> str:
 
 
 def faults(table: pd.DataFrame) -> pd.DataFrame:
-    """The runs that are not ok, with the columns model, sampler, budget, status and seeds (their number)."""
+    """The runs that are not ok: model, sampler, budget, the number of seeds, and what the first of them says."""
     bad = table[table["status"] != "ok"]
-    return bad.groupby(["model", "sampler", "budget", "status"], sort=False)["seed"].size().reset_index(name="seeds")
+    kind = bad["status"].str.split(":").str[0].rename("kind")
+    groups = bad.groupby(["model", "sampler", "budget", kind], sort=False)
+    return groups.agg(seeds=("seed", "size"), status=("status", "first")).reset_index().drop(columns="kind")
 
 
 def columns_shown(summary: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
@@ -229,4 +240,5 @@ def settings(config: DictConfig) -> list[str]:
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())
     command = " ".join(["python", "scripts/compare.py", *map(shlex.quote, sys.argv[1:])])
     own = dict(config) | ({"sde": configs.open_run(config).config.sde} if config.run else {})
-    return [html_page.code(command), html_page.text(f"{listed}; {machine}."), html_page.code(OmegaConf.to_yaml(own))]
+    return [html_page.code(command), html_page.text(f"{listed}; {machine}."),
+            html_page.folded("All options", html_page.code(OmegaConf.to_yaml(own)))]  # fmt: skip

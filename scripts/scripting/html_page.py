@@ -28,6 +28,7 @@ section { background: white; border: 1px solid var(--rule); border-radius: 10px;
 ul { margin: .2rem 0 .9rem; padding-left: 1.2rem; }
 li { margin: .2rem 0; }
 figure { margin: .6rem 0 .2rem; }
+figure + figure { margin-top: 1.8rem; }
 figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
 figcaption { color: var(--soft); font-size: .87rem; max-width: 54rem; }
 .scroll { overflow-x: auto; max-height: 34rem; overflow-y: auto; border: 1px solid var(--rule); border-radius: 6px; }

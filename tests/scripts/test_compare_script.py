@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from score_sde import VPSDE, LearnedScore, networks, targets
+from score_sde.evaluation import judge
 from score_sde.parameterization import Noise
 from score_sde.tuning import untuned
 
@@ -113,6 +114,24 @@ def test_advice_says_where_none_is_near_the_noise_floor(compared: Path) -> None:
     first, second = comparison_report.advice(far[far["sampler"] == "heun"])[:2]
     assert "heun with 5 calls" in first
     assert "best of" not in second
+
+
+def test_a_sampler_that_was_lost_at_every_budget_stays_in_the_figures(compared: Path) -> None:
+    table = pd.read_csv(compared / "comparison.csv").query("budget > 0")
+    lost, refused = table["sampler"] == "ddim", table["sampler"] == "heun"
+    figures = [name for name in table if table[name].dtype == float and "floor" not in name]
+    table.loc[lost | refused, figures] = float("nan")
+    table.loc[refused, "status"] = "refused: x"
+    table.loc[lost, "status"] = [f"diverged: {i} samples are not finite" for i in range(lost.sum())]
+    faults = comparison_report.faults(table[lost])
+    assert faults[["sampler", "budget", "seeds"]].values.tolist() == [["ddim", 5, 2], ["ddim", 12, 2]]
+    metrics = ["sliced_w2", "mode_spread"]
+    shown = {one.stem: one.figure for _, one in comparison_report.pictures(table, judge(table), metrics)}
+    rows = [label.get_text() for label in shown["ratios"].axes[0].get_yticklabels()]
+    assert rows[-2:] == ["ddim", "heun"]  # those without a good run, in the table's order
+    crossed = next(ax for ax in shown["sliced_w2_calls"].axes if ax.get_title() == "ddim")
+    assert [list(line.get_xdata()) for line in crossed.lines if line.get_marker() == "x"] == [[5, 12]]
+    assert "heun" not in {ax.get_title() for ax in shown["sliced_w2_calls"].axes}
 
 
 def test_a_killed_run_is_taken_up_where_it_was(compared: Path, tmp_path: Path) -> None:
