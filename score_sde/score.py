@@ -281,6 +281,16 @@ def at_least_single(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _forward(network: nn.Module) -> Callable[..., Any]:
+    """The `forward` of a network, also of one that torch.compile has wrapped."""
+    return getattr(network, "_orig_mod", network).forward
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """The device of a module's weights; the CPU if it has none."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
 class LearnedScore(nn.Module, ScoreModel):
     """A network F seen through a parameterization.
 
@@ -318,7 +328,7 @@ class LearnedScore(nn.Module, ScoreModel):
             raise TypeError(f"a parameterization is an object, e.g. Karras(sigma_data=0.5); got {parameterization!r}")
         self.network, self.sde, self.parameterization = network, sde, parameterization
         self.event_shape = _event_shape(event_shape)
-        forward = getattr(network, "_orig_mod", network).forward
+        forward = _forward(network)
         try:
             inspect.signature(forward).bind_partial(None, None)
         except TypeError as error:
@@ -332,7 +342,7 @@ class LearnedScore(nn.Module, ScoreModel):
 
     @property
     def device(self) -> torch.device:
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        return _device_of(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -477,14 +487,16 @@ class FunctionScore(ScoreModel):
     """A score model from a plain function: a score, a denoiser, or a prediction of the noise or of a velocity.
 
     Args:
-        function: (x, t, **condition) -> tensor of x's shape (batch, *event_shape). t is in x's dtype and multiplies x: a
-            scalar tensor, or of shape (batch, 1, ..., 1) where each sample has its own time. Its further named parameters
+        function: (x, t, **condition) -> tensor of x's shape (batch, *event_shape), or a module with such a `forward`. t is
+            in x's dtype, on x's device, and multiplies x: a scalar tensor, or of shape (batch, 1, ..., 1) where each sample
+            has its own time; `t.reshape(-1).expand(len(x))` has shape (batch,) in both cases. Its further named parameters
             are the conditions it accepts.
         sde: the forward process whose marginals p_t the function describes.
         event_shape: shape of one sample.
         gives: "score" (grad log p_t), "denoised" (E[x_0 | x_t]), "noise" (E[eps | x_t]), "velocity" (alpha eps - sigma D)
             or "flow", the field of flow matching (alpha' D + sigma' eps, which is eps - D on `RectifiedFlow`).
         data_std: standard deviation of the clean data, a scale for solvers.
+        device: where samples are drawn by default; if left out, where a module's weights are, else the CPU.
 
     Raises:
         TypeError: `function` cannot be called, or `sde` is not an SDE.
@@ -494,7 +506,7 @@ class FunctionScore(ScoreModel):
 
     def __init__(
         self, function: Callable[..., Tensor], sde: SDE, event_shape: Sequence[int], gives: str = "score",
-        data_std: float = 1.0,
+        data_std: float = 1.0, device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         if not callable(function):
             raise TypeError(f"FunctionScore(function, sde, event_shape) takes a function (x, t), got {function!r}")
@@ -502,12 +514,19 @@ class FunctionScore(ScoreModel):
         self.function, self.sde, self.event_shape = function, sde, _event_shape(event_shape)
         self.gives = one_of("gives", gives, MEANINGS)
         self.data_std = number("data_std", data_std, above=0)
-        self.condition_names = condition_names_of(function)
+        self.condition_names = condition_names_of(_forward(function) if isinstance(function, nn.Module) else function)
+        self._device = None if device is None else torch.device(device)
+
+    @property
+    def device(self) -> torch.device:
+        if self._device is None and isinstance(self.function, nn.Module):
+            return _device_of(self.function)
+        return self._device or torch.device("cpu")
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(real("x", x).shape, condition)
         alpha, sigma = _level(self.sde, t)
-        at = expand(as_time(t), x) if is_batched(t) else torch.tensor(float(t), dtype=x.dtype)
+        at = expand(as_time(t), x) if is_batched(t) else x.new_full((), float(t))
         value = self.function(x, at, **condition)
         if not isinstance(value, Tensor) or value.shape != x.shape:
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

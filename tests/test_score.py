@@ -355,6 +355,28 @@ def test_a_function_has_conditions_by_name_and_gives_the_shape_of_x():
         FunctionScore(torch.sin, VPSDE(), (2,), "epsilon")
 
 
+def test_a_module_as_a_function_has_the_conditions_of_its_forward_and_the_device_of_its_weights():
+    class Denoiser(torch.nn.Linear):
+        def forward(self, x, sigma, class_labels=None):
+            return super().forward(x)
+
+    module = Denoiser(2, 2, device="meta")
+    model = FunctionScore(module, KarrasSDE(), (2,), "denoised")
+    assert model.condition_names == {"class_labels"}
+    assert model.device == torch.device("meta")
+    assert FunctionScore(lambda x, t: module(x, t), KarrasSDE(), (2,), device="meta").device == torch.device("meta")
+    assert FunctionScore(lambda x, t: x, KarrasSDE(), (2,)).device == torch.device("cpu")
+
+
+def test_a_function_is_given_a_time_on_the_device_of_x():
+    asked = []
+    model = FunctionScore(lambda x, t: asked.append((t.device.type, t.dtype)) or x, VPSDE(), (2,))
+    x = torch.empty(3, 2, device="meta")
+    for t in (0.5, torch.full((3,), 0.5)):
+        model(x, t)
+    assert asked == [("meta", torch.float32)] * 2
+
+
 def test_labels_are_classes_or_none():
     model = LearnedScore(MLP((2,), num_classes=3), VPSDE(), Karras(0.5), (2,))
     sampler = Sampler(DDIM(), functools.partial(grid.log_snr, steps=2))
