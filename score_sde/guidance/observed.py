@@ -6,7 +6,7 @@ p(x_0 | x_t) by
 
     DPS          a point, D                       G = J^T A^T r / n^2
     PiGDM        N(D, v I)                        G = J^T A^T (v A A^T + n^2 I)^{-1} r
-    MMPS         N(D, C), C = sigma^2 / alpha J   G = J^T A^T (A C A^T + n^2 I)^{-1} r
+    MMPS         N(D, C), C = sigma^2 / alpha J   G = J^T A^T (A C A^T + n^2 I)^{-1} r,  A linearised at D
     DiffPIR      N(D, w I), and takes the mode    D' = D + A^T (A A^T + n^2 / w I)^{-1} r
     Replacement  as DiffPIR, for n = 0            D' = D + A^+ r
 
@@ -52,7 +52,7 @@ class Observed(WrappedScore):
         super().__init__(model)
         name = type(self).__name__
         if not isinstance(operator, LinearOperator if self.linear else Operator):
-            wanted = "a LinearOperator (DPS takes any Operator)" if self.linear else "an Operator"
+            wanted = "a LinearOperator (DPS and MMPS take any Operator)" if self.linear else "an Operator"
             function = "a linear function as Linear" if self.linear else "a function as Nonlinear"
             raise TypeError(f"{name} takes {wanted}, got {type(operator).__name__}: wrap a matrix as Matrix(A), "
                             f"{function}(f, input_shape)")  # fmt: skip
@@ -243,15 +243,17 @@ class MMPS(Observed):
     """G = J^T A^T (A Cov A^T + noise_std^2 I)^{-1} (y - A D), with the model's own Cov[x_0 | x_t] = sigma^2 / alpha J.
 
     Exact for every Gaussian prior, up to the linear solver: conjugate residuals with a fixed number of iterations, which do
-    not need a symmetric J (a learned one is not). Assumes: linear A. Cost: one call and iterations + 1 gradients. Bias
-    otherwise: p(x_0 | x_t) counts as Gaussian, so that modes get wrong weights where y distinguishes them. Certificate:
-    0.01 / 0.01.
+    not need a symmetric J (a learned one is not). A nonlinear A is replaced by A(D) + A'(D) (x_0 - D). Assumes: a
+    differentiable A. Cost: one call and iterations + 1 gradients. Bias otherwise: p(x_0 | x_t) counts as Gaussian and A as
+    linear, so that modes get wrong weights where y distinguishes them. Certificate: 0.01 / 0.01.
     Source: Rozet et al. 2024, https://arxiv.org/abs/2405.13712, eq. 13 and algorithm 3; Boys et al. 2023 (TMPD),
     https://arxiv.org/abs/2310.06721.
 
     Args:
         iterations: of the solver, 1 or more; exact with as many as A has rows.
     """
+
+    linear = False
 
     def __init__(
         self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0,
@@ -261,15 +263,24 @@ class MMPS(Observed):
         self.iterations = whole("iterations", iterations)
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
-        y, operator = self._take(x, condition), _operator(self)
+        y = self._take(x, condition)
         prediction, clean, pull = with_pull(self.model, x, t, condition)
+        seen, ahead, back = linearised(self.operator, clean)
         gain = prediction.sigma**2 / prediction.alpha
 
         def covariance(v: Tensor) -> Tensor:
-            return operator(scaled(gain, pull(operator.transpose(v)))) + self.noise_std**2 * v
+            return ahead(scaled(gain, pull(back(v)))) + self.noise_std**2 * v
 
-        solved = conjugate_residuals(covariance, y - operator(clean), self.iterations)
-        return pushed(prediction, pull(operator.transpose(solved)))
+        solved = conjugate_residuals(covariance, y - seen, self.iterations)
+        return pushed(prediction, pull(back(solved)))
+
+
+def linearised(operator: Operator, x: Tensor) -> tuple[Tensor, Pull, Pull]:
+    """A(x), v -> A'(x) v and w -> A'(x)^T w."""
+    if isinstance(operator, LinearOperator):
+        return operator(x), operator, operator.transpose
+    seen, pull = torch.func.vjp(operator, x)  # type: ignore[misc]
+    return seen, lambda v: torch.func.jvp(operator, (x,), (v,))[1], lambda w: pull(w)[0]
 
 
 def spread(prediction: Prediction, data_std: float) -> Coefficient:

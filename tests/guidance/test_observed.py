@@ -96,6 +96,19 @@ def test_dps_takes_a_nonlinear_operator():
     torch.testing.assert_close(got, gradient)
 
 
+def test_mmps_linearises_a_nonlinear_operator_at_the_denoised_point():
+    model, _, y, _ = problem()
+    operator = Nonlinear(lambda x: torch.stack([x.square().sum(1), (x[:, 0] * x[:, 1]).sin()], 1), (D,))
+    x, t = points(), 0.3
+    got = MMPS(model, operator, y, N, iterations=2)(x, t).score - model(x, t).score
+    for v, gradient in zip(x, got, strict=True):
+        clean, J = model(v[None], t).denoised, torch.func.jacrev(lambda u: model(u[None], t).denoised[0])(v)
+        H = torch.func.jacrev(lambda u: operator(u[None])[0])(clean[0])
+        C = model.sde.sigma(t) ** 2 / model.sde.alpha(t) * J
+        solved = torch.linalg.solve(H @ C @ H.T + N**2 * torch.eye(2), y - operator(clean)[0])
+        torch.testing.assert_close(gradient, J.T @ H.T @ solved)
+
+
 def test_dps_by_the_published_rule_is_algorithm_1_on_the_ddpm_ladder():
     sde = DiscreteSDE.ddpm()
     model, operator, y, _ = problem(sde=sde)
@@ -227,7 +240,7 @@ MASK = Mask((D,), torch.tensor([True, False, True, False]))
     [
         (lambda m: Replacement(m, MASK, torch.zeros(D)), ValueError, "pass the observation operator(x), not x itself"),
         (lambda m: PiGDM(m, Mask((3,), torch.ones(3) > 0), torch.zeros(3)), ValueError, "the model's is (4,)"),
-        (lambda m: PiGDM(m, Nonlinear(torch.sin, (D,)), torch.zeros(D)), TypeError, "DPS takes any Operator"),
+        (lambda m: PiGDM(m, Nonlinear(torch.sin, (D,)), torch.zeros(D)), TypeError, "DPS and MMPS take any Operator"),
         (lambda m: DPS(m, MASK, torch.zeros(2)), ValueError, "noise_std is one number > 0 for all of y, got 0.0"),
         (lambda m: DPS(m, MASK, torch.zeros(2), 0.1, rule="norm"), ValueError, "rule is one of likelihood, residual"),
         (lambda m: MMPS(m, MASK, torch.zeros(2), 0.1, 0), ValueError, "iterations >= 1, got iterations=0"),
