@@ -504,6 +504,8 @@ class FunctionScore(ScoreModel):
             another shape.
     """
 
+    _levels: dict[float, tuple[float, ...]]
+
     def __init__(
         self, function: Callable[..., Tensor], sde: SDE, event_shape: Sequence[int], gives: str = "score",
         data_std: float = 1.0, device: torch.device | str | None = None,
@@ -517,6 +519,10 @@ class FunctionScore(ScoreModel):
         self.condition_names = condition_names_of(_forward(function) if isinstance(function, nn.Module) else function)
         self._device = None if device is None else torch.device(device)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        vars(self)["_levels"] = {}  # the kept coefficients depend on `sde` and `gives`
+        super().__setattr__(name, value)
+
     @property
     def device(self) -> torch.device:
         if self._device is None and isinstance(self.function, nn.Module):
@@ -525,16 +531,31 @@ class FunctionScore(ScoreModel):
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(real("x", x).shape, condition)
-        alpha, sigma = _level(self.sde, t)
         at = expand(as_time(t), x) if is_batched(t) else x.new_full((), float(t))
+        alpha, sigma, c_skip, c_out = self._level(t)
         value = self.function(x, at, **condition)
         if not isinstance(value, Tensor) or value.shape != x.shape:
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the function gives {given} for x of shape {tuple(x.shape)} and t of shape {tuple(at.shape)}: "
                              "it must return a tensor of x's shape")  # fmt: skip
-        output = MEANINGS[self.gives].output(self.sde, as_time(t).double())
-        c_skip, c_out = output if is_batched(t) else (part.item() for part in output)
         return Prediction(x, value.to(x.dtype), alpha, sigma, c_skip, c_out)
+
+    def prepare(self, times: Iterable[float]) -> None:
+        t = torch.as_tensor(list(times), dtype=torch.float64)
+        _refuse_times(self.sde, t)
+        rows = zip(*(column.tolist() for column in self._columns(t)), strict=True)
+        _remember(self._levels, dict(zip(t.tolist(), rows, strict=True)))
+
+    def _level(self, t: Time) -> tuple[Coefficient, ...]:
+        """alpha, sigma, c_skip and c_out at t: floats, or of shape (batch,) where each sample has its own time."""
+        if is_batched(t):
+            return self._columns(as_time(t).double())
+        if float(t) not in self._levels or _is_learnt(self.sde):
+            self.prepare([float(t)])
+        return self._levels[float(t)]
+
+    def _columns(self, t: Tensor) -> tuple[Tensor, ...]:
+        return (self.sde.alpha(t), self.sde.sigma(t), *MEANINGS[self.gives].output(self.sde, t))
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__name__", None) or repr(self.function)

@@ -377,6 +377,26 @@ def test_a_function_is_given_a_time_on_the_device_of_x():
     assert asked == [("meta", torch.float32)] * 2
 
 
+def test_a_function_s_coefficients_are_tabulated_before_the_first_call_and_follow_its_sde():
+    class Counted(VPSDE):
+        asked = 0
+
+        def alpha(self, t):
+            type(self).asked += 1
+            return super().alpha(t)
+
+    model = FunctionScore(lambda x, t: x, Counted(), (2,), "noise")
+    times = [0.7, 0.2]
+    model.prepare(times)
+    before = Counted.asked
+    kept = [model(x_of(), t).denoised for t in times]
+    assert Counted.asked == before
+    fresh = FunctionScore(lambda x, t: x, VPSDE(), (2,), "noise")
+    torch.testing.assert_close(kept, [fresh(x_of(), t).denoised for t in times], rtol=1e-12, atol=1e-12)
+    model.sde = KarrasSDE()
+    assert model(x_of(), 0.7).alpha == 1
+
+
 def test_labels_are_classes_or_none():
     model = LearnedScore(MLP((2,), num_classes=3), VPSDE(), Karras(0.5), (2,))
     sampler = Sampler(DDIM(), functools.partial(grid.log_snr, steps=2))
