@@ -25,7 +25,7 @@ from score_sde.checks import one_of, whole
 from score_sde.embedded import PAIRS, Exponential, Level, Norm, first_step, integrate, mixed_tolerance, rms
 from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
-from score_sde.sampler import ErrorControlled, SampleResult, begin, mean_calls
+from score_sde.sampler import ErrorControlled, SampleResult, Start, begin, ending, mean_calls
 from score_sde.score import ScoreModel
 from score_sde.sde import Time, as_time, expand
 
@@ -58,9 +58,9 @@ class PerSample:
         """D(x, t) for t of shape (samples,); ids are the samples' places in the batch."""
         return self.predict(x, t, ids).denoised.to(x.dtype)
 
-    def predict(self, x: Tensor, t: Time, ids: Tensor) -> Prediction:
-        """The whole prediction at the same arguments."""
-        own = {name: value[ids] for name, value in self.own.items()}
+    def predict(self, x: Tensor, t: Time, ids: Tensor | None = None) -> Prediction:
+        """The whole prediction at the same arguments; without ids, of the whole batch."""
+        own = self.own if ids is None else {name: value[ids] for name, value in self.own.items()}
         prediction = self.model(x, t, **self.shared, **own)
         self.calls = prediction.calls
         self.spent += prediction.calls
@@ -223,9 +223,8 @@ class AdaptiveODE(ErrorControlled):
             RuntimeError: a step size vanished; see `integrate`.
         """
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
-        ends = (model.sde.t_max, model.sde.t_min)
-        chosen = chosen_times(trajectory, points, times, *ends)
-        return self._solve(model, start.x, start.model.condition, *ends, chosen, progress, self.final == "denoise")
+        chosen = chosen_times(trajectory, points, times, model.sde.t_max, model.sde.t_min)
+        return self._solve(start, start.times, chosen, progress, self.final)
 
     @torch.no_grad()
     def encode(
@@ -237,42 +236,36 @@ class AdaptiveODE(ErrorControlled):
         Where alpha(t_min) is not near 1, as on a rectified flow, give alpha(t_min) x; `likelihood.encode` does so itself.
         """
         start = begin(model, x.shape, 0, None, x, condition, None)
-        ends = (model.sde.t_min, model.sde.t_max)
-        chosen = chosen_times(trajectory, points, times, *ends)
-        return self._solve(model, x, start.model.condition, *ends, chosen, progress, denoise=False)
+        chosen = chosen_times(trajectory, points, times, model.sde.t_min, model.sde.t_max)
+        return self._solve(start, start.times.flip(0), chosen, progress, "none")
 
     def _solve(
-        self, model: ScoreModel, x: Tensor, condition: Mapping[str, Any], t_start: float, t_end: float,
-        times: Tensor | None, progress: bool, denoise: bool,
+        self, start: Start, ends: Tensor, times: Tensor | None, progress: bool, final: str
     ) -> AdaptiveResult:  # fmt: skip
+        x, model, (t_start, t_end) = start.x, start.model.model, ends.tolist()
         if self.rtol + self.atol < torch.finfo(x.dtype).eps:
             warnings.warn(f"rtol={self.rtol:g} and atol={self.atol:g} are below what {x.dtype} resolves, so the steps follow "
                           "rounding errors: loosen them, or give dtype=torch.float32", stacklevel=4)  # fmt: skip
         clock = time.perf_counter()
         pair = PAIRS[self.method]()
         kind = DenoisedField if isinstance(pair, Exponential) else StandardField
-        field = kind(PerSample(model, condition, len(x)), model.data_std, x)
-        field.model.check_apart()
+        per_sample = PerSample(model, start.model.condition, len(x))
+        per_sample.check_apart()
+        field = kind(per_sample, model.data_std, x)
         u_start, u_end = float(field.u(t_start)), float(field.u(t_end))
         first = first_step(pair, u_start, u_end, self.rtol + self.atol)
         found = integrate(
             field, pair, field.state(x, t_start), u_start, u_end, field.norm(self.rtol, self.atol), first,
             times=None if times is None else field.u(times), block=self.block, progress=progress,
-            spent=lambda: field.model.spent,
+            spent=lambda: per_sample.spent,
         )  # fmt: skip
-        end, calls = field.back(found.y, t_end), found.calls
-        if denoise:
-            last = model(end, t_end, **condition)
-            end, calls = last.denoised, calls + last.calls
+        end, last = ending(final, per_sample.predict, field.back(found.y, t_end), t_end)
         path = None
         if found.dense is not None and times is not None:
             path = torch.stack([field.back(y, t) for y, t in zip(found.dense, times.tolist(), strict=True)])
-        nfe, seconds = mean_calls(calls), time.perf_counter() - clock
-        grid = torch.tensor([t_start, t_end], dtype=torch.float64) if times is None else times
-        return AdaptiveResult(end, nfe, seconds, path, grid, calls, found.rejected)
-
-    def __repr__(self) -> str:
-        return f"AdaptiveODE({self.method!r}, rtol={self.rtol}, atol={self.atol})"
+        calls, seconds = found.calls + last, time.perf_counter() - clock
+        grid = ends if times is None else times
+        return AdaptiveResult(end, mean_calls(calls), seconds, path, grid, calls, found.rejected)
 
 
 def chosen_times(

@@ -24,7 +24,7 @@ from score_sde.checks import SolverError
 from score_sde.embedded import power, rms
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
-from score_sde.sampler import ErrorControlled, begin, mean_calls
+from score_sde.sampler import ErrorControlled, begin, ending, mean_calls
 from score_sde.score import ScoreModel
 from score_sde.sde import expand
 
@@ -82,8 +82,8 @@ class AdaptiveSDE(ErrorControlled):
             RuntimeError: a step size vanished because the model's output is not finite, or `MAX_ROUNDS` is reached.
         """
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
-        sde, clock, ends = model.sde, time.perf_counter(), (model.sde.t_max, model.sde.t_min)
-        chosen = chosen_times(trajectory, points, times, *ends)
+        clock = time.perf_counter()
+        chosen = chosen_times(trajectory, points, times, *start.times.tolist())
         per_sample = PerSample(model, start.model.condition, len(start.x))
         per_sample.check_apart()
         run = _Paths(self, per_sample, start.x, chosen)
@@ -94,16 +94,10 @@ class AdaptiveSDE(ErrorControlled):
                 bar.update(run.round(start.noise(attempt, 0)[run.ids]))
             else:
                 raise SolverError(f"a sample has not reached t_min after {MAX_ROUNDS} steps: loosen rtol and atol")
-        x, calls = run.result, run.calls
-        if self.final == "denoise":
-            last = model(x, sde.t_min, **start.model.condition)
-            x, calls = last.denoised, calls + last.calls
-        nfe, seconds = mean_calls(calls), time.perf_counter() - clock
-        grid = torch.tensor(ends, dtype=torch.float64) if chosen is None else chosen
-        return AdaptiveResult(x, nfe, seconds, run.path, grid, calls, run.total_rejected)
-
-    def __repr__(self) -> str:
-        return f"AdaptiveSDE(rtol={self.rtol}, atol={self.atol})"
+        x, last = ending(self.final, per_sample.predict, run.result, model.sde.t_min)
+        calls, seconds = run.calls + last, time.perf_counter() - clock
+        grid = start.times if chosen is None else chosen
+        return AdaptiveResult(x, mean_calls(calls), seconds, run.path, grid, calls, run.total_rejected)
 
 
 class _Paths:

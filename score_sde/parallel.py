@@ -25,7 +25,7 @@ from score_sde.embedded import rms
 from score_sde.grid import Grid
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
-from score_sde.sampler import FINALS, SampleResult, Start, begin, mean_calls, warn_of_lost
+from score_sde.sampler import FINALS, AsWritten, SampleResult, Start, begin, ending, mean_calls, warn_of_lost
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, expand
 from score_sde.steps.linear import LinearRow, LinearStep
@@ -42,7 +42,7 @@ class ParallelResult(SampleResult):
     rounds: int
 
 
-class ParallelSampler:
+class ParallelSampler(AsWritten):
     """Picard iteration with a sliding window, for a predictor that is a `LinearStep`, with or without noise.
 
     Every sample has its own window, so that samples do not affect each other. The noise is that of the sequential
@@ -76,7 +76,7 @@ class ParallelSampler:
 
     def check(self, sde: SDE) -> None:
         """Refuses, with ValueError, an SDE on which the grid or the step does not work."""
-        self._rows(sde)
+        self._rows(sde, grids.check(self.grid(sde), sde))
 
     @torch.no_grad()
     def sample(
@@ -85,8 +85,8 @@ class ParallelSampler:
         progress: bool = False, dtype: torch.dtype | None = None,
     ) -> ParallelResult:  # fmt: skip
         """Draws samples; arguments as in `Sampler.sample`, and so the trajectory, over the grid's times."""
-        times, rows = self._rows(model.sde)
-        start = begin(model, shape, seed, noise, x_init, condition, dtype, times, self.predictor)
+        start = begin(model, shape, seed, noise, x_init, condition, dtype, self.grid, self.predictor)
+        times, rows = start.times, self._rows(model.sde, start.times)
         clock = time.perf_counter()
         per_sample = PerSample(model, start.model.condition, len(start.x))
         per_sample.check_apart()
@@ -94,16 +94,12 @@ class ParallelSampler:
         with tqdm(total=len(start.x), desc="samples", disable=not progress, delay=1.0, leave=False) as bar:
             while len(run.ids):
                 bar.update(run.round())
-        x, calls, rounds = run.result, run.evaluations, run.rounds
-        if self.final == "denoise":
-            last = model(x, times[-1].item(), **start.model.condition)
-            x, calls, rounds = last.denoised, calls + last.calls, rounds + 1
-        nfe, seconds = mean_calls(calls), time.perf_counter() - clock
+        x, last = ending(self.final, per_sample.predict, run.result, times[-1].item())
+        nfe, seconds = mean_calls(run.evaluations + last), time.perf_counter() - clock
         warn_of_lost(x, model, times[-1].item())
-        return ParallelResult(x, nfe, seconds, run.path if trajectory else None, times, rounds)
+        return ParallelResult(x, nfe, seconds, run.path if trajectory else None, times, run.rounds + bool(last))
 
-    def _rows(self, sde: SDE) -> tuple[Tensor, list[LinearRow]]:
-        times = grids.check(self.grid(sde), sde)
+    def _rows(self, sde: SDE, times: Tensor) -> list[LinearRow]:
         if (times.diff() > 0).any():
             raise ValueError("parallel sampling needs a grid that only decreases: use Sampler for grids with churn")
         rows = list(self.predictor.plan(sde, times[:-1], times[1:]))
@@ -111,10 +107,7 @@ class ParallelSampler:
             raise ValueError(
                 "parallel sampling needs a network call in every row after the first: use Sampler for this table"
             )
-        return times, rows
-
-    def __repr__(self) -> str:
-        return f"ParallelSampler({self.predictor!r}, window={self.window}, tolerance={self.tolerance})"
+        return rows
 
 
 class _Windows:

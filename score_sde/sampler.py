@@ -67,7 +67,34 @@ def mean_calls(calls: Tensor) -> int:
     return math.ceil(calls.double().mean().item()) if len(calls) else 0
 
 
-class ErrorControlled:
+def ending(final: str, model: Callable[[Tensor, float], Prediction], x: Tensor, t: float) -> tuple[Tensor, int]:
+    """The samples of a run that has come to x at t, by Tweedie's formula if final="denoise", and the calls that it takes."""
+    if final == "none":
+        return x, 0
+    last = model(x, t)
+    return last.denoised, last.calls
+
+
+class AsWritten:
+    """A base for samplers, which are shown as one writes them in Python: with the arguments that are not the default."""
+
+    def __repr__(self) -> str:
+        usual = inspect.signature(type(self)).parameters
+        parts = {name: value for name, value in vars(self).items() if name in usual and value != usual[name].default}
+        return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in parts.items())})"
+
+
+def _shown(part: Any) -> str:
+    """A part of a sampler as it is written in Python."""
+    if isinstance(part, partial):
+        bound = ", ".join(
+            [*map(_shown, part.args), *(f"{name}={_shown(value)}" for name, value in part.keywords.items())]
+        )
+        return f"partial({_shown(part.func)}, {bound})"
+    return getattr(part, "__name__", None) or repr(part)
+
+
+class ErrorControlled(AsWritten):
     """The options that solvers which choose their own steps share.
 
     Args:
@@ -121,11 +148,13 @@ class CountedModel:
 
 @dataclass(frozen=True)
 class Start:
-    """A checked request for samples: where they start, the stream of their noise and their model."""
+    """A checked request for samples: where they start, the stream of their noise, their model, and their grid's times, or
+    t_max and t_min."""
 
     x: Tensor
     noise: Stream
     model: CountedModel
+    times: Tensor
 
 
 def check_model(model: ScoreModel) -> None:
@@ -143,21 +172,23 @@ def check_model(model: ScoreModel) -> None:
     parts = [*model.modules()] if isinstance(model, nn.Module) and model.training else []
     if any(isinstance(part, nn.Dropout | nn.Dropout1d | nn.Dropout2d) and part.training and part.p for part in parts):
         warnings.warn(
-            "the model is in training mode, so its dropout changes every call: model.eval() first", stacklevel=4
+            "the model is in training mode, so its dropout changes every call: model.eval() first", stacklevel=5
         )
 
 
 def begin(
     model: ScoreModel, shape: Sequence[int], seed: int | None, noise: NoiseSource | None, x_init: Tensor | None,
-    condition: Mapping[str, Any] | None, dtype: torch.dtype | None, times: Tensor | None = None,
+    condition: Mapping[str, Any] | None, dtype: torch.dtype | None, grid: Grid | None = None,
     predictor: Step | None = None,
 ) -> Start:  # fmt: skip
-    """Checks a request for samples and draws the model's start at times[0] (t_max if left out), unless `x_init` gives it.
+    """Checks a request for samples and draws the model's start at the grid's first time (t_max without one), unless
+    `x_init` gives it.
 
     A noise source that depends on the grid (`NoiseSource.along`) is bound to it where a predictor goes over all times.
 
     Raises:
-        ValueError: the shape is not (batch, *event_shape), x_init has another shape, or both seed and noise are given.
+        ValueError: the shape is not (batch, *event_shape), x_init has another shape, both seed and noise are given, or the
+            grid is not one (`grid.check`).
         TypeError: `model` is not a score model, a condition's name is unknown to it, or `noise` is not a noise source.
     """
     keep_freed_memory()
@@ -170,12 +201,14 @@ def begin(
         warnings.warn(f"a state in {dtype} is rounded at every step; over a thousand steps its spread can grow by 20 %: "
                       "give dtype=torch.float32, whatever the dtype of the weights, and round the samples",
                       stacklevel=4)  # fmt: skip
-    source, t = noise or BatchNoise(seed), model.sde.t_max if times is None else times[0].item()
-    if predictor is not None and times is not None:
-        source = source.along(model.sde.half_log_snr(times), predictor.shares)
-    stream = source.open(shape, dtype, device)
+    source, sde = noise or BatchNoise(seed), model.sde
+    ends = torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)
+    times = ends if grid is None else grids.check(grid(sde), sde)
+    if predictor is not None:
+        source = source.along(sde.half_log_snr(times), predictor.shares)
+    stream, t = source.open(shape, dtype, device), times[0].item()
     x = model.start_at(stream(0, 0), t) if x_init is None else x_init.to(dtype, copy=True)  # a step may write into it
-    return Start(x, stream, CountedModel(model, condition))
+    return Start(x, stream, CountedModel(model, condition), times)
 
 
 def _checked_request(
@@ -233,16 +266,6 @@ class Move:
     arrives: bool
 
 
-def _shown(part: Any) -> str:
-    """A part of a sampler as it is written in Python."""
-    if isinstance(part, partial):
-        bound = ", ".join(
-            [*map(_shown, part.args), *(f"{name}={_shown(value)}" for name, value in part.keywords.items())]
-        )
-        return f"partial({_shown(part.func)}, {bound})"
-    return getattr(part, "__name__", None) or repr(part)
-
-
 def _grad_if_asked(sample: F) -> F:
     """Decorates `sample`: autograd is on where its argument `gradient` is true, and off otherwise."""
 
@@ -254,7 +277,7 @@ def _grad_if_asked(sample: F) -> F:
     return switched  # type: ignore[return-value]
 
 
-class Sampler:
+class Sampler(AsWritten):
     """A predictor, a corrector or both on a time grid.
 
     Args:
@@ -302,11 +325,6 @@ class Sampler:
         self.final, self.S_noise = one_of("final", final, FINALS), number("S_noise", S_noise, above=0)
         self.corrector_first, self.corrector_where = corrector_first, corrector_where
 
-    def __repr__(self) -> str:
-        usual = inspect.signature(type(self)).parameters
-        parts = {name: value for name, value in vars(self).items() if name in usual and value != usual[name].default}
-        return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in parts.items())})"
-
     @classmethod
     def tabulated(cls, table: str | Path | Table) -> Sampler:
         """The sampler of a table of scalars on its own grid (see `Tabulated`), with Tweedie's formula unless it ends at 0."""
@@ -340,9 +358,8 @@ class Sampler:
         """
         if gradient and self.cuda_graph:
             raise ValueError("gradient=True cannot go through CUDA graphs: build the sampler with cuda_graph=False")
-        check_model(model)
-        times = grids.check(self.grid(model.sde), model.sde)
-        start = begin(model, shape, seed, noise, x_init, condition, dtype, times, self.predictor or Carry())
+        start = begin(model, shape, seed, noise, x_init, condition, dtype, self.grid, self.predictor or Carry())
+        times = start.times
         for step in (self.predictor, self.corrector):
             if step is not None:
                 step.check_model(model)
@@ -354,8 +371,7 @@ class Sampler:
         for x, arrived in self._run(moves, start, progress):
             if trajectory and arrived:
                 states.append(x)
-        if self.final == "denoise":
-            x = start.model(x, times[-1].item()).denoised
+        x, _ = ending(self.final, start.model, x, times[-1].item())
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
         seconds = time.perf_counter() - clock

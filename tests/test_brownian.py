@@ -18,6 +18,7 @@ from score_sde import (
     BrownianNoise,
     ExactScore,
     ExponentialAdams,
+    FunctionScore,
     LangevinCorrector,
     SampleNoise,
     Sampler,
@@ -26,6 +27,7 @@ from score_sde import (
     targets,
 )
 from score_sde.evaluation.certify import counted_calls, discover
+from score_sde.guidance import Matrix, TwistedParticles
 
 F64 = torch.float64
 LEVELS = torch.tensor([-4.01, -2.53, -2.0, 0.2512, 3.07], dtype=F64)
@@ -144,6 +146,11 @@ def test_a_correctors_noise_is_fresh():
     assert not torch.allclose(with_path[1], without[1])
 
 
-def test_a_solver_that_chooses_its_own_steps_is_refused_with_the_fix():
-    with pytest.raises(ValueError, match=r"BrownianNoise is for a Sampler on a grid.*SampleNoise"):
-        AdaptiveSDE().sample(RING, (4, 2), noise=BrownianNoise(range(4)))
+def test_a_solver_without_a_grid_of_moves_is_refused_before_the_first_call():
+    def never(x, t):
+        raise AssertionError("the network was called")
+
+    particles = TwistedParticles(partial(grid.log_snr, steps=4), Matrix([[1.0, 0.0]]), torch.zeros(1), 0.3)
+    for solver in (AdaptiveSDE(), particles):
+        with pytest.raises(ValueError, match=r"BrownianNoise is for a Sampler on a grid.*SampleNoise"):
+            solver.sample(FunctionScore(never, VPSDE(), (2,)), (4, 2), noise=BrownianNoise(range(4)))

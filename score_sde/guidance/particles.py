@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_sde import grid as grids
 from score_sde.checks import whole
 from score_sde.grid import Grid
 from score_sde.guidance.base import pushed, with_pull
@@ -87,10 +86,9 @@ class TwistedParticles:
         """
         PiGDM(model, self.operator, self.y, self.noise_std, self.data_std)  # for its refusals
         count = shape[0]
-        times = grids.check(self.grid(model.sde), model.sde)
         shape = (self.particles or count, *shape[1:])
-        start = begin(model, shape, seed, noise, x_init, condition, dtype, times)
-        given = start.model.condition
+        start = begin(model, shape, seed, noise, x_init, condition, dtype, self.grid)
+        given, times = start.model.condition, start.times
         _check_shared(model, given, len(start.x))
         rows = [_of_denoised(row, model.sde) for row in self.step.plan(model.sde, times[:-1], times[1:])]
         if (times.diff() > 0).any() or any(row.c <= 0 for row in rows):
@@ -99,13 +97,14 @@ class TwistedParticles:
         clock, calls = time.perf_counter(), 0
         x, log_weights, twist = start.x, torch.zeros(len(start.x), dtype=torch.float64, device=start.x.device), None
         for i in tqdm(range(len(times)), desc="particles", disable=not progress, delay=1.0, leave=False):
+            draw = start.noise(i + 1, 0)
             prediction, clean, push, log_twist = self._twisted(model, x, times[i].item(), given)
             calls += prediction.calls
             log_weights = log_weights + log_twist - (0.0 if twist is None else twist)
             log_weights = log_weights.nan_to_num(nan=-math.inf, neginf=-math.inf)  # a NaN particle has no descendants
             if i == len(rows):
                 break
-            chosen, log_weights = self._resampled(log_weights, start.noise(i + 1, 0))
+            chosen, log_weights = self._resampled(log_weights, draw)
             x, clean, push, twist = x[chosen], clean[chosen], push[chosen], log_twist[chosen]
             row, z = rows[i], start.noise(i + 1, 1)
             shift = row.b[0] * push / row.c  # of the guided step's mean, in units of its noise: log(p / q) follows
@@ -114,7 +113,7 @@ class TwistedParticles:
         if len(x) and not log_weights.isfinite().any():
             raise FloatingPointError("no particle has a finite weight: the model's outputs are not finite, or noise_std is "
                                      "far too small for y")  # fmt: skip
-        x = (clean + push)[_systematic(log_weights.softmax(0), start.noise(len(times), 0), count)]
+        x = (clean + push)[_systematic(log_weights.softmax(0), draw, count)]
         seconds = time.perf_counter() - clock
         warn_of_lost(x, model, times[-1].item())
         return SampleResult(x, calls, seconds, None, times)
