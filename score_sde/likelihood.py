@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from score_sde.adaptive import PerSample, whole_lanes
 from score_sde.brief import Brief
 from score_sde.checks import SolverError, one_of, tensor, whole
-from score_sde.embedded import PAIRS, Norm, default_block, first_step, integrate, mixed_tolerance
+from score_sde.embedded import PAIRS, Norm, first_step, integrate, mixed_tolerance
 from score_sde.keyed import generator, key
 from score_sde.memory import keep_freed_memory
 from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS as SCIPY
+from score_sde.ode import by_scipy
 from score_sde.progress import tqdm
 from score_sde.sampler import mean_calls
 from score_sde.score import ScoreModel, checked_condition
@@ -57,8 +58,6 @@ DIVERGENCES = ("exact", "hutchinson", "hutch++")
 ON_DEVICE = ("dopri5", "tsit5", "bosh3")
 METHODS = ("adams", *ON_DEVICE, *SCIPY)
 TRUNCATIONS = ("none", "tweedie")
-MAX_CALLS = 30_000
-"""Network calls after which an adaptive solver gives up; by default dopri5 takes 130 on the ring of eight Gaussians."""
 
 
 class HasLogProb(Protocol):
@@ -136,7 +135,7 @@ def log_likelihood(
     Raises:
         TypeError: x holds integers, which have no density, or x and the network differ in dtype, or a condition is unknown.
         ValueError: an option is unknown or out of range, x has another event shape, is empty or not finite.
-        RuntimeError: the solver failed, with its reason, or has not finished after `MAX_CALLS` network calls.
+        RuntimeError: the solver failed, with its reason, or has not finished after `embedded.MAX_CALLS` calls.
     """
     _check_options(divergence, probes, method, rtol, atol, steps, truncation)
     flow = _Flow(model, x, condition, sigma_data)
@@ -350,7 +349,6 @@ class _Flow:
             raise ValueError(f"sigma_data is the positive standard deviation of the data, got {sigma_data}")
         self.model, self.sde = PerSample(model, condition, len(x)), model.sde
         self.trace: Trace | None = None
-        self.most = math.inf
         self.x, self.shape, self.size = x, x.shape[1:], math.prod(x.shape[1:])
         self.s_max, self.s_min = self.sde.noise_level_range
         # Near s = 0 a rounding error of n is amplified by (k / s)^2: in single precision k is at most 32 s_min.
@@ -392,9 +390,6 @@ class _Flow:
         return t, self.sde.alpha(t) * r2.sqrt(), self.sde.sigma(t), speed, speed * s / r2.sqrt(), speed * s * s / r2
 
     def __call__(self, y: Tensor, level: tuple[Tensor, ...], ids: Tensor) -> Tensor:
-        if self.model.spent > self.most:
-            raise SolverError(f"the flow has not ended after {MAX_CALLS:,} network calls, as the model's score is too rough: "
-                               "loosen rtol and atol, or take method='adams', whose calls are fixed")  # fmt: skip
         t, scale, sigma, speed, of_noise, of_z = level
         z = y[:, : self.size]
         noise, slope = self.noise(expand(scale, z) * z, t, sigma, ids)
@@ -460,7 +455,6 @@ def _integrate(
     model, before = flow.model, flow.model.spent
     if method in ON_DEVICE:
         model.check_apart()
-        flow.most = before + MAX_CALLS * math.ceil(len(start) / default_block(start))
         pair = PAIRS[method]()
         first = first_step(pair, *ends, rtol + atol)
         found = integrate(flow, pair, start, *ends, flow.norm(rtol, atol), first, spent=lambda: model.spent)
@@ -471,34 +465,13 @@ def _integrate(
         return flow(state, flow.levels(torch.tensor(w, dtype=torch.float64)), ids)
 
     if method == "adams":
-        end = _finite(_adams(field, start, ends, steps or 118))
+        end = _adams(field, start, ends, steps or 118)
+        if lost := int((~end.isfinite().all(1)).sum()):
+            raise SolverError(f"the flow of {lost} of {len(end)} samples is not finite: the model's outputs are wrong, or too "
+                               "few steps are taken")  # fmt: skip
     else:
-        flow.most = before + MAX_CALLS
-        end = _scipy(field, start, ends, method, rtol, atol)
+        end = by_scipy(field, start, ends, method, rtol, atol)[-1]
     return end, torch.full_like(ids, model.spent - before)
-
-
-def _finite(state: Tensor) -> Tensor:
-    """The state itself; SolverError if it is not finite."""
-    if lost := int((~state.isfinite().all(1)).sum()):
-        raise SolverError(f"the flow of {lost} of {len(state)} samples is not finite: the model's outputs are wrong, or with "
-                           "method='adams' too few steps are taken")  # fmt: skip
-    return state
-
-
-def _scipy(
-    field: Callable[[float, Tensor], Tensor], start: Tensor, ends: tuple[float, float], method: str, rtol: float,
-    atol: float,
-) -> Tensor:  # fmt: skip
-    from scipy.integrate import solve_ivp  # half a second to import
-
-    def flat(w: float, state: np.ndarray) -> np.ndarray:
-        return _finite(field(w, torch.from_numpy(state).to(start.device).view_as(start))).flatten().cpu().numpy()
-
-    solution = solve_ivp(flat, ends, start.flatten().cpu().numpy(), method, t_eval=[ends[1]], rtol=rtol, atol=atol)
-    if not solution.success:
-        raise SolverError(f"{method} failed: {solution.message} Loosen rtol and atol, or take another method.")
-    return torch.from_numpy(solution.y[:, -1].copy()).to(start.device).view_as(start)
 
 
 def _adams(field: Callable[[float, Tensor], Tensor], state: Tensor, ends: tuple[float, float], steps: int) -> Tensor:

@@ -8,8 +8,9 @@ turns prior noise into samples, from t_min to t_max data into latent codes.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import SolverError, one_of
+from score_sde.embedded import MAX_CALLS, TOO_ROUGH
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
-from score_sde.sampler import CountedModel, ErrorControlled, SampleResult, begin
+from score_sde.sampler import CountedModel, ErrorControlled, SampleResult, begin, ending
 from score_sde.score import ScoreModel
 
 METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
@@ -50,9 +52,6 @@ class ProbabilityFlowODE(ErrorControlled):
         self.method = one_of("method", method, METHODS)
         self.error_control = one_of("error_control", error_control, ("joint", "each"))
 
-    def __repr__(self) -> str:
-        return f"ProbabilityFlowODE({self.method!r}, rtol={self.rtol}, atol={self.atol})"
-
     @torch.no_grad()
     def sample(
         self, model: ScoreModel, shape: Sequence[int], *, seed: int | None = None, noise: NoiseSource | None = None,
@@ -65,12 +64,12 @@ class ProbabilityFlowODE(ErrorControlled):
         with error_control="each" it is the largest count of any sample.
 
         Raises:
-            RuntimeError: the solver failed, with its reason.
+            RuntimeError: the solver failed, with its reason (see `by_scipy`).
         """
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
         sde = model.sde
         times = torch.linspace(sde.t_max, sde.t_min, points if trajectory else 2, dtype=torch.float64)
-        return self._integrate(start.model, start.x, times, trajectory, progress, self.final == "denoise")
+        return self._integrate(start.model, start.x, times, trajectory, progress, self.final)
 
     @torch.no_grad()
     def encode(
@@ -81,10 +80,10 @@ class ProbabilityFlowODE(ErrorControlled):
         start = begin(model, x.shape, 0, None, x, condition, None)
         sde = model.sde
         times = torch.linspace(sde.t_min, sde.t_max, points if trajectory else 2, dtype=torch.float64)
-        return self._integrate(start.model, x, times, trajectory, progress, denoise=False)
+        return self._integrate(start.model, x, times, trajectory, progress, "none")
 
     def _integrate(
-        self, model: CountedModel, x: Tensor, times: Tensor, trajectory: bool, progress: bool, denoise: bool
+        self, model: CountedModel, x: Tensor, times: Tensor, trajectory: bool, progress: bool, final: str
     ) -> SampleResult:
         if len(times) < 2:
             raise ValueError(f"a trajectory has points >= 2, got points={len(times)}")
@@ -97,31 +96,45 @@ class ProbabilityFlowODE(ErrorControlled):
             states.append(self._solve(own, part, times))
             calls.append(own.calls - before)
         path = torch.cat(states, dim=1)
-        end, nfe = path[-1], max(calls)
-        if denoise:
-            last = model(end, times[-1].item())
-            end, nfe = last.denoised, nfe + last.calls
+        end, last = ending(final, model, path[-1], times[-1].item())
         seconds = time.perf_counter() - clock
-        return SampleResult(end, nfe, seconds, path if trajectory else None, times)
+        return SampleResult(end, max(calls) + last, seconds, path if trajectory else None, times)
 
     def _solve(self, model: CountedModel, x: Tensor, times: Tensor) -> Tensor:
-        from scipy.integrate import solve_ivp  # half a second to import
-
         sde = model.model.sde
 
-        def velocity(t: float, flat: np.ndarray) -> np.ndarray:
-            state = torch.from_numpy(flat).to(x).view_as(x)
-            f, g = sde.drift(t).item(), sde.diffusion(t).item()
-            dx = f * state - g**2 / 2 * model(state, t).score
-            return dx.double().flatten().cpu().numpy()
+        def velocity(t: float, state: Tensor) -> Tensor:
+            return sde.drift(t).item() * state - sde.diffusion(t).item() ** 2 / 2 * model(state, t).score
 
-        span = (times[0].item(), times[-1].item())
-        initial = x.double().flatten().cpu().numpy()
-        solution = solve_ivp(velocity, span, initial, self.method, times.numpy(), rtol=self.rtol, atol=self.atol)
-        if not solution.success:
-            raise SolverError(f"{self.method} did not reach t={span[1]:g}: {solution.message} "
-                               "Loosen rtol and atol, or take another method.")  # fmt: skip
-        return torch.from_numpy(np.ascontiguousarray(solution.y.T)).to(x).view(len(times), *x.shape)
+        return by_scipy(velocity, x, times.tolist(), self.method, self.rtol, self.atol)
+
+
+def by_scipy(
+    field: Callable[[float, Tensor], Tensor], x: Tensor, times: Sequence[float], method: str, rtol: float, atol: float
+) -> Tensor:
+    """The states at the times of dx/dt = field(t, x) with x at the first, (len(times), *x.shape), by `solve_ivp`.
+
+    Raises:
+        SolverError: a rate is not finite, it has been asked for `MAX_CALLS` times, or scipy gave up.
+    """
+    from scipy.integrate import solve_ivp  # half a second to import
+
+    calls = itertools.count()
+
+    def flat(t: float, state: np.ndarray) -> np.ndarray:
+        if next(calls) == MAX_CALLS:
+            raise SolverError(f"{method} did not come to its end in {MAX_CALLS:,} calls: {TOO_ROUGH}")
+        rate = field(t, torch.from_numpy(state).to(x).view_as(x))
+        if not rate.isfinite().all():
+            raise SolverError(f"{method} met a rate of change that is not finite: the model's outputs are wrong")
+        return rate.double().flatten().cpu().numpy()
+
+    initial = x.double().flatten().cpu().numpy()
+    solution = solve_ivp(flat, (times[0], times[-1]), initial, method, times, rtol=rtol, atol=atol)
+    if not solution.success:
+        raise SolverError(f"{method} did not come to its end: {solution.message} Loosen rtol and atol, or take another "
+                           "method.")  # fmt: skip
+    return torch.from_numpy(np.ascontiguousarray(solution.y.T)).to(x).view(len(times), *x.shape)
 
 
 def _of_sample(model: CountedModel, i: int, batch: int) -> CountedModel:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from closed_forms import F64, flow, gaussian, mixture, quantiles
 
+from score_sde.adaptive import AdaptiveODE
 from score_sde.evaluation.posterior import LabelledMixture
 from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS, ProbabilityFlowODE
-from score_sde.score import ExactScore, ScoreModel
+from score_sde.score import ExactScore, FunctionScore, ScoreModel
 from score_sde.sde import VESDE, VPSDE, DiscreteSDE, KarrasSDE
 from score_sde.targets import GaussianMixture, make
 
@@ -154,15 +155,29 @@ def test_it_starts_and_keeps_dtype_as_the_sampler_does():
     assert solver.sample(model, (2, 2), seed=0, dtype=F64).x.dtype == F64
 
 
-def test_a_solver_that_fails_says_so():
-    class Broken(ScoreModel):
-        sde, event_shape = VPSDE(), (1,)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("start", [0.5, 2.0])
+def test_a_model_that_is_not_finite_from_some_time_on_ends_in_one_line(method, start):
+    """LSODA returned samples that were not finite; a NaN at the first call was an error about the time NaN."""
+    broken = FunctionScore(lambda x, t: -x * (math.nan if t < start else 1.0), VPSDE(), (1,))
+    with pytest.raises(RuntimeError, match=f"{method} met a rate of change that is not finite"):
+        ProbabilityFlowODE(method).sample(broken, (1, 1), x_init=torch.ones(1, 1, dtype=F64))
 
-        def __call__(self, x, t, **condition):
-            return ExactScore(gaussian(), self.sde)(x * (float("nan") if t < 0.5 else 1.0), t)
 
-    with pytest.raises(RuntimeError, match=r"RK45 did not reach t=0\.001"):
-        ProbabilityFlowODE().sample(Broken(), (1, 1), x_init=torch.ones(1, 1, dtype=F64))
+@pytest.mark.parametrize("solver", [ProbabilityFlowODE(), ProbabilityFlowODE("LSODA"), AdaptiveODE()], ids=repr)
+def test_a_model_that_is_too_rough_is_given_up(solver, monkeypatch):
+    """The solvers had no bound, or one of 100,000 steps: hours of a network's calls."""
+    for module in ("ode", "embedded"):
+        monkeypatch.setattr(f"score_sde.{module}.MAX_CALLS", 2000)
+    calls = []
+
+    def rough(x, t):
+        calls.append(t)
+        return 50 * (1e4 * x).sin() - x
+
+    with pytest.raises(RuntimeError, match=r"not come to its end in 2,000 calls: .* loosen rtol and atol"):
+        solver.sample(FunctionScore(rough, VPSDE(), (2,)), (4, 2), seed=0)
+    assert 2000 <= len(calls) < 2200
 
 
 @pytest.mark.parametrize(
