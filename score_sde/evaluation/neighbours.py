@@ -12,7 +12,7 @@ nearer than the second nearest (Yoon et al. 2023, section 3).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,49 +26,76 @@ from score_sde.progress import tqdm
 CANDIDATES = 8
 """Number of nearest examples among which two different pictures are looked for."""
 
-__all__ = ["Nearest", "density_coverage", "nearest", "neighbour_metrics", "precision_recall"]
+__all__ = ["Nearest", "density_coverage", "nearest", "neighbour_metrics", "precision_recall", "radii"]
 
 
-def neighbour_metrics(samples: Tensor, real: Tensor, k: int = 3, k_density: int = 5) -> dict[str, float]:
+def neighbour_metrics(
+    samples: Tensor, real: Tensor, k: int = 3, k_density: int = 5, *, reach: Sequence[Tensor] | None = None
+) -> dict[str, float]:
     """Precision, recall, density and coverage by name, in three passes over the distances: within each set, and between.
 
     Args:
         samples, real: (n, *event) and (m, *event), examples or features.
         k: for precision and recall, both in [0, 1].
         k_density: for coverage, in [0, 1], and density, whose mean is 1 for exact samples and more if samples crowd.
+        reach: `radii(real, k, k_density)`, where it is known.
 
     Raises:
         ValueError: a set has no more than k points, or points that are not finite or of another event shape.
     """
     samples, real = pair(samples, real)
-    (inside, dense), (around,) = _radii(real, k, k_density), _radii(samples, k)
-    precise, within = torch.zeros(2, dtype=torch.long, device=real.device)
-    recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
-    for rows, distance in _blocks(samples, real):
-        precise += (distance <= inside).any(dim=1).sum()
-        recalled |= (distance <= around[rows, None]).any(dim=0)
-        balls = distance < dense
-        within += balls.sum()
-        covered |= balls.any(dim=0)
-    return {
-        "precision": precise.item() / len(samples), "recall": recalled.double().mean().item(),
-        "density": within.item() / (k_density * len(samples)), "coverage": covered.double().mean().item(),
-    }  # fmt: skip
+    inside, dense = (each.to(real.device) for each in reach or radii(real, k, k_density))
+    tests = _balls_of_both(inside, *radii(samples, k)), _balls_of_real(dense)
+    (precision, recall), (density, coverage) = _shares(samples, real, *tests)
+    return {"precision": precision, "recall": recall, "density": density / k_density, "coverage": coverage}
 
 
 def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
     """Precision and recall alone, see `neighbour_metrics`."""
-    found = neighbour_metrics(samples, real, k, k)
-    return found["precision"], found["recall"]
+    samples, real = pair(samples, real)
+    return _shares(samples, real, _balls_of_both(*radii(real, k), *radii(samples, k)))[0]
 
 
 def density_coverage(samples: Tensor, real: Tensor, k: int = 5) -> tuple[float, float]:
-    """Density and coverage alone, see `neighbour_metrics`."""
-    found = neighbour_metrics(samples, real, 1, k)
-    return found["density"], found["coverage"]
+    """Density and coverage alone, see `neighbour_metrics`; they need no neighbours of the samples, of which one is enough."""
+    samples, real = pair(samples, real)
+    density, coverage = _shares(samples, real, _balls_of_real(*radii(real, k)))[0]
+    return density / k, coverage
 
 
-def _radii(x: Tensor, *ks: int) -> list[Tensor]:
+Test = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+"""(rows, their distances from all real examples) -> a count for each row, and the real examples that are counted in any."""
+
+
+def _balls_of_both(inside: Tensor, around: Tensor) -> Test:
+    """Samples in a ball of some real example, and real examples in one of some sample."""
+    return lambda rows, distance: ((distance <= inside).any(dim=1), (distance <= around[rows, None]).any(dim=0))
+
+
+def _balls_of_real(inside: Tensor) -> Test:
+    """The number of real examples whose ball holds a sample, and those whose ball holds some sample."""
+
+    def test(rows: slice, distance: Tensor) -> tuple[Tensor, Tensor]:
+        balls = distance < inside
+        return balls.sum(dim=1), balls.any(dim=0)
+
+    return test
+
+
+def _shares(samples: Tensor, real: Tensor, *tests: Test) -> list[tuple[float, float]]:
+    """For each test the mean count of a sample, and the share of real examples that are counted."""
+    counts = torch.zeros(len(tests), dtype=torch.long, device=real.device)
+    held = torch.zeros(len(tests), len(real), dtype=torch.bool, device=real.device)
+    for rows, distance in _blocks(samples, real):
+        for i, test in enumerate(tests):
+            of_samples, of_real = test(rows, distance)
+            counts[i] += of_samples.sum()
+            held[i] |= of_real
+    shares = held.double().mean(dim=1)
+    return [(count / len(samples), share) for count, share in zip(counts.tolist(), shares.tolist(), strict=True)]
+
+
+def radii(x: Tensor, *ks: int) -> list[Tensor]:
     """For each k the distance of each point to its k-th nearest neighbour, (n,)."""
     if len(x) <= (most := max(whole("k", k) for k in ks)):
         raise ValueError(f"{len(x)} points have no {most}-th nearest neighbours: take more samples, or a smaller k")

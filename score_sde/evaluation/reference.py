@@ -9,7 +9,7 @@ samples and m test images are compared with all training images, as in published
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from score_sde.data import TensorData
 from score_sde.data.cache import cached
 from score_sde.evaluation.extractors import Extractor, extract, quantized, stored_images
 from score_sde.evaluation.metrics import frechet_distance, kid
-from score_sde.evaluation.neighbours import neighbour_metrics
+from score_sde.evaluation.neighbours import neighbour_metrics, radii
 
 __all__ = ["FeatureView", "Reference", "feature_metrics"]
 
@@ -85,6 +85,10 @@ class Reference:
     def _floors(self) -> dict[int, dict[str, float]]:
         return {}
 
+    @cached_property
+    def _reach(self) -> dict[int, list[Tensor]]:
+        return {}
+
     def compare(self, features: Tensor) -> pd.DataFrame:
         """Every metric of samples with these features: the columns metric, value, floor, ratio (value / floor) and count.
 
@@ -95,7 +99,7 @@ class Reference:
         n = len(features) if self._whole else min(len(features), len(self.train))
         m = min(n, len(self.test))
         if m not in self._floors:
-            self._floors[m] = feature_metrics(self.test[:m], self._real(m), self.extractor)
+            self._floors[m] = self._metrics(self.test[:m])
         if m == n:
             return self._rows(features[:n], self._floors[n])
         beside = self._rows(features[:m], self._floors[m])
@@ -106,22 +110,29 @@ class Reference:
     def _whole(self) -> bool:
         return bool(self.made_of.get("whole"))
 
-    def _real(self, count: int) -> Tensor:
-        """The training images with which `count` samples or test images are compared."""
-        return self.train if self._whole else self.train[:count]
+    def _metrics(self, features: Tensor) -> dict[str, float]:
+        """`feature_metrics` against as many training images, or against all, whose radii are computed once."""
+        real = self.train if self._whole else self.train[: len(features)]
+        if len(real) not in self._reach:
+            self._reach[len(real)] = radii(real, 3, 5)
+        return feature_metrics(features, real, self.extractor, self._reach[len(real)])
 
     def _rows(self, features: Tensor, floors: Mapping[str, float]) -> pd.DataFrame:
-        count = len(features)
-        values = pd.Series(feature_metrics(features, self._real(count), self.extractor))
+        values = pd.Series(self._metrics(features))
         table = pd.DataFrame({"value": values, "floor": pd.Series(floors, values.index, dtype=float)})
         table["ratio"] = (table["value"] / table["floor"]).where(~table.index.str.startswith("KID"))
-        return table.assign(count=count).rename_axis("metric").reset_index()
+        return table.assign(count=len(features)).rename_axis("metric").reset_index()
 
 
-def feature_metrics(samples: Tensor, real: Tensor, extractor: Extractor) -> dict[str, float]:
-    """Fréchet distance, KID, precision, recall, density and coverage of samples (n, F), and the extractor's verdicts."""
+def feature_metrics(
+    samples: Tensor, real: Tensor, extractor: Extractor, reach: Sequence[Tensor] | None = None
+) -> dict[str, float]:
+    """Fréchet distance, KID, precision, recall, density and coverage of samples (n, F), and the extractor's verdicts.
+
+    `reach` is `radii(real, 3, 5)`, where it is known.
+    """
     values = {extractor.distance: frechet_distance(samples, real), "KID": kid(samples, real),
-              **neighbour_metrics(samples, real)}  # fmt: skip
+              **neighbour_metrics(samples, real, reach=reach)}  # fmt: skip
     return {f"{name} ({extractor.title})": value for name, value in values.items()} | extractor.verdicts(samples)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from score_sde.data import Augment, TensorData
-from score_sde.evaluation import density_coverage, kid, nearest, precision_recall
+from score_sde.evaluation import density_coverage, kid, nearest, neighbours, precision_recall
 from score_sde.evaluation.extractors import stored_images
 from score_sde.evaluation.neighbours import neighbour_metrics
 from score_sde.evaluation.views import Memorization
@@ -36,7 +36,24 @@ def test_precision_recall_density_and_coverage_by_their_definitions():
     four = dict(zip(("precision", "recall", "density", "coverage"),
                     (*precision_recall(samples, real), *density_coverage(samples, real)), strict=True))  # fmt: skip
     assert neighbour_metrics(samples, real) == four
+    assert neighbour_metrics(samples, real, reach=neighbours.radii(real, 3, 5)) == four
     assert 0 < recall < precision < 1
+
+
+def test_each_distance_is_computed_once(monkeypatch):
+    """Within the real set, within the samples and between; density and coverage need no neighbours of the samples."""
+    passes, blocks = [], neighbours._blocks
+    monkeypatch.setattr(neighbours, "_blocks", lambda x, y: passes.append((len(x), len(y))) or blocks(x, y))
+    samples, real = normal(40, 3, seed=0), normal(50, 3, seed=1)
+    for measure, expected in (
+        (precision_recall, [(50, 50), (40, 40), (40, 50)]),
+        (density_coverage, [(50, 50), (40, 50)]),
+        (neighbour_metrics, [(50, 50), (40, 40), (40, 50)]),
+    ):
+        measure(samples, real)
+        assert passes == expected
+        passes.clear()
+    density_coverage(samples[:1], real)
 
 
 def test_features_far_from_the_origin_keep_their_distances():

@@ -119,6 +119,15 @@ def test_a_reference_gives_value_and_floor_at_one_count():
         FeatureView(made)(torch.zeros(9, 3, 16, 16))
 
 
+def test_the_radii_of_the_real_images_are_computed_once_for_all_samplers(monkeypatch):
+    counts, radii = [], reference.radii
+    monkeypatch.setattr(reference, "radii", lambda x, *ks: counts.append(len(x)) or radii(x, *ks))
+    made = Reference.of(data(), Pixels(), 60)
+    first, second = (made.compare(made.test[:50]) for _ in range(2))
+    assert counts == [50]
+    assert first.equals(second)
+
+
 def test_a_whole_reference_holds_any_number_against_all_training_images():
     given, samples = data(), data(50, 6, seed=5).plain("train").x
     made = Reference.of(given, PCA(8), 50, whole=True)
