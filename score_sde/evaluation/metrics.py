@@ -338,7 +338,7 @@ class Yardstick:
         return [between(own, each) for each in known]
 
 
-def score(
+def measure(
     samples: Tensor,
     reference: Target | Tensor,
     *,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from score_sde.evaluation import metrics
-from score_sde.evaluation.metrics import Yardstick, noise_floor, score
+from score_sde.evaluation.metrics import Yardstick, measure, noise_floor
 from score_sde.targets import GaussianMixture, make
 
 TWO_SAMPLE = [metrics.sliced_w2, metrics.w2, metrics.energy_distance, metrics.mmd]
@@ -220,7 +220,7 @@ def test_exact_samples_score_their_floor_and_wrong_ones_more() -> None:
     ring = make("ring", weights=[1, 2, 3, 4, 4, 3, 2, 1])
     exact = ring.sample((1000,), generator=generator(1))
     wrong = exact + 0.3 * torch.randn(exact.shape, generator=generator(3))
-    right, wide = (score(x, ring, generator=generator(2), repeats=2).set_index("metric") for x in (exact, wrong))
+    right, wide = (measure(x, ring, generator=generator(2), repeats=2).set_index("metric") for x in (exact, wrong))
     assert list(right.index) == [*metrics.METRICS, *metrics.MODE_METRICS]
     assert right["ratio"].between(0.3, 2.5).all()
     assert right["floor"].equals(wide["floor"])
@@ -231,7 +231,7 @@ def test_exact_samples_score_their_floor_and_wrong_ones_more() -> None:
 
 def test_a_reference_tensor_is_halved() -> None:
     data = normal(200, 2)
-    table = score(3 + normal(500, 2, seed=1), data, generator=generator(), metrics=["sliced_w2", "energy"])
+    table = measure(3 + normal(500, 2, seed=1), data, generator=generator(), metrics=["sliced_w2", "energy"])
     assert table["metric"].tolist() == ["sliced_w2", "energy"]
     assert (table["ratio"] > 5).all()
 
@@ -277,7 +277,7 @@ def test_a_function_is_a_metric_beside_those_known_by_name() -> None:
         return (x.mean() - y.mean()).abs().item()
 
     x = make("ring").sample((100,), generator=torch.Generator().manual_seed(0))
-    table = score(x + 3, make("ring"), generator=torch.Generator().manual_seed(1), metrics=["sliced_w2", gap])
+    table = measure(x + 3, make("ring"), generator=torch.Generator().manual_seed(1), metrics=["sliced_w2", gap])
     assert table["metric"].tolist() == ["sliced_w2", "gap"]
     assert table["value"][1] == pytest.approx(3, abs=0.5)
 
