@@ -9,7 +9,7 @@ import torch
 from closed_forms import F64, flow, gaussian, mixture, quantiles
 
 from score_sde.adaptive import AdaptiveODE
-from score_sde.evaluation.posterior import LabelledMixture
+from score_sde.evaluation.tilted import LabelledMixture
 from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS, ProbabilityFlowODE
 from score_sde.score import ExactScore, FunctionScore, ScoreModel

@@ -7,7 +7,7 @@ r"""Guidance by labels, contexts and classifiers.
 
 Classifier and classifier-free guidance with w != 1 are said to target p(x) p(label | x)^w. They do so at each noise level,
 but these densities are not noisy versions of one another: samples do not follow the tilted density at t = 0
-(Bradley & Nakkiran 2024, https://arxiv.org/abs/2408.09000), from which `evaluation.posterior.tilted` draws.
+(Bradley & Nakkiran 2024, https://arxiv.org/abs/2408.09000), from which `evaluation.tilted.tilted` draws.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class ClassifierFree(_Extrapolated):
 
     Scale 1 is the conditional model and 0 the unconditional one. Assumes: a model trained with conditions left out. Cost: two
     calls per prediction, one at scales 0 and 1 and outside `interval`; no gradient. Bias: above scale 1 samples lie farther
-    out than the tilted density (`evaluation.posterior.compare_tilted`), with any number of steps.
+    out than the tilted density (`evaluation.tilted.compare_tilted`), with any number of steps.
     Source: Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6, whose w is scale - 1.
 
     Args:
