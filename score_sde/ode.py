@@ -24,7 +24,8 @@ from score_sde.progress import tqdm
 from score_sde.sampler import CountedModel, ErrorControlled, SampleResult, begin, ending
 from score_sde.score import ScoreModel
 
-METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
+IMPLICIT = ("Radau", "BDF", "LSODA")
+METHODS = ("RK45", "RK23", "DOP853", *IMPLICIT)
 
 
 class ProbabilityFlowODE(ErrorControlled):
@@ -115,15 +116,16 @@ def by_scipy(
     """The states at the times of dx/dt = field(t, x) with x at the first, (len(times), *x.shape), by `solve_ivp`.
 
     Raises:
-        SolverError: a rate is not finite, it has been asked for `MAX_CALLS` times, or scipy gave up.
+        SolverError: a rate is not finite, scipy gave up, or the rate has been asked for `MAX_CALLS` times, and for an
+            implicit method 100 times more for each element: a Jacobian takes one call for each.
     """
     from scipy.integrate import solve_ivp  # half a second to import
 
-    calls = itertools.count()
+    calls, most = itertools.count(), MAX_CALLS + (100 * x.numel() if method in IMPLICIT else 0)
 
     def flat(t: float, state: np.ndarray) -> np.ndarray:
-        if next(calls) == MAX_CALLS:
-            raise SolverError(f"{method} did not come to its end in {MAX_CALLS:,} calls: {TOO_ROUGH}")
+        if next(calls) == most:
+            raise SolverError(f"{method} did not come to its end in {most:,} calls: {TOO_ROUGH}")
         rate = field(t, torch.from_numpy(state).to(x).view_as(x))
         if not rate.isfinite().all():
             raise SolverError(f"{method} met a rate of change that is not finite: the model's outputs are wrong")
