@@ -62,11 +62,7 @@ class LangevinCorrector(_Langevin):
         if norm not in ("expected", "sample", "batch"):
             raise ValueError(f"LangevinCorrector's norm is 'expected', 'sample' or 'batch', got {norm!r}")
         super().__init__(2 * snr**2, steps)
-        self.snr, self.norm = float(snr), norm
-
-    @property
-    def batch_independent(self) -> bool:
-        return self.norm != "batch"
+        self.snr, self.norm, self.batch_independent = float(snr), norm, norm != "batch"
 
     def advance(self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw) -> tuple[Tensor, History]:
         if self.norm == "expected":

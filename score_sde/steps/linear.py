@@ -22,7 +22,7 @@ from torch import Tensor
 from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
-from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite
 
 Coefficients = tuple[Tensor, Sequence[Tensor], Tensor]
 Scalar = float | Tensor
@@ -99,13 +99,13 @@ class LinearStep(Step):
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[LinearRow]:
         rows: dict[int, LinearRow] = {}
-        output = [part.expand(len(t)) for part in self.output(sde, t)]
+        u, w = (part.expand(len(t)) for part in self.output(sde, t))
         for depth, i in by_history(t, s, self.memory).items():
             times = t[i - torch.arange(depth).unsqueeze(1)]
             a, b, c = self._coefficients(sde, times, s[i])
-            columns = [times[0], a, c, *(part[i] for part in output), *b]
-            at, a_, c_, u, w, *b_ = finite(self, sde, times[0], columns)
-            rows |= zip(i.tolist(), map(LinearRow, at, a_, tuples(b_), c_, zip(u, w, strict=True)), strict=True)
+            table = finite(self, sde, times[0], [times[0], a, c, u[i], w[i], *b])
+            for move, (at, a_i, c_i, u_i, w_i, *b_i) in zip(i.tolist(), table, strict=True):
+                rows[move] = LinearRow(at, a_i, tuple(b_i), c_i, (u_i, w_i))
         return [rows[move] for move in range(len(t))]
 
     def _coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:

@@ -19,7 +19,7 @@ from torch import Tensor
 from score_sde.checks import whole
 from score_sde.sde import SDE, expand
 from score_sde.steps.langevin import _Langevin
-from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite
 
 
 class UnadjustedLangevin(_Langevin):
@@ -55,10 +55,10 @@ class UnadjustedLangevin(_Langevin):
 
 
 class ChainRow(NamedTuple):
-    """The time of a visit and the step size there."""
+    """The time of a visit and the noise there."""
 
     t: float
-    step: float
+    sigma: float
 
 
 class _Chain(Step):
@@ -68,6 +68,9 @@ class _Chain(Step):
 
     def __init__(self, ratio: float, steps: int) -> None:
         self.ratio, self.repeats = _check_ratio(self, ratio), whole("steps", steps)
+
+    def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
+        return [ChainRow(*row) for row in finite(self, sde, t, [t, sde.sigma(t)])]
 
 
 class MetropolisLangevin(_Chain):
@@ -88,13 +91,11 @@ class MetropolisLangevin(_Chain):
         super().__init__(ratio, steps)
         self.calls = self.repeats + 1  # one for each proposal and one for the start
 
-    def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
-        return [ChainRow(*row) for row in tuples(finite(self, sde, t, [t, self.ratio * sde.sigma(t) ** 2]))]
-
     def advance(
         self, row: ChainRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
     ) -> tuple[Tensor, History]:
-        (t, eps), density = row, evaluate.log_prob  # type: ignore[attr-defined]  # see `Step.needs_density`
+        t, eps = row.t, self.ratio * row.sigma**2
+        density = evaluate.log_prob  # type: ignore[attr-defined]  # see `Step.needs_density`
         score, log_prob = evaluate(x, t).score, density(x, t)
         for k in range(self.repeats):
             z = draw(2 * k)
@@ -135,13 +136,10 @@ class KineticLangevin(_Chain):
             raise ValueError(f"KineticLangevin's persistence lies in [0, 1), got {persistence}")
         self.persistence, self.calls = float(persistence), self.repeats
 
-    def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
-        return [ChainRow(*row) for row in tuples(finite(self, sde, t, [t, math.sqrt(2 * self.ratio) * sde.sigma(t)]))]
-
     def advance(
         self, row: ChainRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
     ) -> tuple[Tensor, History]:
-        t, h = row
+        t, h = row.t, math.sqrt(2 * self.ratio) * row.sigma
         keep, fresh = self.persistence, math.sqrt(1 - self.persistence**2)
         v = draw(0)
         for k in range(self.repeats):

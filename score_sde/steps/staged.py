@@ -19,7 +19,7 @@ from score_sde.checks import number, one_of
 from score_sde.sde import SDE
 from score_sde.steps.linear import accumulate, combine, point_and_output
 from score_sde.steps.multistep import carried, check_strength
-from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite
 
 
 class Stage(NamedTuple):
@@ -55,10 +55,9 @@ class StagedStep(Step):
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[StageRow]:
         columns = []
         for stage in self.stages(sde, t, s):
-            time, a, *rest = finite(self, sde, t, [stage.time, stage.a, *stage.b, *stage.c])
-            cut = len(stage.b)
-            columns.append(zip(time, a, tuples(rest[:cut]), tuples(rest[cut:]), strict=False))
-        return [StageRow(at, stages) for at, stages in zip(t.tolist(), zip(*columns, strict=True), strict=True)]
+            cut, table = len(stage.b), finite(self, sde, t, [stage.time, stage.a, *stage.b, *stage.c])
+            columns.append([(time, a, tuple(rest[:cut]), tuple(rest[cut:])) for time, a, *rest in table])
+        return list(map(StageRow, t.tolist(), zip(*columns, strict=True)))
 
     def advance(
         self, row: StageRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw

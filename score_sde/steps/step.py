@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -45,6 +44,7 @@ class Step(ABC):
         takes_x: whether `advance` goes on from the prediction's x, which guidance may have moved (`point_and_output`,
             `Prediction.combine`). A class with its own `advance` has to set it; the default is False.
         needs_density: whether `advance` also calls `evaluate.log_prob(x, t)`, which only a model with a density has.
+        batch_independent: whether a sample is independent of the rest of its batch.
         presets: constructor arguments by the names of published methods; each is certified.
     """
 
@@ -55,12 +55,8 @@ class Step(ABC):
     shares: Sequence[float] = (1.0,)
     takes_x: bool = False
     needs_density: bool = False
+    batch_independent: bool = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-
-    @property
-    def batch_independent(self) -> bool:
-        """Whether a sample is independent of the rest of its batch; a step that couples samples overrides it."""
-        return True
 
     @abstractmethod
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Any]:
@@ -128,7 +124,7 @@ def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[list[float]]:
-    """The columns of a table as lists of len(t) floats, for t of shape (moves,).
+    """The rows of a table with these columns, one list for each of the moves from t, shape (moves,).
 
     Raises:
         ValueError: a column is neither a number nor of t's shape, or an entry is not finite; says at which t.
@@ -143,9 +139,4 @@ def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[l
     if not good.all():
         raise ValueError(f"{type(step).__name__} has no finite coefficients at t={t[~good][0]:g} of {sde!r}: "
                          "choose a grid that avoids this time, or another step")  # fmt: skip
-    return table.T.tolist()
-
-
-def tuples(columns: Sequence[Sequence[float]]) -> Iterable[tuple[float, ...]]:
-    """The rows of these columns; without columns, empty rows without end."""
-    return zip(*columns, strict=True) if columns else itertools.repeat(())
+    return table.tolist()
