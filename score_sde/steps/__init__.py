@@ -1,8 +1,8 @@
 """Steps: how to get from grid time t to s. Predictors go to less noise; correctors are steps with s = t."""
 
 from score_sde.steps.corrected import CorrectedStep, SASolver, UniPC
-from score_sde.steps.extended import ERSDESolver
-from score_sde.steps.langevin import AnnealedLangevin, LangevinCorrector
+from score_sde.steps.er_sde import ERSDESolver
+from score_sde.steps.langevin import AnnealedLangevin, LangevinCorrector, UnadjustedLangevin
 from score_sde.steps.linear import (
     DDIM,
     Ancestral,
@@ -12,7 +12,7 @@ from score_sde.steps.linear import (
     ProbabilityFlowEuler,
     ReverseDiffusion,
 )
-from score_sde.steps.mcmc import KineticLangevin, MetropolisLangevin, UnadjustedLangevin
+from score_sde.steps.mcmc import KineticLangevin, MetropolisLangevin
 from score_sde.steps.multistep import IPNDM, AdamsBashforth, ExponentialAdams, GradientEstimation, RectifiedAdams
 from score_sde.steps.staged import (
     DPMSolverSDE,

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from score_sde.checks import one_of
 from score_sde.sde import SDE
 from score_sde.steps.linear import Coefficients, LinearStep
 from score_sde.steps.multistep import carried, check_strength, weigh
@@ -77,9 +78,7 @@ class UniPC(CorrectedStep):
     def __init__(self, order: int = 3, variant: str = "B2") -> None:
         if order not in (1, 2, 3):
             raise ValueError(f"UniPC has orders 1 to 3, got order={order}")
-        if variant not in ("B1", "B2"):
-            raise ValueError(f"UniPC's variant is 'B1' or 'B2', got {variant!r}")
-        self.p, self.variant = int(order), variant
+        self.p, self.variant = int(order), one_of("UniPC's variant", variant, ("B1", "B2"))
         self.order = self.memory = self.p + 1
 
     def predict(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:

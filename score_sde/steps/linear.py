@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from score_sde.prediction import Prediction
+from score_sde.checks import one_of
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite
@@ -52,11 +52,6 @@ def accumulate(x: Tensor, weights: Sequence[Scalar], outputs: Sequence[Tensor]) 
         elif weight != 0.0:
             x.add_(output, alpha=weight)
     return x
-
-
-def point_and_output(prediction: Prediction, of_denoised: Scalar, of_noise: Scalar) -> tuple[Tensor, Tensor]:
-    """The x that the prediction is for, from which a move goes on, and of_denoised D + of_noise eps there."""
-    return prediction.x, prediction.mix(of_denoised, of_noise)
 
 
 def by_history(t: Tensor, s: Tensor, memory: int) -> dict[int, Tensor]:
@@ -130,8 +125,8 @@ class LinearStep(Step):
             else:
                 outputs = history
                 if row.b:
-                    x, output = point_and_output(evaluate(x, row.t), *row.output)
-                    outputs = (output, *history)
+                    prediction = evaluate(x, row.t)
+                    x, outputs = prediction.x, (prediction.mix(*row.output), *history)
                 x = combine(x, row.a, row.b, outputs)
                 history = outputs[: self.memory - 1]  # the next move adds its own
             if isinstance(row.c, Tensor) or row.c != 0.0:
@@ -256,9 +251,8 @@ class Ancestral(LinearStep):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"Ancestral fixed-large": {"variance": "forward"}}
 
     def __init__(self, variance: str = "posterior") -> None:
-        if variance not in ("posterior", "forward"):
-            raise ValueError(f"Ancestral's variance is 'posterior' or 'forward', got {variance!r}")
-        self.variance, self.point_mass = variance, variance == "posterior"
+        self.variance = one_of("Ancestral's variance", variance, ("posterior", "forward"))
+        self.point_mass = variance == "posterior"
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         t = times[0]

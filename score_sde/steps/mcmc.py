@@ -1,10 +1,10 @@
-r"""Markov-chain correctors besides `LangevinCorrector`: unadjusted, Metropolis-adjusted and kinetic Langevin.
+r"""Metropolis-adjusted and kinetic Langevin, the correctors that are not linear steps.
 
     overdamped:   x' = x + eps score(x) + sqrt(2 eps) z,
     kinetic:      dx = v dt,  dv = score(x) dt - gamma v dt + sqrt(2 gamma) dw,
 
 Step sizes are in units of the noise level: eps = ratio sigma_t^2, and kinetic steps h = sqrt(2 ratio) sigma_t, so that a
-single one with fresh v is the overdamped step. On N(0, v I) both have the stationary variance v / (1 - eps / (2 v)).
+single one with fresh v is the overdamped step. On N(0, v I) both, unadjusted, leave the variance v / (1 - eps / (2 v)).
 """
 
 from __future__ import annotations
@@ -17,41 +17,9 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import whole
-from score_sde.sde import SDE, expand
-from score_sde.steps.langevin import _Langevin
+from score_sde.sde import SDE
+from score_sde.steps.langevin import check_ratio
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite
-
-
-class UnadjustedLangevin(_Langevin):
-    """Unadjusted Langevin: eps = ratio sigma_t^2, or 2 ratio / (|score|^2 / d + 1 / sigma_t^2), adapted to the score.
-
-    The two agree where the score is as large as that of the noise, |score|^2 = d / sigma_t^2. The adapted step, set for
-    each sample, is at most twice as long where the score is small, and short where it is large, so that no sample is thrown
-    far away. Because it depends on x, its chain's stationary law is proportional to p_t / eps instead of p_t: on
-    N(0, sigma^2 I) the variance is (1 + 1 / d) sigma^2. That is negligible for images, but half too much in the plane: take
-    the fixed step there. Source: Roberts & Tweedie 1996, https://doi.org/10.2307/3318418, section 1.4.1.
-
-    Args:
-        ratio: the step size as above, in (0, 1).
-        steps: Langevin steps at each visited time.
-        adapt: False for the fixed step, True for the adapted one.
-    """
-
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"norm-adapted Langevin": {"adapt": True}}
-
-    def __init__(self, ratio: float = 0.05, steps: int = 1, adapt: bool = False) -> None:
-        super().__init__(_check_ratio(self, ratio), steps)
-        self.adapt = bool(adapt)
-
-    def advance(self, row: Any, x: Tensor, history: History, evaluate: Evaluate, draw: Draw) -> tuple[Tensor, History]:
-        if not self.adapt:
-            return super().advance(row, x, history, evaluate, draw)
-        for k in range(self.repeats):
-            score = evaluate(x, row.t).score
-            size = expand(score.square().flatten(1).mean(1), x)
-            eps = 2 * self.ratio / (size + row.c**-2 * 2 * self.ratio)  # c^2 = 2 ratio sigma^2
-            x = x + eps * score + (2 * eps).sqrt() * draw(k)
-        return x, history
 
 
 class ChainRow(NamedTuple):
@@ -67,7 +35,7 @@ class _Chain(Step):
     role: ClassVar[Literal["predictor", "corrector"]] = "corrector"
 
     def __init__(self, ratio: float, steps: int) -> None:
-        self.ratio, self.repeats = _check_ratio(self, ratio), whole("steps", steps)
+        self.ratio, self.repeats = check_ratio(self, ratio), whole("steps", steps)
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
         return [ChainRow(*row) for row in finite(self, sde, t, [t, sde.sigma(t)])]
@@ -147,9 +115,3 @@ class KineticLangevin(_Chain):
             v = v + push if k == 0 else keep * (v + push) + fresh * draw(k) + push
             x = x + h * v
         return x, history
-
-
-def _check_ratio(step: Step, ratio: float) -> float:
-    if not 0 < ratio < 1:
-        raise ValueError(f"{type(step).__name__}'s ratio lies in (0, 1), got ratio={ratio}")
-    return float(ratio)

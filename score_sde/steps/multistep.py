@@ -53,11 +53,6 @@ def lagrange(nodes: Tensor, at: Tensor) -> Tensor:
     return (at - wide)[others].prod(1) / (wide.unsqueeze(1) - wide[others]).prod(1)
 
 
-def integrals(kernel: Tensor, basis: Tensor) -> list[Tensor]:
-    """The sums of kernel (points, ...) times basis (k, points, ...) over the points: a list of k tensors."""
-    return list((kernel * basis).sum(1))
-
-
 def output_of(prediction: str, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
     """(u, w) with u D + w eps = the prediction; the velocity is dx/dt = alpha' D + sigma' eps in the SDE's own time."""
     one, zero = torch.ones_like(t), torch.zeros_like(t)
@@ -82,8 +77,12 @@ def check_strength(step: object, eta: float) -> float:
     return value
 
 
-def _check_prediction(step: object, prediction: str, known: tuple[str, ...]) -> str:
-    return one_of(f"{type(step).__name__}'s prediction", prediction, known)
+def check_weights(step: object, weights: str, order: int) -> str:
+    """`weights` itself, or a ValueError where they are unknown, or "midpoint" above order 2."""
+    if weights not in ("exact", "midpoint") or (weights == "midpoint" and order > 2):
+        raise ValueError(f"{type(step).__name__}'s weights are 'exact' or, up to order 2, 'midpoint'; "
+                         f"got {weights!r} at order {order}")  # fmt: skip
+    return weights
 
 
 class AdamsBashforth(LinearStep):
@@ -119,7 +118,7 @@ class AdamsBashforth(LinearStep):
 
     def __init__(self, order: int = 3, prediction: str = "velocity", clock: str | None = None) -> None:
         self.memory = self.order = check_order(self, order)
-        self.prediction = _check_prediction(self, prediction, PREDICTIONS)
+        self.prediction = one_of("AdamsBashforth's prediction", prediction, PREDICTIONS)
         self.point_mass = prediction in ("denoised", "noise")  # the others are not constant for a point mass
         self.clock = self.natural[prediction] if clock is None else one_of("AdamsBashforth's clock", clock, CLOCKS)
 
@@ -127,36 +126,25 @@ class AdamsBashforth(LinearStep):
         return output_of(self.prediction, sde, t)
 
     def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
-        nodes, end = self._clock_at(sde, times), self._clock_at(sde, s)
+        t, nodes, end = times[0], self._clock_at(sde, times), self._clock_at(sde, s)
+        h = sde.half_log_snr(s) - sde.half_log_snr(t)
         polynomial = (self.prediction, self.clock) in (("velocity", "time"), ("noise", "level"))  # dm = du
-        fractions, weights = quadrature(s, points=4 if polynomial else 12 if self._short(sde, times[0], s) else 32)
+        fractions, weights = quadrature(s, 4 if polynomial else 12 if h.max() <= 0.5 else 32)
         at = nodes[0] + fractions * (end - nodes[0])
         kernel = weights * (end - nodes[0]) * self._density(sde, self._time(sde, at), s)
-        total = self._total(sde, times[0], s)
-        if total is not None:  # so that a constant N is integrated exactly, whatever the quadrature's error
-            kernel = kernel * (total / kernel.sum(0))
-        b = integrals(kernel, lagrange(nodes, at))
-        return self._scale(sde, s) / self._scale(sde, times[0]), b, torch.zeros_like(s)
-
-    def _short(self, sde: SDE, t: Tensor, s: Tensor) -> bool:
-        """Whether 12 points integrate the moves t -> s to machine precision."""
-        return bool((sde.half_log_snr(s) - sde.half_log_snr(t)).max() <= 0.5)
+        change = {"velocity": s - t, "denoised": -sde.alpha(s) * torch.expm1(-h),
+                  "noise": -sde.sigma(s) * torch.expm1(h)}  # fmt: skip
+        if self.prediction in change:  # scale_s (m_s - m_t): a constant N is integrated exactly
+            kernel = kernel * (change[self.prediction] / kernel.sum(0))
+        scale = sde.sigma if self.prediction == "denoised" else sde.alpha
+        a = torch.ones_like(s) if self.prediction == "velocity" else scale(s) / scale(t)
+        return a, list((kernel * lagrange(nodes, at)).sum(1)), torch.zeros_like(s)
 
     def _clock_at(self, sde: SDE, t: Tensor) -> Tensor:
-        if self.clock == "time":
-            return t
-        lmbda = sde.half_log_snr(t)
-        return lmbda if self.clock == "log_snr" else (-lmbda).exp()
+        return t if self.clock == "time" else sde.noise_level(t) if self.clock == "level" else sde.half_log_snr(t)
 
-    def _time(self, sde: SDE, clock: Tensor) -> Tensor:
-        if self.clock == "time":
-            return clock
-        return sde.time_at(clock if self.clock == "log_snr" else -clock.log())
-
-    def _scale(self, sde: SDE, t: Tensor) -> Tensor:
-        if self.prediction == "velocity":
-            return torch.ones_like(t)
-        return sde.sigma(t) if self.prediction == "denoised" else sde.alpha(t)
+    def _time(self, sde: SDE, u: Tensor) -> Tensor:
+        return u if self.clock == "time" else sde.time_at_noise_level(u) if self.clock == "level" else sde.time_at(u)
 
     def _density(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
         """scale_s dm/du at time t, as scale_s dm/dlambda times dlambda/du, with lambda' = -g^2 / (2 sigma^2)."""
@@ -168,15 +156,6 @@ class AdamsBashforth(LinearStep):
             "velocity": 1 / rate,
         }[self.prediction]
         return per_lmbda * {"time": rate, "level": -lmbda.exp(), "log_snr": torch.ones_like(rate)}[self.clock]
-
-    def _total(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor | None:
-        """scale_s (m_s - m_t), where it is known in closed form."""
-        h = sde.half_log_snr(s) - sde.half_log_snr(t)
-        if self.prediction == "velocity":
-            return s - t
-        if self.prediction == "denoised":
-            return -sde.alpha(s) * torch.expm1(-h)
-        return -sde.sigma(s) * torch.expm1(h) if self.prediction == "noise" else None
 
 
 class ExponentialAdams(LinearStep):
@@ -224,11 +203,8 @@ class ExponentialAdams(LinearStep):
 
     def __init__(self, order: int = 3, eta: float = 0.0, prediction: str = "denoised", weights: str = "exact") -> None:
         self.memory = check_order(self, order)
-        if weights not in ("exact", "midpoint") or (weights == "midpoint" and order > 2):
-            raise ValueError("ExponentialAdams's weights are 'exact' or, up to order 2, 'midpoint'; "
-                             f"got {weights!r} at order {order}")  # fmt: skip
-        self.eta, self.weights = check_strength(self, eta), weights
-        self.prediction = _check_prediction(self, prediction, ("denoised", "noise"))
+        self.eta, self.weights = check_strength(self, eta), check_weights(self, weights, order)
+        self.prediction = one_of("ExponentialAdams's prediction", prediction, ("denoised", "noise"))
         self.order = self.memory if eta == 0 else min(self.memory, 2)
         self.point_mass = prediction == "denoised" or eta == 0
 
@@ -263,7 +239,7 @@ def weigh(
     span = h.clamp(max=40 / k) if prediction == "denoised" else h  # e^{-k u} is below rounding beyond
     fractions, gauss = quadrature(s, points_for(k * span))
     kernel = (scale * k * span) * gauss * (rate * span * fractions).exp()
-    return integrals(kernel, lagrange(levels, end - span * fractions))
+    return list((kernel * lagrange(levels, end - span * fractions)).sum(1))
 
 
 class RectifiedAdams(LinearStep):
@@ -310,7 +286,25 @@ class RectifiedAdams(LinearStep):
         return scale_s / scale_t, list(scale_s * b), torch.zeros_like(s)
 
 
-class IPNDM(LinearStep):
+class _WeightedNoise(LinearStep):
+    """A DDIM move along a weighted sum of noises: x_s = alpha_s / alpha_t x + alpha_s (l_s - l_t) sum_k w_k eps_k.
+
+    Attributes:
+        weights: the w while there are 1, 2, ... outputs.
+    """
+
+    weights: Sequence[Sequence[float]]
+
+    def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
+        return output_of("noise", sde, t)
+
+    def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
+        change = -sde.sigma(s) * torch.expm1(sde.half_log_snr(s) - sde.half_log_snr(times[0]))  # alpha_s (l_s - l_t)
+        weights = self.weights[len(times) - 1]
+        return sde.alpha(s) / sde.alpha(times[0]), [w * change for w in weights], torch.zeros_like(s)
+
+
+class IPNDM(_WeightedNoise):
     """iPNDM: a DDIM move with the noise extrapolated by the Adams weights of equal steps, on any grid.
 
     x_s = alpha_s / alpha_t x + alpha_s (l_s - l_t) sum_k w_k eps_k, l = sigma / alpha, w = (55, -59, 37, -9) / 24 at
@@ -324,22 +318,14 @@ class IPNDM(LinearStep):
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {f"iPNDM {k}": {"order": k} for k in (2, 3, 4)}
-    adams: ClassVar[tuple[tuple[float, ...], ...]] = (
-        (1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)
-    )  # fmt: skip
+    weights = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
     def __init__(self, order: int = 4) -> None:
         self.memory = check_order(self, order)
         self.order = min(self.memory, 2)
 
-    def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
-        return output_of("noise", sde, t)
 
-    def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
-        return _ddim_along(sde, times[0], s, self.adams[len(times) - 1])
-
-
-class GradientEstimation(LinearStep):
+class GradientEstimation(_WeightedNoise):
     """A DDIM move along gamma eps_0 + (1 - gamma) eps_1, where eps_1 is the noise of the previous move.
 
     x_s = alpha_s / alpha_t x + alpha_s (l_s - l_t) (gamma eps_0 + (1 - gamma) eps_1), l = sigma / alpha. If sampling is read
@@ -357,16 +343,4 @@ class GradientEstimation(LinearStep):
         self.gamma = number("gamma", gamma)
         if not math.isfinite(self.gamma):
             raise ValueError(f"GradientEstimation's gamma is a finite number, got {gamma}")
-        self.order = 2 if gamma == 1.5 else 1
-
-    def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
-        return output_of("noise", sde, t)
-
-    def coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
-        return _ddim_along(sde, times[0], s, (self.gamma, 1 - self.gamma) if len(times) == 2 else (1.0,))
-
-
-def _ddim_along(sde: SDE, t: Tensor, s: Tensor, weights: Sequence[float]) -> Coefficients:
-    """The DDIM move along a weighted sum of noises: x_s = alpha_s / alpha_t x + alpha_s (l_s - l_t) sum_k w_k eps_k."""
-    total = -sde.sigma(s) * torch.expm1(sde.half_log_snr(s) - sde.half_log_snr(t))
-    return sde.alpha(s) / sde.alpha(t), [w * total for w in weights], torch.zeros_like(s)
+        self.weights, self.order = ((1.0,), (self.gamma, 1 - self.gamma)), 2 if gamma == 1.5 else 1

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from score_sde.checks import number, one_of
 from score_sde.sde import SDE
-from score_sde.steps.linear import accumulate, combine, point_and_output
-from score_sde.steps.multistep import carried, check_strength
+from score_sde.steps.linear import accumulate, combine
+from score_sde.steps.multistep import carried, check_strength, check_weights
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite
 
 
@@ -66,9 +66,9 @@ class StagedStep(Step):
         outputs: list[Tensor] = []
         draws: list[Tensor] = []
         for next_time, a, b, c in row.stages:
-            point, output = point_and_output(evaluate(at, time), *weighed)
-            x = x if outputs else point
-            outputs.append(output)
+            prediction = evaluate(at, time)
+            x = x if outputs else prediction.x
+            outputs.append(prediction.mix(*weighed))
             draws.extend(draw(k) for k in range(len(draws), len(c)))
             at, time = accumulate(combine(x, a, b, outputs), c, draws), next_time
         return at, history
@@ -218,11 +218,8 @@ class DPMSolverSDE(StagedStep):
         self.eta, self.r = check_strength(self, eta), 1 / order if r is None else number("r", r)
         if not 0 < self.r <= 1 or (order == 3 and self.r >= 2 / 3):
             raise ValueError(f"{name}'s r lies in {'(0, 1]' if order == 2 else '(0, 2/3)'} at order {order}, got r={r}")
-        self.weights = ("midpoint" if order == 2 else "exact") if weights is None else weights
-        if self.weights not in ("exact", "midpoint") or (self.weights, order) == ("midpoint", 3):
-            raise ValueError(
-                f"{name}'s weights are 'exact' or, at order 2, 'midpoint'; got {weights!r} at order {order}"
-            )
+        weights = ("midpoint" if order == 2 else "exact") if weights is None else weights
+        self.weights = check_weights(self, weights, order)
         self.prediction = one_of(f"{name}'s prediction", prediction, ("denoised", "noise"))
         self.nodes = (self.r, 1.0) if order == 2 else (self.r, 2 / 3, 1.0)
         self.shares = [after - before for before, after in pairwise((0.0, *self.nodes))]

@@ -41,7 +41,7 @@ class Step(ABC):
             N(alpha_s x_0, sigma_s^2 I) in every move of a run; a step that is not sets it to False.
         calls: network calls per move.
         shares: the fractions of a move in half log SNR that its successive draws of noise cover; their sum is 1.
-        takes_x: whether `advance` goes on from the prediction's x, which guidance may have moved (`point_and_output`,
+        takes_x: whether `advance` goes on from the prediction's x, which guidance may have moved (`Prediction.x` or
             `Prediction.combine`). A class with its own `advance` has to set it; the default is False.
         needs_density: whether `advance` also calls `evaluate.log_prob(x, t)`, which only a model with a density has.
         batch_independent: whether a sample is independent of the rest of its batch.

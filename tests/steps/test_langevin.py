@@ -158,7 +158,7 @@ def test_a_corrector_at_the_exact_law_changes_it_by_order_eps_squared():
         (lambda: LangevinCorrector(steps=0), "whole number steps >= 1"),
         (lambda: LangevinCorrector(steps=1.5), "whole number steps >= 1"),
         (lambda: LangevinCorrector(steps="two"), "whole number steps >= 1"),
-        (lambda: LangevinCorrector(norm="mean"), "'expected', 'sample' or 'batch'"),
+        (lambda: LangevinCorrector(norm="mean"), "norm is one of expected, sample, batch"),
         (lambda: AnnealedLangevin(epsilon=1.0), "lower epsilon"),
         (lambda: AnnealedLangevin(epsilon=-1e-5), "0 < epsilon"),
         (lambda: AnnealedLangevin(sigma_L=0.0), "sigma_L"),

@@ -227,7 +227,7 @@ def test_a_step_without_finite_coefficients_is_refused():
         (lambda: GradientEstimation(math.nan), "gamma is a finite number"),
         (lambda: DDIM(eta=1.5), r"eta lies in \[0, 1\]"),
         (lambda: DDIM(eta=math.nan), r"eta lies in \[0, 1\]"),
-        (lambda: Ancestral("large"), "'posterior' or 'forward'"),
+        (lambda: Ancestral("large"), "variance is one of posterior, forward"),
     ],
 )
 def test_impossible_settings_are_refused(build, message):

@@ -434,7 +434,7 @@ def test_a_table_refuses_what_is_not_its_own(tmp_path):
         (lambda: ExponentialAdams(2, eta=-1), "eta >= 0"),
         (lambda: IPNDM(0), "orders 1 to 4"),
         (lambda: UniPC(4), "orders 1 to 3"),
-        (lambda: UniPC(2, "bh2"), "'B1' or 'B2'"),
+        (lambda: UniPC(2, "bh2"), "variant is one of B1, B2"),
         (lambda: SASolver(corrector=0), "corrector is 1 to 4"),
         (lambda: Sampler(LangevinCorrector(), partial(grid.uniform, steps=2)), "cannot be the predictor"),
     ],

@@ -165,7 +165,7 @@ def test_a_stochastic_step_draws_each_increment_once():
         (lambda: RungeKutta(((0.5, 0.5),), (0.5, 0.5)), "rows of lengths"),
         (lambda: DPMSolverSinglestep(4), "orders 2 and 3"),
         (lambda: DPMSolverSinglestep(2, "score"), "prediction is one of denoised, noise"),
-        (lambda: DPMSolverSinglestep(3, weights="midpoint"), "at order 2, 'midpoint'"),
+        (lambda: DPMSolverSinglestep(3, weights="midpoint"), "up to order 2, 'midpoint'"),
         (lambda: DPMSolverSDE(eta=-0.1), "eta >= 0"),
         (lambda: DPMSolverSDE(r=0.0), r"r lies in \(0, 1\] at order 2"),
         (lambda: DPMSolverSDE(r=0.7, order=3), r"r lies in \(0, 2/3\) at order 3"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from score_sde.checks import one_of
 from score_sde.sde import SDE, derivative
 from score_sde.steps.linear import Coefficients, LinearStep
-from score_sde.steps.multistep import check_order, check_strength, integrals, lagrange, points_for, quadrature
+from score_sde.steps.multistep import check_order, check_strength, lagrange, points_for, quadrature
 
 NOISE_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "er_sde": lambda level: (level**0.3).exp() + 10,
@@ -73,7 +73,8 @@ class ERSDESolver(LinearStep):
         carried = sde.sigma(s) / sde.sigma(times[0]) * (-decay).exp()
         kernel = gauss * h * (1 - slope) * (at - end + to_end - self._log_scale(at)).exp()  # phi_s phi' / phi^2 dl
         total = -torch.expm1(-h - decay)
-        b = integrals(sde.alpha(s) * kernel * (total / kernel.sum(0)), lagrange((-nodes).exp(), (-at).exp()))
+        kernel = sde.alpha(s) * kernel * (total / kernel.sum(0))
+        b = list((kernel * lagrange((-nodes).exp(), (-at).exp())).sum(1))
         return carried, b, sde.sigma(s) * (-torch.expm1(-2 * decay)).sqrt()
 
     def _log_scale(self, half_log_snr: Tensor) -> Tensor:
