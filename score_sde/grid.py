@@ -237,9 +237,9 @@ def respaced(sde: SDE, steps: int, spacing: str = "trailing") -> Tensor:
 # --- grids that go up as well as down: noise is added on the way ------------------------------------------------------
 
 
-def _based(base: Callable[..., Tensor], steps: int | None) -> Grid:
-    """The base grid, with its number of steps replaced by `steps` unless that is None."""
-    return base if steps is None else partial(base, steps=steps)
+def _based(base: Callable[..., Tensor], sde: SDE, steps: int | None) -> Tensor:
+    """The times of the base grid, checked, with its number of steps replaced by `steps` unless that is None."""
+    return check(base(sde) if steps is None else base(sde, steps=steps), sde)
 
 
 def churn(
@@ -256,14 +256,14 @@ def churn(
     """
     if not (S_churn >= 0 and 0 <= S_min <= S_max):
         raise ValueError(f"churn needs S_churn >= 0 and 0 <= S_min <= S_max, got {S_churn=}, {S_min=}, {S_max=}")
-    times = check(_based(base, steps)(sde), sde)
+    times = _based(base, sde, steps)
     level = sde.noise_level(times)
     gamma = min(S_churn / len(times), math.sqrt(2) - 1)
     inside = (level >= S_min) & (level <= S_max)
     inside[-1] = False
     raised = sde.time_at_noise_level(torch.where(inside, (1 + gamma) * level, level)).clamp(max=sde.t_max)
     grown = inside & (raised > times)
-    return torch.stack([times, raised], 1).flatten()[torch.stack([torch.ones_like(grown), grown], 1).flatten()]
+    return torch.stack([times, raised], 1)[torch.stack([torch.ones_like(grown), grown], 1)]
 
 
 def ancestral(sde: SDE, base: Callable[..., Tensor], eta: float = 1.0, steps: int | None = None) -> Tensor:
@@ -286,7 +286,7 @@ def ancestral(sde: SDE, base: Callable[..., Tensor], eta: float = 1.0, steps: in
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"ancestral's eta lies in [0, 1], got {eta}")
-    times = check(_based(base, steps)(sde), sde)
+    times = _based(base, sde, steps)
     if not (times.diff() < 0).all():
         raise ValueError("ancestral adds noise of its own: give it a base grid that only goes down")
     level = sde.noise_level(times)
@@ -307,9 +307,8 @@ def restart(
     `steps`, where given, replaces the base grid's own. Source: Xu et al. 2023, https://arxiv.org/abs/2306.14878,
     algorithm 1.
     """
-    times = check(_based(base, steps)(sde), sde)
-    levels = sde.noise_level(times)
-    jumps: dict[int, Tensor] = {}
+    times = _based(base, sde, steps)
+    levels, parts = sde.noise_level(times), [[time] for time in times.tolist()]
     for low, high, down, repeats in intervals:
         place = int((levels - low).abs().argmin())
         bottom = levels[place].item()
@@ -317,10 +316,8 @@ def restart(
             raise ValueError("a restart interval is (low, high, down, repeats), low < high within the grid's levels "
                              f"and repeats >= 1; got {(low, high, down, repeats)}")  # fmt: skip
         inner = sde.time_at_noise_level(_karras_levels(high, bottom, down)[:-1])
-        jumps[place] = torch.cat(
-            [jumps.get(place, times[:0]), torch.cat([inner, times[place : place + 1]]).repeat(repeats)]
-        )
-    return torch.cat([torch.cat([times[i : i + 1], jumps.get(i, times[:0])]) for i in range(len(times))])
+        parts[place] += [*inner.tolist(), parts[place][0]] * repeats
+    return times.new_tensor([time for part in parts for time in part])
 
 
 def jump_back(sde: SDE, base: Grid, length: int = 10, repeats: int = 10, low: float = 0.0) -> Tensor:

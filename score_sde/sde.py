@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
+from score_sde.checks import whole
 from score_sde.copies import Copies
 
 Time = Tensor | float
@@ -268,6 +269,8 @@ def _positive_and_ordered(owner: str, **ends: float) -> None:
 class _LinearBeta(SDE):
     """The alpha that VP and sub-VP share: log alpha(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2."""
 
+    prior_std = 1.0  # of the limit law
+
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> None:
         _positive_and_ordered(type(self).__name__, beta_min=beta_min, beta_max=beta_max)
         self.beta_min, self.beta_max, self.t_min = float(beta_min), float(beta_max), float(t_min)
@@ -287,11 +290,6 @@ class _LinearBeta(SDE):
     def drift(self, t: Time) -> Tensor:
         """f(t) = -beta(t) / 2."""
         return -self.beta(t) / 2
-
-    @property
-    def prior_std(self) -> float:
-        """1, the standard deviation of the limit law."""
-        return 1.0
 
     def _time_at_log_alpha(self, log_alpha: Tensor) -> Tensor:
         # The root of t^2 (beta_max - beta_min) / 4 + t beta_min / 2 + log_alpha, without cancellation near t = 0.
@@ -400,40 +398,32 @@ class CosineSDE(SDE):
     """
 
     t_max = 0.9946
+    prior_std = 1.0  # of the limit law
 
     def __init__(self, s: float = 0.008, t_min: float = 1e-3) -> None:
         if not 0 <= s < 1:
             raise ValueError(f"CosineSDE needs an offset 0 <= s < 1, got s={s}")
         self.s, self.t_min = float(s), float(t_min)
         self._rate = math.pi / 2 / (1 + self.s)
-
-    def _angles(self, t: Time) -> tuple[Tensor, float]:
-        return (as_time(t) + self.s) * self._rate, self.s * self._rate
+        self._start = self.s * self._rate  # the angle at t = 0
 
     def alpha(self, t: Time) -> Tensor:
-        angle, start = self._angles(t)
-        return angle.cos() / math.cos(start)
+        return ((as_time(t) + self.s) * self._rate).cos() / math.cos(self._start)
 
     def sigma(self, t: Time) -> Tensor:
         # cos(a)^2 - cos(b)^2 = sin(b - a) sin(b + a), and b - a is t's own angle: no cancellation near t = 0.
-        angle, start = self._angles(t)
-        return ((as_time(t) * self._rate).sin() * (angle + start).sin()).sqrt() / math.cos(start)
+        angle = (as_time(t) + self.s) * self._rate
+        return ((as_time(t) * self._rate).sin() * (angle + self._start).sin()).sqrt() / math.cos(self._start)
 
     def time_at(self, half_log_snr: Time) -> Tensor:
-        _, start = self._angles(0.0)
         # tan^2(angle) = (sigma^2 cos^2(start) + alpha^2 sin^2(start)) / (alpha^2 cos^2(start)). Small times keep their
         # digits because angle - start is found from its own sine.
-        lmbda = as_time(half_log_snr)
+        lmbda, start = as_time(half_log_snr), self._start
         alpha, sigma = torch.sigmoid(2 * lmbda).sqrt(), torch.sigmoid(-2 * lmbda).sqrt()
         cosine = alpha * math.cos(start)
         sine = (math.sin(start) ** 2 + (sigma * math.cos(start)) ** 2).sqrt()
         difference = (sigma * math.cos(start)) ** 2 / (sine * math.cos(start) + cosine * math.sin(start))
         return torch.atan2(difference, cosine * math.cos(start) + sine * math.sin(start)) / self._rate
-
-    @property
-    def prior_std(self) -> float:
-        """1, the standard deviation of the limit law."""
-        return 1.0
 
 
 class KarrasSDE(SDE):
@@ -473,7 +463,7 @@ class RectifiedFlow(SDE):
 
     Used on [t_min, t_max] inside (0, 1): at t = 1 the signal-to-noise ratio is 0 and f is infinite. `alpha` and
     `sigma` themselves are exact at both ends.
-    Source: Liu et al. 2022, https://arxiv.org/abs/2209.03003; Lipman et al. 2023, https://arxiv.org/abs/2210.02747.
+    Source: Liu et al. 2023, https://arxiv.org/abs/2209.03003; Lipman et al. 2023, https://arxiv.org/abs/2210.02747.
 
     Args:
         t_min, t_max: the times between which models are trained and sampled.
@@ -546,9 +536,7 @@ class DiscreteSDE(SDE):
 
         Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239, section 4.
         """
-        if num_steps < 2:
-            raise ValueError(f"a DDPM ladder needs num_steps >= 2, got {num_steps}")
-        scale = 1000 / num_steps
+        scale = 1000 / whole("num_steps", num_steps, 2)
         if not 0 < beta_1 < beta_T or beta_T * scale >= 1:
             raise ValueError(
                 f"DDPM needs 0 < beta_1 < beta_T < num_steps / 1000, got {beta_1=}, {beta_T=}, {num_steps=}"
@@ -561,9 +549,7 @@ class DiscreteSDE(SDE):
 
         Source: Nichol & Dhariwal 2021, eq. 17.
         """
-        if num_steps < 2:
-            raise ValueError(f"a cosine ladder needs num_steps >= 2, got {num_steps}")
-        t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+        t = torch.arange(whole("num_steps", num_steps, 2) + 1, dtype=torch.float64) / num_steps
         alpha_bar = ((t + s) / (1 + s) * math.pi / 2).cos() ** 2
         return cls.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
 
@@ -582,9 +568,8 @@ class DiscreteSDE(SDE):
     def geometric(cls, sigma_min: float = 0.01, sigma_max: float = 50.0, num_steps: int = 1000) -> DiscreteSDE:
         """SMLD's geometric sequence sigma_i = exp(linspace(log sigma_min, log sigma_max, num_steps))."""
         _positive_and_ordered("a geometric ladder", sigma_min=sigma_min, sigma_max=sigma_max)
-        if num_steps < 2:
-            raise ValueError(f"a geometric ladder needs num_steps >= 2, got {num_steps}")
-        return cls.smld(torch.linspace(math.log(sigma_min), math.log(sigma_max), num_steps, dtype=torch.float64).exp())
+        ends = math.log(sigma_min), math.log(sigma_max)
+        return cls.smld(torch.linspace(*ends, whole("num_steps", num_steps, 2), dtype=torch.float64).exp())
 
     @classmethod
     def overlapping(

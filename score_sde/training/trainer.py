@@ -30,12 +30,12 @@ from score_sde.progress import tqdm
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
 from score_sde.training.ema import decays
-from score_sde.training.foresight import warn_of_samples
 from score_sde.training.interrupt import interrupts
 from score_sde.training.metrics import MetricsLog
 from score_sde.training.objective import Objective
 from score_sde.training.optimizers import OPTIMIZERS
 from score_sde.training.precision import PRECISIONS
+from score_sde.training.sample_warnings import warn_of_samples
 from score_sde.training.state import TrainingState
 from score_sde.training.strategy import STRATEGIES
 from score_sde.training.times import TimeSampler

@@ -70,7 +70,7 @@ def tune(
     fit, validation = pairs or converged_pairs(
         model, samples=samples, seed=seed, teacher=teacher, robust=robust, batch_size=batch_size, progress=progress
     )
-    end = deadline(minutes)
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     losses = ranked(known, validation, progress) | ranked(late, validation, progress, starts)
     best, *_ = promising = sorted(late.keys() & losses, key=losses.__getitem__)
     if method == "grid":
@@ -191,11 +191,6 @@ def _random(span: Span, calls: int, count: int, seed: int) -> dict[str, TunedTab
 
 
 # --- how it is fitted -------------------------------------------------------------------------------------------------
-
-
-def deadline(minutes: float | None) -> float:
-    """The reading of the monotonic clock after this many minutes; infinity for None."""
-    return math.inf if minutes is None else time.monotonic() + 60 * minutes
 
 
 @contextmanager

@@ -50,14 +50,16 @@ def tune_spectrum(
     pairs = _Spectrum(model, x, y, unit=y.square().mean().sqrt().item(), robust=1e-6, batch_size=1)
     known, late = untuned(model.sde, steps), begun_late(model.sde, steps)
     losses = losses_of(known | late, pairs)
-    # Adams on the rectified path is not always the best, but the best tables are most often found near it.
-    starts = {name: tables[name] for tables in (late, known) for rule in RULES if rule.startswith("velocity")
-              for name in [min((n for n in tables if rule_of(n) == rule), key=losses.__getitem__)]}  # fmt: skip
+    starts, tuned = dict[str, TunedTable](), dict[str, TunedTable]()
+    for tables in (late, known):
+        for rule in ("velocity Adams 2", "velocity Adams 3"):  # not always the best, but near the best tables
+            best = min((name for name in tables if rule_of(name) == rule), key=losses.__getitem__)
+            starts[best] = tables[best]
     with searching(iterations * len(starts), progress) as bar:
         search = Search(bar, iterations)
-        tuned = {f"tuned from {name}": search_levels(pairs, table, RULES[rule_of(name)], search)
-                 if method == "grid" else fit_all(pairs, table, search)
-                 for name, table in starts.items()}  # fmt: skip
+        for name, table in starts.items():
+            tuned[f"tuned from {name}"] = (search_levels(pairs, table, RULES[rule_of(name)], search)
+                                           if method == "grid" else fit_all(pairs, table, search))  # fmt: skip
     rivals = losses if method == "coefficients" else {name: losses[name] for name in starts}
     return chosen(known, late | tuned, rivals | losses_of(tuned, pairs), f"spectrum, {method}")
 

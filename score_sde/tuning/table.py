@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from torch import Tensor
 from score_sde.sampler import Sampler
 from score_sde.sde import SDE
 from score_sde.steps import Tabulated
-
-NUMBERS = ("half_log_snr", "weights", "noise", "signal")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,16 +99,15 @@ class TunedTable:
         Raises:
             ValueError: the file is not a table.
         """
-        later: dict[str, Any] = {"start": None, "signal": None}  # older files lack these
-        read, parts = json.loads(Path(path).read_text()), {"half_log_snr", "noise", "weights", "record", *later}
-        if not isinstance(read, dict) or read.keys() | later.keys() != parts:
+        read, parts = json.loads(Path(path).read_text()), {part.name for part in fields(cls)}
+        older = parts - {"start", "signal"}  # all that older files have
+        if not isinstance(read, dict) or not older <= read.keys() <= parts:
             raise ValueError(f"{path} is no table of scripts/tune.py, which has {', '.join(sorted(parts))}")
-        read = later | read
         calls = len(read["half_log_snr"])
-        rows = [row + [0.0] * (calls - len(row)) for row in read["weights"]]
-        numbers = {name: torch.tensor(part, dtype=torch.float64) for name, part in
-                   {**read, "weights": rows}.items() if name in NUMBERS and part is not None}  # fmt: skip
-        return cls(**numbers, start=read["start"], record=read["record"])
+        read["weights"] = [row + [0.0] * (calls - len(row)) for row in read["weights"]]
+        options: dict[str, Any] = {name: torch.tensor(part, dtype=torch.float64) if isinstance(part, list) else part
+                                   for name, part in read.items()}  # fmt: skip
+        return cls(**options)
 
 
 class TunedSampler(Sampler):
