@@ -19,7 +19,7 @@ from torch import Tensor
 from score_sde.checks import one_of
 from score_sde.sde import SDE
 from score_sde.steps.linear import Coefficients, LinearStep
-from score_sde.steps.multistep import carried, check_strength, weigh
+from score_sde.steps.multistep import carried, check_order, check_strength, weigh
 
 
 class CorrectedStep(LinearStep):
@@ -76,9 +76,7 @@ class UniPC(CorrectedStep):
     }
 
     def __init__(self, order: int = 3, variant: str = "B2") -> None:
-        if order not in (1, 2, 3):
-            raise ValueError(f"UniPC has orders 1 to 3, got order={order}")
-        self.p, self.variant = int(order), one_of("UniPC's variant", variant, ("B1", "B2"))
+        self.p, self.variant = check_order(self, order, 3), one_of("UniPC's variant", variant, ("B1", "B2"))
         self.order = self.memory = self.p + 1
 
     def predict(self, sde: SDE, times: Tensor, s: Tensor) -> Sequence[Tensor]:

@@ -62,10 +62,10 @@ def output_of(prediction: str, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
     return {"denoised": (one, zero), "noise": (zero, one), "score": (zero, -1 / sde.sigma(t))}[prediction]
 
 
-def check_order(step: object, order: int) -> int:
+def check_order(step: object, order: int, most: int = 4) -> int:
     """`order` itself, or a ValueError that says which orders there are."""
-    if order not in (1, 2, 3, 4):
-        raise ValueError(f"{type(step).__name__} has orders 1 to 4, got order={order}")
+    if order not in range(1, most + 1):
+        raise ValueError(f"{type(step).__name__} has orders 1 to {most}, got order={order}")
     return int(order)
 
 

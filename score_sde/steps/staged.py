@@ -18,7 +18,7 @@ from torch import Tensor
 from score_sde.checks import number, one_of
 from score_sde.sde import SDE
 from score_sde.steps.linear import accumulate, combine
-from score_sde.steps.multistep import carried, check_strength, check_weights
+from score_sde.steps.multistep import carried, check_order, check_strength, check_weights
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite
 
 
@@ -183,7 +183,8 @@ class DPMSolverSDE(StagedStep):
     noise of the stage before, decayed, plus a fresh draw for the increment between the two. With eta > 0 the weak order is
     2 at both orders, since a trial's noise has the path's mean covariance. At eta = 0: DPM-Solver(++) 2S and 3S, RES with
     exact weights, exponential Heun at r = 1. At eta = 1: SEEDS-2 and -3 (noise), k-diffusion's `dpmpp_sde` and ComfyUI's
-    `seeds_2` and `seeds_3` (denoised), whose eta is eta^2 here. The noise form is exact for a point mass only at eta = 0.
+    `seeds_2` and `seeds_3` (denoised); the eta of the last two is eta^2 here, that of `dpmpp_sde` agrees only at 0 and 1.
+    The noise form is exact for a point mass only at eta = 0.
     Source: Lu et al. 2022, https://arxiv.org/abs/2206.00927, algorithms 1, 2 and appendix B,
     https://arxiv.org/abs/2211.01095, algorithm 1 and eq. 12; Gonzalez et al. 2023 (SEEDS),
     https://arxiv.org/abs/2305.14267; Zhang et al. 2023 (RES), https://arxiv.org/abs/2308.02157.
@@ -191,7 +192,7 @@ class DPMSolverSDE(StagedStep):
     Args:
         eta: noise strength, 0 (the ODE) or more; 1 is the reverse SDE.
         r: place of the first trial: in (0, 1] at order 2 (default 1/2), in (0, 2/3) at order 3 (default 1/3).
-        order: 2 or 3; also the number of calls per move.
+        order: 1 (which is `ExponentialAdams(1)`) to 3; also the number of calls per move.
         prediction: "denoised" (++) or "noise".
         weights: "exact", or at order 2 "midpoint", its default.
 
@@ -213,17 +214,16 @@ class DPMSolverSDE(StagedStep):
         weights: str | None = None,
     ) -> None:  # fmt: skip
         name = type(self).__name__
-        if order not in (2, 3):
-            raise ValueError(f"{name} has orders 2 and 3, got order={order}; order 1 is ExponentialAdams(1)")
+        order = check_order(self, order, 3)
         self.eta, self.r = check_strength(self, eta), 1 / order if r is None else number("r", r)
         if not 0 < self.r <= 1 or (order == 3 and self.r >= 2 / 3):
-            raise ValueError(f"{name}'s r lies in {'(0, 1]' if order == 2 else '(0, 2/3)'} at order {order}, got r={r}")
+            raise ValueError(f"{name}'s r lies in {'(0, 2/3)' if order == 3 else '(0, 1]'} at order {order}, got r={r}")
         weights = ("midpoint" if order == 2 else "exact") if weights is None else weights
         self.weights = check_weights(self, weights, order)
         self.prediction = one_of(f"{name}'s prediction", prediction, ("denoised", "noise"))
-        self.nodes = (self.r, 1.0) if order == 2 else (self.r, 2 / 3, 1.0)
+        self.nodes = ((1.0,), (self.r, 1.0), (self.r, 2 / 3, 1.0))[order - 1]
         self.shares = [after - before for before, after in pairwise((0.0, *self.nodes))]
-        self.calls, self.order = int(order), 2 if self.eta else int(order)
+        self.calls, self.order = order, min(order, 2) if self.eta else order
         self.point_mass = prediction == "denoised" or self.eta == 0
 
     def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[Stage]:
@@ -252,6 +252,8 @@ class DPMSolverSinglestep(DPMSolverSDE):
 
     Args:
         order, prediction, weights: as in `DPMSolverSDE`; exact weights at order 2 are RES's second-order method.
+        last: the orders of a run's last moves, where they are to take fewer calls: with order 3, prediction "noise" and
+            `grid.log_snr`, (2, 1), (1,) or (2,) is DPM-Solver-fast. A move of order p limits that of convergence to p + 1.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -259,5 +261,16 @@ class DPMSolverSinglestep(DPMSolverSDE):
         for mark, prediction in (("++", "denoised"), ("", "noise")) for order in (2, 3)
     } | {"RES 2S": {"weights": "exact"}}  # fmt: skip
 
-    def __init__(self, order: int = 2, prediction: str = "denoised", weights: str | None = None) -> None:
+    def __init__(
+        self, order: int = 2, prediction: str = "denoised", weights: str | None = None, last: Sequence[int] = ()
+    ) -> None:
         super().__init__(0.0, order=order, prediction=prediction, weights=weights)
+        self.last = tuple(check_order(self, p, 3) for p in last)
+        self.order = min([self.order, *(p + 1 for p in self.last)])
+
+    def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[StageRow]:
+        cut = max(len(t) - len(self.last), 0)
+        rows = super().plan(sde, t[:cut], s[:cut])
+        for i, order in zip(range(cut, len(t)), self.last[cut - len(t) :], strict=True):
+            rows += DPMSolverSinglestep(order, self.prediction).plan(sde, t[i : i + 1], s[i : i + 1])
+        return rows

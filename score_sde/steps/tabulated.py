@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,13 @@ class Tabulated(LinearStep):
         moves = len(self.levels) - 1
         self.a = _column(source["a"], moves, "a")
         self.c = _column(source.get("c", [0.0] * moves), moves, "c")
-        self.b, calls = list[list[float]](), 0
-        for row in source["b"]:
-            calls += len(row) > 0
-            self.b.append(_column(row[:calls], None, "b"))
+        self.b = [_column(row, None, "b") for row in source["b"]]
         self.outputs = [tuple(_column(pair, 2, "output")) for pair in source.get("output", [(1.0, 0.0)] * moves)]
         if len(self.b) != moves or len(self.outputs) != moves:
             raise ValueError(f"a table of {moves + 1} levels has {moves} rows, "
                              f"got {len(self.b)} of b and {len(self.outputs)} of output")  # fmt: skip
+        if any(len(row) > calls for row, calls in zip(self.b, accumulate(map(bool, self.b)), strict=True)):
+            raise ValueError("a table's row of b weighs at most as many outputs as there were calls up to it")
         if moves < 1 or not (self.levels >= 0).all() or not (self.levels.diff() < 0).all():
             raise ValueError("a table's levels are positive and decrease, from noise to data; the last may be 0")
         self.memory = max(map(len, self.b))

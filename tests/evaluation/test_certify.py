@@ -215,11 +215,10 @@ def test_a_wrong_number_of_calls_and_a_coupled_batch_are_exposed():
     class Miscounted(Heun):
         calls = 1
 
-    class Coupled(LangevinCorrector):
-        batch_independent = True
-
+    coupled = LangevinCorrector(norm="batch")
+    coupled.batch_independent = True
     assert certify(Miscounted(), SDE, budgets=(5,)).faults == ["2 calls per move, declared 1"]
-    (fault,) = certify(Coupled(norm="batch"), SDE).faults
+    (fault,) = certify(coupled, SDE).faults
     assert "samples of a batch are coupled" in fault
 
 

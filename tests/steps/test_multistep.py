@@ -410,6 +410,8 @@ def test_a_table_refuses_what_is_not_its_own(tmp_path):
     rows = {"levels": [3.0, 1.0, 0.1], "a": [0.5, 0.5], "b": [[0.5], [0.6, -0.1]]}
     assert Tabulated(rows).memory == 2
     wrongs = [({"a": [1.0]}, "2 finite"), ({"levels": [1.0, 3.0, 0.1]}, "decrease"), ({"b": [[0.5]]}, "2 rows"),
+              ({"b": [[0.5, 0.1], [0.6]]}, "as many outputs as there were calls"),
+              ({"b": [[], [0.6, 0.1]]}, "as many outputs as there were calls"),
               ({"a": [0.5, float("nan")]}, "finite"), ({"scale": 1}, "levels, a, b")]  # fmt: skip
     for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ Each takes (denoise, x, sigmas, noise), noise(i, k) the k-th draw of move i, and
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -178,3 +179,34 @@ def test_the_option_is_the_published_loop(published, name, options):
         lambda x, sigma: MODEL(x, sigma.item()).denoised, X, GRID(SDE), lambda i, k: stream(2 * i + 1, k)
     )
     torch.testing.assert_close(run.x, expected, rtol=1e-8, atol=1e-8)
+
+
+def dpm_fast(denoise, x, sigma_max, sigma_min, n):
+    m = n // 3 + 1
+    orders = [3] * (m - 2) + [2, 1] if n % 3 == 0 else [3] * (m - 1) + [n % 3]
+    sigmas = torch.linspace(math.log(sigma_max), math.log(sigma_min), m + 1, dtype=x.dtype).exp()
+    for sigma, to, order in zip(sigmas[:-1], sigmas[1:], orders, strict=True):
+        h, eps = (sigma / to).log(), slope(x, sigma, denoise(x, sigma))
+        end = x - to * h.expm1() * eps
+        if order == 2:
+            middle = sigma * (-h / 2).exp()
+            u = x - middle * (h / 2).expm1() * eps
+            end = end - to * h.expm1() * (slope(u, middle, denoise(u, middle)) - eps)
+        if order == 3:
+            first, second = sigma * (-h / 3).exp(), sigma * (-2 * h / 3).exp()
+            u = x - first * (h / 3).expm1() * eps
+            change = slope(u, first, denoise(u, first)) - eps
+            u = x - second * ((2 * h / 3).expm1() * eps + 2 * ((2 * h / 3).expm1() / (2 * h / 3) - 1) * change)
+            end = end - to * 1.5 * (h.expm1() / h - 1) * (slope(u, second, denoise(u, second)) - eps)
+        x = end
+    return x
+
+
+@pytest.mark.parametrize(("n", "last"), [(3, [2, 1]), (9, [2, 1]), (10, [1]), (11, [2])])
+def test_dpm_fast_ends_with_moves_of_lower_order(n, last):
+    options = OmegaConf.load(CONF / "dpm_solver_singlestep.yaml")
+    step = build(OmegaConf.merge(options, {"order": 3, "prediction": "noise", "last": last}))
+    run = Sampler(step, partial(grid.log_snr, steps=n // 3 + 1), final="none").sample(MODEL, (5, 2), x_init=X)
+    expected = dpm_fast(lambda x, sigma: MODEL(x, sigma.item()).denoised, X, SDE.sigma_max, SDE.sigma_min, n)
+    torch.testing.assert_close(run.x, expected, rtol=1e-8, atol=1e-8)
+    assert run.nfe == n

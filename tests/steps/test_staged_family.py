@@ -11,7 +11,7 @@ import torch
 
 from score_sde import VPSDE, ExactScore, GaussianMixture, Sampler, grid
 from score_sde.noise import BatchNoise
-from score_sde.steps import DPMSolverSDE, DPMSolverSinglestep, Heun, RungeKutta, RungeKutta2
+from score_sde.steps import DPMSolverSDE, DPMSolverSinglestep, ExponentialAdams, Heun, RungeKutta, RungeKutta2
 
 SDE = VPSDE()
 MIXTURE = GaussianMixture([0.6, 0.4], [[1.0, 0.0], [-1.0, 0.5]], 0.2 * torch.eye(2).expand(2, 2, 2))
@@ -119,6 +119,28 @@ def test_single_step_dpm_solver_is_the_published_algorithm(prediction, published
     assert result.nfe == order * 4
 
 
+@pytest.mark.parametrize(("last", "order"), [((), 3), ((2,), 3), ((1,), 2), ((2, 1), 2)])
+def test_a_last_move_limits_the_order_of_convergence_to_one_more_than_its_own(last, order):
+    step = DPMSolverSinglestep(3, last=last)
+
+    def end(step, steps):
+        return Sampler(step, partial(grid.log_snr, steps=steps), final="none").sample(MODEL, (5, 2), x_init=X).x
+
+    exact = end(DPMSolverSinglestep(3), 1024)
+    coarse, fine = ((end(step, steps) - exact).abs().max().item() for steps in (64, 128))
+    assert np.log2(coarse / fine) == pytest.approx(order, abs=0.3)
+    assert step.order == order
+
+
+@pytest.mark.parametrize("prediction", ["denoised", "noise"])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_the_first_order_step_is_exponential_adams(prediction, eta):
+    one = sample(DPMSolverSDE(eta, order=1, prediction=prediction))
+    other = sample(ExponentialAdams(1, eta, prediction))
+    torch.testing.assert_close(one.x, other.x, rtol=1e-12, atol=1e-12)
+    assert one.nfe == 4
+
+
 def test_without_noise_the_stochastic_two_stage_step_is_2s():
     torch.testing.assert_close(
         sample(DPMSolverSDE(eta=0.0)).x, sample(DPMSolverSinglestep(2)).x, rtol=1e-12, atol=1e-12
@@ -163,7 +185,8 @@ def test_a_stochastic_step_draws_each_increment_once():
         (lambda: RungeKutta(((0.5,),), (0.5, 0.6)), "sum 1"),
         (lambda: RungeKutta(((1.5,),), (0.5, 0.5)), "inside the step"),
         (lambda: RungeKutta(((0.5, 0.5),), (0.5, 0.5)), "rows of lengths"),
-        (lambda: DPMSolverSinglestep(4), "orders 2 and 3"),
+        (lambda: DPMSolverSinglestep(4), "orders 1 to 3"),
+        (lambda: DPMSolverSinglestep(3, last=(2, 0)), "orders 1 to 3, got order=0"),
         (lambda: DPMSolverSinglestep(2, "score"), "prediction is one of denoised, noise"),
         (lambda: DPMSolverSinglestep(3, weights="midpoint"), "up to order 2, 'midpoint'"),
         (lambda: DPMSolverSDE(eta=-0.1), "eta >= 0"),
