@@ -25,9 +25,9 @@ from score_sde.checks import number, one_of
 from score_sde.sde import SDE
 from score_sde.steps.linear import Coefficients, LinearStep
 
-PREDICTIONS = ("denoised", "noise", "score", "velocity")
+PREDICTIONS = {"denoised": "log_snr", "noise": "level", "score": "time", "velocity": "time"}
+"""What `AdamsBashforth` extrapolates, each with its default clock."""
 CLOCKS = ("time", "level", "log_snr")
-
 
 _gauss_legendre = functools.cache(np.polynomial.legendre.leggauss)
 
@@ -105,9 +105,6 @@ class AdamsBashforth(LinearStep):
         ValueError: an option is unknown or out of range.
     """
 
-    natural: ClassVar[Mapping[str, str]] = {
-        "denoised": "log_snr", "noise": "level", "score": "time", "velocity": "time"
-    }  # fmt: skip
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **{f"Adams velocity {k}": {"order": k} for k in (1, 2, 3, 4)},
         **{f"LMS {k}": {"order": k, "prediction": "noise"} for k in (1, 2, 3, 4)},
@@ -120,7 +117,7 @@ class AdamsBashforth(LinearStep):
         self.memory = self.order = check_order(self, order)
         self.prediction = one_of("AdamsBashforth's prediction", prediction, PREDICTIONS)
         self.point_mass = prediction in ("denoised", "noise")  # the others are not constant for a point mass
-        self.clock = self.natural[prediction] if clock is None else one_of("AdamsBashforth's clock", clock, CLOCKS)
+        self.clock = PREDICTIONS[prediction] if clock is None else one_of("AdamsBashforth's clock", clock, CLOCKS)
 
     def output(self, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor]:
         return output_of(self.prediction, sde, t)
@@ -218,12 +215,11 @@ class ExponentialAdams(LinearStep):
 
 def carried(sde: SDE, t: Tensor, s: Tensor, eta: float | Tensor, prediction: str = "denoised") -> tuple[Tensor, Tensor]:
     """(a, c) of `ExponentialAdams`: the factors of x_t and of the noise; eta may differ between moves."""
-    ends, eta = torch.stack([t, s]), torch.as_tensor(eta, dtype=t.dtype)
-    h, sigma = sde.half_log_snr(ends).diff(dim=0).squeeze(0), sde.sigma(ends)
+    h, eta = sde.half_log_snr(s) - sde.half_log_snr(t), torch.as_tensor(eta, dtype=t.dtype)
     if prediction == "noise":
-        return sde.alpha(s) / sde.alpha(t), eta * sigma[1] * torch.expm1(2 * h).sqrt()
+        return sde.alpha(s) / sde.alpha(t), eta * sde.sigma(s) * torch.expm1(2 * h).sqrt()
     decay = eta**2 * h
-    return sigma[1] / sigma[0] * (-decay).exp(), sigma[1] * (-torch.expm1(-2 * decay)).sqrt()
+    return sde.sigma(s) / sde.sigma(t) * (-decay).exp(), sde.sigma(s) * (-torch.expm1(-2 * decay)).sqrt()
 
 
 def weigh(

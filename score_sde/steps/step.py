@@ -93,8 +93,8 @@ class Step(ABC):
             cls.__init__ = _keeping_arguments(cls.__init__)  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
-        written = [f"{name}={value!r}" if name else repr(value) for name, value in vars(self).get("_written", ())]
-        return f"{type(self).__name__}({', '.join(written)})"
+        written = ", ".join(f"{name}={value!r}" for name, value in vars(self).get("_written", {}).items())
+        return f"{type(self).__name__}({written})"
 
 
 def _renoises(model: object) -> bool:
@@ -111,14 +111,8 @@ def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
         init(self, *arguments, **options)
         given = signature.bind(self, *arguments, **options)
         given.apply_defaults()
-        written: list[tuple[str, Any]] = []
-        for name, value in list(given.arguments.items())[1:]:
-            kind = signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_POSITIONAL:
-                written += [("", each) for each in value]
-            else:
-                written += value.items() if kind is inspect.Parameter.VAR_KEYWORD else [(name, value)]
-        object.__setattr__(self, "_written", written)  # the outermost constructor's are stored last
+        _, *written = given.arguments.items()
+        object.__setattr__(self, "_written", dict(written))  # the outermost constructor's are stored last
 
     return kept
 
