@@ -389,7 +389,7 @@ class VESDE(SDE):
 class CosineSDE(SDE):
     """Variance preserving with the cosine schedule: alpha(t) = c(t) / c(0), c(t) = cos(pi / 2 (t + s) / (1 + s)).
 
-    `t_max = 0.9946`, where sigma / alpha is about 118; beyond it the rate diverges (Lu et al. 2022, appendix D).
+    `t_max = 0.9946`, where sigma / alpha is about 119; beyond it the rate diverges (Lu et al. 2022, appendix D).
     Source: Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17.
 
     Args:
