@@ -126,7 +126,7 @@ class AdamsBashforth(LinearStep):
         t, nodes, end = times[0], self._clock_at(sde, times), self._clock_at(sde, s)
         h = sde.half_log_snr(s) - sde.half_log_snr(t)
         polynomial = (self.prediction, self.clock) in (("velocity", "time"), ("noise", "level"))  # dm = du
-        fractions, weights = quadrature(s, 4 if polynomial else 12 if h.max() <= 0.5 else 32)
+        fractions, weights = quadrature(s, 4 if polynomial else 12 if h.max() <= 0.5 else 32)  # to machine precision
         at = nodes[0] + fractions * (end - nodes[0])
         kernel = weights * (end - nodes[0]) * self._density(sde, self._time(sde, at), s)
         change = {"velocity": s - t, "denoised": -sde.alpha(s) * torch.expm1(-h),
