@@ -34,7 +34,7 @@ from score_sde.evaluation import Evaluation, Reference, check_counts, evaluate, 
 from score_sde.evaluation.classification import accuracy_by_noise
 from score_sde.keyed import generator
 from score_sde.networks import MLP
-from score_sde.run import Run
+from score_sde.run import TAKES, Run
 from score_sde.training import Objective, TimeSampler, Trainer, TrainingResult
 from score_sde.training.interrupt import hand_on
 
@@ -148,7 +148,7 @@ def check(job: Job) -> None:
     job.trainer.check(job.model, data, job.time_sampler)
     for sampler in (job.preview, *job.samplers.values()):
         sampler.check(job.model.sde)
-    check_labels(config, data)
+    check_conditions(config, data)
     check_references(config, data, views)
     if job.samplers or job.trainer.evaluate_every:
         check_counts(data, min(job.periodic, config.num_samples), views["features"], views["classifier_data"])
@@ -281,11 +281,12 @@ def metrics_of(config: DictConfig, data: Data) -> Sequence[Any]:
     return metrics
 
 
-def check_labels(config: DictConfig, data: Data) -> None:
-    """Raises ValueError for options about labels if the data have none."""
+def check_conditions(config: DictConfig, data: Data) -> None:
+    """Raises ValueError for options about labels and contexts if the data have none."""
     given = data.batch(0, 1).condition
-    if "label" not in given and (known := config.network.get("num_classes")):
-        raise ValueError(f"network.num_classes={known}, and the data have no labels: leave it out, or give labels")
+    for name, key in TAKES.items():
+        if name not in given and (known := config.network.get(key)):
+            raise ValueError(f"network.{key}={known}, and the data have no {name}s: leave it out, or give {name}s")
     if not given.keys() - {"augment"} and (share := config.objective.get("label_dropout")):
         raise ValueError(f"objective.label_dropout={share}, and the data have no labels: leave it out, or give labels")
 

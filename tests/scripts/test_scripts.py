@@ -314,6 +314,11 @@ WRONG = {
         ["network.num_classes=10"],
         "network.num_classes=10, and the data have no labels",
     ),
+    "contexts of data without": (
+        "train",
+        ["network.context_width=3", "debug=minute"],
+        "and the data have no contexts: leave it out",
+    ),
     "labels to drop of data without": ("train", ["objective.label_dropout=0.1"], "and the data have no labels"),
     "draws of what was no integer": ("likelihood", ["run={run}", "draws=2"], "for data that were integers"),
     "no draws": ("likelihood", ["run={run}", "draws=0"], "draws >= 1, got draws=0"),

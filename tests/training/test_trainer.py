@@ -24,6 +24,7 @@ from torch import nn
 
 from score_sde import grid
 from score_sde import sde as sdes
+from score_sde.classifier import NoisyClassifier
 from score_sde.data import Batch, Data, TensorData
 from score_sde.keyed import generator
 from score_sde.networks import MLP
@@ -440,6 +441,17 @@ def labelled() -> TensorData:
     return TensorData(torch.randn(30, 2), torch.arange(30) % 3)
 
 
+def in_context(width: int) -> TensorData:
+    return TensorData(torch.randn(30, 2), context=torch.randn(30, width))
+
+
+def classifier() -> NoisyClassifier:
+    network = nn.Linear(2, 3)
+    network.num_classes = 3
+    network.forward = lambda x, c_noise: x
+    return NoisyClassifier(network, sdes.VPSDE(), Noise(), (2,))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -452,6 +464,15 @@ def labelled() -> TensorData:
             },
             "the network knows 2",
         ),
+        ({"data": in_context(3)}, "takes none: set network.context_width=3"),
+        (
+            {
+                "data": in_context(3),
+                "model": LearnedScore(MLP((2,), context_width=4), sdes.VPSDE(), Noise(), (2,)),
+            },
+            r"tokens \(1, tokens, 4\); got \(1, 3\): .* train with another network.context_width",
+        ),
+        ({"model": classifier(), "objective": NoisyCrossEntropy()}, "trained on labelled data: set data.labels=true"),
         ({"time_sampler": LadderTimes()}, "VPSDE has no ladder"),
         ({"objective": VariationalObjective()}, "VPSDE has no ladder: take a DiscreteSDE"),
         (
