@@ -76,6 +76,15 @@ class Window:
             "examples_per_second": examples / seconds,
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sums since the last `read`, as means over all processes, which all call it."""
+        return {"names": self._names, "sums": distributed.mean(self._sums.clone()).cpu()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from the sums of a `state_dict`; its non-finite steps are counted already."""
+        self._names, self._sums = state["names"], state["sums"].to(self._device)
+        self._sums[0] = 0
+
     @property
     def nonfinite(self) -> int:
         """Non-finite steps since the last `read`."""

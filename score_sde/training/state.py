@@ -256,6 +256,7 @@ class TrainingState:
             "process": (repr(self.model.sde), repr(self.model.parameterization)),
             "coefficients": _coefficients(self.model),
             "nonfinite": self.nonfinite + self.window.nonfinite,
+            "window": self.window.state_dict(),
             "times": self.time_sampler.state_dict(),
             **{name: self.strategy.whole_moments(part.state_dict()) for name, part in self.optimizer.parts.items()},
         }
@@ -303,6 +304,8 @@ class TrainingState:
             self.loss_scale.scale.fill_(state["loss_scale"])
             self.loss_scale.good_steps.fill_(state["good_steps"])
         self.time_sampler.load_state_dict(state.get("times", {}))
+        if "window" in state:  # older checkpoints do not have it
+            self.window.load_state_dict(state["window"])
         self.step = self.reported = state["step"]
         self.nonfinite = state["nonfinite"]
 
