@@ -31,7 +31,7 @@ def main(config: DictConfig) -> None:
     noise = NOISES[one_of("noise", config.noise, NOISES)]
     run = configs.open_run(config)
     model = configs.model_of(run, config)
-    node = configs.sampler_config(config.sampler, run.path, config.step)
+    node = configs.sampler_config(config.sampler, run.path, config.step, conditions.asked_for(config, run))
     sampler = build(node, run.trust)
     sampler.check(model.sde)
     labels = conditions.labels_of(config.label, run)

@@ -47,6 +47,14 @@ def _number(label: Any, names: list[str]) -> int:
     return label
 
 
+def asked_for(config: DictConfig, run: Run) -> dict[str, Any]:
+    """The label, by number, and the context that samples shall have, where given: what tables may be fitted under."""
+    labels, context = labels_of(config.label, run), config.context
+    asked = {"label": labels[0] if len(labels) == 1 else labels or None,
+             "context": listed(context) if OmegaConf.is_list(context) else context}  # fmt: skip
+    return {name: value for name, value in asked.items() if value is not None}
+
+
 def turns(labels: list[int], count: int) -> Tensor:
     """`count` labels, cycling through the given ones."""
     return torch.tensor(labels)[torch.arange(count) % len(labels)]

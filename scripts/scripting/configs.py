@@ -71,7 +71,9 @@ def _separate_hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = own  # which may be another instance by now
 
 
-def sampler_config(node: str | DictConfig, folder: Path | None = None, step: int | None = None) -> DictConfig:
+def sampler_config(
+    node: str | DictConfig, folder: Path | None = None, step: int | None = None, asked: Mapping[str, Any] | None = None
+) -> DictConfig:
     """A sampler's config from its name or its node; its parts may be names too, and its `table` a pattern for a folder.
 
     Raises ValueError for an unknown name, and as `take_table` does.
@@ -80,7 +82,7 @@ def sampler_config(node: str | DictConfig, folder: Path | None = None, step: int
     for part in ("predictor", "corrector", "corrector_where", "grid"):
         if isinstance(node.get(part), str):
             node[part] = named(f"sampler/{part}", node[part])
-    take_table(node, folder, step)
+    take_table(node, folder, step, asked)
     return node
 
 

@@ -52,11 +52,14 @@ def tables_of(folder: Path | None, pattern: str) -> dict[int, Path]:
     return dict(sorted(tables.items()))
 
 
-def take_table(node: DictConfig, folder: Path | None, step: int | None) -> None:
+def take_table(
+    node: DictConfig, folder: Path | None, step: int | None, asked: Mapping[str, Any] | None = None
+) -> None:  # fmt: skip
     """Replaces a pattern in a sampler's `table` by one of the folder's files, and drops `calls`, which chooses it.
 
     Without `calls` it is the table with the most calls. Prints a warning if the table was fitted to other weights than those
-    of the folder's run at `step` (by default its latest), and a note if it is only for samples of one label or context.
+    of the folder's run at `step` (by default its latest), or under another label or context than the samples are `asked`
+    for; if that is None, a note that it is only for samples of the label or context it was fitted under.
 
     Raises ValueError if no file matches, or if `calls` is given with a file.
     """
@@ -72,8 +75,11 @@ def take_table(node: DictConfig, folder: Path | None, step: int | None) -> None:
         raise ValueError(f"calls={calls} does nothing with the file table={node.table}: leave one of them out")
     if folder is not None and isinstance(node.get("table"), str) and Path(node.table).is_file():
         _warn_of_other_weights(Path(node.table), folder, step)
-        if given := fitted_under(Path(node.table)):
+        given = fitted_under(Path(node.table))
+        if given and asked is None:
             print(f"{node.table}: fitted {_words(given)}, and only for such samples")
+        elif asked is not None and given not in (None, asked):
+            print(f"{node.table}: fitted {_words(given)}, not {_words(asked)}, as these samples are drawn")
 
 
 def check_conditions(folder: Path, own: Mapping[str, Any]) -> None:
@@ -92,7 +98,11 @@ def fitted_under(table: Path) -> dict[str, Any] | None:
 
 
 def _words(given: Mapping[str, Any]) -> str:
-    return f"under {' '.join(f'{name}={value}' for name, value in given.items())}" if given else "without a label"
+    return (
+        f"under {' '.join(f'{name}={value}' for name, value in given.items())}"
+        if given
+        else "without a label or context"
+    )
 
 
 def _record(table: Path) -> dict[str, Any]:

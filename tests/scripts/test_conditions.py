@@ -111,7 +111,10 @@ def test_a_table_is_fitted_under_one_condition(name: str, condition: str, reques
         {"context": [0, 1]},
     )
     asked = ["sampler=tuned", f"sampler.table={table}", condition, "num_samples=200", "output=tuned"]
-    script("sample", f"run={folder}", *asked, cwd=folder)
+    assert "fitted" not in script("sample", f"run={folder}", *asked, cwd=folder)
+    other = ["sampler=tuned", f"sampler.table={table}", {"label=1": "label=2"}.get(condition, "context=[1,0]")]
+    said = script("sample", f"run={folder}", *other, "num_samples=5", "output=other", cwd=folder)
+    assert f"fitted under {name[3:]}=" in said
     assert np.abs(np.load(folder / "tuned/samples.npy").mean(0) - [0, 4]).max() < 0.5
     if name == "by_label":
         assert "give one, which all samples share" in script("tune", f"run={folder}", "label=[0,1]", cwd=folder, code=1)

@@ -115,7 +115,9 @@ def test_a_better_table_is_kept_and_the_same_one_not_fitted_again(tmp_path: Path
 def test_tables_of_one_folder_are_of_one_condition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"tuned-6.json was fitted under label=3: .* for tables under label=4"):
         tuned_tables.check_conditions(left(tmp_path, {"label": 3}), {"label": 4})
-    with pytest.raises(ValueError, match=r"tuned-6.json was fitted without a label: give output=<another folder>"):
+    with pytest.raises(
+        ValueError, match=r"tuned-6.json was fitted without a label or context: give output=<another folder>"
+    ):
         tuned_tables.check_conditions(left(tmp_path, {}), {"context": [1.0]})
     tuned_tables.check_conditions(left(tmp_path, {"label": 3}), {"label": 3})
     tuned_tables.check_conditions(left(tmp_path, None), {"label": 3})  # of before tables said so
@@ -126,6 +128,14 @@ def test_tables_of_one_folder_are_of_one_condition(tmp_path: Path, capsys: pytes
     for given, said in (({"label": 3}, "fitted under label=3, and only for such samples"), ({}, "")):
         node = OmegaConf.create({"table": str(left(tmp_path, given) / "tuned-6.json")})
         tuned_tables.take_table(node, tmp_path, None)
+        assert said in (out := capsys.readouterr().out)
+        assert bool(said) == bool(out)
+    for given, asked, said in (({"label": 3}, {"label": 3}, ""), ({}, {}, ""), (None, {"label": 3}, ""),
+                               ({"label": 3}, {"label": 5}, "fitted under label=3, not under label=5"),
+                               ({}, {"label": 5}, "fitted without a label or context, not under label=5"),
+                               ({"context": [0, 1]}, {"context": [0.0, 1.0]}, "")):  # fmt: skip
+        node = OmegaConf.create({"table": str(left(tmp_path, given) / "tuned-6.json")})
+        tuned_tables.take_table(node, tmp_path, None, asked)
         assert said in (out := capsys.readouterr().out)
         assert bool(said) == bool(out)
 
