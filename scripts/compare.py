@@ -96,6 +96,7 @@ def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
     """Raises ValueError for options that do nothing with the others given."""
     if not config.task:
         idle(overrides, ["restoration"], "without a task")
+        idle(overrides, ["context"], "without a task: samples have the contexts of training examples")
     else:
         others = ["samplers", "own", "tables", "target", "exact", "pairs", "metrics", "processes", "batch_size"]
         idle(overrides, others, f"in task={config.task}, which has the options of restoration")
@@ -107,7 +108,7 @@ def check_options(config: DictConfig, overrides: Sequence[str]) -> None:
     if config.run:
         idle(overrides, ["sde"], f"with run={config.run}, which has its own")
     else:
-        idle(overrides, ["exact", "ema", "step", "label"], "with a target, whose score is exact")
+        idle(overrides, ["exact", "ema", "step", "label", "context"], "with a target, whose score is exact")
 
 
 def fit_to(config: DictConfig, reference: Any) -> None:

@@ -113,6 +113,29 @@ def test_on_a_run(tmp_path, monkeypatch):
     assert not np.array_equal(*shown)
 
 
+def test_on_a_run_of_contexts(tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(20, 1, 8, 8)), c=np.ones((20, 2)))
+    config = OmegaConf.create({
+        "data": {"_target_": "score_sde.data.files.load_file", "path": str(tmp_path / "data.npz"), "context": "c"},
+        "network": {"_target_": "score_sde.networks.MLP", "event_shape": [1, 8, 8], "width": 16, "depth": 1,
+                    "context_width": 2},
+        "sde": {"_target_": "score_sde.sde.VPSDE"},
+        "parameterization": {"_target_": "score_sde.parameterization.Karras"},
+        "conditions": ["context"], "event_shape": [1, 8, 8], "seed": 0,
+    })  # fmt: skip
+    run = Run.create(tmp_path / "run", config)
+    trainer = Trainer(steps=2, batch_size=8, device="cpu", progress=False, checkpoint_every=1, log_every=1)
+    trainer.fit(build_model(config), run.data(), DenoisingScoreMatching(), UniformTimes(), run.path, seed=0)
+    task = [f"run={run.path}", "task=superres", "restoration.methods=[mmps]", "restoration.samplers=[ddim]"]
+    with pytest.raises(ValueError, match=r"has not learnt to do without its context: give .* context=<value>"):
+        compared(tmp_path / "out", *task)
+    one, other = (
+        pd.read_csv(compared(tmp_path / "out", *task, f"context={context}") / "restorations.csv")
+        for context in ("[0,1]", "[9,9]")
+    )
+    assert one["psnr"].iloc[-1] != other["psnr"].iloc[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
