@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -437,11 +437,11 @@ def _check_data(model: LearnedScore, data: Data) -> None:
             f"the data have labels of {data.num_classes} classes, the network knows {known or 0}: "
             f"set network.num_classes={data.num_classes}, or use the data without labels"
         )
-    given = data.batch(0, 1).condition
+    given, network = data.batch(0, 1).condition, cast(Any, model.network)
     if not model.predicts and "label" not in given:
         raise ValueError("a classifier is trained on labelled data: set data.labels=true, or give data with labels")
-    if model.predicts and "context" in given and hasattr(model.network, "null_context"):
-        context_of(given["context"], model.network.null_context, 1)
+    if model.predicts and "context" in given and hasattr(network, "null_context"):
+        context_of(given["context"], network.null_context, 1)
 
 
 class _Outputs:
