@@ -78,6 +78,14 @@ def idle(overrides: Sequence[str], names: Iterable[str], why: str) -> None:
             raise ValueError(f"{override} does nothing {why}: leave it out")
 
 
+def check_globs(arguments: Sequence[str]) -> None:
+    """Raises ValueError for globs of a sweep that had no job in this process, though nothing sent its jobs elsewhere."""
+    globs = [argument for argument in arguments if "=glob(" in argument]
+    plain = {argument for argument in arguments if argument.startswith("-")} <= {"-m", "--multirun"}
+    if globs and plain and not any(key_of(argument) == "hydra/launcher" for argument in arguments):
+        raise ValueError(f"the sweep has no job, as a pattern matches no name: see {' '.join(globs)}")
+
+
 def unknown(kind: str, name: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
     """The error for an unknown name, with the places where it exists, or else the nearest known name."""
     near = elsewhere or difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
@@ -95,6 +103,8 @@ def misread(error: BaseException) -> str | None:
         key, is_pair, value = error.override.partition("=")
         if not is_pair:
             return f"{key!r} is not <key>=<value>: a run's folder is given as run={key}, to train.py as resume={key}"
+        if re.fullmatch(r"<.*>", value):
+            return f"{error.override}: {value} stands for a value of your own: give that in its place"
         return None if set(value) & {*"[]{}'\""} else f"{error.override}: quote the value, '{key}=\"{value}\"'"
     if twice := re.match(r"(\S+) appears more than once in the final defaults list", said):
         return f"{twice[1]} has a choice already: give {twice[1]}=<name> in its place, without +"

@@ -62,6 +62,13 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
 
 def _start(job: Callable[[DictConfig], Any], config_name: str, full_error: bool) -> None:
     """Runs Hydra with the job, or with each job of a sweep."""
+    started: list[DictConfig] = []
+
+    @functools.wraps(job)
+    def noted(config: DictConfig) -> Any:
+        started.append(config)
+        return job(config)
+
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         with _environment():
@@ -70,7 +77,9 @@ def _start(job: Callable[[DictConfig], Any], config_name: str, full_error: bool)
                 print((CONF / f"{config_name}.yaml").read_text())
             if {"-m", "--multirun"} & {*sys.argv[1:]}:
                 idle(sys.argv[1:], ["hydra.run.dir"], "in a sweep, whose folder is hydra.sweep.dir")
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(noted)()
+            if not started:
+                command_line.check_globs(sys.argv[1:])
     except REFUSALS as error:
         if full_error:
             raise

@@ -23,6 +23,9 @@ from scripting.command_line import typed
 RATIOS = ("nfe: network calls per sample; ratio: value over floor, the same distance between two sets of this many exact "
           "samples: about 1 is as good as exact samples")  # fmt: skip
 
+FEW = 100
+"""Fewer samples than this are said to tell little: by chance, good and bad samplers may have the same ratio."""
+
 
 def folder_of(settings: Mapping[str, Any], home: Path) -> Path:
     """A folder for results of these settings, recorded in it: `home`, or home-2, ... if that has results of others."""
@@ -84,3 +87,5 @@ def show(table: Any, note: str = "") -> None:
     print("\n" + table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     if note:
         print(note)
+    if {"count", "ratio"} <= {*table} and (few := int(table["count"].min())) < FEW:
+        print(f"{few} samples tell little, whatever the ratio: give num_samples=2000 or more")

@@ -89,7 +89,8 @@ def test_a_sampler_of_ones_own_stands_in_the_place_of_the_group(run: Path, tmp_p
     assert "7 samples of Sampler: 7 network calls each" in out
     script("evaluate", f"run={run}", "~sampler", own, "num_samples=20", f"output={tmp_path}", "figures=false", cwd=run)
     again = tmp_path / "again"
-    script("train", "debug=minute", "~sampler", own, f"hydra.run.dir={again}", "figures=false", cwd=tmp_path)
+    out = script("train", "debug=minute", "~sampler", own, f"hydra.run.dir={again}", "figures=false", cwd=tmp_path)
+    assert "4 samples tell little, whatever the ratio: give num_samples=2000 or more" in out
     assert {"config.yaml", "checkpoints", "metrics.jsonl", "samples", "result.json"} == set(os.listdir(again))
     out = script("evaluate", f"run={again}", "num_samples=20", "figures=false", cwd=tmp_path)
     assert "Sampler" in out
@@ -125,6 +126,11 @@ def test_a_resumed_run_goes_on_where_it_was(run: Path, tmp_path: Path) -> None:
     for name in ("weights", "ema"):
         file = f"checkpoints/step-000000004/{name}.safetensors"
         assert (short / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_sweep_of_no_job_says_so(tmp_path: Path) -> None:
+    error = script("train", "-m", "target=glob(zzz*)", "seed=0,1", cwd=tmp_path, code=1)
+    assert error == "error: the sweep has no job, as a pattern matches no name: see target=glob(zzz*)\n"
 
 
 def test_a_sweep_with_a_failing_job_is_reported(tmp_path: Path) -> None:
@@ -351,6 +357,8 @@ WRONG = {
     "a task's option": ("compare", ["run={run}", "restoration.count=2"], "does nothing without a task"),
     "no number of calls": ("tune", ["run={run}", "steps=[]"], "steps is empty"),
     "no step": ("certify", ["steps=[]"], "no step to certify"),
+    "a placeholder": ("sample", ["run=<dir>"], "run=<dir>: <dir> stands for a value of your own: give that"),
+    "a context without a task": ("compare", ["run={run}", "context=[1]"], "does nothing without a task: samples have"),
     "no spectrum table": ("sample", ["run={run}", "sampler=spectrum"], "steps=6 spectrum=true"),
 }
 
