@@ -86,7 +86,8 @@ def quality_against_nfe(
         style = look(i)
         seeds = _over_seeds(runs, metric, against)
         ax.fill_between(seeds[against], seeds["min"], seeds["max"], color=style["color"], alpha=0.15, linewidth=0)
-        lines += ax.plot(seeds[against], seeds["mean"], markersize=4, linewidth=1.5, label=str(name), **style)
+        lines += ax.plot(seeds[against], seeds["mean"], markersize=4, linewidth=1.5,
+                        label=str(name).replace("_", " "), **style)  # fmt: skip
         _crosses(ax, runs, against, style["color"])
     _floor(ax, table, metric)
     ax.set(xscale="log", yscale="log")

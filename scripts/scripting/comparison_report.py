@@ -31,9 +31,9 @@ VERDICTS = {
 """Heads of the page's columns, where they differ from the table's."""
 
 RULE = (
-    "A sampler is at the goal when each metric is within 1.25 times its noise floor, within two standard errors of it, or "
-    "within 1.25 times the best of any sampler on this model; excess: its worst metric over that goal; floors: its worst "
-    "metric over the noise floor; at: the calls for these; equals: others at the goal, or within a tenth of the best."
+    "at the goal: each metric within 1.25 noise floors, two standard errors of one, or 1.25 times the best on this model;\n"
+    "excess, floors: the worst metric over its goal, over its noise floor; at: their calls; equals: others at the goal, or "
+    "within a tenth of the best"
 )
 
 

@@ -131,7 +131,7 @@ def losses(run: Run) -> Figure:
     if excess:
         plotting.loss_curves(axes[0, 1], metrics, columns=excess)
         axes[0, 1].set(title="unweighted: excess over the exact score (fisher), irreducible part",
-                       ylabel="$E|n - n^*|^2 / d$ and $E|\\epsilon - n^*|^2 / d$")  # fmt: skip
+                       ylabel="squared error of the predicted noise, per dimension")  # fmt: skip
     return figure
 
 
