@@ -86,9 +86,9 @@ def check_globs(arguments: Sequence[str]) -> None:
         raise ValueError(f"the sweep has no job, as a pattern matches no name: see {' '.join(globs)}")
 
 
-def unknown(kind: str, name: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
+def unknown(kind: str, name: Any, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
     """The error for an unknown name, with the places where it exists, or else the nearest known name."""
-    near = elsewhere or difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+    near = elsewhere or difflib.get_close_matches(str(name).rpartition(".")[2], known, n=1)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     if not known:
         return f"{name} is new: a {kind} is added by +{name}=<value>"

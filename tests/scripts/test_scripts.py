@@ -357,6 +357,7 @@ WRONG = {
     "a task's option": ("compare", ["run={run}", "restoration.count=2"], "does nothing without a task"),
     "no number of calls": ("tune", ["run={run}", "steps=[]"], "steps is empty"),
     "no step": ("certify", ["steps=[]"], "no step to certify"),
+    "a number for a metric": ("report", ["{run}", "metric=5"], "unknown metric 5: known: "),
     "a placeholder": ("sample", ["run=<dir>"], "run=<dir>: <dir> stands for a value of your own: give that"),
     "a context without a task": ("compare", ["run={run}", "context=[1]"], "does nothing without a task: samples have"),
     "no spectrum table": ("sample", ["run={run}", "sampler=spectrum"], "steps=6 spectrum=true"),
