@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,24 @@ class SampleResult(Brief):
     seconds: float
     trajectory: Tensor | None
     times: Tensor
+
+
+@dataclass(frozen=True, repr=False)
+class State(Brief):
+    """A run on its way.
+
+    Attributes:
+        time: the grid time.
+        x: the state there, shape (batch, *event).
+        nfe: network calls per sample so far.
+        prediction: that of the last call since the grid time before, e.g. for its `denoised`; None if there was none, or if
+            a CUDA graph was replayed.
+    """
+
+    time: float
+    x: Tensor
+    nfe: int
+    prediction: Prediction | None
 
 
 FINALS = ("denoise", "none")
@@ -116,10 +134,15 @@ class ErrorControlled(AsWritten):
 
 
 class CountedModel:
-    """A score model under a fixed condition that counts its calls."""
+    """A score model under a fixed condition that counts its calls.
+
+    Attributes:
+        keeps: whether the last prediction is kept, as `last`.
+    """
 
     def __init__(self, model: ScoreModel, condition: Mapping[str, Any]) -> None:
         self.model, self.condition, self.calls = model, condition, 0
+        self.keeps, self.last = False, cast("Prediction | None", None)
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
         prediction = self.model(x, t, **self.condition)
@@ -129,6 +152,8 @@ class CountedModel:
         if not self.calls and isinstance(t, float):
             self._check_kernel(prediction, t)
         self.calls += prediction.calls
+        if self.keeps:
+            self.last = prediction
         return prediction
 
     def _check_kernel(self, prediction: Prediction, t: float) -> None:
@@ -359,24 +384,42 @@ class Sampler(AsWritten):
         if gradient and self.cuda_graph:
             raise ValueError("gradient=True cannot go through CUDA graphs: build the sampler with cuda_graph=False")
         start = begin(model, shape, seed, noise, x_init, condition, dtype, self.grid, self.predictor or Carry())
-        times = start.times
+        moves = self._moves(model, start.times)
+        clock, path = time.perf_counter(), list[Tensor]()
+        for state in self._states(start, moves, progress):
+            x = state.x
+            if trajectory:
+                path.append(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        seconds, times = time.perf_counter() - clock, start.times
+        warn_of_lost(x, model, times[-1].item())
+        kept = torch.stack(path[: len(times)]) if trajectory else None
+        return SampleResult(x, start.model.calls, seconds, kept, times)
+
+    @torch.no_grad()
+    def states(
+        self, model: ScoreModel, shape: Sequence[int], *, seed: int | None = None, noise: NoiseSource | None = None,
+        x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, progress: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Iterator[State]:  # fmt: skip
+        """The states of a run as they come: the start, that at each later grid time and, with final="denoise", the samples.
+
+        They are those of `sample`, whose arguments and errors these are. The run ends where a loop over them is left, and
+        goes on from what is written into a state's `x` in place.
+        """
+        start = begin(model, shape, seed, noise, x_init, condition, dtype, self.grid, self.predictor or Carry())
+        start.model.keeps = True
+        return torch.no_grad()(self._states)(start, self._moves(model, start.times), progress)
+
+    def _moves(self, model: ScoreModel, times: Tensor) -> list[Move]:
+        """`plan` for this model, which is prepared for it, or refused by a step."""
         for step in (self.predictor, self.corrector):
             if step is not None:
                 step.check_model(model)
         moves = self.plan(model.sde, times)
         model.prepare(times.tolist())
-        clock = time.perf_counter()
-        states = [start.x] if trajectory else []
-        x = start.x
-        for x, arrived in self._run(moves, start, progress):
-            if trajectory and arrived:
-                states.append(x)
-        x, _ = ending(self.final, start.model, x, times[-1].item())
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        seconds = time.perf_counter() - clock
-        warn_of_lost(x, model, times[-1].item())
-        return SampleResult(x, start.model.calls, seconds, torch.stack(states) if trajectory else None, times)
+        return moves
 
     def check(self, sde: SDE) -> None:
         """Refuses, with ValueError, an SDE on which the grid or a step does not work, by computing the whole table."""
@@ -411,18 +454,26 @@ class Sampler(AsWritten):
                              f"{mask.dtype} of shape {tuple(mask.shape)}")  # fmt: skip
         return mask
 
-    def _run(self, moves: Sequence[Move], start: Start, progress: bool) -> Iterator[tuple[Tensor, bool]]:
-        """The state after each move, and whether it stands at the next grid time."""
-        x = start.x
+    def _states(self, start: Start, moves: Sequence[Move], progress: bool) -> Iterator[State]:
+        """See `states`."""
+        x, model, times = start.x, start.model, iter(start.times.tolist())
         history: History = ()
+        t = next(times)
+        yield State(t, x, 0, None)
         advance = GraphedMoves(((m.step, m.row) for m in moves), x).advance if self.cuda_graph else _advance
         for move in tqdm(moves, desc="sampling", disable=not progress, delay=1.0, leave=False):
             predicting = move.step is self.predictor
             past = history if predicting else ()
-            x, past = advance(move.step, move.row, x, past, start.model, partial(start.noise, move.key))
+            x, past = advance(move.step, move.row, x, past, model, partial(start.noise, move.key))
             if predicting:
                 history = past
-            yield x, move.arrives
+            if move.arrives:
+                t = next(times)
+                yield State(t, x, model.calls, model.last)
+                model.last = None
+        if self.final == "denoise":
+            x, _ = ending(self.final, model, x, t)
+            yield State(t, x, model.calls, model.last)
 
 
 def _advance(

@@ -154,6 +154,49 @@ def test_a_trajectory_has_the_state_at_every_grid_time():
     assert torch.equal(x, torch.ones(4, 2))
 
 
+@pytest.mark.parametrize("final", ["denoise", "none"])
+@pytest.mark.parametrize("corrector_first", [True, False])
+def test_states_are_those_of_the_run(final, corrector_first):
+    sampler = Sampler(Ancestral(), FIVE, LangevinCorrector(), final, corrector_first)
+    run = sampler.sample(model(), (4, 2), seed=0, trajectory=True)
+    states = list(sampler.states(model(), (4, 2), seed=0))
+    denoised = final == "denoise"
+    assert [state.time for state in states] == [*run.times.tolist(), *run.times[-1:].tolist() * denoised]
+    assert torch.equal(torch.stack([state.x for state in states[:6]]), run.trajectory)
+    assert torch.equal(states[-1].x, run.x)
+    calls = [0, 3, 5, 7, 9, 10] if corrector_first else [0, 2, 4, 6, 8, 10]
+    assert [state.nfe for state in states] == [*calls, *[run.nfe] * denoised]
+    assert states[0].prediction is None
+    assert all(state.prediction is not None for state in states[1:])
+
+
+def test_a_state_has_the_last_prediction_and_a_run_goes_on_from_what_is_written_into_it():
+    case = model()
+    given = []
+    for state in Sampler(DDIM(), FIVE, final="none").states(case, (4, 2), seed=0):
+        if state.prediction is not None:
+            t, x = given[-1]
+            assert torch.equal(state.prediction.denoised, case(x, t).denoised)
+        state.x.clamp_(-1, 1)
+        given.append((state.time, state.x.clone()))
+    assert len(given) == 6
+    (t, x), *_ = given[4:]
+    rest = Sampler(DDIM(), at(t, given[5][0]), final="none").sample(case, (4, 2), x_init=x)
+    assert torch.equal(rest.x.clamp(-1, 1), given[5][1])
+
+
+def test_a_run_that_is_left_calls_the_network_no_more_and_wrong_requests_are_refused_before_it():
+    log: list = []
+    for state in Sampler(Note("predictor", log), FIVE).states(model(), (1, 2), seed=0):
+        if state.time < 0.5:
+            break
+    assert len(log) == 3
+    with pytest.raises(ValueError, match="shape"):
+        Sampler(DDIM(), FIVE).states(model(), (1, 3))
+    x = torch.zeros(1, 2, requires_grad=True)
+    assert not any(state.x.requires_grad for state in Sampler(DDIM(), FIVE).states(model(), (1, 2), x_init=x))
+
+
 def test_kept_states_are_not_overwritten_by_later_moves():
     for corrector in (None, LangevinCorrector(steps=2)):
         run = Sampler(Ancestral(), FIVE, corrector).sample(model(), (4, 2), seed=0, trajectory=True)
