@@ -63,8 +63,7 @@ def compared(config: DictConfig, subject: subjects.Subject, samplers: Mapping[st
 
 def print_results(table: pd.DataFrame, home: Path, folder: Path) -> None:
     """Prints the ranking, advice, the runs that failed, and where the report (`home`) and the samples (`folder`) are."""
-    output.show(ranking(table))
-    print(comparison_report.RULE)
+    output.show(ranking(table).rename(columns=comparison_report.HEADS), comparison_report.RULE)
     for line in comparison_report.advice(table):
         print(line)
     for row in comparison_report.faults(table).to_dict("records"):

@@ -112,7 +112,7 @@ def _unpacked(path: Path, wanted: Sequence[str], moved: Sequence[str | None]) ->
 def _check_names(path: Path, wanted: Sequence[str], known: Sequence[str]) -> None:
     if missing := [name for name in wanted if name not in known]:
         raise ValueError(
-            f"{path} has no array {', '.join(missing)}, only {', '.join(known)}: name its arrays x=, labels="
+            f"{path} has no array {', '.join(map(str, missing))}, only {', '.join(known)}: name its arrays x=, labels="
         )
 
 

@@ -82,7 +82,7 @@ class DiT(nn.Module):
             raise ValueError(f"patch={list(self.patch)} must have one side for each axis of {list(event_shape)[1:]}")
         channels, *grid = grid_shape(self.event_shape, multiple=self.patch)
         if width % heads:
-            raise ValueError(f"width={width} must be a multiple of heads={heads}")
+            raise ValueError(f"width={width} must be a multiple of heads={heads}: change one of them")
         volume, outward = math.prod(self.patch), 2 * channels if learned_variance else channels
         self.embedding = Embedding(width, frequencies, num_classes, augment_width=augment_width)
         self.first = nn.Linear(channels * volume, width)

@@ -23,17 +23,15 @@ from score_sde.progress import tqdm
 from score_sde.training import write_atomically
 from scripting import configs, figures, html_page
 
-SHOWN = {"nfe": "calls", "seconds_per_sample": "s per sample"}
-VERDICTS = {
-    "budget": "calls allowed", "calls": "calls to the goal", "at": "at calls", "excess": "times the goal",
-    "worst": "worst metric", "floors": "times the floor", "equals": "as good",
+HEADS = {
+    "nfe": "calls", "budget": "calls allowed", "calls": "calls to the goal", "at": "at calls", "excess": "times the goal",
+    "worst": "worst metric", "floors": "times the floor", "equals": "as good", "seconds_per_sample": "s per sample",
 }  # fmt: skip
-"""Heads of the page's columns, where they differ from the table's."""
+"""Heads of the shown columns, where they differ from the names in the tables."""
 
 RULE = (
-    "at the goal: each metric within 1.25 noise floors, two standard errors of one, or 1.25 times the best on this model;\n"
-    "excess, floors: the worst metric over its goal, over its noise floor; at: their calls; equals: others at the goal, or "
-    "within a tenth of the best"
+    "A sampler is at the goal when each metric is within 1.25 times its noise floor, or two standard errors of it, or within "
+    "1.25 times the best of any sampler on this model."
 )
 
 
@@ -55,8 +53,8 @@ def write(config: DictConfig, table: pd.DataFrame, reference: Any, folder: Path,
     report = html_page.Page(*heading(config, table))
     several = table["model"].nunique() > 1
     best, every = (rows if several else rows.drop(columns="model") for rows in (winners(table), ranking(table)))
-    report.add("What to take", html_page.bullets([*advice(table), *absent]), html_page.table(best, VERDICTS, RULE),
-               html_page.folded("Every sampler", html_page.table(every, SHOWN | VERDICTS)))  # fmt: skip
+    report.add("What to take", html_page.bullets([*advice(table), *absent]), html_page.table(best, HEADS, RULE),
+               html_page.folded("Every sampler", html_page.table(every, HEADS)))  # fmt: skip
     drawn = [*pictures(table, summary, metrics), *sample_sheets(load_samples(config.output, table), reference, table)]
     sections: dict[str, list[str]] = {}
     for name, shown in tqdm(drawn, desc="figures", delay=2):
@@ -66,7 +64,7 @@ def write(config: DictConfig, table: pd.DataFrame, reference: Any, folder: Path,
     for title, parts in sections.items():
         report.add(title, *parts)
     report.add("All numbers", html_page.text("Means over seeds. Click on a column's head to sort."),
-               html_page.table(columns_shown(summary, metrics), SHOWN))  # fmt: skip
+               html_page.table(columns_shown(summary, metrics), HEADS))  # fmt: skip
     if len(lost := faults(table)):
         report.add("Refused, diverged, failed", html_page.table(lost))
     report.add("Settings", *settings(config))

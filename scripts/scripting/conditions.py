@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -154,8 +155,8 @@ def check_labels(labels: list[int], model: LearnedScore) -> None:
     """Raises ValueError for labels that the network of a model, or a classifier, does not know."""
     known = getattr(model.network, "num_classes", None)
     for label in labels:
-        if known is None:
+        if known is None and "label" not in getattr(model, "condition_names", ()):
             raise ValueError(f"label={label}, but the run's network knows no classes: train it with labels, "
                              "e.g. experiment=digits_conditional, or give guidance=classifier")  # fmt: skip
-        if not 0 <= label < known:
-            raise ValueError(f"label={label}, but the run's network knows the classes 0 to {known - 1}")
+        if label < 0 or (known is not None and label >= known):
+            raise ValueError(f"label={label}, but the run's network knows the classes 0 to {(known or math.inf) - 1:g}")

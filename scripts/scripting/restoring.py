@@ -145,20 +145,8 @@ def case_of(config: DictConfig, run: Run) -> Restoration:
 def settings_of(config: DictConfig) -> dict[str, Any]:
     """The settings that a task's results depend on."""
     whole = configs.plain(config)
-    names = (
-        "task",
-        "restoration",
-        "run",
-        "label",
-        "context",
-        "ema",
-        "step",
-        "sde",
-        "budgets",
-        "seeds",
-        "num_samples",
-        "seed",
-    )
+    names = ("task", "restoration", "run", "label", "context", "ema", "step", "sde", "budgets", "seeds", "num_samples",
+             "seed")  # fmt: skip
     return {name: whole[name] for name in names}
 
 

@@ -98,11 +98,9 @@ def fitted_under(table: Path) -> dict[str, Any] | None:
 
 
 def _words(given: Mapping[str, Any]) -> str:
-    return (
-        f"under {' '.join(f'{name}={value}' for name, value in given.items())}"
-        if given
-        else "without a label or context"
-    )
+    if not given:
+        return "without a label or context"
+    return f"under {' '.join(f'{name}={value}' for name, value in given.items())}"
 
 
 def _record(table: Path) -> dict[str, Any]:

@@ -163,6 +163,11 @@ def words(folder):
     return load_file(folder / "a.npz")
 
 
+def switched_on(folder):
+    np.savez(folder / "a.npz", x=np.zeros((50, 3)), y=np.zeros(50, int))
+    return load_file(folder / "a.npz", labels=True)
+
+
 REFUSED = {
     "truncated": (broken, r"b\.png cannot be read as an image: remove or replace it"),
     "no image": (text, r"a\.jpg cannot be read as an image"),
@@ -170,6 +175,7 @@ REFUSED = {
     "32 bits": (deep, r"a\.tif holds 32-bit integers up to 70000"),
     "damaged npz": (half_zip, r"a\.npz holds no arrays of numbers, or is damaged"),
     "npz of words": (words, r"a\.npz holds no arrays of numbers"),
+    "labels without a name": (switched_on, r"a\.npz has no array True, only x, y: name its arrays x=, labels="),
     "no folder": (lambda folder: image_folder(folder / "none", 8), "none does not exist"),
     "channels": (lambda folder: Decoder(4, 4, 2), "channels=2"),
     "fit": (lambda folder: Decoder(4, 4, fit="pad"), "fit is one of crop, stretch, exact; got 'pad'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,13 @@ import pytest
 import torch
 from typed import script
 
-from score_sde import Run
+from score_sde import VPSDE, LearnedScore, Run
 from score_sde.likelihood import log_likelihood
+from score_sde.parameterization import Noise
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+from scripting import conditions  # noqa: E402
 
 SHORT = ["trainer.steps=300", "trainer.batch_size=256", "trainer.log_every=100", "trainer.progress=false", "figures=false",
          "evaluation.samplers=[ddim]", "evaluation.metrics=[sliced_w2]", "num_samples=400", "network.width=32",
@@ -141,6 +147,21 @@ def test_samplers_are_compared_on_the_labels_that_are_asked_for(by_label: Path, 
     assert np.quantile(np.abs(x[:, 1]), 0.9) < 2
     for run, label, message in ((by_label, 7, "knows the classes 0 to 3"), (by_context, 1, "knows no classes")):
         assert message in script("compare", f"run={run}", f"label={label}", cwd=by_label, code=1)
+
+
+class Labelled(torch.nn.Module):
+    def forward(self, x, c_noise, label=None):
+        return x
+
+
+def test_a_network_of_ones_own_that_takes_labels_need_not_say_how_many_there_are() -> None:
+    model = LearnedScore(Labelled(), VPSDE(), Noise(), (2,))
+    conditions.check_labels([0, 7], model)
+    with pytest.raises(ValueError, match="label=-1"):
+        conditions.check_labels([-1], model)
+    model = LearnedScore(torch.nn.Bilinear(2, 1, 2), VPSDE(), Noise(), (2,))
+    with pytest.raises(ValueError, match="knows no classes"):
+        conditions.check_labels([0], model)
 
 
 def test_a_damaged_checkpoint_is_named_with_what_is_left(by_label: Path) -> None:
