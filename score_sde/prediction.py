@@ -68,6 +68,12 @@ class Prediction(Brief):
         """The prediction whose raw output is an estimate of the noise: D = (x - sigma noise) / alpha."""
         return cls(x, noise, alpha, sigma, 1 / alpha, -sigma / alpha)
 
+    @classmethod
+    def from_velocity(cls, x: Tensor, velocity: Tensor, alpha: Coefficient, sigma: Coefficient) -> Prediction:
+        """The prediction whose raw output is a `velocity`: D = (alpha x - sigma velocity) / (alpha^2 + sigma^2)."""
+        total = alpha**2 + sigma**2
+        return cls(x, velocity, alpha, sigma, alpha / total, -sigma / total)
+
     @property
     def denoised(self) -> Tensor:
         """D = E[x_0 | x_t], the posterior mean of the clean data."""

@@ -98,11 +98,13 @@ def test_views_are_differentiable_in_x_and_raw():
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_score_or_a_noise_estimate_is_a_prediction(batched):
+def test_a_score_a_noise_estimate_or_a_velocity_is_a_prediction(batched):
     x, known = pair()
     alpha, sigma = (torch.linspace(low, 0.9, 5, dtype=F64) if batched else 0.6 for low in (0.2, 0.1))
     column = (lambda v: v[:, None]) if batched else (lambda v: v)
+    velocity = column(alpha) * known - column(sigma) * (x - column(sigma) * known) / column(alpha)
     for made, noise in (
+        (Prediction.from_velocity(x, velocity, alpha, sigma), known),
         (Prediction.from_noise(x, known, alpha, sigma), known),
         (Prediction.from_score(x, known, alpha, sigma), -column(sigma) * known),
     ):
