@@ -52,7 +52,7 @@ class Observed(WrappedScore):
         super().__init__(model)
         name = type(self).__name__
         if not isinstance(operator, LinearOperator if self.linear else Operator):
-            wanted = "a LinearOperator (DPS and MMPS take any Operator)" if self.linear else "an Operator"
+            wanted = "a LinearOperator (MMPS takes any Operator)" if self.linear else "an Operator"
             function = "a linear function as Linear" if self.linear else "a function as Nonlinear"
             raise TypeError(f"{name} takes {wanted}, got {type(operator).__name__}: wrap a matrix as Matrix(A), "
                             f"{function}(f, input_shape)")  # fmt: skip

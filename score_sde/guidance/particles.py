@@ -4,7 +4,8 @@ Particles move by a guided step q and carry the weights that guidance alone leav
 
     w_s = p(x_s | x_t) pi_s(x_s) / (q(x_s | x_t) pi_t(x_t)),     pi_t(x) = N(y; A D(x, t), v_t A A^T + noise_std^2 I),
 
-with the twist pi_t of `PiGDM`. With more particles and steps the law of the particles tends to the posterior.
+with the twist pi_t of `PiGDM`. For a nonlinear A it is N(y; A(D), (v_t g + noise_std^2) I), g the cloud's median of
+|A'(D)^T r|^2 / |r|^2 for r = y - A(D). With more particles and steps the law of the particles tends to the posterior.
 Source: Wu et al. 2023, https://arxiv.org/abs/2306.17775, algorithm 1.
 """
 
@@ -21,8 +22,8 @@ from torch import Tensor
 from score_sde.checks import whole
 from score_sde.grid import Grid
 from score_sde.guidance.base import pushed, with_pull
-from score_sde.guidance.observed import PiGDM, solve, spread
-from score_sde.guidance.operators import LinearOperator
+from score_sde.guidance.observed import MMPS, linearised, solve, spread
+from score_sde.guidance.operators import LinearOperator, Operator
 from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
 from score_sde.progress import tqdm
@@ -35,10 +36,10 @@ from score_sde.steps.linear import Ancestral, LinearRow, LinearStep
 class TwistedParticles:
     """A sampler of p(x_0 | y) whose batch is one cloud of particles: by design each depends on all the others.
 
-    Assumes: linear A, noise. Cost: one call and one gradient per step and particle. Bias: of order 1 over the number of
-    particles, plus the base step's; a small cloud collapses where y is precise. There is no certificate, as the draws are
-    not affine in the noise; docs/guidance.md has distances to exact posteriors. Particles may share an ancestor, so n
-    particles say less than n independent samples.
+    Assumes: a differentiable A, noise. Cost: one call and one gradient per step and particle. Bias: of order 1 over the
+    number of particles, plus the base step's; a small cloud collapses where y is precise. There is no certificate, as the
+    draws are not affine in the noise; docs/guidance.md has distances to exact posteriors. Particles may share an ancestor,
+    so n particles say less than n independent samples.
 
     Args:
         grid: function SDE -> times.
@@ -54,7 +55,7 @@ class TwistedParticles:
     """
 
     def __init__(
-        self, grid: Grid, operator: LinearOperator, y: Tensor, noise_std: float, *, data_std: float | None = None,
+        self, grid: Grid, operator: Operator, y: Tensor, noise_std: float, *, data_std: float | None = None,
         step: LinearStep | None = None, threshold: float = 0.5, particles: int | None = None,
     ) -> None:  # fmt: skip
         self.step = Ancestral() if step is None else step
@@ -84,7 +85,7 @@ class TwistedParticles:
                 differs between particles.
             FloatingPointError: no particle has a finite weight any more.
         """
-        PiGDM(model, self.operator, self.y, self.noise_std, self.data_std)  # for its refusals
+        MMPS(model, self.operator, self.y, self.noise_std)  # for its refusals
         count = shape[0]
         shape = (self.particles or count, *shape[1:])
         start = begin(model, shape, seed, noise, x_init, condition, dtype, self.grid)
@@ -123,10 +124,15 @@ class TwistedParticles:
     ) -> tuple[Prediction, Tensor, Tensor, Tensor]:
         """The prediction, D, the change of D by the twist, and log pi_t up to a constant, shape (particles,)."""
         prediction, clean, pull = with_pull(model, x, t, condition)
-        residual = self.y.to(x) - self.operator(clean)
+        seen, _, back = linearised(self.operator, clean)
+        residual = self.y.to(x) - seen
         v = spread(prediction, model.data_std if self.data_std is None else self.data_std)
-        solved = solve(self.operator, residual, v, self.noise_std**2)
-        guided = pushed(prediction, pull(self.operator.transpose(solved)))
+        if isinstance(self.operator, LinearOperator):
+            solved = solve(self.operator, residual, v, self.noise_std**2)
+        else:
+            gain = back(residual).flatten(1).square().sum(1) / residual.flatten(1).square().sum(1)
+            solved = residual / (v * gain.nanmedian() + self.noise_std**2)
+        guided = pushed(prediction, pull(back(solved)))
         return prediction, clean, guided.denoised - clean, -(residual * solved).flatten(1).double().sum(1) / 2
 
     def _resampled(self, log_weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

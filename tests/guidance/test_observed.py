@@ -240,7 +240,7 @@ MASK = Mask((D,), torch.tensor([True, False, True, False]))
     [
         (lambda m: Replacement(m, MASK, torch.zeros(D)), ValueError, "pass the observation operator(x), not x itself"),
         (lambda m: PiGDM(m, Mask((3,), torch.ones(3) > 0), torch.zeros(3)), ValueError, "the model's is (4,)"),
-        (lambda m: PiGDM(m, Nonlinear(torch.sin, (D,)), torch.zeros(D)), TypeError, "DPS and MMPS take any Operator"),
+        (lambda m: PiGDM(m, Nonlinear(torch.sin, (D,)), torch.zeros(D)), TypeError, "MMPS takes any Operator"),
         (lambda m: DPS(m, MASK, torch.zeros(2)), ValueError, "noise_std is one number > 0 for all of y, got 0.0"),
         (lambda m: DPS(m, MASK, torch.zeros(2), 0.1, rule="norm"), ValueError, "rule is one of likelihood, residual"),
         (lambda m: MMPS(m, MASK, torch.zeros(2), 0.1, 0), ValueError, "iterations >= 1, got iterations=0"),
