@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -34,6 +34,7 @@ from score_sde.evaluation import Evaluation, Reference, check_counts, evaluate, 
 from score_sde.evaluation.classification import accuracy_by_noise
 from score_sde.keyed import generator
 from score_sde.networks import MLP
+from score_sde.networks.embedding import context_of
 from score_sde.run import TAKES, Run
 from score_sde.training import Objective, TimeSampler, Trainer, TrainingResult
 from score_sde.training.interrupt import hand_on
@@ -148,7 +149,7 @@ def check(job: Job) -> None:
     job.trainer.check(job.model, data, job.time_sampler)
     for sampler in (job.preview, *job.samplers.values()):
         sampler.check(job.model.sde)
-    check_conditions(config, data)
+    check_conditions(config, data, job.model)
     check_references(config, data, views)
     if job.samplers or job.trainer.evaluate_every:
         check_counts(data, min(job.periodic, config.num_samples), views["features"], views["classifier_data"])
@@ -281,9 +282,11 @@ def metrics_of(config: DictConfig, data: Data) -> Sequence[Any]:
     return metrics
 
 
-def check_conditions(config: DictConfig, data: Data) -> None:
-    """Raises ValueError for options about labels and contexts if the data have none."""
-    given = data.batch(0, 1).condition
+def check_conditions(config: DictConfig, data: Data, model: LearnedScore) -> None:
+    """Raises ValueError for options about labels and contexts if the data have none, and for contexts of another width."""
+    given, network = data.batch(0, 1).condition, cast(Any, model.network)
+    if "context" in given and hasattr(network, "null_context"):
+        context_of(given["context"], network.null_context, 1)
     for name, key in TAKES.items():
         if name not in given and (known := config.network.get(key)):
             raise ValueError(f"network.{key}={known}, and the data have no {name}s: leave it out, or give {name}s")

@@ -175,9 +175,9 @@ def test_a_model_that_is_too_rough_is_given_up(solver, monkeypatch):
         calls.append(t)
         return 50 * (1e4 * x).sin() - x
 
-    with pytest.raises(RuntimeError, match=r"not come to its end in 2,000 calls: .* loosen rtol and atol"):
+    with pytest.raises(RuntimeError, match=r"not come to its end in [0-9,]+ calls: .* loosen rtol and atol"):
         solver.sample(FunctionScore(rough, VPSDE(), (2,)), (4, 2), seed=0)
-    assert 2000 <= len(calls) < 2200
+    assert 2000 <= len(calls) < 3000
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -26,7 +26,6 @@ from score_sde import distributed
 from score_sde.brief import Brief
 from score_sde.checks import number, one_of, whole
 from score_sde.data import Batch, Data
-from score_sde.networks.embedding import context_of
 from score_sde.progress import tqdm
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
@@ -437,11 +436,8 @@ def _check_data(model: LearnedScore, data: Data) -> None:
             f"the data have labels of {data.num_classes} classes, the network knows {known or 0}: "
             f"set network.num_classes={data.num_classes}, or use the data without labels"
         )
-    given, network = data.batch(0, 1).condition, cast(Any, model.network)
-    if not model.predicts and "label" not in given:
+    if not model.predicts and data.num_classes is None:
         raise ValueError("a classifier is trained on labelled data: set data.labels=true, or give data with labels")
-    if model.predicts and "context" in given and hasattr(network, "null_context"):
-        context_of(given["context"], network.null_context, 1)
 
 
 class _Outputs:

@@ -16,8 +16,11 @@ import torch
 from omegaconf import OmegaConf
 from typed import ROOT, script
 
+from score_sde import VPSDE, LearnedScore
 from score_sde.data import TensorData, digits
 from score_sde.evaluation import Pixels, Reference
+from score_sde.networks import MLP
+from score_sde.parameterization import Noise
 from score_sde.run import Run
 from score_sde.training import Checkpoints
 
@@ -35,6 +38,21 @@ OWN = OmegaConf.create({
     "target": {"std": 0.2}, "sampler": {"steps": 5}, "num_samples": 100,
     "overrides": ["~hidden", "trainer.steps=10", "+network={width: 32, samples: 100}", "sde=ve"],
 })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (None, "takes none: set network.context_width=3"),
+        (4, r"tokens \(1, tokens, 4\); got \(1, 3\): .* train with another network.context_width"),
+    ],
+)
+def test_contexts_that_the_network_does_not_take_are_refused_before_a_run_begins(width, message) -> None:
+    data = TensorData(torch.randn(30, 2), context=torch.randn(30, 3))
+    model = LearnedScore(MLP((2,), context_width=width), VPSDE(), Noise(), (2,))
+    config = OmegaConf.create({"network": {"context_width": width}, "objective": {}})
+    with pytest.raises(ValueError, match=message):
+        train.check_conditions(config, data, model)
 
 
 def test_a_run_that_has_come_to_its_end_takes_no_new_training(tmp_path: Path) -> None:

@@ -442,10 +442,6 @@ def labelled() -> TensorData:
     return TensorData(torch.randn(30, 2), torch.arange(30) % 3)
 
 
-def in_context(width: int) -> TensorData:
-    return TensorData(torch.randn(30, 2), context=torch.randn(30, width))
-
-
 def classifier() -> NoisyClassifier:
     network = nn.Linear(2, 3)
     network.num_classes = 3
@@ -464,14 +460,6 @@ def classifier() -> NoisyClassifier:
                 "model": LearnedScore(MLP((2,), num_classes=2), sdes.VPSDE(), Noise(), (2,)),
             },
             "the network knows 2",
-        ),
-        ({"data": in_context(3)}, "takes none: set network.context_width=3"),
-        (
-            {
-                "data": in_context(3),
-                "model": LearnedScore(MLP((2,), context_width=4), sdes.VPSDE(), Noise(), (2,)),
-            },
-            r"tokens \(1, tokens, 4\); got \(1, 3\): .* train with another network.context_width",
         ),
         ({"model": classifier(), "objective": NoisyCrossEntropy()}, "trained on labelled data: set data.labels=true"),
         ({"time_sampler": LadderTimes()}, "VPSDE has no ladder"),
