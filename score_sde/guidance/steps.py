@@ -65,7 +65,7 @@ class Impute(_ObservedStep):
     calls = 0
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[ImputeRow]:
-        return [ImputeRow(*row) for row in finite(self, sde, t, [sde.alpha(s), sde.sigma(s)])]
+        return list(map(ImputeRow, *finite(self, sde, t, [sde.alpha(s), sde.sigma(s)])))
 
     def advance(
         self, row: ImputeRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw
@@ -119,7 +119,7 @@ class DDRM(_ObservedStep):
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> Sequence[DDRMRow]:
         columns = [t, sde.alpha(t), sde.alpha(s), sde.noise_level(t), sde.noise_level(s)]
-        return [DDRMRow(*row) for row in finite(self, sde, t, columns)]
+        return list(map(DDRMRow, *finite(self, sde, t, columns)))
 
     def advance(
         self, row: DDRMRow, x: Tensor, history: History, evaluate: Evaluate, draw: Draw

@@ -22,7 +22,7 @@ from torch import Tensor
 from score_sde.checks import one_of
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
-from score_sde.steps.step import Draw, Evaluate, History, Step, finite
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
 
 Coefficients = tuple[Tensor, Sequence[Tensor], Tensor]
 Scalar = float | Tensor
@@ -98,9 +98,9 @@ class LinearStep(Step):
         for depth, i in by_history(t, s, self.memory).items():
             times = t[i - torch.arange(depth).unsqueeze(1)]
             a, b, c = self._coefficients(sde, times, s[i])
-            table = finite(self, sde, times[0], [times[0], a, c, u[i], w[i], *b])
-            for move, (at, a_i, c_i, u_i, w_i, *b_i) in zip(i.tolist(), table, strict=True):
-                rows[move] = LinearRow(at, a_i, tuple(b_i), c_i, (u_i, w_i))
+            at, a_, c_, u_, w_, *b_ = finite(self, sde, times[0], [times[0], a, c, u[i], w[i], *b])
+            table = map(LinearRow, at, a_, tuples(b_), c_, zip(u_, w_, strict=True))
+            rows |= zip(i.tolist(), table, strict=True)
         return [rows[move] for move in range(len(t))]
 
     def _coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:

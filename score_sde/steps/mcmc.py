@@ -38,7 +38,7 @@ class _Chain(Step):
         self.ratio, self.repeats = check_ratio(self, ratio), whole("steps", steps)
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[ChainRow]:
-        return [ChainRow(*row) for row in finite(self, sde, t, [t, sde.sigma(t)])]
+        return list(map(ChainRow, *finite(self, sde, t, [t, sde.sigma(t)])))
 
 
 class MetropolisLangevin(_Chain):

@@ -19,7 +19,7 @@ from score_sde.checks import number, one_of
 from score_sde.sde import SDE
 from score_sde.steps.linear import accumulate, combine
 from score_sde.steps.multistep import carried, check_order, check_strength, check_weights
-from score_sde.steps.step import Draw, Evaluate, History, Step, finite
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite, tuples
 
 
 class Stage(NamedTuple):
@@ -55,8 +55,9 @@ class StagedStep(Step):
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[StageRow]:
         columns = []
         for stage in self.stages(sde, t, s):
-            cut, table = len(stage.b), finite(self, sde, t, [stage.time, stage.a, *stage.b, *stage.c])
-            columns.append([(time, a, tuple(rest[:cut]), tuple(rest[cut:])) for time, a, *rest in table])
+            time, a, *rest = finite(self, sde, t, [stage.time, stage.a, *stage.b, *stage.c])
+            cut = len(stage.b)
+            columns.append(zip(time, a, tuples(rest[:cut]), tuples(rest[cut:]), strict=False))
         return list(map(StageRow, t.tolist(), zip(*columns, strict=True)))
 
     def advance(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -118,7 +119,7 @@ def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[list[float]]:
-    """The rows of a table with these columns, one list for each of the moves from t, shape (moves,).
+    """The columns of a table as lists of len(t) floats, for t of shape (moves,).
 
     Raises:
         ValueError: a column is neither a number nor of t's shape, or an entry is not finite; says at which t.
@@ -133,4 +134,9 @@ def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[l
     if not good.all():
         raise ValueError(f"{type(step).__name__} has no finite coefficients at t={t[~good][0]:g} of {sde!r}: "
                          "choose a grid that avoids this time, or another step")  # fmt: skip
-    return table.tolist()
+    return table.T.tolist()
+
+
+def tuples(columns: Sequence[Sequence[float]]) -> Iterable[tuple[float, ...]]:
+    """The rows of these columns; without columns, empty rows without end."""
+    return zip(*columns, strict=True) if columns else itertools.repeat(())
