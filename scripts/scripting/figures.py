@@ -131,7 +131,7 @@ def losses(run: Run) -> Figure:
     if excess:
         plotting.loss_curves(axes[0, 1], metrics, columns=excess)
         axes[0, 1].set(title="unweighted: excess over the exact score (fisher), irreducible part",
-                       ylabel="squared error of the predicted noise, per dimension")  # fmt: skip
+                       ylabel="squared error of the noise per dimension")  # fmt: skip
     return figure
 
 
