@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -140,9 +140,11 @@ class CountedModel:
         keeps: whether the last prediction is kept, as `last`.
     """
 
+    last: Prediction | None
+
     def __init__(self, model: ScoreModel, condition: Mapping[str, Any]) -> None:
         self.model, self.condition, self.calls = model, condition, 0
-        self.keeps, self.last = False, cast("Prediction | None", None)
+        self.keeps, self.last = False, None
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
         prediction = self.model(x, t, **self.condition)
