@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -277,8 +277,7 @@ def warn_of_lost(x: Tensor, model: ScoreModel, t: float) -> None:
                   stacklevel=4)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """One row of a run.
 
     Attributes:

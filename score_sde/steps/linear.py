@@ -60,10 +60,11 @@ def by_history(t: Tensor, s: Tensor, memory: int) -> dict[int, Tensor]:
 
     A break is a move that does not begin where the one before it ended, as after an upward move.
     """
-    move = torch.arange(len(t))
-    breaks = torch.cat([move[:1] == 0, t[1:] != s[:-1]])
-    depth = (move - torch.where(breaks, move, 0).cummax(0).values + 1).clamp_max(memory)
-    return {int(known): move[depth == known] for known in depth.unique()}
+    known, groups = 0, dict[int, list[int]]()
+    for i, (begins, ended) in enumerate(zip(t.tolist(), [math.nan, *s.tolist()], strict=False)):
+        known = min(known + 1, memory) if begins == ended else 1
+        groups.setdefault(known, []).append(i)
+    return {known: torch.tensor(moves) for known, moves in groups.items()}
 
 
 class LinearStep(Step):

@@ -215,11 +215,11 @@ class ExponentialAdams(LinearStep):
 
 def carried(sde: SDE, t: Tensor, s: Tensor, eta: float | Tensor, prediction: str = "denoised") -> tuple[Tensor, Tensor]:
     """(a, c) of `ExponentialAdams`: the factors of x_t and of the noise; eta may differ between moves."""
-    h, eta = sde.half_log_snr(s) - sde.half_log_snr(t), torch.as_tensor(eta, dtype=t.dtype)
+    h, sigma_s = sde.half_log_snr(s) - sde.half_log_snr(t), sde.sigma(s)
     if prediction == "noise":
-        return sde.alpha(s) / sde.alpha(t), eta * sde.sigma(s) * torch.expm1(2 * h).sqrt()
+        return sde.alpha(s) / sde.alpha(t), eta * sigma_s * torch.expm1(2 * h).sqrt()
     decay = eta**2 * h
-    return sde.sigma(s) / sde.sigma(t) * (-decay).exp(), sde.sigma(s) * (-torch.expm1(-2 * decay)).sqrt()
+    return sigma_s / sde.sigma(t) * (-decay).exp(), sigma_s * (-torch.expm1(-2 * decay)).sqrt()
 
 
 def weigh(

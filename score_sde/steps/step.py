@@ -129,12 +129,12 @@ def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[l
         if column.shape not in ((), (1,), t.shape):
             raise ValueError(f"{type(step).__name__} gives a coefficient of shape {tuple(column.shape)} for {len(t)} moves: "
                              "write it elementwise in the times t and s, of shape (moves,)")  # fmt: skip
-    table = torch.stack([column.expand(len(t)) for column in columns], 1)
-    good = table.isfinite().all(1)
+    table = torch.stack(torch.broadcast_tensors(t, *columns)[1:])
+    good = table.isfinite()
     if not good.all():
-        raise ValueError(f"{type(step).__name__} has no finite coefficients at t={t[~good][0]:g} of {sde!r}: "
+        raise ValueError(f"{type(step).__name__} has no finite coefficients at t={t[~good.all(0)][0]:g} of {sde!r}: "
                          "choose a grid that avoids this time, or another step")  # fmt: skip
-    return table.T.tolist()
+    return table.tolist()
 
 
 def tuples(columns: Sequence[Sequence[float]]) -> Iterable[tuple[float, ...]]:
