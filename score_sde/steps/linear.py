@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -60,11 +61,13 @@ def by_history(t: Tensor, s: Tensor, memory: int) -> dict[int, Tensor]:
 
     A break is a move that does not begin where the one before it ended, as after an upward move.
     """
-    known, groups = 0, dict[int, list[int]]()
-    for i, (begins, ended) in enumerate(zip(t.tolist(), [math.nan, *s.tolist()], strict=False)):
-        known = min(known + 1, memory) if begins == ended else 1
-        groups.setdefault(known, []).append(i)
-    return {known: torch.tensor(moves) for known, moves in groups.items()}
+    breaks = (t[1:] != s[:-1]).nonzero().flatten() + 1
+    groups: dict[int, list[int]] = {known: [] for known in range(1, memory + 1)}
+    for first, end in pairwise([0, *breaks.tolist(), len(t)]):
+        for known in range(1, memory):
+            groups[known] += range(first + known - 1, min(first + known, end))
+        groups[memory] += range(first + memory - 1, end)
+    return {known: torch.tensor(moves) for known, moves in groups.items() if moves}
 
 
 class LinearStep(Step):
