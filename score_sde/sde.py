@@ -139,12 +139,14 @@ class SDE(ABC):
     @property
     def half_log_snr_range(self) -> tuple[float, float]:
         """lambda where sampling starts and where it ends: (lambda(t_max), lambda(t_min))."""
-        return self.half_log_snr(self.t_max).item(), self.half_log_snr(self.t_min).item()
+        first, last = self.half_log_snr(torch.tensor([self.t_max, self.t_min], dtype=torch.float64)).tolist()
+        return first, last
 
     @property
     def noise_level_range(self) -> tuple[float, float]:
         """s where sampling starts and where it ends: (s(t_max), s(t_min))."""
-        return self.noise_level(self.t_max).item(), self.noise_level(self.t_min).item()
+        first, last = self.noise_level(torch.tensor([self.t_max, self.t_min], dtype=torch.float64)).tolist()
+        return first, last
 
     def time_at(self, half_log_snr: Time) -> Tensor:
         """The time t at which lambda(t) takes the given value; the inverse of `half_log_snr`.
