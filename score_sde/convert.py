@@ -16,7 +16,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,7 @@ class SongConfig:
 
 _DDPM = SongConfig("ddpm", num_res_blocks=2, continuous=False)
 _PLUS = SongConfig()
-_VE = SongConfig(
-    sde="ve", embedding_type="fourier", fir=True, progressive_input="residual", sigma_max=50.0
-)  # fmt: skip
+_VE = SongConfig(sde="ve", embedding_type="fourier", fir=True, progressive_input="residual")
 CONFIGS: dict[str, SongConfig] = {
     "vp/cifar10_ddpm": _DDPM,
     "vp/cifar10_ddpm_continuous": replace(_DDPM, continuous=True),
@@ -245,7 +243,7 @@ def _pairs(network: UNet, config: SongConfig) -> Iterator[Pair]:
 class _Layers:
     """Counts the original's layers."""
 
-    count: int = field(default=0)
+    count: int = 0
 
     def next(self) -> int:
         self.count += 1

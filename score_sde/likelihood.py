@@ -137,7 +137,11 @@ def log_likelihood(
         ValueError: an option is unknown or out of range, x has another event shape, is empty or not finite.
         RuntimeError: the solver failed, with its reason, or has not finished after `embedded.MAX_CALLS` calls.
     """
-    _check_options(divergence, probes, method, rtol, atol, steps, truncation)
+    one_of("divergence", divergence, DIVERGENCES)
+    one_of("truncation", truncation, TRUNCATIONS)
+    if whole("probes", probes) != 1 and divergence == "exact":
+        raise ValueError(f"probes={probes} with divergence='exact': the exact trace takes none, leave it out")
+    _check_solver(method, rtol, atol, steps)
     flow = _Flow(model, x, condition, sigma_data)
     flow.trace = trace = _trace(divergence, probes, x, seed)
     law = _terminal_law(model, terminal)
@@ -173,7 +177,7 @@ def encode(
     steps: int | None = None, sigma_data: float | None = None, condition: Mapping[str, Any] | None = None,
 ) -> Tensor:  # fmt: skip
     """The latent codes x(t_max) of data x, in x's shape; arguments and errors as in `log_likelihood`."""
-    _check_options("exact", 1, method, rtol, atol, steps, "none")
+    _check_solver(method, rtol, atol, steps)
     flow = _Flow(model, x, condition, sigma_data)
     z = x.double().flatten(1) / flow.data_scale
     state, _ = _integrate(flow, z, flow.ends, method, rtol, atol, steps)
@@ -185,7 +189,7 @@ def decode(
     steps: int | None = None, sigma_data: float | None = None, condition: Mapping[str, Any] | None = None,
 ) -> Tensor:  # fmt: skip
     """The data whose codes x(t_max) are `latent`, in data units and latent's shape: the inverse of `encode`."""
-    _check_options("exact", 1, method, rtol, atol, steps, "none")
+    _check_solver(method, rtol, atol, steps)
     flow = _Flow(model, latent, condition, sigma_data)
     z = latent.double().flatten(1) / flow.latent_scale
     state, _ = _integrate(flow, z, flow.ends[::-1], method, rtol, atol, steps)
@@ -492,14 +496,8 @@ def _adams(field: Callable[[float, Tensor], Tensor], state: Tensor, ends: tuple[
     return state
 
 
-def _check_options(
-    divergence: str, probes: int, method: str, rtol: float, atol: float, steps: int | None, truncation: str
-) -> None:
-    for name, value, allowed in (("divergence", divergence, DIVERGENCES), ("method", method, METHODS),
-                                 ("truncation", truncation, TRUNCATIONS)):  # fmt: skip
-        one_of(name, value, allowed)
-    if whole("probes", probes) != 1 and divergence == "exact":
-        raise ValueError(f"probes={probes} with divergence='exact': the exact trace takes none, leave it out")
+def _check_solver(method: str, rtol: float, atol: float, steps: int | None) -> None:
+    one_of("method", method, METHODS)
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"tolerances are positive, got {rtol=} and {atol=}")
     if steps is not None and (method != "adams" or steps < 4):

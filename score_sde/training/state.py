@@ -235,9 +235,7 @@ class TrainingState:
                 for rows in self.micro_batches():
                     part = batch.rows(slice(first + rows.start, first + rows.stop)).to(self.device)
                     if count := len(part.x):
-                        with (
-                            torch.enable_grad()
-                        ):  # an objective may differentiate by x; averaged weights need no gradient
+                        with torch.enable_grad():  # some objectives differentiate by x; these weights need no gradient
                             losses = self._loss(averaged, part, slice(rows.start, rows.start + count), times, source)
                         loss = losses.loss.detach()
                         found += torch.stack([loss.sum().double(), found.new_tensor(count)])
