@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from score_sde.checks import number, one_of, whole
-from score_sde.guidance.base import Pull, moved, pushed, with_pull
-from score_sde.guidance.operators import LinearOperator, Operator
+from score_sde.guidance.base import moved, pushed, with_pull
+from score_sde.guidance.operators import LinearOperator, Map, Operator
 from score_sde.prediction import Coefficient, Prediction, scaled
 from score_sde.score import ScoreModel, WrappedScore
 from score_sde.sde import Time, expand
@@ -196,7 +196,7 @@ class DPS(Observed):
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         y = self._take(x, condition)
         prediction, clean, pull = with_pull(self.model, x, t, condition)
-        seen, back = torch.func.vjp(self.operator, clean)  # type: ignore[misc]
+        seen, _, back = self.operator.linearised(clean)
         residual = y - seen
         if self.rule == "likelihood":
             weight: Coefficient = self.zeta / self.noise_std**2
@@ -205,7 +205,7 @@ class DPS(Observed):
             g = self.sde.diffusion(t)
             rate = 1000 / ((self.sde.t_max - self.sde.t_min) * g**2)
             weight = self.zeta * rate.to(x) / norm
-        return pushed(prediction, scaled(weight, pull(back(residual)[0])))
+        return pushed(prediction, scaled(weight, pull(back(residual))))
 
 
 class PiGDM(Observed):
@@ -265,7 +265,7 @@ class MMPS(Observed):
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         y = self._take(x, condition)
         prediction, clean, pull = with_pull(self.model, x, t, condition)
-        seen, ahead, back = linearised(self.operator, clean)
+        seen, ahead, back = self.operator.linearised(clean)
         gain = prediction.sigma**2 / prediction.alpha
 
         def covariance(v: Tensor) -> Tensor:
@@ -275,21 +275,13 @@ class MMPS(Observed):
         return pushed(prediction, pull(back(solved)))
 
 
-def linearised(operator: Operator, x: Tensor) -> tuple[Tensor, Pull, Pull]:
-    """A(x), v -> A'(x) v and w -> A'(x)^T w."""
-    if isinstance(operator, LinearOperator):
-        return operator(x), operator, operator.transpose
-    seen, pull = torch.func.vjp(operator, x)  # type: ignore[misc]
-    return seen, lambda v: torch.func.jvp(operator, (x,), (v,))[1], lambda w: pull(w)[0]
-
-
 def spread(prediction: Prediction, data_std: float) -> Coefficient:
     """v = data_std^2 sigma^2 / (alpha^2 data_std^2 + sigma^2), the variance of x_0 given x_t for Gaussian data."""
     alpha, sigma = prediction.alpha, prediction.sigma
     return data_std**2 * sigma**2 / (alpha**2 * data_std**2 + sigma**2)
 
 
-def conjugate_residuals(apply: Pull, b: Tensor, iterations: int) -> Tensor:
+def conjugate_residuals(apply: Map, b: Tensor, iterations: int) -> Tensor:
     """The u in span(b, S b, ..., S^(iterations - 1) b) with the least |b - S u|, for each sample of b (batch, ...).
 
     S, `apply`, need not be symmetric: the image S p of each direction p is made orthogonal to those before, and the residual

@@ -27,6 +27,9 @@ from score_sde.score import at_least_single
 Spectral = Callable[[Tensor], Tensor]
 """A function of the eigenvalues s^2 of A A^T, elementwise up to broadcasting against (batch, 1, ..., 1)."""
 
+Map = Callable[[Tensor], Tensor]
+"""A linear map of each sample of a batch."""
+
 
 class Operator(ABC):
     """A differentiable observation A of clean data.
@@ -46,6 +49,11 @@ class Operator(ABC):
             ValueError: x has another shape.
         """
         return self._apply(self._checked(x, self.input_shape, "x"))
+
+    def linearised(self, x: Tensor) -> tuple[Tensor, Map, Map]:
+        """A(x), v -> A'(x) v and w -> A'(x)^T w."""
+        seen, pull = torch.func.vjp(self, x)  # type: ignore[misc]
+        return seen, lambda v: torch.func.jvp(self, (x,), (v,))[1], lambda w: pull(w)[0]
 
     def observe(self, x: Tensor, noise_std: float = 0.0, *, generator: torch.Generator | None = None) -> Tensor:
         """A draw of y = A(x) + noise_std e, shape (batch, *output_shape), with e from the generator.
@@ -122,6 +130,9 @@ class LinearOperator(Operator):
     """
 
     rcond: float = 1e-5
+
+    def linearised(self, x: Tensor) -> tuple[Tensor, Map, Map]:
+        return self(x), self, self.transpose
 
     def transpose(self, y: Tensor) -> Tensor:
         """A^T y for y of shape (batch, *output_shape); shape (batch, *input_shape)."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from score_sde.checks import whole
 from score_sde.grid import Grid
 from score_sde.guidance.base import pushed, with_pull
-from score_sde.guidance.observed import MMPS, linearised, solve, spread
+from score_sde.guidance.observed import MMPS, solve, spread
 from score_sde.guidance.operators import LinearOperator, Operator
 from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
@@ -124,7 +124,7 @@ class TwistedParticles:
     ) -> tuple[Prediction, Tensor, Tensor, Tensor]:
         """The prediction, D, the change of D by the twist, and log pi_t up to a constant, shape (particles,)."""
         prediction, clean, pull = with_pull(model, x, t, condition)
-        seen, _, back = linearised(self.operator, clean)
+        seen, _, back = self.operator.linearised(clean)
         residual = self.y.to(x) - seen
         v = spread(prediction, model.data_std if self.data_std is None else self.data_std)
         if isinstance(self.operator, LinearOperator):
