@@ -56,6 +56,8 @@ class Style:
         one_of("resample", self.resample, ("conv", "strided", "residual"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be a probability below 1")
+        if tuple(self.filter) != (1, 1) and self.resample == "strided":
+            raise ValueError("resample='strided' has no filter: give filter=[1, 1], or resample='residual'")
 
     @property
     def gain(self) -> float:

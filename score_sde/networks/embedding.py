@@ -122,7 +122,7 @@ def context_of(context: Tensor | None, null: Tensor | None, batch: int) -> Tenso
     """
     if null is None:
         if context is not None:
-            raise ValueError("a context was given to a network that takes none: set network.context_width="
+            raise ValueError("a context was given to a network that takes none: set context_width="
                              f"{context.shape[-1]}, or drop the context")  # fmt: skip
         return None
     if context is None:
@@ -130,7 +130,7 @@ def context_of(context: Tensor | None, null: Tensor | None, batch: int) -> Tenso
     if context.ndim not in (2, 3) or context.shape[0] != batch or context.shape[-1] != null.shape[1]:
         expected = f"({batch}, {null.shape[1]}) or tokens ({batch}, tokens, {null.shape[1]})"
         raise ValueError(f"context must be of shape {expected}; got {tuple(context.shape)}: give contexts of that width, or "
-                         "train with another network.context_width")  # fmt: skip
+                         "train with another context_width")  # fmt: skip
     context = context.unsqueeze(1) if context.ndim == 2 else context
     return torch.where(context.isnan().any(2, keepdim=True).any(1, keepdim=True), null.to(context), context)
 
@@ -160,7 +160,7 @@ def check_attention(attention: Sequence[int], sizes: Sequence[int]) -> None:
     if not set(attention) <= set(sizes):
         nearest = sorted({min(sizes, key=lambda size: abs(size - asked)) for asked in attention}, reverse=True)
         raise ValueError(f"attention={list(attention)} must be among the heights of this network's grids, {list(sizes)}: "
-                         f"give network.attention={nearest}, or [] for none")  # fmt: skip
+                         f"give attention={nearest}, or [] for none")  # fmt: skip
 
 
 def grid_shape(event_shape: tuple[int, ...], multiple: int | tuple[int, ...]) -> tuple[int, ...]:

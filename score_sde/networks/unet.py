@@ -109,14 +109,12 @@ class UNet(nn.Module):
         sizes = [side >> level for level in range(len(multipliers))]
         check_attention(attention, sizes)
         if context_width is not None and not (attention or middle_attention):
-            raise ValueError(f"context_width={context_width} does nothing where no block attends: give network.attention="
+            raise ValueError(f"context_width={context_width} does nothing where no block attends: give attention="
                              f"[{sizes[-1]}], of the heights {sizes}")  # fmt: skip
         _check_pyramids(progressive_input, progressive_output, magnitude_preserving, resample)
         if magnitude_preserving:
             _check_magnitude_preserving(embedding=embedding, modulation=modulation, project_skip=project_skip, rescale=rescale,
                                         norm_groups=norm_groups, epsilon=epsilon, glorot=glorot)  # fmt: skip
-        if tuple(filter) != (1, 1) and resample == "strided":
-            raise ValueError("resample='strided' has no filter: give filter=[1, 1], or resample='residual'")
         self.event_shape, self.num_classes = tuple(event_shape), num_classes
         self.learned_variance, self.checkpointing = learned_variance, checkpointing
         outward = 2 * channels if learned_variance else channels
@@ -124,17 +122,10 @@ class UNet(nn.Module):
             len(sides), 4 * width, dropout, modulation, resample, tuple(filter), project_skip, rescale, head_channels,
             norm_groups, epsilon, context_width,
         )  # fmt: skip
-        parts = _Parts(style, magnitude_preserving)
+        parts = (_MagnitudePreservingParts if magnitude_preserving else _Parts)(style)
         levels = [(width * m, size in attention) for m, size in zip(multipliers, sizes, strict=True)]
-        self.embedding: nn.Module
-        self.first: nn.Module
-        self.join: nn.Module
-        if magnitude_preserving:
-            self.embedding = MPEmbedding(4 * width, frequencies, num_classes, augment_width)
-            self.first, self.join = MPInput(style.dims, channels, width), MPConcatenate()
-        else:
-            self.embedding = Embedding(4 * width, frequencies, num_classes, embedding, augment_width)
-            self.first, self.join = style.conv(channels, width), Concatenate()
+        self.embedding = parts.embedding(frequencies, num_classes, embedding, augment_width)
+        self.first, self.join = parts.first(channels, width), parts.join()
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         # Pyramids, by the index of the layer of `down` or `up` that they follow.
         self.inward, self.outward = nn.ModuleDict(), nn.ModuleDict()
@@ -143,11 +134,7 @@ class UNet(nn.Module):
         pair = (True, False) if middle_attention else (attends, attends)
         self.middle = nn.ModuleList(parts.block(h, h, attends, up=True) for attends in pair)
         self._make_up(parts, levels, blocks, skips, outward, progressive_output, attend_once)
-        self.last: nn.Module | None
-        if magnitude_preserving:
-            self.last = MPOutput(style.dims, levels[0][0], outward)
-        else:
-            self.last = None if progressive_output == "skip" else Head(levels[0][0], outward, style)
+        self.last = None if progressive_output == "skip" else parts.last(levels[0][0], outward)
         self.null_context = None if context_width is None else nn.Parameter(torch.randn(1, context_width))
         if glorot:
             glorot_weights(self)
@@ -284,22 +271,53 @@ def _preset(
 
 @dataclass(frozen=True)
 class _Parts:
-    """Makes the blocks of the way down and the way up."""
+    """Makes the parts of a network."""
 
     style: Style
-    magnitude_preserving: bool
+
+    def embedding(self, frequencies: int, num_classes: int | None, kind: str, augment_width: int | None) -> nn.Module:
+        return Embedding(self.style.embedding, frequencies, num_classes, kind, augment_width)
+
+    def first(self, inward: int, outward: int) -> nn.Module:
+        return self.style.conv(inward, outward)
 
     def block(
         self, here: int, there: int, attends: bool = False, scale: float | None = None, up: bool = False
     ) -> nn.Module:
-        if self.magnitude_preserving:
-            return MPBlock(here, there, self.style, attends, scale, decoder=up)
         return Block(here, there, self.style, attends, scale)
 
     def resampling(self, channels: int, scale: float) -> nn.Module:
         if self.style.resample == "residual":
             return self.block(channels, channels, scale=scale, up=scale > 1)
         return Resample(channels, self.style, scale)
+
+    def join(self) -> nn.Module:
+        """Joins the way up with the outputs of the way down."""
+        return Concatenate()
+
+    def last(self, inward: int, outward: int) -> nn.Module:
+        return Head(inward, outward, self.style)
+
+
+class _MagnitudePreservingParts(_Parts):
+    """Makes EDM2's parts."""
+
+    def embedding(self, frequencies: int, num_classes: int | None, kind: str, augment_width: int | None) -> nn.Module:
+        return MPEmbedding(self.style.embedding, frequencies, num_classes, augment_width)
+
+    def first(self, inward: int, outward: int) -> nn.Module:
+        return MPInput(self.style.dims, inward, outward)
+
+    def block(
+        self, here: int, there: int, attends: bool = False, scale: float | None = None, up: bool = False
+    ) -> nn.Module:
+        return MPBlock(here, there, self.style, attends, scale, decoder=up)
+
+    def join(self) -> nn.Module:
+        return MPConcatenate()
+
+    def last(self, inward: int, outward: int) -> nn.Module:
+        return MPOutput(self.style.dims, inward, outward)
 
 
 class Concatenate(nn.Module):

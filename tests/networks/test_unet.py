@@ -220,7 +220,7 @@ def test_the_objective_drops_a_context_with_its_label() -> None:
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        ({"context": torch.zeros(3, 2, 5)}, "set network.context_width=5"),
+        ({"context": torch.zeros(3, 2, 5)}, "set context_width=5"),
         ({"augment": torch.zeros(3, 9)}, "set augment_width"),
     ],
 )

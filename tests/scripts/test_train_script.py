@@ -43,8 +43,8 @@ OWN = OmegaConf.create({
 @pytest.mark.parametrize(
     ("width", "message"),
     [
-        (None, "takes none: set network.context_width=3"),
-        (4, r"tokens \(1, tokens, 4\); got \(1, 3\): .* train with another network.context_width"),
+        (None, "takes none: set context_width=3"),
+        (4, r"tokens \(1, tokens, 4\); got \(1, 3\): .* train with another context_width"),
     ],
 )
 def test_contexts_that_the_network_does_not_take_are_refused_before_a_run_begins(width, message) -> None:
