@@ -213,8 +213,8 @@ def _check_sde(sde: SDE) -> None:
     sde.check()
 
 
-def _is_learnt(sde: SDE) -> bool:
-    """Whether an optimiser may change the schedule at every step, so that its coefficients must not be kept."""
+def _learns(sde: SDE) -> bool:
+    """Whether an optimiser may change the schedule at every step."""
     return isinstance(sde, nn.Module) and any(parameter.requires_grad for parameter in sde.parameters())
 
 
@@ -265,17 +265,6 @@ def is_batched(t: Time) -> bool:
     return isinstance(t, Tensor) and (t.ndim > 0 or t.device.type != "cpu" or t.requires_grad)
 
 
-KEPT = 10_000
-"""Number of times whose coefficients a model keeps: more than any grid has, and a bound on what adaptive solvers leave."""
-
-
-def _remember(known: dict[float, Any], fresh: dict[float, Any]) -> None:
-    """Adds fresh coefficients in place, dropping the old ones where there would be more than KEPT."""
-    if len(known) + len(fresh) > KEPT:
-        known.clear()
-    known |= fresh
-
-
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
     """The dtype itself, or float32 for half precision, which is too coarse for a time or the sum of a thousand steps."""
     return torch.promote_types(dtype, torch.float32)
@@ -291,7 +280,46 @@ def _device_of(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-class LearnedScore(nn.Module, ScoreModel):
+KEPT = 10_000
+"""Number of times whose coefficients a model keeps: more than any grid has, and a bound on what adaptive solvers leave."""
+
+
+class _Tabulated(ScoreModel):
+    """A score model that keeps what depends only on time, as floats, for each time that it has met."""
+
+    _levels: dict[float, tuple[float, ...]]
+
+    @abstractmethod
+    def _columns(self, t: Tensor) -> tuple[Tensor, ...]:
+        """What depends only on time, alpha and sigma first, at float64 times t; each of t's shape."""
+
+    def _refuse(self, t: Tensor) -> None:
+        """Raises ValueError for times at which there is no prediction."""
+        _refuse_times(self.sde, t)
+
+    def _is_learnt(self) -> bool:
+        """Whether the columns may change at every step of an optimiser, so that they must not be kept."""
+        return _learns(self.sde)
+
+    def prepare(self, times: Iterable[float]) -> None:
+        t = torch.as_tensor(list(times), dtype=torch.float64)
+        self._refuse(t)
+        rows = zip(*(column.tolist() for column in self._columns(t)), strict=True)
+        if len(self._levels) + len(t) > KEPT:
+            self._levels.clear()
+        self._levels.update(zip(t.tolist(), rows, strict=True))
+
+    def _row(self, t: Time) -> tuple[Coefficient, ...]:
+        """The columns at t: floats, or of shape (batch,) where each sample has its own time."""
+        if is_batched(t):
+            return self._columns(as_time(t).double())
+        t = float(t)
+        if t not in self._levels or self._is_learnt():
+            self.prepare([t])
+        return self._levels[t]
+
+
+class LearnedScore(nn.Module, _Tabulated):
     """A network F seen through a parameterization.
 
     Args:
@@ -313,7 +341,6 @@ class LearnedScore(nn.Module, ScoreModel):
     sde: SDE
     parameterization: Parameterization
     data_std: float
-    _levels: dict[float, tuple[float, ...]]
     _weight: nn.Parameter | None  # one of the network's, for its dtype
 
     def __init__(
@@ -376,21 +403,12 @@ class LearnedScore(nn.Module, ScoreModel):
         self.check(real("x", x).shape, condition)
         return self._network(x, self._level(t)[2], condition)[0]
 
-    def prepare(self, times: Iterable[float]) -> None:
-        t = torch.as_tensor(list(times), dtype=torch.float64)
-        _refuse_times(self.sde, t)
-        columns = (self.sde.alpha(t), self.sde.sigma(t), *self.parameterization.row(self.sde, t))
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        _remember(self._levels, dict(zip(t.tolist(), rows, strict=True)))
+    def _columns(self, t: Tensor) -> tuple[Tensor, ...]:
+        return self.sde.alpha(t), self.sde.sigma(t), *self.parameterization.row(self.sde, t)
 
     def _level(self, t: Time) -> tuple[Coefficient, Coefficient, Any]:
-        if is_batched(t):
-            t = as_time(t).double()
-            return self.sde.alpha(t), self.sde.sigma(t), self.parameterization.row(self.sde, t)
-        t = float(t)
-        if t not in self._levels or _is_learnt(self.sde):
-            self.prepare([t])
-        alpha, sigma, *row = self._levels[t]
+        """alpha, sigma and the parameterization's row at t."""
+        alpha, sigma, *row = self._row(t)
         return alpha, sigma, Row(*row)  # type: ignore[arg-type]
 
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
@@ -483,7 +501,7 @@ MEANINGS: Mapping[str, Parameterization] = {"score": Score(), **PREDICTIONS}
 """What the function of a `FunctionScore` may return, by name."""
 
 
-class FunctionScore(ScoreModel):
+class FunctionScore(_Tabulated):
     """A score model from a plain function: a score, a denoiser, or a prediction of the noise or of a velocity.
 
     Args:
@@ -503,8 +521,6 @@ class FunctionScore(ScoreModel):
         ValueError: `gives` is unknown, or the SDE's schedule cannot be used; when called, x or the function's value has
             another shape.
     """
-
-    _levels: dict[float, tuple[float, ...]]
 
     def __init__(
         self, function: Callable[..., Tensor], sde: SDE, event_shape: Sequence[int], gives: str = "score",
@@ -532,7 +548,7 @@ class FunctionScore(ScoreModel):
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         self.check(real("x", x).shape, condition)
         at = expand(as_time(t), x) if is_batched(t) else x.new_full((), float(t))
-        alpha, sigma, c_skip, c_out = self._level(t)
+        alpha, sigma, c_skip, c_out = self._row(t)
         value = self.function(x, at, **condition)
         if not isinstance(value, Tensor) or value.shape != x.shape:
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -540,22 +556,8 @@ class FunctionScore(ScoreModel):
                              "it must return a tensor of x's shape")  # fmt: skip
         return Prediction(x, value.to(x.dtype), alpha, sigma, c_skip, c_out)
 
-    def prepare(self, times: Iterable[float]) -> None:
-        t = torch.as_tensor(list(times), dtype=torch.float64)
-        _refuse_times(self.sde, t)
-        rows = zip(*(column.tolist() for column in self._columns(t)), strict=True)
-        _remember(self._levels, dict(zip(t.tolist(), rows, strict=True)))
-
-    def _level(self, t: Time) -> tuple[Coefficient, ...]:
-        """alpha, sigma, c_skip and c_out at t: floats, or of shape (batch,) where each sample has its own time."""
-        if is_batched(t):
-            return self._columns(as_time(t).double())
-        if float(t) not in self._levels or _is_learnt(self.sde):
-            self.prepare([float(t)])
-        return self._levels[float(t)]
-
     def _columns(self, t: Tensor) -> tuple[Tensor, ...]:
-        return (self.sde.alpha(t), self.sde.sigma(t), *MEANINGS[self.gives].output(self.sde, t))
+        return self.sde.alpha(t), self.sde.sigma(t), *MEANINGS[self.gives].output(self.sde, t)
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__name__", None) or repr(self.function)
@@ -612,7 +614,7 @@ class WrappedScore(ScoreModel):
 OUTSIDE = ("restrict", "refuse")
 
 
-class ReparameterizedScore(WrappedScore):
+class ReparameterizedScore(_Tabulated, WrappedScore):
     """A model of one SDE seen in another's coordinates; see `reparameterize`."""
 
     def __init__(self, model: ScoreModel, sde: SDE, outside: str) -> None:
@@ -622,33 +624,39 @@ class ReparameterizedScore(WrappedScore):
         self.sde = _common_range(model.sde, sde, one_of("outside", outside, OUTSIDE))
         slack = 1e-6 * (self.sde.t_max - self.sde.t_min)  # times may come in single precision
         self._range = (self.sde.t_min - slack, self.sde.t_max + slack)
-        self._levels: dict[float, tuple[float, float, float, float]] = {}
+        self._levels = {}
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
-        alpha, sigma, inner, ratio = self._level(t)
+        alpha, sigma, inner, ratio = self._row(t)
         inside = self.model(scaled(ratio, x), inner, **condition)
         return replace(inside, x=x, alpha=alpha, sigma=sigma, c_skip=inside.c_skip * ratio, variance_weight=None)
 
     def prepare(self, times: Iterable[float]) -> None:
-        times = list(times)
-        for t in times:
-            if not self._range[0] <= t <= self._range[1]:
-                raise ValueError(f"t={t:g} lies outside [{self.sde.t_min:g}, {self.sde.t_max:g}], the times of "
-                                 f"{self.sde!r} at whose noise levels the model is defined")  # fmt: skip
-        columns = self._map(torch.tensor(times, dtype=torch.float64))
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        _remember(self._levels, dict(zip(times, rows, strict=True)))
-        self.model.prepare(columns[2].tolist())
+        times = [float(t) for t in times]
+        super().prepare(times)
+        self.model.prepare([self._levels[t][2] for t in times])
+
+    def _refuse(self, t: Tensor) -> None:
+        if (outside := ~self._inside(t)).any():
+            raise ValueError(f"t={t[outside][0]:g} lies outside [{self.sde.t_min:g}, {self.sde.t_max:g}], the times of "
+                             f"{self.sde!r} at whose noise levels the model is defined")  # fmt: skip
+
+    def _inside(self, t: Tensor) -> Tensor:
+        """Whether times are in the common range, up to rounding."""
+        return (t >= self._range[0]) & (t <= self._range[1])
+
+    def _is_learnt(self) -> bool:
+        return super()._is_learnt() or _learns(self.model.sde)
 
     def calls_at(self, t: float) -> int:
-        return self.model.calls_at(float(self._level(float(t))[2]))
+        return self.model.calls_at(float(self._row(float(t))[2]))
 
     def start(self, z: Tensor) -> Tensor:
         """The model's own start at the noise level of this t_max, scaled to this path."""
         return self.start_at(z, self.sde.t_max)
 
     def start_at(self, z: Tensor, t: float) -> Tensor:
-        _, _, inner, ratio = self._level(float(t))
+        _, _, inner, ratio = self._row(float(t))
         return (self.model.start_at(z.double(), float(inner)) / ratio).to(z)
 
     def log_start(self, x: Tensor, t: float) -> Tensor:
@@ -659,22 +667,12 @@ class ReparameterizedScore(WrappedScore):
 
     def _rescaled(self, log_density: Callable[[Tensor, float], Tensor], x: Tensor, t: float) -> Tensor:
         """The model's log-density at the same noise level, on this path: log p(r x) + d log r, r = alpha / alpha'."""
-        _, _, inner, ratio = self._level(float(t))
+        _, _, inner, ratio = self._row(float(t))
         return log_density(ratio * x.double(), float(inner)) + x[0].numel() * math.log(ratio)
 
-    def _level(self, t: Time) -> tuple[Coefficient, Coefficient, Time, Coefficient]:
+    def _columns(self, t: Tensor) -> tuple[Tensor, ...]:
         """alpha and sigma at t here, the model's time of the same noise level, and the model's alpha there over this one."""
-        if is_batched(t):
-            t = as_time(t).double()
-            inside = (t >= self._range[0]) & (t <= self._range[1])
-            return self._map(torch.where(inside, t, torch.nan))
-        t = float(t)
-        if t not in self._levels or _is_learnt(self.model.sde):
-            self.prepare([t])
-        return self._levels[t]
-
-    def _map(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        t = t.clamp(self.sde.t_min, self.sde.t_max)
+        t = torch.where(self._inside(t), t.clamp(self.sde.t_min, self.sde.t_max), torch.nan)
         known, alpha = self.model.sde, self.sde.alpha(t)
         inner = known.time_at(self.sde.half_log_snr(t)).clamp(known.t_min, known.t_max)
         inner = torch.where(t.isnan(), t, inner)  # an SDE's time_at need not pass a NaN on
@@ -689,7 +687,7 @@ class ReparameterizedDensity(ReparameterizedScore):
 
     def log_prob(self, x: Tensor, t: Time, **condition: Any) -> Tensor:
         """log p_t(x) = log p(r x) + d log r at the model's time, r = alpha / alpha'; shape (batch,), one t for the batch."""
-        _, _, inner, ratio = self._level(float(t))
+        _, _, inner, ratio = self._row(float(t))
         size = math.prod(self.event_shape)
         return self.model.log_prob(ratio * x, inner, **condition) + size * math.log(ratio)  # type: ignore[attr-defined]
 

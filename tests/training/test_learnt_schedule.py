@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import nn
 
-from score_sde import DDIM, LearnedScore, Sampler, distributed, grid, reparameterize
+from score_sde import DDIM, VPSDE, LearnedScore, Sampler, distributed, grid, reparameterize
 from score_sde.evaluation import certify
 from score_sde.parameterization import Noise
 from score_sde.sde import SDE
@@ -70,6 +70,11 @@ def test_a_schedule_that_is_learnt_is_asked_anew_after_every_step() -> None:
         own.sde.log_p.fill_(0.5)
     assert own(x, 0.5).alpha == own.sde.alpha(0.5).item() != Learnt().alpha(0.5).item()
     torch.testing.assert_close(elsewhere(x, 0.5).denoised, before)
+    onto = reparameterize(LearnedScore(own.network, VPSDE(), Noise(), (2,)), Learnt())
+    onto(x, 0.5)
+    with torch.no_grad():
+        onto.sde.log_p.fill_(0.5)
+    assert onto(x, 0.5).alpha == own.sde.alpha(0.5).item()
 
 
 def test_a_schedule_that_is_learnt_is_sampled_and_certified_while_it_is() -> None:
