@@ -183,15 +183,34 @@ def mode_spread_error(x: Tensor, mixture: GaussianMixture) -> float:
     return (mode_spread(x, mixture) - 1).square().mean().sqrt().item()
 
 
-def frechet_distance(x: Tensor, y: Tensor) -> float:
+class Moments(NamedTuple):
+    """A mean (D,), and the trace and the symmetric root (D, D) of a covariance: what a Fréchet distance needs of one law."""
+
+    mean: Tensor
+    trace: Tensor
+    root: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Moments:
+        """Those of the Gaussian fitted to features (n, F)."""
+        x = _flat(x)
+        return cls.given(x.mean(dim=0), _covariance(x))
+
+    @classmethod
+    def given(cls, mean: Tensor, covariance: Tensor) -> Moments:
+        values, vectors = torch.linalg.eigh(covariance)  # eigenvalues below zero are round-off
+        return cls(mean, covariance.trace(), (vectors * values.clamp_min(0).sqrt()) @ vectors.mT)
+
+
+def frechet_distance(x: Tensor, y: Tensor, *, moments: Moments | None = None) -> float:
     """Squared Fréchet distance d^2 between the Gaussians fitted to two arrays of features, (n, F) and (m, F).
 
-    As with the FID no root is taken.
+    As with the FID no root is taken. `moments` is `Moments.of(y)`, where it is known.
 
     Source: Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6.
     """
     x, y = pair(x, y)
-    return squared_w2_of_gaussians(x.mean(dim=0), _covariance(x), y.mean(dim=0), _covariance(y))
+    return _squared_w2(Moments.of(x), Moments.of(y) if moments is None else moments)
 
 
 def squared_w2_of_gaussians(mu: Tensor, A: Tensor, nu: Tensor, B: Tensor) -> float:
@@ -202,31 +221,40 @@ def squared_w2_of_gaussians(mu: Tensor, A: Tensor, nu: Tensor, B: Tensor) -> flo
 
     Source: Dowson and Landau 1982, https://doi.org/10.1016/0047-259X(82)90077-X.
     """
-    overlap = torch.linalg.svdvals(_root(A) @ _root(B)).sum()
-    return ((mu - nu).square().sum() + A.trace() + B.trace() - 2 * overlap).clamp_min(0).item()
+    return _squared_w2(Moments.given(mu, A), Moments.given(nu, B))
 
 
-def kid(x: Tensor, y: Tensor) -> float:
+def _squared_w2(p: Moments, q: Moments) -> float:
+    overlap = torch.linalg.svdvals(p.root @ q.root).sum()
+    return ((p.mean - q.mean).square().sum() + p.trace + q.trace - 2 * overlap).clamp_min(0).item()
+
+
+def kid(x: Tensor, y: Tensor, *, within: float | None = None) -> float:
     """Kernel distance between two arrays of features, (n, F) and (m, F): unbiased, so 0 in the mean where P = Q.
 
-    The squared MMD of k(x, y) = (x.y / F + 1)^3 without the pairs of a point with itself, over all points.
+    The squared MMD of k(x, y) = (x.y / F + 1)^3 without the pairs of a point with itself, over all points. `within` is
+    `kernel_within(y)`, where it is known.
 
     Source: Binkowski et al. 2018, https://arxiv.org/abs/1801.01401, section 4.
     """
     x, y = pair(x, y)
+    of_y = kernel_within(y) if within is None else within
+    return kernel_within(x) + of_y - 2 * _kernel_sum(x, y) / (len(x) * len(y))
 
-    def pairs(a: Tensor, b: Tensor) -> float:
-        blocks = a.split(max(1, 2**22 // len(b)))
-        return sum(((block @ b.T / x.shape[1] + 1) ** 3).sum().item() for block in blocks)
 
-    def within(a: Tensor) -> float:
-        n = len(a)
-        own = ((a.square().sum(dim=1) / x.shape[1] + 1) ** 3).sum().item()
-        return (pairs(a, a) - own) / (n * (n - 1))
-
-    if min(len(x), len(y)) < 2:
+def kernel_within(x: Tensor) -> float:
+    """The mean of KID's kernel over all pairs of two points of x (n, F)."""
+    x, n = _flat(x), len(x)
+    if n < 2:
         raise ValueError("KID leaves out the pairs of a point with itself: give at least 2 samples of each set")
-    return within(x) + within(y) - 2 * pairs(x, y) / (len(x) * len(y))
+    own = ((x.square().sum(dim=1) / x.shape[1] + 1) ** 3).sum().item()
+    return (_kernel_sum(x, x) - own) / (n * (n - 1))
+
+
+def _kernel_sum(x: Tensor, y: Tensor) -> float:
+    """The sum of KID's kernel over all pairs, in blocks of bounded memory."""
+    blocks = x.split(max(1, 2**22 // len(y)))
+    return sum(((block @ y.T / x.shape[1] + 1) ** 3).sum().item() for block in blocks)
 
 
 METRICS: dict[str, Metric] = {"sliced_w2": sliced_w2, "w2": w2, "energy": energy_distance, "mmd": mmd}
@@ -439,9 +467,3 @@ def _covariance(x: Tensor) -> Tensor:
     if len(x) < 2:
         raise ValueError("a covariance needs at least 2 samples, got 1")
     return torch.cov(x.T).reshape(x.shape[1], x.shape[1])
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """Symmetric square root of a positive semi-definite matrix; eigenvalues below zero are round-off."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.mT

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from score_sde import distributed
 from score_sde.data import TensorData
 from score_sde.data.cache import cached
 from score_sde.evaluation.extractors import Extractor, extract, quantized, stored_images
-from score_sde.evaluation.metrics import frechet_distance, kid
+from score_sde.evaluation.metrics import Moments, frechet_distance, kernel_within, kid
 from score_sde.evaluation.neighbours import neighbour_metrics, radii
 
 __all__ = ["FeatureView", "Reference", "feature_metrics"]
@@ -86,7 +86,7 @@ class Reference:
         return {}
 
     @cached_property
-    def _reach(self) -> dict[int, list[Tensor]]:
+    def _known(self) -> dict[int, Known]:
         return {}
 
     def compare(self, features: Tensor) -> pd.DataFrame:
@@ -111,11 +111,11 @@ class Reference:
         return bool(self.made_of.get("whole"))
 
     def _metrics(self, features: Tensor) -> dict[str, float]:
-        """`feature_metrics` against as many training images, or against all, whose radii are computed once."""
+        """`feature_metrics` against as many training images, or against all."""
         real = self.train if self._whole else self.train[: len(features)]
-        if len(real) not in self._reach:
-            self._reach[len(real)] = radii(real, 3, 5)
-        return feature_metrics(features, real, self.extractor, self._reach[len(real)])
+        if len(real) not in self._known:
+            self._known[len(real)] = Known.of(real)
+        return feature_metrics(features, real, self.extractor, self._known[len(real)])
 
     def _rows(self, features: Tensor, floors: Mapping[str, float]) -> pd.DataFrame:
         values = pd.Series(self._metrics(features))
@@ -124,15 +124,29 @@ class Reference:
         return table.assign(count=len(features)).rename_axis("metric").reset_index()
 
 
+class Known(NamedTuple):
+    """What the metrics need of real features alone, computed once for all sets of samples."""
+
+    moments: Moments
+    within: float
+    reach: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, real: Tensor) -> Known:
+        return cls(Moments.of(real), kernel_within(real), radii(real, 3, 5))
+
+
 def feature_metrics(
-    samples: Tensor, real: Tensor, extractor: Extractor, reach: Sequence[Tensor] | None = None
+    samples: Tensor, real: Tensor, extractor: Extractor, known: Known | None = None
 ) -> dict[str, float]:
     """Fréchet distance, KID, precision, recall, density and coverage of samples (n, F), and the extractor's verdicts.
 
-    `reach` is `radii(real, 3, 5)`, where it is known.
+    `known` is `Known.of(real)`, where it has been computed.
     """
-    values = {extractor.distance: frechet_distance(samples, real), "KID": kid(samples, real),
-              **neighbour_metrics(samples, real, reach=reach)}  # fmt: skip
+    known = known or Known.of(real)
+    values = {extractor.distance: frechet_distance(samples, real, moments=known.moments),
+              "KID": kid(samples, real, within=known.within),
+              **neighbour_metrics(samples, real, reach=known.reach)}  # fmt: skip
     return {f"{name} ({extractor.title})": value for name, value in values.items()} | extractor.verdicts(samples)
 
 

@@ -119,13 +119,17 @@ def test_a_reference_gives_value_and_floor_at_one_count():
         FeatureView(made)(torch.zeros(9, 3, 16, 16))
 
 
-def test_the_radii_of_the_real_images_are_computed_once_for_all_samplers(monkeypatch):
-    counts, radii = [], reference.radii
-    monkeypatch.setattr(reference, "radii", lambda x, *ks: counts.append(len(x)) or radii(x, *ks))
+def test_what_real_features_give_alone_is_computed_once_for_all_samplers(monkeypatch):
+    counts, of = [], reference.Known.of
+    monkeypatch.setattr(reference.Known, "of", lambda real: counts.append(len(real)) or of(real))
     made = Reference.of(data(), Pixels(), 60)
     first, second = (made.compare(made.test[:50]) for _ in range(2))
     assert counts == [50]
     assert first.equals(second)
+    x, real = made.test[:50], made.train[:50]
+    known = of(real)
+    assert frechet_distance(x, real, moments=known.moments) == frechet_distance(x, real)
+    assert kid(x, real, within=known.within) == kid(x, real)
 
 
 def test_a_whole_reference_holds_any_number_against_all_training_images():
