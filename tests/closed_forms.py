@@ -88,6 +88,11 @@ def propagate(table: np.ndarray, mean: float, std: float) -> tuple[np.ndarray, n
     return table[:, 0] + table[:, 1] * mean, np.sqrt((table[:, 1] * std) ** 2 + (table[:, 2:] ** 2).sum(1))
 
 
+def plane() -> GaussianMixture:
+    """Two overlapping modes in the plane."""
+    return GaussianMixture([0.6, 0.4], [[1.0, 0.0], [-1.0, 0.5]], 0.2)
+
+
 def mixture() -> GaussianMixture:
     """A smooth skew law on the line with three overlapping modes."""
     return GaussianMixture([0.3, 0.5, 0.2], [[-1.4], [0.3], [1.6]], [[[0.16]], [[0.25]], [[0.09]]])

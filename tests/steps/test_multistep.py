@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from closed_forms import plane
 from scipy.integrate import quad
 
 from score_sde import VESDE, VPSDE, DiscreteSDE, ExactScore, GaussianMixture, LearnedScore, RectifiedFlow, Sampler, grid
@@ -34,7 +35,7 @@ from score_sde.tuning import TunedSampler, TunedTable
 SDE = VPSDE()
 TIMES = torch.tensor([0.55, 0.6, 0.68, 0.8], dtype=torch.float64)  # newest first
 S = torch.tensor(0.47, dtype=torch.float64)
-MIXTURE = GaussianMixture([0.6, 0.4], [[1.0, 0.0], [-1.0, 0.5]], 0.2 * torch.eye(2).expand(2, 2, 2))
+MIXTURE = plane()
 
 
 def read(t: torch.Tensor) -> tuple[float, float, float]:

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from closed_forms import plane
 from omegaconf import OmegaConf
 
-from score_sde import ExactScore, GaussianMixture, KarrasSDE, Sampler, grid
+from score_sde import ExactScore, KarrasSDE, Sampler, grid
 from score_sde.build import build
 from score_sde.noise import SampleNoise
 
 CONF = Path(__file__).parents[2] / "conf/sampler/predictor"
 SDE = KarrasSDE()
-MODEL = ExactScore(GaussianMixture([0.6, 0.4], [[1.0, 0.0], [-1.0, 0.5]], 0.2 * torch.eye(2).expand(2, 2, 2)), SDE)
+MODEL = ExactScore(plane(), SDE)
 GRID = partial(grid.karras, steps=7)
 X = 80 * torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

@@ -8,14 +8,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from closed_forms import plane
 
-from score_sde import VPSDE, ExactScore, GaussianMixture, Sampler, grid
+from score_sde import VPSDE, ExactScore, Sampler, grid
 from score_sde.noise import BatchNoise
 from score_sde.steps import DPMSolverSDE, DPMSolverSinglestep, ExponentialAdams, Heun, RungeKutta, RungeKutta2
 
 SDE = VPSDE()
-MIXTURE = GaussianMixture([0.6, 0.4], [[1.0, 0.0], [-1.0, 0.5]], 0.2 * torch.eye(2).expand(2, 2, 2))
-MODEL = ExactScore(MIXTURE, SDE)
+MODEL = ExactScore(plane(), SDE)
 TIMES = grid.log_snr(SDE, steps=4)
 X = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
