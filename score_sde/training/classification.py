@@ -16,7 +16,9 @@ from score_sde.training.draws import draw
 from score_sde.training.objective import Losses
 from score_sde.training.times import Times, TimeSampler
 
-__all__ = ["NoisyCrossEntropy"]
+__all__ = ["UNLABELLED", "NoisyCrossEntropy"]
+
+UNLABELLED = "a classifier is trained on labelled data: set data.labels=true, or give data with labels"
 
 
 class NoisyCrossEntropy:
@@ -33,7 +35,7 @@ class NoisyCrossEntropy:
 
     def __call__(self, model: LearnedScore, batch: Batch, times: Times, generator: torch.Generator) -> Losses:
         if "label" not in batch.condition:
-            raise ValueError("a classifier is trained on labelled data: set data.labels=true, or give data with labels")
+            raise ValueError(UNLABELLED)
         x0 = batch.x
         noise = draw(torch.randn, x0.shape, generator, device=x0.device, dtype=x0.dtype)
         logits = model.raw(model.sde.perturb(x0, times.t, noise), times.t)

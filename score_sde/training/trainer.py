@@ -29,6 +29,7 @@ from score_sde.data import Batch, Data
 from score_sde.progress import tqdm
 from score_sde.score import LearnedScore
 from score_sde.training.checkpoint import Checkpoints
+from score_sde.training.classification import UNLABELLED
 from score_sde.training.ema import decays
 from score_sde.training.interrupt import interrupts
 from score_sde.training.metrics import MetricsLog
@@ -437,7 +438,7 @@ def _check_data(model: LearnedScore, data: Data) -> None:
             f"set network.num_classes={data.num_classes}, or use the data without labels"
         )
     if not model.predicts and data.num_classes is None:
-        raise ValueError("a classifier is trained on labelled data: set data.labels=true, or give data with labels")
+        raise ValueError(UNLABELLED)
 
 
 class _Outputs:
