@@ -102,14 +102,15 @@ def write(folder: Path, recorded: Mapping[str, Any], shown: figures.Subject, dra
 
 def _sampler_nodes(config: DictConfig, run: Run) -> dict[str, DictConfig]:
     """The configs of the one `sampler` given, or of those named in the settings."""
+    asked = conditions.asked_for(config, run)
     if "sampler" not in config:
         if run.config.evaluation.samplers == []:
             raise ValueError("there is no sampler to evaluate: give sampler=<name>, or several as samplers=[heun,ode]")
-        return configs.sampler_nodes(run.config, run.path, config.step)
+        return configs.sampler_nodes(run.config, run.path, config.step, asked)
     if config.samplers is not None:
         raise ValueError("give either sampler=<one> with its settings, or samplers=[<names>]")
     name = chosen(config, "sampler")
-    return {name: configs.sampler_config(config.sampler, run.path, config.step)}
+    return {name: configs.sampler_config(config.sampler, run.path, config.step, asked)}
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ def _number(label: Any, names: list[str]) -> int:
 
 
 def asked_for(config: DictConfig, run: Run) -> dict[str, Any]:
-    """The label, by number, and the context that samples shall have, where given: what tables may be fitted under."""
-    labels, context = labels_of(config.label, run), config.context
+    """The label, by number, and the context that samples shall have, if any: what tables may be fitted under."""
+    labels, context = labels_of(config.label, run), config.get("context")
+    if context is None and "context" in needed(run.config):
+        context = "<of each training example>"  # see `of_samples`
     asked = {"label": labels[0] if len(labels) == 1 else labels or None,
              "context": listed(context) if OmegaConf.is_list(context) else context}  # fmt: skip
     return {name: value for name, value in asked.items() if value is not None}
@@ -139,6 +141,8 @@ def shared(model: LearnedScore, run: Run, config: DictConfig) -> dict[str, Tenso
     Raises ValueError for several values, and if the network needs a condition that is not given.
     """
     labels, context = labels_of(config.label, run), config.get("context")
+    if context is None and "context" in needed(run.config):
+        context = "<of each training example>"  # see `of_samples`
     check_labels(labels, model)
     own = {"label": torch.tensor(labels)} if labels else {}
     own |= {} if context is None else {"context": rows_of("context", context)}

@@ -86,13 +86,15 @@ def sampler_config(
     return node
 
 
-def sampler_nodes(config: DictConfig, folder: Path | None = None, step: int | None = None) -> dict[str, DictConfig]:
+def sampler_nodes(
+    config: DictConfig, folder: Path | None = None, step: int | None = None, asked: Mapping[str, Any] | None = None
+) -> dict[str, DictConfig]:
     """name -> config: the samplers of conf/sampler named in `evaluation.samplers`, or the run's own `sampler` for null."""
     names = config.evaluation.samplers
     if OmegaConf.is_list(names) and len({*names}) < len(names):
         raise ValueError(f"evaluation.samplers={list(names)} names one twice: name each once")
     nodes = {chosen(config, "sampler"): config.sampler} if names is None else {name: name for name in listed(names)}
-    return {name: sampler_config(node, folder, step) for name, node in nodes.items()}
+    return {name: sampler_config(node, folder, step, asked) for name, node in nodes.items()}
 
 
 def samplers_of(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:

@@ -122,7 +122,12 @@ def test_a_table_is_fitted_under_one_condition(name: str, condition: str, reques
     said = script("sample", f"run={folder}", *other, "num_samples=5", "output=other", cwd=folder)
     assert f"fitted under {name[3:]}=" in said
     assert np.abs(np.load(folder / "tuned/samples.npy").mean(0) - [0, 4]).max() < 0.5
+    measured = [f"run={folder}", "sampler=tuned", f"sampler.table={table}", "num_samples=20", "figures=false"]
+    other, drawn = (["label=2"], "label=2") if name == "by_label" else ([], "context=<of each training example>")
+    said = script("evaluate", *measured, *other, "output=measured", cwd=folder)
+    assert f"fitted under {condition.replace(',', ', ')}, not under {drawn}, as these samples are drawn" in said
     if name == "by_label":
+        assert "fitted" not in script("evaluate", *measured, condition, "output=same", cwd=folder)
         assert "give one, which all samples share" in script("tune", f"run={folder}", "label=[0,1]", cwd=folder, code=1)
 
 
