@@ -45,6 +45,7 @@ class Observed(WrappedScore):
         ValueError: operator, y and model do not fit, noise_std is out of range, or y is given twice or not at all.
     """
 
+    operator: Operator
     linear = True
     needs_noise = False
 
@@ -102,6 +103,8 @@ class Replacement(Observed):
     (DDNM), https://arxiv.org/abs/2212.00490, eq. 13.
     """
 
+    operator: LinearOperator
+
     def __init__(self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0) -> None:
         super().__init__(model, operator, y, noise_std)
         if noise_std != 0:
@@ -110,7 +113,7 @@ class Replacement(Observed):
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
         y = self._take(x, condition)
         prediction = self.model(x, t, **condition)
-        return moved(prediction, _operator(self).pseudo_inverse(y - _operator(self)(prediction.denoised)))
+        return moved(prediction, self.operator.pseudo_inverse(y - self.operator(prediction.denoised)))
 
     def start(self, z: Tensor) -> Tensor:
         return self.start_at(z, self.sde.t_max)
@@ -120,8 +123,7 @@ class Replacement(Observed):
         if self.y is None:
             return x
         alpha, sigma = (part(t).item() for part in (self.sde.alpha, self.sde.sigma))
-        operator = _operator(self)
-        return x + operator.pseudo_inverse(alpha * self.y.to(z) - operator(x - sigma * z))
+        return x + self.operator.pseudo_inverse(alpha * self.y.to(z) - self.operator(x - sigma * z))
 
     def log_start(self, x: Tensor, t: float) -> Tensor:
         """The observed part of x has variance sigma^2, the rest that of the model's start; takes a (d, d) matrix."""
@@ -147,6 +149,8 @@ class DiffPIR(Observed):
         lam: weight of the prior, positive.
     """
 
+    operator: LinearOperator
+
     def __init__(
         self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0, lam: float = 1.0
     ) -> None:
@@ -156,7 +160,7 @@ class DiffPIR(Observed):
         self.lam = float(lam)
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
-        y, operator = self._take(x, condition), _operator(self)
+        y, operator = self._take(x, condition), self.operator
         prediction = self.model(x, t, **condition)
         residual = y - operator(prediction.denoised)
         if self.noise_std == 0:
@@ -221,6 +225,8 @@ class PiGDM(Observed):
             model that is sigma_data, a root mean square: give `data.measure_data_std(data)` where the mean is not 0.
     """
 
+    operator: LinearOperator
+
     def __init__(
         self, model: ScoreModel, operator: Operator, y: Tensor | None = None, noise_std: float = 0.0,
         data_std: float | None = None,
@@ -232,7 +238,7 @@ class PiGDM(Observed):
         self.assumed_std = float(data_std)
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
-        y, operator = self._take(x, condition), _operator(self)
+        y, operator = self._take(x, condition), self.operator
         prediction, clean, pull = with_pull(self.model, x, t, condition)
         v = spread(prediction, self.assumed_std)
         solved = solve(operator, y - operator(clean), v, self.noise_std**2)
@@ -309,11 +315,6 @@ def conjugate_residuals(apply: Map, b: Tensor, iterations: int) -> Tensor:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each sample, shape (batch, 1, ..., 1)."""
     return expand((a * b).flatten(1).sum(1), a)
-
-
-def _operator(model: Observed) -> LinearOperator:
-    assert isinstance(model.operator, LinearOperator)
-    return model.operator
 
 
 def solve(operator: LinearOperator, b: Tensor, scale: Coefficient, shift: Coefficient) -> Tensor:
