@@ -34,6 +34,16 @@ def _check_scale(name: str, scale: float) -> None:
         raise ValueError(f"{name}'s scale is a finite number, got {scale!r}")
 
 
+def _checked_interval(name: str, given: Sequence[float] | None) -> tuple[float, float] | None:
+    if given is None:
+        return None
+    if isinstance(given, Sequence) and len(given) == 2 and not isinstance(given, str):
+        low, high = (number("interval", end) for end in given)
+        if 0 <= low < high:
+            return low, high
+    raise ValueError(f"{name}'s interval is (low, high) in noise levels sigma / alpha, 0 <= low < high, got {given}")
+
+
 class _Extrapolated(WrappedScore):
     """D = D_away + scale (D_toward - D_away), within an interval of noise levels sigma / alpha."""
 
@@ -46,16 +56,10 @@ class _Extrapolated(WrappedScore):
         super().__init__(model)
         name = type(self).__name__
         _check_scale(name, scale)
-        pair = isinstance(interval, Sequence) and len(interval) == 2 and not isinstance(interval, str)
-        if interval is not None and not (
-            pair and 0 <= number("interval", interval[0]) < number("interval", interval[1])
-        ):
-            raise ValueError(f"{name}'s interval is (low, high) in noise levels sigma / alpha, 0 <= low < high, "
-                             f"got {interval}")  # fmt: skip
         if not 0 <= rescale <= 1:
             raise ValueError(f"{name}'s rescale lies in [0, 1], got {rescale}")
         self.scale, self.rescale = float(scale), float(rescale)
-        self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
+        self.interval = _checked_interval(name, interval)
 
     def _between(self, toward: Callable[[], Prediction], away: Callable[[], Prediction], t: Time) -> Prediction:
         inside = self._inside(t)
