@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsFloat
 
 from torch import Tensor
 
-__all__ = ["SolverError", "differing", "number", "one_of", "real", "tensor", "whole", "wholes"]
+__all__ = ["SolverError", "number", "one_of", "real", "tensor", "whole", "wholes"]
 
 
 class SolverError(RuntimeError):
@@ -64,14 +64,6 @@ def real(name: str, value: Any) -> Tensor:
         raise TypeError(f"{name} is {value.dtype}: give floats in the units of the model, as a data set's `reference`, "
                         "`examples` and `plain` return them")  # fmt: skip
     return value
-
-
-def differing(known: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """The names at which given weights do not fit the known ones, each with both shapes."""
-    names = dict.fromkeys([*known, *given])
-    held = (given, known)
-    shapes = {name: [tuple(part[name].shape) if name in part else "missing" for part in held] for name in names}
-    return [f"{name} is {there} there, {here} here" for name, (there, here) in shapes.items() if there != here]
 
 
 def _is_number(value: Any) -> bool:

@@ -18,13 +18,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from score_sde.build import build_model
-from score_sde.checks import differing
 from score_sde.score import LearnedScore
 
-__all__ = ["PARTS", "load", "save"]
+__all__ = ["PARTS", "differing", "load", "save"]
 
 PARTS = ("sde", "parameterization", "network", "event_shape", "seed")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -88,3 +87,11 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> LearnedScore:
         )
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
+
+
+def differing(known: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """The names at which given weights do not fit the known ones, each with both shapes."""
+    names = dict.fromkeys([*known, *given])
+    held = (given, known)
+    shapes = {name: [tuple(part[name].shape) if name in part else "missing" for part in held] for name in names}
+    return [f"{name} is {there} there, {here} here" for name, (there, here) in shapes.items() if there != here]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from score_sde import LearnedScore, distributed
-from score_sde.checks import differing
+from score_sde.export import differing
 from score_sde.training import Checkpoints
 from scripting.command_line import unknown
 

@@ -14,9 +14,8 @@ from typed import ROOT, script
 
 from score_sde import LearnedScore
 from score_sde.build import build_model
-from score_sde.checks import differing
 from score_sde.convert import SongConfig
-from score_sde.export import save
+from score_sde.export import differing, save
 from score_sde.networks import UNet
 from score_sde.training import Checkpoints
 
