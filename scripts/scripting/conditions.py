@@ -141,8 +141,6 @@ def shared(model: LearnedScore, run: Run, config: DictConfig) -> dict[str, Tenso
     Raises ValueError for several values, and if the network needs a condition that is not given.
     """
     labels, context = labels_of(config.label, run), config.get("context")
-    if context is None and "context" in needed(run.config):
-        context = "<of each training example>"  # see `of_samples`
     check_labels(labels, model)
     own = {"label": torch.tensor(labels)} if labels else {}
     own |= {} if context is None else {"context": rows_of("context", context)}
