@@ -80,7 +80,7 @@ def whole_lanes(function: Callable[[Tensor], Level], u: Tensor) -> Level:
     """
     if u.device.type != "cpu":
         return function(u)
-    filled = torch.cat([u, u[:1].expand(-len(u) % LANES)])
+    filled = torch.nn.functional.pad(u, (0, -len(u) % LANES), value=1.0)
     if len(filled) < GRAIN:
         return tuple(part[: len(u)] for part in function(filled))
     shared = GRAIN * torch.get_num_threads()
@@ -119,10 +119,11 @@ class StandardField:
         return t, *(scale.view(self.column) for scale in scales)
 
     def _levels(self, u: Tensor) -> Level:
-        part = torch.expm1(-2 * u).neg_()  # sinh(u) = part e^u / 2 and tanh(u) = part / (2 - part)
-        lmbda = part.log().add_(u).sub_(math.log(2 * self.std))
-        t = self.sde.time_at(lmbda).clamp_(self.sde.t_min, self.sde.t_max)
-        tanh = part.div_(2 - part)
+        e = (-u).exp_()
+        square = e * e
+        tanh = 1 - square  # sinh(u) = (1 - e^2) / 2e and tanh(u) = (1 - e^2) / (1 + e^2)
+        t = self.sde.time_at_noise_level(e.mul_(2 * self.std).div_(tanh)).clamp_(self.sde.t_min, self.sde.t_max)
+        tanh.div_(square.add_(1))
         return t, self.sde.alpha(t).div_(tanh).to(self.dtype), tanh.to(self.dtype)
 
     def __call__(self, y: Tensor, level: Level, ids: Tensor) -> Tensor:
@@ -252,7 +253,7 @@ class AdaptiveODE(ErrorControlled):
         per_sample = PerSample(model, start.model.condition, len(x))
         per_sample.check_apart()
         field = kind(per_sample, model.data_std, x)
-        u_start, u_end = float(field.u(t_start)), float(field.u(t_end))
+        u_start, u_end = field.u(ends).tolist()
         first = first_step(pair, u_start, u_end, self.rtol + self.atol)
         found = integrate(
             field, pair, field.state(x, t_start), u_start, u_end, field.norm(self.rtol, self.atol), first,

@@ -88,24 +88,26 @@ class RungeKutta(Pair):
     ) -> None:
         self.dense, self.order, self.calls = dense, order, len(a)
         c = [round(sum(row), 15) for row in a]
-        self.inner = [node for node in c if node != 1]  # of the stages before the step's end, all different
-        self.level = [min(i, len(self.inner)) for i in range(len(c))]
-        rows = [*a, error]
-        weights = {f"k{j}": [row[j] for row in rows[j:]] for j in range(len(rows))}  # of k_j in the stages after it
-        self.columns = Copies(**{name: torch.tensor(column, dtype=torch.float64) for name, column in weights.items()})
+        nodes = sorted(set(c))  # those stages that are at the step's end share the last
+        self.level = [nodes.index(node) for node in c]
+        rows = [[*row, *[0.0] * (len(error) - len(row))] for row in (*a, error)]
+        weights = torch.tensor(rows, dtype=torch.float64).T  # a row: of one stage in the later ones and the error
+        self.constants = Copies(weights=weights, nodes=torch.tensor(nodes, dtype=torch.float64).unsqueeze(-1))
 
     def attempt(self, field: Field, y: Tensor, slope: Tensor, u: Tensor, v: Tensor, ids: Tensor) -> Attempt:
         h = v - u
-        nodes = torch.cat([*(torch.add(u, h, alpha=c) for c in self.inner), v])
+        nodes = torch.addcmul(u, self.constants.like(u)["nodes"], h).flatten()
         levels = list(zip(*(part.split(len(u)) for part in field.levels(nodes)), strict=True))
-        step, stages, at = expand(h, y), [slope], y
-        weights = [column.view(-1, *[1] * y.ndim) for column in self.columns.like(y).values()]
+        table = self.constants.like(y)["weights"]
+        weights = table.view(*table.shape, *[1] * y.ndim).unbind()
+        step, stages, end = expand(h, y), [slope], y
         sums = weights[0] * slope  # for all later stages and the error at once; each new slope is added to all of them
+        rows = sums.unbind()
         for i, level in enumerate(self.level):
-            at = torch.addcmul(y, sums[i], step)
-            stages.append(field(at, levels[level], ids))
-            sums[i + 1 :].addcmul_(weights[i + 1], stages[-1])
-        return Attempt(at, stages[-1], sums[-1].mul_(step), stages)
+            end = torch.addcmul(y, rows[i], step)
+            stages.append(field(end, levels[level], ids))
+            sums.addcmul_(weights[i + 1], stages[-1])
+        return Attempt(end, stages[-1], rows[-1].mul_(step), stages)
 
     def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
         for row, stage in zip(self.dense, stages, strict=True):
@@ -241,9 +243,9 @@ def mixed_tolerance(rtol: float, atol: float) -> Norm:
     """rms(error) / (atol + rtol max(rms(y), rms(end)))."""
 
     def norm(error: Tensor, y: Tensor, end: Tensor, v: Tensor) -> Tensor:
-        error, y, end = (part.flatten(1) for part in (error, y, end))
-        longest = torch.maximum(*(torch.linalg.vector_norm(part, dim=1) for part in (y, end)))
-        return torch.linalg.vector_norm(error, dim=1).div_(longest.mul_(rtol).add_(atol * math.sqrt(y.shape[1])))
+        event = tuple(range(1, y.ndim))
+        wrong, before, after = (torch.linalg.vector_norm(part, dim=event) for part in (error, y, end))
+        return wrong.div_(torch.maximum(before, after).mul_(rtol).add_(atol * math.sqrt(math.prod(y.shape[1:]))))
 
     return norm
 
@@ -326,6 +328,7 @@ class _Run:
         self.field, self.pair, self.norm, self.rounds = field, pair, norm, 0
         self.spent = spent or (lambda: pair.calls * self.rounds)
         self.start, self.end, self.sign = u_start, u_end, math.copysign(1.0, u_end - u_start)
+        self.reached, self.nearly = torch.ge if u_end > u_start else torch.le, u_end - 1e-9 * (u_end - u_start)
         self.first = self.sign * min(first, abs(u_end - u_start), pair.longest)
         self.result = y.clone()
         self.every = torch.arange(len(y), device=y.device)
@@ -345,7 +348,7 @@ class _Run:
         self.u = torch.full((self.next,), u_start, dtype=torch.float64, device=y.device)
         self.h = torch.full_like(self.u, self.first)
         self.shortest = 1e-13 * max(abs(u_start), abs(u_end))
-        self.entered = torch.full_like(self.ids, self.spent())
+        self.total_calls[: self.next] = self.at_start - self.spent()  # the rest is added on arrival
         self.rejected = torch.zeros_like(self.ids)
 
     @property
@@ -359,14 +362,14 @@ class _Run:
     def round(self) -> int:
         """One attempted step of every sample being integrated; returns how many arrived."""
         v = self.u + self.h
-        last = (self.end - v).mul_(self.sign) <= 1e-9 * abs(self.end - self.start)
-        v = torch.where(last, self.end, v)
+        last = self.reached(v, self.nearly)
+        v.masked_fill_(last, self.end)
         attempt = self.pair.attempt(self.field, self.y, self.slope, self.u, v, self.ids)
         size = self.norm(attempt.error, self.y, attempt.end, v)
         good = size <= 1  # False for NaN
         if self.dense is not None:
             self._read(attempt, v, good)
-        growth = power(size.clamp_min_(1e-12), -1 / self.pair.order).mul_(SAFETY)  # below SAFETY where rejected
+        growth = power(size, -1 / self.pair.order).mul_(SAFETY)  # below SAFETY where rejected
         self.h = (v - self.u).mul_(growth.nan_to_num_(SHRINK).clamp_(SHRINK, GROW))
         if self.pair.longest < math.inf:
             self.h.clamp_(-self.pair.longest, self.pair.longest)
@@ -388,8 +391,8 @@ class _Run:
         """Stores the arrived samples, puts waiting ones in their places and closes the remaining gaps."""
         places = done.nonzero().squeeze(-1)
         ids = self.ids[places]
-        self.result[ids] = self.y[places]
-        self.total_calls[ids] = self.at_start + self.spent() - self.entered[places]
+        self.result[ids] = self.y.index_select(0, places)
+        self.total_calls[ids] += self.spent()
         self.total_rejected[ids] = self.rejected[places]
         fresh = min(arrived, self.waiting)
         if fresh:
@@ -401,12 +404,12 @@ class _Run:
             self.ids = self.ids.index_copy(0, spot, self.every[begin : self.next])
             for column, value in ((self.u, self.start), (self.h, self.first), (self.rejected, 0)):
                 column[spot] = value
-            self.entered = self.entered.index_fill(0, spot, self.spent())
+            self.total_calls[begin : self.next] = self.at_start - self.spent()
         if fresh < arrived:
             done = done.index_fill(0, places[:fresh], False)
             stay = (~done).nonzero().squeeze(-1)
-            for name in ("ids", "y", "slope", "u", "h", "entered", "rejected"):
-                setattr(self, name, getattr(self, name)[stay])
+            for name in ("ids", "y", "slope", "u", "h", "rejected"):
+                setattr(self, name, getattr(self, name).index_select(0, stay))
 
     def _read(self, attempt: Attempt, v: Tensor, good: Tensor) -> None:
         """Interpolates the accepted steps at the chosen times that lie in (u, v]."""
@@ -423,7 +426,7 @@ class _Run:
         self.dense[column, self.ids[row]] = y
 
     def _refuse_stuck(self) -> None:
-        if len(self.ids) and self.spent() - int(self.entered.amin()) > MAX_CALLS:
+        if len(self.ids) and self.spent() + int(self.total_calls[self.ids].amax()) > MAX_CALLS:
             raise SolverError(f"a sample has not come to its end in {MAX_CALLS:,} calls: {TOO_ROUGH}")
         stuck = self.h.abs() < self.shortest
         if stuck.any():

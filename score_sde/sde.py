@@ -293,10 +293,10 @@ class _LinearBeta(SDE):
         """f(t) = -beta(t) / 2."""
         return -self.beta(t) / 2
 
-    def _time_at_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        # The root of t^2 (beta_max - beta_min) / 4 + t beta_min / 2 + log_alpha, without cancellation near t = 0.
-        slope = self.beta_max - self.beta_min
-        return -4 * log_alpha / (self.beta_min + (self.beta_min**2 - 4 * slope * log_alpha).sqrt())
+    def _time_when(self, lost: Tensor) -> Tensor:
+        # The root of t^2 (beta_max - beta_min) / 2 + t beta_min = lost, lost = -2 log alpha, without cancellation near 0.
+        half = self.beta_min / 2
+        return lost / ((lost * ((self.beta_max - self.beta_min) / 2) + half**2).sqrt() + half)
 
 
 class VPSDE(_LinearBeta):
@@ -321,8 +321,11 @@ class VPSDE(_LinearBeta):
         return log_alpha - (-torch.expm1(2 * log_alpha)).log() / 2
 
     def time_at(self, half_log_snr: Time) -> Tensor:
-        # sigma^2 / alpha^2 = exp(-2 lambda) gives log alpha = -softplus(-2 lambda) / 2.
-        return self._time_at_log_alpha(-0.5 * torch.nn.functional.softplus(-2 * as_time(half_log_snr), threshold=1e9))
+        # sigma^2 / alpha^2 = exp(-2 lambda) gives -2 log alpha = softplus(-2 lambda).
+        return self._time_when(torch.nn.functional.softplus(-2 * as_time(half_log_snr), threshold=1e9))
+
+    def time_at_noise_level(self, level: Time) -> Tensor:
+        return self._time_when(as_time(level).square().log1p())
 
 
 class SubVPSDE(_LinearBeta):
@@ -348,7 +351,7 @@ class SubVPSDE(_LinearBeta):
 
     def time_at(self, half_log_snr: Time) -> Tensor:
         # 1 / alpha - alpha = exp(-lambda) = 2 sinh(-log alpha).
-        return self._time_at_log_alpha(-torch.asinh((-as_time(half_log_snr)).exp() / 2))
+        return self._time_when(2 * torch.asinh((-as_time(half_log_snr)).exp() / 2))
 
 
 class VESDE(SDE):
