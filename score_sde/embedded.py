@@ -77,8 +77,9 @@ class RungeKutta(Pair):
     """An explicit pair: k_i = f(y + h sum_j a_ij k_j, u + c_i h), y_1 = y + h sum_j b_j k_j with b the last row of a.
 
     Args:
-        a: the tableau's rows below the diagonal, from the second stage to the last (which is at the step's end).
-        error: b minus the weights of the lower-order solution.
+        a: the tableau's rows below the diagonal, from the second stage to the last (which is at the step's end); the last
+            number of a row is not 0.
+        error: b minus the weights of the lower-order solution; the last is not 0.
         dense: (stages, degree), b_i(theta) = sum_j dense[i][j] theta^(j + 1), for y(theta) = y + h sum b_i(theta) k_i.
         order: of y_1.
     """
@@ -86,28 +87,21 @@ class RungeKutta(Pair):
     def __init__(
         self, a: Sequence[Sequence[float]], error: Sequence[float], dense: Sequence[Sequence[float]], order: int
     ) -> None:
-        self.dense, self.order, self.calls = dense, order, len(a)
+        self.a, self.error, self.dense, self.order, self.calls = a, error, dense, order, len(a)
         c = [round(sum(row), 15) for row in a]
         nodes = sorted(set(c))  # those stages that are at the step's end share the last
         self.level = [nodes.index(node) for node in c]
-        rows = [[*row, *[0.0] * (len(error) - len(row))] for row in (*a, error)]
-        weights = torch.tensor(rows, dtype=torch.float64).T  # a row: of one stage in the later ones and the error
-        self.constants = Copies(weights=weights, nodes=torch.tensor(nodes, dtype=torch.float64).unsqueeze(-1))
+        self.nodes = Copies(c=torch.tensor(nodes, dtype=torch.float64).unsqueeze(-1))
 
     def attempt(self, field: Field, y: Tensor, slope: Tensor, u: Tensor, v: Tensor, ids: Tensor) -> Attempt:
         h = v - u
-        nodes = torch.addcmul(u, self.constants.like(u)["nodes"], h).flatten()
+        nodes = torch.addcmul(u, self.nodes.like(u)["c"], h).flatten()
         levels = list(zip(*(part.split(len(u)) for part in field.levels(nodes)), strict=True))
-        table = self.constants.like(y)["weights"]
-        weights = table.view(*table.shape, *[1] * y.ndim).unbind()
         step, stages, end = expand(h, y), [slope], y
-        sums = weights[0] * slope  # for all later stages and the error at once; each new slope is added to all of them
-        rows = sums.unbind()
-        for i, level in enumerate(self.level):
-            end = torch.addcmul(y, rows[i], step)
+        for row, level in zip(self.a, self.level, strict=True):
+            end = torch.addcmul(y, _combined(row, stages), step, value=row[-1])
             stages.append(field(end, levels[level], ids))
-            sums.addcmul_(weights[i + 1], stages[-1])
-        return Attempt(end, stages[-1], rows[-1].mul_(step), stages)
+        return Attempt(end, stages[-1], step * self.error[-1] * _combined(self.error, stages), stages)
 
     def interpolate(self, y: Tensor, stages: Sequence[Tensor], h: Tensor, theta: Tensor) -> Tensor:
         for row, stage in zip(self.dense, stages, strict=True):
@@ -116,6 +110,15 @@ class RungeKutta(Pair):
                 weight = (weight + coefficient) * theta
             y = y + expand(weight * h, y) * stage
         return y
+
+
+def _combined(weights: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
+    """sum_j weights[j] stages[j] / weights[-1], which leaves the last stage without a factor of its own."""
+    total = stages[-1]
+    for weight, stage in zip(weights[:-1], stages[:-1], strict=True):
+        if weight:
+            total = torch.add(total, stage, alpha=weight / weights[-1])
+    return total
 
 
 class Exponential(Pair):
