@@ -172,7 +172,7 @@ def _fitted(
                     table = fit_all(replace(part, robust=robust), table, glance)
                 candidates[f"tuned from {name}{path}"] = table
         for pairs, search, keep in ((fit.first(math.ceil(len(fit.x) / 4)), longer, FINALISTS), (fit, last, 1)):
-            found = losses_of(candidates, validation.first(2048))
+            found = losses_of(candidates, validation)
             best = sorted(found, key=found.__getitem__)[:keep]
             candidates = {name: fit_all(pairs, candidates[name], search) for name in best}
         return candidates
