@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig
 from scripting import entry, figures, output
-from scripting.command_line import unknown
+from scripting.command_line import key_of, unknown
 
 from score_sde import Run, plotting
 
@@ -46,8 +46,10 @@ def with_folder(argv: Sequence[str]) -> list[str]:
 
 
 def print_means(summary: pd.DataFrame, label: str) -> None:
-    """Prints the table without empty columns, such as the standard error for one seed."""
-    shown = summary.dropna(axis="columns", how="all")
+    """Prints the table, a setting by its keys, without empty columns, such as the standard error for one seed."""
+    keys = swept(summary, "mean")
+    shown = summary.assign(**summary[keys].fillna("")).drop(columns="setting" if keys else [])
+    shown = shown.dropna(axis="columns", how="all")
     error = ", with its standard error" if "standard_error" in shown else ""
     output.show(shown, f"mean over seeds{error}, of: {label}" if "mean" in shown else "")
 
@@ -67,8 +69,8 @@ def draw(summary: pd.DataFrame, file: Path) -> bool:
 
 
 def collect(folder: Path, metric: str) -> pd.DataFrame:
-    """A row per run: run (its folder), setting (the overrides in which runs differ, without the seed), seed, status, value,
-    error, meaning.
+    """A row per run: run (its folder), setting (the overrides in which runs differ, without the seed), a column for each
+    key of these, seed, status, value, error, meaning, and the other numbers of result.json.
 
     Raises ValueError if the folder holds no run, or if runs have finished but none with a number of this name.
     """
@@ -78,16 +80,21 @@ def collect(folder: Path, metric: str) -> pd.DataFrame:
     results = {str(home.relative_to(folder)): _result(home) for home in homes}
     if not results:
         raise ValueError(f"{folder} holds no runs (no result.json below it): give the folder of a sweep")
-    numbers = {key: None for result in results.values() if result["status"] == "finished"
-               for key, value in result.items() if isinstance(value, int | float)}  # fmt: skip
+    numbers = {key: None for result in results.values() if result["status"] == "finished" for key in _numbers(result)}
     if numbers and metric not in numbers:
         raise ValueError(unknown("metric", metric, [*numbers], [key for key in numbers if key.endswith(f"/{metric}")]))
-    rows = [_row(run, result, metric) for run, result in results.items()]
-    known = [set(row["setting"]) for row in rows if row["setting"]]  # a run killed early may have written none
+    given = {run: [pair for pair in result.get("overrides") or [] if not pair.startswith("seed=")]
+             for run, result in results.items()}  # fmt: skip
+    known = [set(pairs) for pairs in given.values() if pairs]  # a run killed early may have written none
     shared = set.intersection(*known) if known else set()
-    for row in rows:
-        row["setting"] = ", ".join(pair for pair in row["setting"] if pair not in shared) or "all"
-    return pd.DataFrame(rows)
+    own = {run: [pair for pair in pairs if pair not in shared] for run, pairs in given.items()}
+    keys = dict.fromkeys(key_of(pair) for pairs in own.values() for pair in pairs if "=" in pair)
+    return pd.DataFrame([_row(run, result, metric, own[run], [*keys]) for run, result in results.items()])
+
+
+def swept(table: pd.DataFrame, end: str) -> list[str]:
+    """The keys in which runs differ: the columns between `setting` and `end`."""
+    return [*table.loc[:, "setting":end].columns[1:-1]]  # type: ignore[misc]
 
 
 def _result(home: Path) -> dict[str, Any]:
@@ -99,11 +106,19 @@ def _result(home: Path) -> dict[str, Any]:
             "overrides": config.get("overrides")}  # fmt: skip
 
 
-def _row(run: str, result: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    setting = [override for override in result.get("overrides") or [] if not override.startswith("seed=")]
+def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in result.items() if isinstance(value, int | float)}
+
+
+def _row(
+    run: str, result: Mapping[str, Any], metric: str, setting: Sequence[str], keys: Sequence[str]
+) -> dict[str, Any]:
     meaning = result.get("metric_meaning") if metric == "metric" else metric
-    return {"run": run, "setting": setting, "seed": result.get("seed"), "status": result["status"],
-            "value": result.get(metric), "error": result.get("error", ""), "meaning": meaning}  # fmt: skip
+    values = {key_of(pair): pair.partition("=")[2] for pair in setting if "=" in pair}
+    row = {"run": run, "setting": ", ".join(setting) or "all", **{key: values.get(key) for key in keys},
+           "seed": result.get("seed"), "status": result["status"], "value": result.get(metric),
+           "error": result.get("error", ""), "meaning": meaning}  # fmt: skip
+    return row | {key: number for key, number in _numbers(result).items() if key not in row}
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -117,9 +132,10 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     groups = table.assign(value=table["value"].astype(float), **counts).groupby("setting", sort=False)
     figures = groups["value"].agg(mean="mean", standard_error="sem")
     figures.insert(0, "meaning", groups["meaning"].first())
+    keys = groups[swept(table, "seed")].first()
     if figures["meaning"].nunique() < 2:
         figures["meaning"] = next(iter(figures["meaning"].dropna()), "metric")
-    return figures.join(groups[[*counts]].sum()).reset_index()
+    return keys.join(figures).join(groups[[*counts]].sum()).reset_index()
 
 
 def with_lost(row: dict[str, Any]) -> str:

@@ -176,9 +176,9 @@ def finished(meaning: str, metric: float, **more: float) -> dict:
 def test_a_report_says_what_each_of_unlike_means_is_of(tmp_path: Path) -> None:
     folder = swept(tmp_path / "sweep", finished(FLOOR, 1.1), finished(NATS, 0.9), {"status": "failed", "error": "why"})
     out = script("report", str(folder), cwd=tmp_path)
-    lines = {line.split()[0]: line for line in out.splitlines() if line.strip().startswith("experiment=")}
-    assert FLOOR in lines["experiment=0"]
-    assert NATS in lines["experiment=1"]
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert FLOOR in lines["0"]
+    assert NATS in lines["1"]
     assert "standard" not in out  # of one seed there is none
     assert "mean over seeds, of: what the column meaning says\n" in out
     assert "report.png" in out
@@ -207,6 +207,23 @@ def test_a_metric_that_some_runs_have_is_reported_of_these(tmp_path: Path) -> No
     for wrong, message in (("w2", "did you mean 'heun/w2'"), ("status", "unknown metric 'status'")):
         with pytest.raises(ValueError, match=message):
             report.collect(folder, wrong)
+
+
+def test_a_report_has_a_column_for_each_swept_key_and_each_number(tmp_path: Path) -> None:
+    kinds = [["sde=vp", "trainer.learning_rate=0.01"], ["~sde", "+sde={_target_: my.SDE}"]]
+    runs = [finished(FLOOR, 1.1, seed=seed, overrides=["figures=false", f"seed={seed}", *kind], **{"heun/w2": 3.0})
+            for kind in kinds for seed in (0, 1)]  # fmt: skip
+    folder = swept(tmp_path / "sweep", *runs)
+    out = script("report", str(folder), cwd=tmp_path)
+    assert [line.split() for line in out.splitlines()[1:3]] == [
+        ["sde", "trainer.learning_rate", "mean", "standard_error", "finished", "unfinished", "failed"],
+        ["vp", "0.01", "1.1", "0", "2", "0", "0"],
+    ]
+    runs, means = (pd.read_csv(folder / name) for name in ("runs.csv", "report.csv"))
+    assert list(runs["sde"]) == ["vp", "vp", "{_target_: my.SDE}", "{_target_: my.SDE}"]
+    assert list(runs["seed"]) == [0, 1, 0, 1]
+    assert list(runs["heun/w2"]) == [3.0] * 4
+    assert means.pivot(columns="trainer.learning_rate", index="sde", values="mean").loc["vp", 0.01] == 1.1
 
 
 def test_the_same_command_starts_again_what_was_killed_before_its_first_checkpoint(run: Path, tmp_path: Path) -> None:
