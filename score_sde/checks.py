@@ -9,7 +9,7 @@ from typing import Any, SupportsFloat
 
 from torch import Tensor
 
-__all__ = ["SolverError", "number", "one_of", "real", "tensor", "whole", "wholes"]
+__all__ = ["SolverError", "initials", "nearest", "number", "one_of", "real", "tensor", "whole", "wholes"]
 
 
 class SolverError(RuntimeError):
@@ -20,10 +20,21 @@ def one_of(name: str, value: str, known: Iterable[str]) -> str:
     """The value itself, if it is one of the known ones; ValueError otherwise."""
     known = list(known)
     if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else ""
+        near = nearest(str(value), known)
+        hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"{name} is one of {', '.join(known)}; got {value!r}{hint}")
     return value
+
+
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """The known name spelt most like a wrong one, or else those of which it is a part or the initials; at most three."""
+    longer = [one for one in known if name == initials(one) or (len(name) > 2 and name in one)]
+    return difflib.get_close_matches(name, known, n=1) or longer[:3]
+
+
+def initials(name: str) -> str:
+    """The first letters of a name's words, e.g. lr of learning_rate; the empty string for a single word."""
+    return "".join(word[:1] for word in name.split("_")) if "_" in name else ""
 
 
 def whole(name: str, value: Any, least: float = 1) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from score_sde.checks import initials, nearest
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 CLOSED = ("evaluation", "restoration")
@@ -87,8 +88,8 @@ def check_globs(arguments: Sequence[str]) -> None:
 
 
 def unknown(kind: str, name: Any, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
-    """The error for an unknown name, with the places where it exists, or else the nearest known name."""
-    near = elsewhere or difflib.get_close_matches(str(name).rpartition(".")[2], known, n=1)
+    """The error for an unknown name, with what may be meant `elsewhere`, or else the nearest known names."""
+    near = elsewhere or nearest(str(name), known)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     if not known:
         return f"{name} is new: a {kind} is added by +{name}=<value>"
@@ -143,18 +144,20 @@ def check_known(key: str, known: DictConfig, texts: Sequence[str]) -> None:
 
 def unknown_key(key: str, node: DictConfig) -> str:
     """The error for a key that `node`, the mapping it belongs to, lacks."""
-    name = key.rpartition(".")[2]
+    home, dot, name = key.rpartition(".")
+    known = [str(one) for one in node]
     root = OmegaConf.to_container(node._get_root(), resolve=False)
-    elsewhere = ["hydra.run.dir"] if name == "output" else [*_places(root, name)]
-    line = unknown("key", key, [str(one) for one in node], elsewhere)
+    elsewhere = ["hydra.run.dir"] if name == "output" else _places(root, name)
+    meant = dict.fromkeys([*(f"{home}{dot}{one}" for one in nearest(name, known)), *elsewhere])
+    line = unknown("key", key, known, [*meant])
     takes = str(node.get("_target_", "")).rpartition(".")[2]
     return f"{line}; another argument of {takes} is given as +{key}=<value>" if takes else line
 
 
 def _places(node: Any, name: str, home: str = "") -> Iterator[str]:
-    """Yields the dotted keys that end in this name."""
+    """Yields the dotted keys that end in this name, or in one of these initials."""
     for key, value in node.items() if isinstance(node, dict) else ():
-        if key == name:
+        if name in (key, initials(str(key))):
             yield f"{home}{key}"
         if key != "hydra":
             yield from _places(value, name, f"{home}{key}.")

@@ -75,13 +75,26 @@ def test_a_mapping_of_ones_own_is_open() -> None:
         ("own=heun", r"no mapping from names to values: give \+own.<name>=<value>"),
         ("+step=3", "unknown key 'step': did you mean 'steps'"),
         ("++step=3", "unknown key 'step': did you mean 'steps'"),
-        ("+evaluation.metric=w2", "unknown key 'evaluation.metric': did you mean 'metrics'"),
+        ("+evaluation.metric=w2", "unknown key 'evaluation.metric': did you mean 'evaluation.metrics'"),
         ("+evaluation.steps=3", "unknown key 'evaluation.steps': did you mean 'steps' or 'sampler.grid.steps'"),
     ],
 )
 def test_others_are_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         checked(override)
+
+
+def test_a_key_is_sought_beside_the_wrong_one_and_elsewhere_and_by_its_initials() -> None:
+    config = OmegaConf.create({"step": None, "grid": {"steps": 20}, "trainer": {"learning_rate": 1e-3}})
+    for key, meant in {
+        "grid.step": "'grid.steps' or 'step'",
+        "lr": "'trainer.learning_rate'",
+        "trainer.lr": "'trainer.learning_rate'",
+        "trainer.rate": "'trainer.learning_rate'",
+    }.items():
+        home = key.rpartition(".")[0]
+        line = command_line.unknown_key(key, OmegaConf.select(config, home) if home else config)
+        assert line.startswith(f"unknown key {key!r}: did you mean {meant}? known: ")
 
 
 @pytest.mark.parametrize(

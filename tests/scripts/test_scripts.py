@@ -250,7 +250,7 @@ def test_a_sweep_in_the_folder_of_another_leaves_it_as_it_was(tmp_path: Path) ->
 
 
 WRONG = {
-    "misspelt key": ("train", ["sde.beta_mn=1"], "did you mean 'beta_min'"),
+    "misspelt key": ("train", ["sde.beta_mn=1"], "did you mean 'sde.beta_min'"),
     "misspelt option": ("train", ["sde=vpp"], "did you mean 'vp'"),
     "misspelt sampler part": ("train", ["sampler.predictor=hen"], "did you mean 'heun'"),
     "zero steps": ("train", ["trainer.steps=0"], "steps >= 1, got steps=0"),
@@ -350,7 +350,7 @@ WRONG = {
     "unknown noise": ("sample", ["run={run}", "noise=brown"], "noise is one of sample, brownian; got 'brown'"),
     "a word for true": ("sample", ["run={run}", "agreement=no"], "agreement='no' is neither true nor false"),
     "a key that nothing reads": ("sample", ["run={run}", "+count=3"], "unknown key 'count'"),
-    "a key that no group reads": ("train", ["+evaluation.metric=w2"], "did you mean 'metrics'"),
+    "a key that no group reads": ("train", ["+evaluation.metric=w2"], "did you mean 'evaluation.metrics'"),
     "a key without its home": (
         "train",
         ["batch_size=8"],
