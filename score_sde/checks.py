@@ -9,7 +9,7 @@ from typing import Any, SupportsFloat
 
 from torch import Tensor
 
-__all__ = ["SolverError", "initials", "nearest", "number", "one_of", "real", "tensor", "whole", "wholes"]
+__all__ = ["SolverError", "finite", "initials", "nearest", "number", "one_of", "real", "tensor", "whole", "wholes"]
 
 
 class SolverError(RuntimeError):
@@ -75,6 +75,15 @@ def real(name: str, value: Any) -> Tensor:
         raise TypeError(f"{name} is {value.dtype}: give floats in the units of the model, as a data set's `reference`, "
                         "`examples` and `plain` return them")  # fmt: skip
     return value
+
+
+def finite(name: str, x: Tensor) -> None:
+    """Raises ValueError for rows of x (N, ...) with a NaN or an infinity, and says which."""
+    good = x.isfinite()
+    if not good.all():
+        bad = (~good.flatten(1).all(1)).nonzero()[:, 0]
+        raise ValueError(f"{name} has values that are not finite in {str(x.dtype).removeprefix('torch.')}, in {len(bad)} "
+                         f"of {len(x)} rows, the first is row {int(bad[0])}: remove or replace them")  # fmt: skip
 
 
 def _is_number(value: Any) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from score_sde.adaptive import PerSample, whole_lanes
 from score_sde.brief import Brief
-from score_sde.checks import SolverError, one_of, tensor, whole
+from score_sde.checks import SolverError, finite, one_of, tensor, whole
 from score_sde.embedded import PAIRS, Norm, first_step, integrate, mixed_tolerance
 from score_sde.keyed import generator, key
 from score_sde.memory import keep_freed_memory
@@ -204,7 +204,8 @@ def reconstruction_error(model: ScoreModel, x: Tensor, **options: Any) -> Tensor
 def slerp(a: Tensor, b: Tensor, fractions: Tensor | Sequence[float]) -> Tensor:
     """Spherical interpolation sin((1 - f) o) / sin o a + sin(f o) / sin o b, o the angle between a and b, per sample.
 
-    Where sin o vanishes it is linear. a and b of shape (batch, *event) and F fractions give (F, batch, *event).
+    Where sin o vanishes it is linear. a and b of shape (batch, *event) and F fractions give (F, batch, *event), which
+    `decode` takes as .flatten(0, 1).
     Source: Shoemake 1985; White 2016, https://arxiv.org/abs/1609.04468.
     """
     f = torch.as_tensor(fractions, dtype=torch.float64, device=a.device).reshape(-1, *[1] * a.ndim)
@@ -341,8 +342,9 @@ class _Flow:
             raise TypeError(f"{x.dtype} data have no density: dequantise them (likelihood.dequantize, or "
                             "discrete_log_likelihood), or pass real numbers")  # fmt: skip
         condition = checked_condition(model, x.shape, condition, x.device)
-        if len(x) == 0 or not torch.isfinite(x).all():
-            raise ValueError(f"x has shape {tuple(x.shape)}: give at least one sample, all of finite values")
+        if len(x) == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}: give at least one sample")
+        finite("x", x)
         weight = next(model.parameters(), x) if isinstance(model, nn.Module) else x
         if weight.dtype != x.dtype:
             raise TypeError(

@@ -255,6 +255,8 @@ def _refuse_times(sde: SDE, t: Tensor) -> None:
 
 
 def _event_shape(given: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(given, Sequence):
+        raise TypeError(f"event_shape is a tuple such as (2,), got {given!r}")
     if not len(given):
         raise ValueError("an event has at least one dimension: numbers are vectors of length 1, event_shape=(1,)")
     return tuple(given)

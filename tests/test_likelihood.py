@@ -373,7 +373,12 @@ def test_a_fitted_dequantiser_tightens_the_bound():
         (torch.zeros(2, 2, dtype=torch.uint8), {}, TypeError, "uint8 data have no density: dequantise"),
         (torch.zeros(2, 2, dtype=torch.long), {}, TypeError, "int64 data have no density"),
         (torch.zeros(2, 3), {}, ValueError, r"takes x of shape \(batch, 2\)"),
-        (torch.full((1, 2), math.nan), {}, ValueError, "finite"),
+        (
+            torch.tensor([[0, 0], [0, math.nan]]),
+            {},
+            ValueError,
+            "finite in float32, in 1 of 2 rows, the first is row 1",
+        ),
         (torch.zeros(2, 2), {"divergence": "skilling"}, ValueError, "one of exact, hutchinson"),
         (torch.zeros(2, 2), {"probes": 4}, ValueError, "exact trace takes none"),
         (torch.zeros(2, 2), {"method": "euler"}, ValueError, "one of adams, dopri5"),

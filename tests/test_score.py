@@ -262,6 +262,7 @@ def test_a_network_gives_the_shape_of_x():
             r"Identity\.forward takes .*: a score network takes",
         ),
         (lambda: FunctionScore(3, VPSDE(), (2,)), "takes a function"),
+        (lambda: FunctionScore(torch.sin, VPSDE(), 2), r"event_shape is a tuple such as \(2,\), got 2"),
         (lambda: reparameterize(VPSDE(), ExactScore(make("ring"), VPSDE())), "takes a score model"),
         (
             lambda: Sampler(DDIM(), functools.partial(grid.log_snr, steps=3)).sample(nn.Linear(2, 2), (1, 2)),

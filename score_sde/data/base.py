@@ -64,6 +64,11 @@ class Data(ABC):
     target: Any = None
     has_test: bool = False
 
+    def __repr__(self) -> str:
+        facts = {"target": self.target, "size": self.size, "classes": self.num_classes}
+        known = "".join(f", {name}={value}" for name, value in facts.items() if value is not None)
+        return f"{type(self).__name__}(event_shape={tuple(self.event_shape)}{known})"
+
     @abstractmethod
     def batch(self, step: int, batch_size: int, rows: slice = ALL) -> Batch:
         """The given rows of the training batch of a step (0, 1, 2, ...), on the CPU, as they are stored."""

@@ -66,7 +66,10 @@ def load_file(
     """
     path = Path(path)
     if path.suffix not in (".npy", ".npz"):
-        raise ValueError(f"{path} is not a .npy or .npz file: save the array with numpy.save or numpy.savez")
+        hint = (
+            "images in a folder are data=folder" if path.is_dir() else "save the array with numpy.save or numpy.savez"
+        )
+        raise ValueError(f"{path} is not a .npy or .npz file: {hint}")
     wanted = [name for name in (x, labels, context, test, test_labels, test_context) if name is not None]
     moved = (x, test) if channels_last else ()
     arrays = _unpacked(path, wanted, moved) if path.suffix == ".npz" else _mapped(path, x, wanted, moved)
@@ -199,6 +202,6 @@ def image_files(root: Path) -> list[Path]:
     files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
     paths = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     if not paths:
-        reason = "holds no images" if root.is_dir() else "does not exist"
+        reason = "holds no images" if root.is_dir() else "is a file" if root.exists() else "does not exist"
         raise ValueError(f"{root} {reason}: give a folder with {', '.join(sorted(SUFFIXES))} files")
     return paths

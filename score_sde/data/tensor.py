@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from score_sde.checks import finite
 from score_sde.data.augment import Augment, mirrored
 from score_sde.data.base import Batch, Data
 from score_sde.data.cache import digest, hash_of
@@ -316,8 +317,7 @@ def _check_scale(x: Tensor, dequantize: bool | None, levels: int) -> None:
     if x.is_floating_point():
         if dequantize is not None:
             raise ValueError(f"dequantize={dequantize} is for integers, x is {x.dtype}: leave it out, or give integers")
-        if not torch.isfinite(x.float()).all():
-            raise ValueError("x holds values that are not finite in single precision: remove or replace them")
+        finite("x", x.float())
         return
     if dequantize is None:
         raise ValueError(

@@ -143,12 +143,18 @@ def _check(models: Mapping[str, ScoreModel], samplers: Mapping[str, Any], laws: 
     for name, contestant in samplers.items():
         if isinstance(contestant, Mapping) and not contestant:
             raise ValueError(f"sampler {name!r} is an empty mapping: give {{calls: sampler}} for one or more")
+        for one in contestant.values() if isinstance(contestant, Mapping) else [contestant]:
+            if not (hasattr(one, "sample") or callable(one)):
+                raise ValueError(f"sampler {name!r} has no `sample`: give one such as Sampler(DDIM(), partial(grid.karras, "
+                                 f"steps=20)), or a function from a budget to one; got {one!r}")  # fmt: skip
     for name, model in models.items():
         if name not in laws:
             raise ValueError(f"model {name!r} has no reference; there are: {', '.join(laws) or 'none'}")
         law, expected = laws[name], tuple(model.event_shape)
         if not isinstance(law, Target | Tensor):
-            raise ValueError(f"the reference of {name!r} is a target or a tensor of exact samples, got {law!r}")
+            raise ValueError(
+                f"the reference of {name!r} is a target or a tensor of exact samples, got {type(law).__name__}"
+            )
         shape = tuple(law.shape[1:]) if isinstance(law, Tensor) else tuple(law.event_shape)
         if shape != expected:
             raise ValueError(f"model {name!r} makes samples of shape {expected}, its reference has shape {shape}")

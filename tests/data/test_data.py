@@ -197,14 +197,29 @@ def test_digits_are_the_real_ones():
     assert not digits().batch(0, 4).condition
 
 
+def test_data_say_what_they_hold():
+    assert repr(TensorData(torch.zeros(10, 3, 4, 4), held_out=0.2)) == "TensorData(event_shape=(3, 4, 4), size=8)"
+    labelled = TensorData(torch.zeros(3, 2), torch.tensor([0, 2, 1]))
+    assert repr(labelled) == "TensorData(event_shape=(2,), size=3, classes=3)"
+    assert repr(TargetStream(targets.make("two_moons"))).startswith(
+        "TargetStream(event_shape=(2,), target=Empirical(512 points"
+    )
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: TensorData(torch.zeros(4, 2, dtype=torch.uint8)), "uint8, which has no density: say dequantize=True"),
         (lambda: TensorData(torch.zeros(4, 2), dequantize=True), "is for integers"),
         (lambda: TensorData(torch.full((4, 2), 17), dequantize=False, levels=17), r"levels=17 allows 0\.\.16"),
-        (lambda: TensorData(torch.tensor([[1.0], [float("nan")]])), "not finite"),
-        (lambda: TensorData(torch.tensor([[1.0], [1e39]], dtype=torch.float64)), "not finite in single precision"),
+        (
+            lambda: TensorData(torch.tensor([[1.0], [float("nan")], [float("inf")]])),
+            "x has values that are not finite in float32, in 2 of 3 rows, the first is row 1",
+        ),
+        (
+            lambda: TensorData(torch.tensor([[1.0], [1e39]], dtype=torch.float64)),
+            "not finite in float32, in 1 of 2 rows",
+        ),
         (
             lambda: TensorData(torch.zeros(4, 2, dtype=torch.complex64), dequantize=False),
             "complex64: give real numbers",

@@ -177,6 +177,11 @@ REFUSED = {
     "npz of words": (words, r"a\.npz holds no arrays of numbers"),
     "labels without a name": (switched_on, r"a\.npz has no array True, only x, y: name its arrays x=, labels="),
     "no folder": (lambda folder: image_folder(folder / "none", 8), "none does not exist"),
+    "a file for a folder": (lambda folder: image_folder(__file__, 8), r"test_decode\.py is a file: give a folder with"),
+    "a folder for a file": (
+        lambda folder: load_file(folder),
+        "is not a .npy or .npz file: images in a folder are data=folder",
+    ),
     "channels": (lambda folder: Decoder(4, 4, 2), "channels=2"),
     "fit": (lambda folder: Decoder(4, 4, fit="pad"), "fit is one of crop, stretch, exact; got 'pad'"),
     "size": (lambda folder: Decoder.of([4]), r"size=\[4\] must be an edge"),

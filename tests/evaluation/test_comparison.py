@@ -583,6 +583,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"reference": LINE.target},
         "model 'model' makes samples of shape (2,), its reference has shape (1,)",
     ),
+    "a name for a sampler": (
+        {"samplers": {"mine": "heun"}},
+        "sampler 'mine' has no `sample`: give one such as Sampler(",
+    ),
+    "a step for a sampler": ({"samplers": {"mine": {5: DDIM()}}}, "got DDIM(eta=0.0)"),
+    "an array for a reference": ({"reference": np.zeros((50, 2))}, "a tensor of exact samples, got ndarray"),
     "no table": ({"samplers": {"tables": {}}}, "sampler 'tables' is an empty mapping"),
     "no reference": ({"reference": {"other": RING}}, "model 'model' has no reference; there are: other"),
 }
