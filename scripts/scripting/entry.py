@@ -113,10 +113,8 @@ def _carried_out(task: Callable[[DictConfig], Any], config: DictConfig, full_err
     except REFUSALS as error:
         if not in_sweep:
             leave(output)
-        elif distributed.is_main():
-            print(f"{output} failed: {one_line(error)}", file=sys.stderr, flush=True)
-            if own:
-                record_failure(output, error, config)
+        else:
+            note_failure(output, one_line(error), config, own)
         if full_error:
             raise
         if in_sweep:
@@ -127,13 +125,20 @@ def _carried_out(task: Callable[[DictConfig], Any], config: DictConfig, full_err
         leave(output)
         again = f"; continue with: python scripts/train.py resume={output}"
         sys.exit(interrupted(again if Run(output).checkpoints.latest() is not None else ""))
+    except Exception as error:
+        if in_sweep:
+            note_failure(output, f"{type(error).__name__}: {one_line(error)}", config, own)
+        raise
 
 
-def record_failure(output: Path, error: BaseException, config: DictConfig) -> None:
-    """Writes result.json for a failed job, unless it has one of a finished run."""
+def note_failure(output: Path, error: str, config: DictConfig, own: bool) -> None:
+    """Prints that a sweep's job failed; if the folder is its own, writes result.json, unless that is of a finished run."""
+    if not distributed.is_main():
+        return
+    print(f"{output} failed: {error}", file=sys.stderr, flush=True)
     result = output / "result.json"
-    if not result.exists() or json.loads(result.read_text()).get("status") != "finished":
-        Run(output).save_result({"status": "failed", "error": one_line(error), "seed": config.get("seed"),
+    if own and (not result.exists() or json.loads(result.read_text()).get("status") != "finished"):
+        Run(output).save_result({"status": "failed", "error": error, "seed": config.get("seed"),
                                  "overrides": command_line.typed()})  # fmt: skip
 
 

@@ -153,6 +153,22 @@ def test_a_sweep_with_a_failing_job_is_reported(tmp_path: Path) -> None:
     assert (sweep / "report.png").exists()
 
 
+def test_a_sweep_s_job_that_ends_in_a_traceback_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Linear):\n"
+        "    def forward(self, x, c_noise):\n"
+        "        return super().forward(x)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    own = ["~network", "+network={_target_: my_net.Net, in_features: 3, out_features: 2}", "trust=[my_net]"]
+    error = script("train", "-m", *own, "seed=0,1", f"hydra.sweep.dir={tmp_path / 's'}", *TINY, cwd=tmp_path, code=1)
+    assert "Traceback" in error
+    table = report.collect(tmp_path / "s", "metric")
+    assert list(table["status"]) == ["failed", "failed"]
+    assert all(why.startswith("RuntimeError: mat1 and mat2 shapes") for why in table["error"])
+
+
 def test_the_figure_of_a_sweep_says_how_many_seeds_a_mean_is_without() -> None:
     rows = [{"setting": "sde=vp", "failed": 0, "unfinished": 0}, {"setting": "sde=ve", "failed": 2, "unfinished": 1}]
     assert [report.with_lost(row) for row in rows] == ["sde=vp", "sde=ve (2 failed, 1 unfinished)"]
