@@ -267,7 +267,10 @@ def inputs(config: DictConfig, run: Run, shape: tuple[int, ...]) -> Tensor:
     if config.degraded and config.task != "inpaint":
         for path in paths:
             check_observed(Path(path), config.task, shape)
-    return torch.cat([torch.from_numpy(load_images(path, shape)) for path in paths])[: config.count]
+    x = torch.cat([torch.from_numpy(load_images(path, shape)) for path in paths])
+    if len(x) > config.count:
+        print(f"the first {config.count} of {len(x)} inputs: count={len(x)} takes all")
+    return x[: config.count]
 
 
 def files_of(given: Any) -> list[Path]:

@@ -155,6 +155,14 @@ def test_missing_entries_of_any_shape_are_imputed(shape: tuple[int, ...], tmp_pa
     assert 0.35 < holes[drawn].std() < 0.65  # N(0, 1 / 4); 80 draws or more, four standard errors of 0.04
 
 
+def test_inputs_beyond_the_count_are_said_to_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = untrained(tmp_path, (2,))
+    np.save(tmp_path / "holes.npy", np.array([[0.1, np.nan]] * 3))
+    for count, said in ((2, True), (3, False)):
+        run_edit(run, f"input={tmp_path / 'holes.npy'}", f"count={count}", "draws=1", "sampler.grid.steps=2")
+        assert ("the first 2 of 3 inputs: count=3 takes all\n" in capsys.readouterr().out) == said
+
+
 def test_inputs_are_brought_to_a_label_in_a_context(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(20, 2)), y=np.arange(20) % 2,
