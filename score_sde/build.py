@@ -124,7 +124,7 @@ def trusted(target: Any, trust: Sequence[str] = ()) -> Callable[..., Any]:
             return found
     raise ValueError(
         f"_target_ {target!r} is refused: a run may only name models and data of score_sde, and torch.nn; "
-        f"if the code is yours, trust its module: {str(target).split('.')[0]!r} in the list trust"
+        f"if the code is yours, trust its module: trust=[{str(target).split('.')[0]!r}]"
     )
 
 

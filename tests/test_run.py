@@ -179,7 +179,7 @@ def test_the_users_own_module_is_trusted_by_name(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     config = OmegaConf.create(CONFIG | {"sde": {"_target_": "my_sde.Mine"}})
-    with pytest.raises(ValueError, match="if the code is yours, trust its module: 'my_sde'"):
+    with pytest.raises(ValueError, match=r"if the code is yours, trust its module: trust=\['my_sde'\]"):
         build_model(config)
     for trust in (("my_sde",), "my_sde"):
         assert type(build_model(config, trust=trust).sde).__name__ == "Mine"

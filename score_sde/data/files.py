@@ -184,7 +184,9 @@ def load_images(path: str | Path, event_shape: Sequence[int]) -> np.ndarray:
         array = np.load(path, allow_pickle=False).astype(np.float32)
         array = array[None] if array.shape == shape else array
         if array.shape[1:] != shape or len(array) == 0:
-            raise ValueError(f"{path} holds an array of shape {array.shape}, but it must be (n, *{shape})")
+            raise ValueError(
+                f"{path} holds an array of shape {array.shape}, but it must be (n, {', '.join(map(str, shape))})"
+            )
         return array
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(f"events of shape {shape} are not images: give a .npy array")

@@ -168,6 +168,11 @@ def switched_on(folder):
     return load_file(folder / "a.npz", labels=True)
 
 
+def other_shape(folder):
+    np.save(folder / "x.npy", np.zeros((5, 3)))
+    load_images(folder / "x.npy", (2,))
+
+
 REFUSED = {
     "truncated": (broken, r"b\.png cannot be read as an image: remove or replace it"),
     "no image": (text, r"a\.jpg cannot be read as an image"),
@@ -182,6 +187,7 @@ REFUSED = {
         lambda folder: load_file(folder),
         "is not a .npy or .npz file: images in a folder are data=folder",
     ),
+    "another shape": (other_shape, r"shape \(5, 3\), but it must be \(n, 2\)"),
     "channels": (lambda folder: Decoder(4, 4, 2), "channels=2"),
     "fit": (lambda folder: Decoder(4, 4, fit="pad"), "fit is one of crop, stretch, exact; got 'pad'"),
     "size": (lambda folder: Decoder.of([4]), r"size=\[4\] must be an edge"),

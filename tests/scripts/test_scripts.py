@@ -77,7 +77,7 @@ def test_an_sde_of_the_user_s_own_file_is_trained_once_it_is_trusted(tmp_path: P
     (tmp_path / "my_sde.py").write_text("\n".join(code))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     own = ["~sde", "+sde={_target_: my_sde.Straight}", f"hydra.run.dir={tmp_path / 'run'}"]
-    assert "trust its module: 'my_sde'" in script("train", *own, *TINY, cwd=tmp_path, code=1)
+    assert "trust its module: trust=['my_sde']" in script("train", *own, *TINY, cwd=tmp_path, code=1)
     script("train", *own, "trust=[my_sde]", *TINY, cwd=tmp_path)
     assert (tmp_path / "run/result.json").exists()
 
