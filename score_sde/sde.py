@@ -231,13 +231,17 @@ def _check_kernel(sde: SDE, part: str, t: Tensor) -> None:
     """Refuses, with ValueError, an alpha or sigma that is not elementwise, finite and positive at the times t."""
     name = f"{type(sde).__name__}.{part}"
     try:
-        values = torch.as_tensor(getattr(sde, part)(t))
+        given = getattr(sde, part)(t)
+        values = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}(t) fails for a tensor of times ({error}): write it with torch's functions, "
                          "e.g. torch.cos(t) for math.cos(t)") from error  # fmt: skip
     if values.shape != t.shape:
         raise ValueError(f"{name}(t) has shape {tuple(values.shape)} for t of shape {tuple(t.shape)}: "
                          "make it elementwise in t, e.g. torch.ones_like(t) for a constant")  # fmt: skip
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name}(t) is of type {type(given).__name__}: write it with torch's functions, "
+                         "e.g. torch.cos(t) for numpy.cos(t)")  # fmt: skip
     bad = ~(torch.isfinite(values) & (values > 0))
     if not bad.any():
         return

@@ -435,7 +435,7 @@ def test_neighbours_of_such_a_ladder_do_overlap() -> None:
         DiscreteSDE.overlapping(2.0, 1.0)
 
 
-def test_a_schedule_of_the_math_module_is_named():
+def test_a_schedule_of_the_math_module_or_of_numpy_is_named():
     class Trigonometric(SDE):
         def alpha(self, t):
             return math.cos(t)
@@ -443,8 +443,14 @@ def test_a_schedule_of_the_math_module_is_named():
         def sigma(self, t):
             return torch.sin(t)
 
+    class OfNumpy(Trigonometric):
+        def alpha(self, t):
+            return np.cos(t.numpy())
+
     with pytest.raises(ValueError, match=r"Trigonometric\.alpha\(t\) fails for a tensor.* e\.g\. torch\.cos\(t\)"):
         Trigonometric().check()
+    with pytest.raises(ValueError, match=r"OfNumpy\.alpha\(t\) is of type ndarray: write it with torch's functions"):
+        OfNumpy().check()
 
 
 class Given(SDE):
