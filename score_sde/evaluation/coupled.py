@@ -93,9 +93,13 @@ class Course:
         self.yardstick = None if law is None else Yardstick(
             law, num_samples, generator=generator(0, "course", "draws"), metrics=metrics)  # fmt: skip
 
-    def endpoints(self, table: TunedTable, seed: int) -> Tensor:
+    def endpoints(self, table: TunedTable) -> dict[int, Tensor]:
+        """A table's endpoints by seed."""
         sampler = TunedSampler(table)
-        return torch.cat([sampler.sample(self.model, x.shape, x_init=x).x for x in self.starts[seed].split(1024)])
+        return {
+            seed: torch.cat([sampler.sample(self.model, x.shape, x_init=x).x for x in start.split(1024)])
+            for seed, start in self.starts.items()
+        }
 
     def ranked(self, tables: Mapping[str, TunedTable], keep: int = 3) -> dict[str, TunedTable]:
         """The `keep` tables with the least median endpoint error on the first seed's first `RANKED` starting points."""
@@ -105,20 +109,25 @@ class Course:
             errors[name] = endpoint_median(TunedSampler(table).sample(self.model, x.shape, x_init=x).x, y)
         return {name: tables[name] for name in sorted(tables, key=errors.__getitem__)[:keep]}
 
-    def measure(self, table: TunedTable, seed: int) -> dict[str, float]:
-        """All figures of a table for one seed's starting points."""
-        return self.figures(self.endpoints(table, seed), seed)
+    def measure(self, endpoints: Mapping[int, Tensor]) -> list[dict[str, float]]:
+        """All figures of each seed's endpoints; the spread within the modes is that of all seeds' endpoints together.
 
-    def figures(self, x: Tensor, seed: int) -> dict[str, float]:
+        The least and the largest of many modes' spreads are biased by the noise of the lightest mode, which a mean over
+        seeds would not reduce.
+        """
+        spread = {}
+        if isinstance(self.law, GaussianMixture):
+            modes = mode_spread(torch.cat([*endpoints.values()]), self.law)
+            spread = {"spread_min": modes.min().item(), "spread_max": modes.max().item()}
+        return [{"seed": seed} | self._figures(x, seed) | spread for seed, x in endpoints.items()]
+
+    def _figures(self, x: Tensor, seed: int) -> dict[str, float]:
         y = self.ends[seed]
         row = {"endpoint": endpoint_error(x, y), "median": endpoint_median(x, y), "energy": coupled_energy(x, y)}
         if x[0].numel() > 2:
             row["frechet"] = frechet_distance(x.flatten(1), y.flatten(1))
         if self.yardstick is not None:
             row["sliced_w2"] = self.yardstick(x)["ratio"].item()
-        if isinstance(self.law, GaussianMixture):
-            spread = mode_spread(x, self.law)
-            row |= {"spread_min": spread.min().item(), "spread_max": spread.max().item()}
         return row
 
 
@@ -142,11 +151,10 @@ def course_table(course: Course, tables: Mapping[tuple[str, int], TunedTable], p
     solvers += [(kind, name, calls, table) for calls in ranking
                 for kind, known in (("untuned", untuned), ("late", begun_late))
                 for name, table in course.ranked(known(course.model.sde, calls)).items()]  # fmt: skip
-    rows = [{"kind": "converged", "solver": "converged", "calls": 0, "seed": seed} | course.figures(y, seed)
-            for seed, y in course.ends.items()]  # fmt: skip
+    rows = [{"kind": "converged", "solver": "converged", "calls": 0} | row for row in course.measure(course.ends)]
     for kind, name, calls, table in tqdm(solvers, desc="measuring", disable=not progress, delay=2):
-        for seed in course.starts:
-            rows.append({"kind": kind, "solver": name, "calls": calls, "seed": seed} | course.measure(table, seed))
+        found = course.measure(course.endpoints(table))
+        rows += [{"kind": kind, "solver": name, "calls": calls} | row for row in found]
     return pd.DataFrame(rows)
 
 

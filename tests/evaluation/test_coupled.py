@@ -17,6 +17,7 @@ from score_sde.evaluation.coupled import (
     endpoint_error,
     endpoint_median,
 )
+from score_sde.evaluation.metrics import mode_spread
 from score_sde.tuning import untuned
 
 
@@ -54,6 +55,8 @@ def test_a_course_measures_every_solver_beside_the_converged_one() -> None:
     assert best.loc[("untuned", 6), "endpoint"] < best.loc[("untuned", 3), "endpoint"]
     assert best.loc[("untuned", 3), "endpoint"] <= best.loc[("tuned", 3), "endpoint"] + 1e-12
     assert set(table["seed"]) == {0, 1}
+    everything = mode_spread(torch.cat([*course.ends.values()]), model.target).max().item()
+    assert best.loc[("converged", 0), "spread_max"] == pytest.approx(everything)  # not the mean of two seeds' largest
     assert isinstance(table, pd.DataFrame)
 
 
