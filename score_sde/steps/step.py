@@ -122,7 +122,7 @@ def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[l
     """The columns of a table as lists of len(t) floats, for t of shape (moves,).
 
     Raises:
-        ValueError: a column is neither a number nor of t's shape, or an entry is not finite; says at which t.
+        ValueError: a column is neither a number nor of t's shape, or an entry is not finite; says at which t, the first.
     """
     columns = [torch.as_tensor(column, dtype=torch.float64) for column in columns]
     for column in columns:
@@ -132,8 +132,11 @@ def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[l
     table = torch.stack(torch.broadcast_tensors(t, *columns)[1:])
     good = table.isfinite()
     if not good.all():
-        raise ValueError(f"{type(step).__name__} has no finite coefficients at t={t[~good.all(0)][0]:g} of {sde!r}: "
-                         "choose a grid that avoids this time, or another step")  # fmt: skip
+        bad = t[~good.all(0)]
+        where, fix = f"t={bad[0]:g}", "choose a grid that avoids this time, or another step"
+        if len(bad) == len(t) > 1:
+            where, fix = f"{where} and every later time", "choose another step"
+        raise ValueError(f"{type(step).__name__} has no finite coefficients at {where} of {sde!r}: {fix}")
     return table.tolist()
 
 

@@ -211,6 +211,9 @@ def test_a_step_without_finite_coefficients_is_refused():
         row(EulerMaruyama(), sde, 0.5, 0.6)
     with pytest.raises(ValueError, match="choose a grid that avoids this time"):
         row(Renoise(), sde, 0.6, 0.5)
+    t = torch.tensor([0.9, 0.5], dtype=F64)
+    with pytest.raises(ValueError, match=r"at t=0\.9 and every later time of VPSDE\(.*\): choose another step"):
+        Euler(lambda b: [b / 0]).plan(sde, t, t / 2)
 
 
 @pytest.mark.parametrize(
