@@ -12,7 +12,8 @@ import functools
 import inspect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -116,6 +117,21 @@ def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
         object.__setattr__(self, "_written", dict(written))  # the outermost constructor's are stored last
 
     return kept
+
+
+@contextmanager
+def elementwise(function: str) -> Iterator[None]:
+    """Refuses, with ValueError, this function of times where it fails for a tensor of them, as math.exp(t) does.
+
+    A ValueError of the function's own passes unchanged.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ValueError) and "one element tensors" not in str(error):  # not torch's, of math.exp(t)
+            raise
+        raise ValueError(f"{function} fails for a tensor of times ({error}): write it with torch's functions, e.g. "
+                         "torch.exp(t) for math.exp(t)") from error  # fmt: skip
 
 
 def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from score_sde.networks import MLP
 from score_sde.parameterization import Noise, Velocity
 from score_sde.score import ScoreModel
 from score_sde.sde import VPSDE, DiscreteSDE
-from score_sde.steps import LinearStep, Step
+from score_sde.steps import LinearStep, Stage, StagedStep, Step
 from score_sde.targets import make
 from score_sde.training import DenoisingScoreMatching, Losses, UniformTimes
 
@@ -33,6 +34,14 @@ class Own(LinearStep):
 
     def coefficients(self, sde, times, s):
         return self.given(sde, times, s)
+
+
+class OwnStage(StagedStep):
+    def __init__(self, given: Any) -> None:
+        self.given = given
+
+    def stages(self, sde, t, s):
+        return [self.given(s)]
 
 
 class Moves(Step):
@@ -83,6 +92,11 @@ def scalar(model, batch, times, source):
 WRONG = {
     "two of five": (lambda: draw(Own(lambda sde, t, s: (torch.ones(2), [], s * 0))), ValueError, r"shape \(2,\)"),
     "two things": (lambda: draw(Own(lambda sde, t, s: (s, [s]))), ValueError, "gives three things"),
+    "math": (lambda: draw(Own(lambda sde, t, s: (math.exp(t[0]), [s], s))), ValueError, "Own.coefficients fails .*torch.exp"),
+    "numbers": (lambda: draw(Own(lambda sde, t, s: (torch.exp(2.0), [s], s))), ValueError, "Own.coefficients fails .*float"),
+    "if": (lambda: draw(Own(lambda sde, t, s: (s, [s] if s > 0 else [], s))), ValueError, "Own.coefficients fails .*Boolean"),
+    "stages": (lambda: draw(OwnStage(lambda s: Stage(s, math.exp(s), [s]))), ValueError, "OwnStage.stages fails .*torch.exp"),
+    "its own error": (lambda: draw(Own(lambda sde, t, s: int("seven"))), ValueError, "^invalid literal for int"),
     "too few rows": (lambda: draw(Moves(-1, lambda x: (x, ()))), ValueError, "a row for each of 5 moves, got 4"),
     "no history": (lambda: draw(Moves(0, lambda x: x)), TypeError, r"Moves.advance returns \(x, history\), got Tensor"),
     "a tensor": (
