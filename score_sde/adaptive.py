@@ -221,7 +221,7 @@ class AdaptiveODE(ErrorControlled):
 
         Raises:
             ValueError: the times leave [t_min, t_max] or are not ordered.
-            RuntimeError: a step size vanished; see `integrate`.
+            SolverError: a step size vanished; see `integrate`.
         """
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
         chosen = chosen_times(trajectory, points, times, model.sde.t_max, model.sde.t_min)

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from score_sde.adaptive import AdaptiveResult, PerSample, chosen_times
-from score_sde.checks import SolverError
-from score_sde.embedded import power, rms
+from score_sde.embedded import SolverError, power, rms
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
 from score_sde.sampler import ErrorControlled, begin, ending, mean_calls
@@ -79,7 +78,7 @@ class AdaptiveSDE(ErrorControlled):
 
         Raises:
             ValueError: the times leave [t_min, t_max] or are not ordered.
-            RuntimeError: a step size vanished because the model's output is not finite, or `MAX_ROUNDS` is reached.
+            SolverError: a step size vanished because the model's output is not finite, or `MAX_ROUNDS` is reached.
         """
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
         clock = time.perf_counter()

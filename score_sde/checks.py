@@ -9,11 +9,7 @@ from typing import Any, SupportsFloat
 
 from torch import Tensor
 
-__all__ = ["SolverError", "finite", "initials", "nearest", "number", "one_of", "real", "tensor", "whole", "wholes"]
-
-
-class SolverError(RuntimeError):
-    """A solver that chooses its own steps did not come to the end; the message says why."""
+__all__ = ["finite", "initials", "nearest", "number", "one_of", "real", "tensor", "whole", "wholes"]
 
 
 def one_of(name: str, value: str, known: Iterable[str]) -> str:

@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from score_sde.checks import SolverError
 from score_sde.copies import Copies
 from score_sde.progress import tqdm
 from score_sde.sde import expand
@@ -279,6 +278,10 @@ MAX_CALLS = 30_000
 TOO_ROUGH = "the model's score is too rough or too steep; loosen rtol and atol, or take a solver of fixed steps"
 
 
+class SolverError(RuntimeError):
+    """A solver that chooses its own steps did not come to the end; the message says why."""
+
+
 def default_block(y: Tensor) -> int:
     """The number of samples to integrate at once: all on a GPU; on a CPU as many as keep the stages in its cache."""
     elements = max(1, math.prod(y.shape[1:]))
@@ -311,7 +314,7 @@ def integrate(
         spent: returns the cost of all field evaluations so far, where that is not 1 for each.
 
     Raises:
-        RuntimeError: a step size vanished (the field is not finite or has a jump), or a sample takes over `MAX_CALLS`
+        SolverError: a step size vanished (the field is not finite or has a jump), or a sample takes over `MAX_CALLS`
             calls.
     """
     run = _Run(field, pair, y, u_start, u_end, norm, first, times, block or default_block(y), spent)

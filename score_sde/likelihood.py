@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from score_sde.adaptive import PerSample, whole_lanes
 from score_sde.brief import Brief
-from score_sde.checks import SolverError, finite, one_of, tensor, whole
-from score_sde.embedded import PAIRS, Norm, first_step, integrate, mixed_tolerance
+from score_sde.checks import finite, one_of, tensor, whole
+from score_sde.embedded import PAIRS, Norm, SolverError, first_step, integrate, mixed_tolerance
 from score_sde.keyed import generator, key
 from score_sde.memory import keep_freed_memory
 from score_sde.noise import SampleNoise
@@ -135,7 +135,7 @@ def log_likelihood(
     Raises:
         TypeError: x holds integers, which have no density, or x and the network differ in dtype, or a condition is unknown.
         ValueError: an option is unknown or out of range, x has another event shape, is empty or not finite.
-        RuntimeError: the solver failed, with its reason, or has not finished after `embedded.MAX_CALLS` calls.
+        SolverError: the solver failed, with its reason, or has not finished after `embedded.MAX_CALLS` calls.
     """
     one_of("divergence", divergence, DIVERGENCES)
     one_of("truncation", truncation, TRUNCATIONS)

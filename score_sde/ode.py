@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from score_sde.checks import SolverError, one_of
-from score_sde.embedded import MAX_CALLS, TOO_ROUGH
+from score_sde.checks import one_of
+from score_sde.embedded import MAX_CALLS, TOO_ROUGH, SolverError
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
 from score_sde.sampler import CountedModel, ErrorControlled, SampleResult, begin, ending
@@ -65,7 +65,7 @@ class ProbabilityFlowODE(ErrorControlled):
         with error_control="each" it is the largest count of any sample.
 
         Raises:
-            RuntimeError: the solver failed, with its reason (see `by_scipy`).
+            SolverError: the solver failed, with its reason (see `by_scipy`).
         """
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
         sde = model.sde

@@ -31,7 +31,8 @@ from omegaconf.errors import (
 )
 
 from score_sde import distributed
-from score_sde.checks import SolverError, whole
+from score_sde.checks import whole
+from score_sde.embedded import SolverError
 from score_sde.run import Run
 from score_sde.training import DivergenceError
 from scripting import command_line
