@@ -236,7 +236,7 @@ class AdaptiveODE(ErrorControlled):
 
         Where alpha(t_min) is not near 1, as on a rectified flow, give alpha(t_min) x; `likelihood.encode` does so itself.
         """
-        start = begin(model, x.shape, 0, None, x, condition, None)
+        start = begin(model, x.shape, x_init=x, condition=condition)
         chosen = chosen_times(trajectory, points, times, model.sde.t_min, model.sde.t_max)
         return self._solve(start, start.times.flip(0), chosen, progress, "none")
 

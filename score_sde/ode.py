@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from score_sde.adaptive import chosen_times
 from score_sde.checks import one_of
 from score_sde.embedded import MAX_CALLS, TOO_ROUGH, SolverError
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
-from score_sde.sampler import CountedModel, ErrorControlled, SampleResult, begin, ending
+from score_sde.sampler import CountedModel, ErrorControlled, SampleResult, Start, begin, ending
 from score_sde.score import ScoreModel
 
 IMPLICIT = ("Radau", "BDF", "LSODA")
@@ -68,9 +69,7 @@ class ProbabilityFlowODE(ErrorControlled):
             SolverError: the solver failed, with its reason (see `by_scipy`).
         """
         start = begin(model, shape, seed, noise, x_init, condition, dtype)
-        sde = model.sde
-        times = torch.linspace(sde.t_max, sde.t_min, points if trajectory else 2, dtype=torch.float64)
-        return self._integrate(start.model, start.x, times, trajectory, progress, self.final)
+        return self._integrate(start, start.times, trajectory, points, progress, self.final)
 
     @torch.no_grad()
     def encode(
@@ -78,16 +77,14 @@ class ProbabilityFlowODE(ErrorControlled):
         progress: bool = False, points: int = 101,
     ) -> SampleResult:  # fmt: skip
         """Integrates data x, taken as x(t_min), to their latent codes x(t_max) (see `AdaptiveODE.encode`)."""
-        start = begin(model, x.shape, 0, None, x, condition, None)
-        sde = model.sde
-        times = torch.linspace(sde.t_min, sde.t_max, points if trajectory else 2, dtype=torch.float64)
-        return self._integrate(start.model, x, times, trajectory, progress, "none")
+        start = begin(model, x.shape, x_init=x, condition=condition)
+        return self._integrate(start, start.times.flip(0), trajectory, points, progress, "none")
 
     def _integrate(
-        self, model: CountedModel, x: Tensor, times: Tensor, trajectory: bool, progress: bool, final: str
+        self, start: Start, ends: Tensor, trajectory: bool, points: int, progress: bool, final: str
     ) -> SampleResult:
-        if len(times) < 2:
-            raise ValueError(f"a trajectory has points >= 2, got points={len(times)}")
+        kept = chosen_times(trajectory, points, None, *ends.tolist())
+        x, model, times = start.x, start.model, ends if kept is None else kept
         clock = time.perf_counter()
         parts = [x] if self.error_control == "joint" else list(x.split(1))
         states, calls = list[Tensor](), list[int]()

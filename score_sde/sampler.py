@@ -204,9 +204,9 @@ def check_model(model: ScoreModel) -> None:
 
 
 def begin(
-    model: ScoreModel, shape: Sequence[int], seed: int | None, noise: NoiseSource | None, x_init: Tensor | None,
-    condition: Mapping[str, Any] | None, dtype: torch.dtype | None, grid: Grid | None = None,
-    predictor: Step | None = None,
+    model: ScoreModel, shape: Sequence[int], seed: int | None = None, noise: NoiseSource | None = None,
+    x_init: Tensor | None = None, condition: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None,
+    grid: Grid | None = None, predictor: Step | None = None,
 ) -> Start:  # fmt: skip
     """Checks a request for samples and draws the model's start at the grid's first time (t_max without one), unless
     `x_init` gives it.
