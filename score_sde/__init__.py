@@ -13,9 +13,10 @@ from score_sde.ode import ProbabilityFlowODE
 from score_sde.parallel import ParallelSampler
 from score_sde.parameterization import Denoised, Flow, Karras, Noise, Published, PublishedNoise, Score, Velocity
 from score_sde.prediction import Prediction
-from score_sde.sampler import Sampler, SampleResult
+from score_sde.sampler import Sampler
 from score_sde.score import ExactScore, FunctionScore, LearnedScore, ScoreModel, reparameterize
 from score_sde.sde import SDE, VESDE, VPSDE, CosineSDE, DiscreteSDE, KarrasSDE, RectifiedFlow, SubVPSDE
+from score_sde.solver import SampleResult
 from score_sde.steps import (
     DDIM,
     AdamsBashforth,

@@ -11,7 +11,6 @@ that spread; u is about S alpha / sigma in strong noise and log(2 S alpha / sigm
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +24,9 @@ from score_sde.checks import one_of, whole
 from score_sde.embedded import PAIRS, Exponential, Level, Norm, first_step, integrate, mixed_tolerance, rms
 from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
-from score_sde.sampler import ErrorControlled, SampleResult, Start, begin, ending, mean_calls
 from score_sde.score import ScoreModel
 from score_sde.sde import Time, as_time, expand
+from score_sde.solver import ErrorControlled, SampleResult, Start, begin, chosen_times, ending, mean_calls
 
 
 class PerSample:
@@ -267,29 +266,3 @@ class AdaptiveODE(ErrorControlled):
         calls, seconds = found.calls + last, time.perf_counter() - clock
         grid = ends if times is None else times
         return AdaptiveResult(end, mean_calls(calls), seconds, path, grid, calls, found.rejected)
-
-
-def chosen_times(
-    trajectory: bool, points: int, times: Tensor | None, t_start: float, t_end: float
-) -> Tensor | None:  # fmt: skip
-    """The times at which a solution is kept, shape (T,) in float64: those given, or `points` equally spaced ones for a
-    trajectory; else None.
-
-    Raises:
-        ValueError: times leave the interval, are not ordered in the direction of integration, or there are none.
-    """
-    if times is None:
-        if not trajectory:
-            return None
-        if points < 2:
-            raise ValueError(f"a trajectory has points >= 2, got points={points}")
-        return torch.linspace(t_start, t_end, points, dtype=torch.float64)
-    times = torch.as_tensor(times).detach().to("cpu", torch.float64)
-    sign = math.copysign(1.0, t_end - t_start)
-    if times.ndim != 1 or not len(times) or not (sign * times.diff() > 0).all():
-        direction = "increasing" if sign > 0 else "decreasing"
-        raise ValueError(f"times are a list of {direction} times from {t_start:g} to {t_end:g}, "
-                         f"got shape {tuple(times.shape)}: {times.flatten()[:6].tolist()}")  # fmt: skip
-    if not (sign * (times - t_start) >= 0).all() or not (sign * (t_end - times) >= 0).all():
-        raise ValueError(f"times lie between {t_start:g} and {t_end:g}, got {times[0]:g} to {times[-1]:g}")
-    return times

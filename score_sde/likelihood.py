@@ -36,9 +36,9 @@ from score_sde.noise import SampleNoise
 from score_sde.ode import METHODS as SCIPY
 from score_sde.ode import by_scipy
 from score_sde.progress import tqdm
-from score_sde.sampler import mean_calls
 from score_sde.score import ScoreModel, checked_condition
 from score_sde.sde import expand
+from score_sde.solver import mean_calls
 from score_sde.trace import ExactTrace, Hutchinson, HutchPlusPlus, Trace
 
 __all__ = [

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from score_sde.adaptive import chosen_times
 from score_sde.checks import one_of
 from score_sde.embedded import MAX_CALLS, TOO_ROUGH, SolverError
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
-from score_sde.sampler import CountedModel, ErrorControlled, SampleResult, Start, begin, ending
 from score_sde.score import ScoreModel
+from score_sde.solver import CountedModel, ErrorControlled, SampleResult, Start, begin, chosen_times, ending
 
 IMPLICIT = ("Radau", "BDF", "LSODA")
 METHODS = ("RK45", "RK23", "DOP853", *IMPLICIT)

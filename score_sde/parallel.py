@@ -25,9 +25,9 @@ from score_sde.embedded import rms
 from score_sde.grid import Grid
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
-from score_sde.sampler import FINALS, AsWritten, SampleResult, Start, begin, ending, mean_calls, warn_of_lost
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, expand
+from score_sde.solver import FINALS, AsWritten, SampleResult, Start, begin, ending, mean_calls, warn_of_lost
 from score_sde.steps.linear import LinearRow, LinearStep
 
 

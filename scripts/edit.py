@@ -39,7 +39,7 @@ from score_sde.guidance import (
 )
 from score_sde.progress import tqdm
 from score_sde.run import Run
-from score_sde.sampler import SampleResult
+from score_sde.solver import SampleResult
 
 OPTIONS = {
     **dict.fromkeys(TASKS, ("sampler", "guidance", "degraded", "noise_std", "operator", "mask", "label", "context")),

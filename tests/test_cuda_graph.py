@@ -156,7 +156,7 @@ def test_nothing_in_the_loop_waits_for_the_device() -> None:
     model = LearnedScore(Small().cuda(), VPSDE(), Noise(), (3, 8, 8)).eval()
     sampler = SAMPLERS["SDE Adams 2"]
     sampler.sample(model, (4, 3, 8, 8), seed=0)  # warms up
-    from score_sde.sampler import begin
+    from score_sde.solver import begin
 
     start = begin(model, (4, 3, 8, 8), 0, None, None, None, None)
     moves = sampler.plan(model.sde, sampler.grid(model.sde))

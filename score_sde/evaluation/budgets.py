@@ -15,9 +15,10 @@ from torch import Tensor
 
 from score_sde.grid import Grid
 from score_sde.prediction import Prediction
-from score_sde.sampler import Sampler, SampleResult
+from score_sde.sampler import Sampler
 from score_sde.score import ScoreModel, WrappedScore
 from score_sde.sde import Time, as_time
+from score_sde.solver import SampleResult
 
 __all__ = ["UNBUDGETED", "Contestant", "SamplerLike", "at_budget", "contest", "has_steps", "planned_calls", "reason"]
 

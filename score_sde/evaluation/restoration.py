@@ -27,8 +27,8 @@ from score_sde.evaluation.posterior import KNOWING, METHODS, SAMPLERS, SOLVERS, 
 from score_sde.guidance import MMPS, LinearOperator
 from score_sde.noise import SampleNoise
 from score_sde.progress import tqdm
-from score_sde.sampler import SampleResult
 from score_sde.score import ScoreModel
+from score_sde.solver import SampleResult
 
 __all__ = ["COLUMNS", "LEARNED", "OWN", "Restoration", "compare_restorations", "psnr", "ssim"]
 

@@ -14,8 +14,9 @@ from score_sde.grid import below
 from score_sde.guidance.base import check_alike
 from score_sde.keyed import generator
 from score_sde.likelihood import slerp
-from score_sde.sampler import Sampler, SampleResult
+from score_sde.sampler import Sampler
 from score_sde.score import ScoreModel, reparameterize
+from score_sde.solver import SampleResult
 
 
 def sdedit(

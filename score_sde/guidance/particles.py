@@ -27,9 +27,9 @@ from score_sde.guidance.operators import LinearOperator, Operator
 from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
 from score_sde.progress import tqdm
-from score_sde.sampler import SampleResult, begin, warn_of_lost
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
+from score_sde.solver import SampleResult, begin, warn_of_lost
 from score_sde.steps.linear import Ancestral, LinearRow, LinearStep
 
 

@@ -20,9 +20,9 @@ from score_sde.adaptive import AdaptiveODE
 from score_sde.checks import number, whole
 from score_sde.keyed import generator
 from score_sde.progress import tqdm
-from score_sde.sampler import SampleResult
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
+from score_sde.solver import SampleResult
 from score_sde.steps.linear import LinearRow, combine
 from score_sde.tuning.span import Span
 from score_sde.tuning.table import TunedSampler, TunedTable

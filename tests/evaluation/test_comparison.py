@@ -38,9 +38,9 @@ from score_sde.evaluation.comparison import COLUMNS
 from score_sde.guidance import MMPS, Autoguidance, Matrix
 from score_sde.keyed import generator
 from score_sde.noise import NoiseSource
-from score_sde.sampler import SampleResult
 from score_sde.score import ExactScore, FunctionScore, ScoreModel
 from score_sde.sde import VPSDE
+from score_sde.solver import SampleResult
 from score_sde.steps import AnnealedLangevin, Step, UniPC, multistep
 from score_sde.targets import GaussianMixture, make
 

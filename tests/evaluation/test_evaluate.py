@@ -12,7 +12,7 @@ import torch
 from score_sde import VPSDE, ExactScore, Sampler, grid, targets
 from score_sde.data import Batch, Data, TargetStream, TensorData
 from score_sde.evaluation import PCA, check_counts, evaluate
-from score_sde.sampler import SampleResult
+from score_sde.solver import SampleResult
 from score_sde.steps import DDIM
 
 
