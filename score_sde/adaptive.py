@@ -26,21 +26,18 @@ from score_sde.noise import NoiseSource
 from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel
 from score_sde.sde import Time, as_time, expand
-from score_sde.solver import ErrorControlled, SampleResult, Start, begin, chosen_times, ending, mean_calls
+from score_sde.solver import CountedModel, ErrorControlled, SampleResult, Start, begin, chosen_times, ending, mean_calls
 
 
-class PerSample:
-    """A score model under a fixed condition, called with any subset of the batch, each sample at its own time.
+class PerSample(CountedModel):
+    """A counted model that is called with any subset of the batch, each sample at its own time.
 
     Conditions with one row per sample (`ScoreModel.per_sample`) are indexed with the subset; others are shared.
-
-    Attributes:
-        calls: network calls of the last prediction; guidance may take several, at some times only.
-        spent: network calls of all predictions so far.
     """
 
     def __init__(self, model: ScoreModel, condition: Mapping[str, Any], batch: int) -> None:
-        self.model, self.batch, self.calls, self.spent = model, batch, 1, 0
+        super().__init__(model, condition)
+        self.batch = batch
         own = {name for name, value in condition.items() if model.per_sample(name, value, batch)}
         self.shared = {name: value for name, value in condition.items() if name not in own}
         self.own = {name: condition[name] for name in own}
@@ -53,17 +50,13 @@ class PerSample:
         first = {name: value[:1] for name, value in self.own.items()}
         self.model.check((min(self.batch, 1), *self.model.event_shape), self.shared | first)
 
-    def denoised(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """D(x, t) for t of shape (samples,); ids are the samples' places in the batch."""
-        return self.predict(x, t, ids).denoised.to(x.dtype)
+    def predict(self, x: Tensor, t: Time, ids: Tensor) -> Prediction:
+        """The prediction at t, () or (samples,); ids are the samples' places in the batch."""
+        return self(x, t, self.shared | {name: value[ids] for name, value in self.own.items()})
 
-    def predict(self, x: Tensor, t: Time, ids: Tensor | None = None) -> Prediction:
-        """The whole prediction at the same arguments; without ids, of the whole batch."""
-        own = self.own if ids is None else {name: value[ids] for name, value in self.own.items()}
-        prediction = self.model(x, t, **self.shared, **own)
-        self.calls = prediction.calls
-        self.spent += prediction.calls
-        return prediction
+    def denoised(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """D(x, t) at the same arguments."""
+        return self.predict(x, t, ids).denoised.to(x.dtype)
 
 
 LANES, GRAIN = 64, 2**15
@@ -257,9 +250,9 @@ class AdaptiveODE(ErrorControlled):
         found = integrate(
             field, pair, field.state(x, t_start), u_start, u_end, field.norm(self.rtol, self.atol), first,
             times=None if times is None else field.u(times), block=self.block, progress=progress,
-            spent=lambda: per_sample.spent,
+            spent=lambda: per_sample.calls,
         )  # fmt: skip
-        end, last = ending(final, per_sample.predict, field.back(found.y, t_end), t_end)
+        end, last = ending(final, per_sample, field.back(found.y, t_end), t_end)
         path = None
         if found.dense is not None and times is not None:
             path = torch.stack([field.back(y, t) for y, t in zip(found.dense, times.tolist(), strict=True)])

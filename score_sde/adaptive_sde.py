@@ -93,7 +93,7 @@ class AdaptiveSDE(ErrorControlled):
                 bar.update(run.round(start.noise(attempt, 0)[run.ids]))
             else:
                 raise SolverError(f"a sample has not reached t_min after {MAX_ROUNDS} steps: loosen rtol and atol")
-        x, last = ending(self.final, per_sample.predict, run.result, model.sde.t_min)
+        x, last = ending(self.final, per_sample, run.result, model.sde.t_min)
         calls, seconds = run.calls + last, time.perf_counter() - clock
         grid = start.times if chosen is None else chosen
         return AdaptiveResult(x, mean_calls(calls), seconds, run.path, grid, calls, run.total_rejected)
@@ -214,7 +214,7 @@ class _Paths:
     def _put_away(self, done: Tensor) -> None:
         ids = self.ids[done]
         self.result[ids] = self.x[done]
-        self.calls[ids] = self.model.spent
+        self.calls[ids] = self.model.calls
         self.total_rejected[ids] = self.rejected[done]
         stay = (~done).nonzero().squeeze(-1)
         for name in ("ids", "x", "before", "t", "h", "rejected", "level"):

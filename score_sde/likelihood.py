@@ -152,9 +152,9 @@ def log_likelihood(
     latent = flow.latent_scale * state[:, : flow.size].unflatten(1, flow.shape)
     log_terminal, draws = law(latent), state[:, flow.size :]
     stretch = flow.size * math.log(flow.latent_scale / flow.data_scale)
-    before = flow.model.spent
+    before = flow.model.calls
     end = _truncation(flow)
-    calls = calls + flow.model.spent - before
+    calls = calls + flow.model.calls - before
     log_prob = log_terminal + draws.mean(1) + stretch + (end if truncation == "tweedie" else 0.0)
     exact = torch.zeros_like(log_prob) if divergence == "exact" else torch.full_like(log_prob, math.nan)
     std_error = draws.std(1) / math.sqrt(trace.count) if trace.count > 1 else exact
@@ -458,12 +458,12 @@ def _integrate(
 ) -> tuple[Tensor, Tensor]:
     """The state at ends[1], and the network calls of each sample."""
     keep_freed_memory()
-    model, before = flow.model, flow.model.spent
+    model, before = flow.model, flow.model.calls
     if method in ON_DEVICE:
         model.check_apart()
         pair = PAIRS[method]()
         first = first_step(pair, *ends, rtol + atol)
-        found = integrate(flow, pair, start, *ends, flow.norm(rtol, atol), first, spent=lambda: model.spent)
+        found = integrate(flow, pair, start, *ends, flow.norm(rtol, atol), first, spent=lambda: model.calls)
         return found.y, found.calls
     ids = torch.arange(len(start), device=start.device)
 
@@ -477,7 +477,7 @@ def _integrate(
                                "few steps are taken")  # fmt: skip
     else:
         end = by_scipy(field, start, ends, method, rtol, atol)[-1]
-    return end, torch.full_like(ids, model.spent - before)
+    return end, torch.full_like(ids, model.calls - before)
 
 
 def _adams(field: Callable[[float, Tensor], Tensor], state: Tensor, ends: tuple[float, float], steps: int) -> Tensor:

@@ -94,7 +94,7 @@ class ParallelSampler(AsWritten):
         with tqdm(total=len(start.x), desc="samples", disable=not progress, delay=1.0, leave=False) as bar:
             while len(run.ids):
                 bar.update(run.round())
-        x, last = ending(self.final, per_sample.predict, run.result, times[-1].item())
+        x, last = ending(self.final, per_sample, run.result, times[-1].item())
         nfe, seconds = mean_calls(run.evaluations + last), time.perf_counter() - clock
         warn_of_lost(x, model, times[-1].item())
         return ParallelResult(x, nfe, seconds, run.path if trajectory else None, times, run.rounds + bool(last))
@@ -201,9 +201,9 @@ class _Windows:
         place = self.base + torch.arange(self.window, device=self.base.device)[:, None]
         inside = place < self.count
         row, column = inside.nonzero(as_tuple=True)
-        outputs = self.guess.clone()
+        outputs, before = self.guess.clone(), self.model.calls
         outputs[row, column] = self._call(states[row, column], place[row, column], self.ids[column])
-        self.evaluations[self.ids] += inside.sum(0) * self.model.calls
+        self.evaluations[self.ids] += inside.sum(0) * (self.model.calls - before)
         return outputs
 
     def _call(self, x: Tensor, place: Tensor, ids: Tensor) -> Tensor:

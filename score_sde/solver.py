@@ -113,24 +113,27 @@ class CountedModel:
         self.model, self.condition, self.calls = model, condition, 0
         self.keeps, self.last = False, None
 
-    def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
-        prediction = self.model(x, t, **self.condition)
+    def __call__(self, x: Tensor, t: float | Tensor, condition: Mapping[str, Any] | None = None) -> Prediction:
+        """The prediction under this condition, by default the fixed one; the first is checked against the SDE."""
+        prediction = self.model(x, t, **(self.condition if condition is None else condition))
         if not isinstance(prediction, Prediction):
             raise TypeError(f"{type(self.model).__name__} returns a Prediction, got {type(prediction).__name__}: "
                             "Prediction(x, D, alpha, sigma) says that D is the denoised x")  # fmt: skip
-        if not self.calls and isinstance(t, float):
+        if not self.calls:
             self._check_kernel(prediction, t)
         self.calls += prediction.calls
         if self.keeps:
             self.last = prediction
         return prediction
 
-    def _check_kernel(self, prediction: Prediction, t: float) -> None:
-        """Refuses, with ValueError, a prediction whose alpha and sigma are not the SDE's, if known without a device wait."""
-        given, sde = (prediction.alpha, prediction.sigma), self.model.sde
-        if any(isinstance(part, Tensor) and (part.is_cuda or part.numel() != 1) for part in given):
+    def _check_kernel(self, prediction: Prediction, t: float | Tensor) -> None:
+        """Refuses, with ValueError, a prediction whose alpha and sigma are not the SDE's for the first sample, if known
+        without a device wait."""
+        given, sde = (t, prediction.alpha, prediction.sigma), self.model.sde
+        if any(isinstance(part, Tensor) and (part.device.type != "cpu" or not part.numel()) for part in given):
             return
-        (a, b), (alpha, sigma) = map(float, given), (float(part(as_time(t))) for part in (sde.alpha, sde.sigma))
+        t, a, b = (part.flatten()[0].item() if isinstance(part, Tensor) else part for part in given)
+        alpha, sigma = (float(part(as_time(t))) for part in (sde.alpha, sde.sigma))
         if not (math.isclose(a, alpha, rel_tol=1e-3) and math.isclose(b, sigma, rel_tol=1e-3, abs_tol=1e-6)):
             raise ValueError(f"{type(self.model).__name__} predicts with alpha={a:.4g} and sigma={b:.4g} at t={t:.4g}, "
                              f"where its sde has {alpha:.4g} and {sigma:.4g}")  # fmt: skip

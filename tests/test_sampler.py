@@ -13,7 +13,7 @@ import pytest
 import torch
 from closed_forms import F64, affine_run, gaussian, mixture, moments, propagate
 
-from score_sde import grid
+from score_sde import AdaptiveODE, AdaptiveSDE, ProbabilityFlowODE, grid
 from score_sde.networks import MLP
 from score_sde.noise import BatchNoise, SampleNoise
 from score_sde.parallel import ParallelSampler
@@ -522,15 +522,26 @@ def test_a_sampler_of_ones_own_is_shown_by_its_name_and_arguments():
     assert repr(Mine(7)) == "Mine(steps=7)"
 
 
-def test_a_model_that_speaks_of_another_process_is_refused():
+@pytest.mark.parametrize(
+    "solver",
+    [Sampler(DDIM(), FIVE), ParallelSampler(DDIM(), FIVE), AdaptiveODE(), AdaptiveSDE(), ProbabilityFlowODE()],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_a_model_that_returns_no_prediction_or_one_of_another_process_is_refused(solver):
     class Foreign(ExactScore):
         def __call__(self, x, t, **condition):
             return ExactScore(self.target, VESDE())(x, t)
 
+    class Bare(ExactScore):
+        def __call__(self, x, t, **condition):
+            return x
+
     with pytest.raises(
         ValueError, match=r"predicts with alpha=1 and sigma=50 at t=1, where its sde has 0\.006572 and 1"
     ):
-        Sampler(DDIM(), FIVE).sample(Foreign(make("ring"), VPSDE()), (3, 2), seed=0)
+        solver.sample(Foreign(make("ring"), VPSDE()), (3, 2), seed=0)
+    with pytest.raises(TypeError, match="Bare returns a Prediction, got Tensor"):
+        solver.sample(Bare(make("ring"), VPSDE()), (3, 2), seed=0)
 
 
 def test_samples_that_are_lost_are_warned_of():
