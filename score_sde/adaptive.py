@@ -23,41 +23,9 @@ from torch import Tensor
 from score_sde.checks import one_of, whole
 from score_sde.embedded import PAIRS, Exponential, Level, Norm, first_step, integrate, mixed_tolerance, rms
 from score_sde.noise import NoiseSource
-from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel
 from score_sde.sde import Time, as_time, expand
-from score_sde.solver import CountedModel, ErrorControlled, SampleResult, Start, begin, chosen_times, ending, mean_calls
-
-
-class PerSample(CountedModel):
-    """A counted model that is called with any subset of the batch, each sample at its own time.
-
-    Conditions with one row per sample (`ScoreModel.per_sample`) are indexed with the subset; others are shared.
-    """
-
-    def __init__(self, model: ScoreModel, condition: Mapping[str, Any], batch: int) -> None:
-        super().__init__(model, condition)
-        self.batch = batch
-        own = {name for name, value in condition.items() if model.per_sample(name, value, batch)}
-        self.shared = {name: value for name, value in condition.items() if name not in own}
-        self.own = {name: condition[name] for name in own}
-
-    def check_apart(self) -> None:
-        """Refuses, with ValueError, a model that holds one row per sample outside its conditions.
-
-        Such rows would not follow a subset of the batch; the model then does not accept a single sample.
-        """
-        first = {name: value[:1] for name, value in self.own.items()}
-        self.model.check((min(self.batch, 1), *self.model.event_shape), self.shared | first)
-
-    def predict(self, x: Tensor, t: Time, ids: Tensor) -> Prediction:
-        """The prediction at t, () or (samples,); ids are the samples' places in the batch."""
-        return self(x, t, self.shared | {name: value[ids] for name, value in self.own.items()})
-
-    def denoised(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """D(x, t) at the same arguments."""
-        return self.predict(x, t, ids).denoised.to(x.dtype)
-
+from score_sde.solver import ErrorControlled, PerSample, SampleResult, Start, begin, chosen_times, ending, mean_calls
 
 LANES, GRAIN = 64, 2**15
 """A multiple of every vector unit's length, and the number of elements from which torch splits work between threads."""

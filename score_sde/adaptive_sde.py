@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_sde.adaptive import AdaptiveResult, PerSample
+from score_sde.adaptive import AdaptiveResult
 from score_sde.embedded import SolverError, power, rms
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
 from score_sde.score import ScoreModel
 from score_sde.sde import expand
-from score_sde.solver import ErrorControlled, begin, chosen_times, ending, mean_calls
+from score_sde.solver import ErrorControlled, PerSample, begin, chosen_times, ending, mean_calls
 
 MAX_ROUNDS = 100_000
 MAX_GROWTH = 2.0  # after an accepted step: over few elements an error may be small by chance

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from score_sde.adaptive import PerSample, whole_lanes
+from score_sde.adaptive import whole_lanes
 from score_sde.brief import Brief
 from score_sde.checks import finite, one_of, tensor, whole
 from score_sde.embedded import PAIRS, Norm, SolverError, first_step, integrate, mixed_tolerance
@@ -38,7 +38,7 @@ from score_sde.ode import by_scipy
 from score_sde.progress import tqdm
 from score_sde.score import ScoreModel, checked_condition
 from score_sde.sde import expand
-from score_sde.solver import mean_calls
+from score_sde.solver import PerSample, mean_calls
 from score_sde.trace import ExactTrace, Hutchinson, HutchPlusPlus, Trace
 
 __all__ = [

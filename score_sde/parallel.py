@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from score_sde import grid as grids
-from score_sde.adaptive import PerSample
 from score_sde.checks import one_of, whole
 from score_sde.embedded import rms
 from score_sde.grid import Grid
@@ -27,7 +26,7 @@ from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE, expand
-from score_sde.solver import FINALS, AsWritten, SampleResult, Start, begin, ending, mean_calls, warn_of_lost
+from score_sde.solver import FINALS, AsWritten, PerSample, SampleResult, Start, begin, ending, mean_calls, warn_of_lost
 from score_sde.steps.linear import LinearRow, LinearStep
 
 

@@ -28,10 +28,11 @@ from score_sde import (
     targets,
 )
 from score_sde import adaptive_sde as sde_module
-from score_sde.adaptive import AdaptiveODE, PerSample
+from score_sde.adaptive import AdaptiveODE
 from score_sde.adaptive_sde import AdaptiveSDE
 from score_sde.embedded import PAIRS, Exponential, Level
 from score_sde.sde import Time, as_time, expand
+from score_sde.solver import PerSample
 
 DOUBLE = torch.float64
 SDES: list[SDE] = [VPSDE(), SubVPSDE(), VESDE(), RectifiedFlow(), DiscreteSDE.ddpm()]
