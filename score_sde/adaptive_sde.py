@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from score_sde.adaptive import AdaptiveResult
+from score_sde.checks import number
 from score_sde.embedded import SolverError, power, rms
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
@@ -59,7 +60,7 @@ class AdaptiveSDE(ErrorControlled):
         final: str = "denoise",
     ) -> None:  # fmt: skip
         super().__init__(rtol, atol, final)
-        if not (0 < safety < 1 and 0.5 <= exponent <= 1):
+        if not (0 < number("safety", safety) < 1 and 0.5 <= number("exponent", exponent) <= 1):
             raise ValueError(f"AdaptiveSDE needs 0 < safety < 1 and 0.5 <= exponent <= 1, got {safety=}, {exponent=}")
         self.safety, self.exponent = safety, exponent
 

@@ -69,6 +69,13 @@ def _fractions(steps: int) -> Tensor:
     return torch.linspace(0, 1, whole("steps", steps) + 1, dtype=torch.float64)
 
 
+def _check_positive(grid: str, **options: float) -> None:
+    """Refuses, with ValueError, options of a grid that are not finite numbers > 0."""
+    for name, value in options.items():
+        if not 0 < number(name, value) < math.inf:
+            raise ValueError(f"the {grid} grid needs a finite {name} > 0, got {name}={value}")
+
+
 def _between(sde: SDE, times: Tensor) -> Tensor:
     """The times with the two ends set exactly to t_max and t_min."""
     return torch.cat([times.new_tensor([sde.t_max]), times[1:-1], times.new_tensor([sde.t_min])])
@@ -96,8 +103,7 @@ def karras(sde: SDE, steps: int, rho: float = 7.0) -> Tensor:
     EDM's "N steps" are its N noise levels: steps = N - 1 here, and the last step to zero is the sampler's
     `final="denoise"`.
     """
-    if not 0 < number("rho", rho) < math.inf:
-        raise ValueError(f"the Karras grid needs a finite rho > 0, got rho={rho}")
+    _check_positive("Karras", rho=rho)
     return _between(sde, sde.time_at_noise_level(_karras_levels(*sde.noise_level_range, steps, rho)))
 
 
@@ -116,8 +122,7 @@ def poly_exponential(sde: SDE, steps: int, rho: float = 1.0) -> Tensor:
     rho = 1 is `log_snr`; a larger rho spends more steps near the data. Source: k-diffusion's
     `get_sigmas_polyexponential`.
     """
-    if not 0 < number("rho", rho) < math.inf:
-        raise ValueError(f"the poly-exponential grid needs a finite rho > 0, got rho={rho}")
+    _check_positive("poly-exponential", rho=rho)
     first, last = sde.half_log_snr_range
     return _between(sde, sde.time_at(last + (first - last) * (1 - _fractions(steps)) ** rho))
 
@@ -129,8 +134,7 @@ def hyperbolic(sde: SDE, steps: int, width: float = 1.0) -> Tensor:
     far above |lambda| gives `log_snr`. Source: this package. With `RectifiedAdams(3)` it is the best untuned solver at 10
     calls on every SDE here, for data with a standard deviation of about 0.5 to 3 (docs/choosing_a_sampler.md).
     """
-    if not 0 < width < math.inf:
-        raise ValueError(f"the hyperbolic grid needs a finite width > 0, got width={width}")
+    _check_positive("hyperbolic", width=width)
     first, last = (math.asinh(end / width) for end in sde.half_log_snr_range)
     return _between(sde, sde.time_at(width * torch.sinh(first + _fractions(steps) * (last - first))))
 
@@ -151,8 +155,7 @@ def beta(sde: SDE, steps: int, a: float = 0.6, b: float = 0.6) -> Tensor:
     """
     from scipy.special import betaincinv
 
-    if not (0 < a < math.inf and 0 < b < math.inf):
-        raise ValueError(f"the beta grid needs finite a > 0 and b > 0, got a={a}, b={b}")
+    _check_positive("beta", a=a, b=b)
     quantiles = torch.from_numpy(betaincinv(a, b, 1 - _fractions(steps).numpy()))
     return _between(sde, sde.t_min + quantiles * (sde.t_max - sde.t_min))
 
@@ -254,7 +257,7 @@ def churn(
     Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 2; the defaults are table 5's for
     ImageNet-64.
     """
-    if not (S_churn >= 0 and 0 <= S_min <= S_max):
+    if not (number("S_churn", S_churn) >= 0 and 0 <= number("S_min", S_min) <= number("S_max", S_max)):
         raise ValueError(f"churn needs S_churn >= 0 and 0 <= S_min <= S_max, got {S_churn=}, {S_min=}, {S_max=}")
     times = _based(base, sde, steps)
     level = sde.noise_level(times)
@@ -284,7 +287,7 @@ def ancestral(sde: SDE, base: Callable[..., Tensor], eta: float = 1.0, steps: in
     Raises:
         ValueError: eta is out of range, or the base grid goes up.
     """
-    if not 0 <= eta <= 1:
+    if not 0 <= number("eta", eta) <= 1:
         raise ValueError(f"ancestral's eta lies in [0, 1], got {eta}")
     times = _based(base, sde, steps)
     if not (times.diff() < 0).all():
@@ -370,7 +373,7 @@ def below(sde: SDE, base: Grid, time: float) -> Tensor:
 def within(sde: SDE, times: Tensor, low: float = 0.0, high: float = math.inf) -> Tensor:
     """The grid times whose noise level sigma / alpha lies in [low, high], as a mask (see `Sampler`)."""
     level = sde.noise_level(times)
-    return (level >= low) & (level <= high)
+    return (level >= number("low", low)) & (level <= number("high", high))
 
 
 def every(sde: SDE, times: Tensor, period: int = 2) -> Tensor:

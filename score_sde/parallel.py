@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from score_sde import grid as grids
-from score_sde.checks import one_of, whole
+from score_sde.checks import number, one_of, whole
 from score_sde.embedded import rms
 from score_sde.grid import Grid
 from score_sde.noise import NoiseSource
@@ -67,7 +67,7 @@ class ParallelSampler(AsWritten):
         if not isinstance(predictor, LinearStep) or predictor.role != "predictor" or predictor.repeats != 1:
             raise ValueError(f"parallel sampling needs a linear predictor, e.g. DDIM(), got {predictor!r}")
         grids.check_callable(grid)
-        if not 0 <= tolerance < math.inf:
+        if not 0 <= number("tolerance", tolerance) < math.inf:
             raise ValueError(f"tolerance is a number >= 0, got {tolerance}")
         self.predictor, self.grid, self.tolerance = predictor, grid, tolerance
         self.window = None if window is None else whole("window", window)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from score_sde.checks import whole
+from score_sde.checks import number, whole
 from score_sde.copies import Copies
 
 Time = Tensor | float
@@ -279,7 +279,7 @@ class _LinearBeta(SDE):
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> None:
         _positive_and_ordered(type(self).__name__, beta_min=beta_min, beta_max=beta_max)
-        self.beta_min, self.beta_max, self.t_min = float(beta_min), float(beta_max), float(t_min)
+        self.beta_min, self.beta_max, self.t_min = float(beta_min), float(beta_max), number("t_min", t_min)
 
     def beta(self, t: Time) -> Tensor:
         """beta(t) = beta_min + t (beta_max - beta_min)."""
@@ -371,7 +371,7 @@ class VESDE(SDE):
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 1e-5) -> None:
         _positive_and_ordered(type(self).__name__, sigma_min=sigma_min, sigma_max=sigma_max)
-        self.sigma_min, self.sigma_max, self.t_min = float(sigma_min), float(sigma_max), float(t_min)
+        self.sigma_min, self.sigma_max, self.t_min = float(sigma_min), float(sigma_max), number("t_min", t_min)
         self._log_ratio = math.log(self.sigma_max / self.sigma_min)
 
     def alpha(self, t: Time) -> Tensor:
@@ -410,9 +410,9 @@ class CosineSDE(SDE):
     prior_std = 1.0  # of the limit law
 
     def __init__(self, s: float = 0.008, t_min: float = 1e-3) -> None:
-        if not 0 <= s < 1:
+        if not 0 <= number("s", s) < 1:
             raise ValueError(f"CosineSDE needs an offset 0 <= s < 1, got s={s}")
-        self.s, self.t_min = float(s), float(t_min)
+        self.s, self.t_min = float(s), number("t_min", t_min)
         self._rate = math.pi / 2 / (1 + self.s)
         self._start = self.s * self._rate  # the angle at t = 0
 
@@ -479,7 +479,7 @@ class RectifiedFlow(SDE):
     """
 
     def __init__(self, t_min: float = 1e-3, t_max: float = 0.999) -> None:
-        if not 0 < t_min < t_max < 1:
+        if not 0 < number("t_min", t_min) < number("t_max", t_max) < 1:
             raise ValueError(f"RectifiedFlow needs 0 < t_min < t_max < 1, got t_min={t_min} and t_max={t_max}")
         self.t_min, self.t_max = float(t_min), float(t_max)
 
@@ -546,7 +546,7 @@ class DiscreteSDE(SDE):
         Source: Ho et al. 2020, https://arxiv.org/abs/2006.11239, section 4.
         """
         scale = 1000 / whole("num_steps", num_steps, 2)
-        if not 0 < beta_1 < beta_T or beta_T * scale >= 1:
+        if not 0 < number("beta_1", beta_1) < number("beta_T", beta_T) or beta_T * scale >= 1:
             raise ValueError(
                 f"DDPM needs 0 < beta_1 < beta_T < num_steps / 1000, got {beta_1=}, {beta_T=}, {num_steps=}"
             )
@@ -597,7 +597,7 @@ class DiscreteSDE(SDE):
 
         Raises ValueError where overlap is not in (0, 0.99), 0 < sigma_min < sigma_max does not hold, or D is below 5.
         """
-        if not 0 < overlap < 0.99:
+        if not 0 < number("overlap", overlap) < 0.99:
             raise ValueError(
                 f"overlap, the share of samples that neighbours have in common, lies in (0, 0.99), got {overlap}"
             )

@@ -21,7 +21,7 @@ from score_sde.parameterization import Karras
 from score_sde.prediction import Prediction
 from score_sde.sampler import Sampler
 from score_sde.score import ExactScore, FunctionScore, LearnedScore, ScoreModel, reparameterize
-from score_sde.sde import VESDE, VPSDE, DiscreteSDE, KarrasSDE, RectifiedFlow
+from score_sde.sde import VESDE, VPSDE, CosineSDE, DiscreteSDE, KarrasSDE, RectifiedFlow
 from score_sde.steps import (
     DDIM,
     Ancestral,
@@ -29,8 +29,11 @@ from score_sde.steps import (
     EulerMaruyama,
     ExponentialAdams,
     Heun,
+    KineticLangevin,
     LangevinCorrector,
+    RungeKutta2,
     Step,
+    UnadjustedLangevin,
 )
 from score_sde.targets import Empirical, GaussianMixture, make
 
@@ -542,6 +545,23 @@ def test_a_model_that_returns_no_prediction_or_one_of_another_process_is_refused
         solver.sample(Foreign(make("ring"), VPSDE()), (3, 2), seed=0)
     with pytest.raises(TypeError, match="Bare returns a Prediction, got Tensor"):
         solver.sample(Bare(make("ring"), VPSDE()), (3, 2), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (DDIM, "eta"), (RungeKutta2, "alpha"), (UnadjustedLangevin, "ratio"), (KineticLangevin, "persistence"),
+        (AnnealedLangevin, "epsilon"), (AnnealedLangevin, "sigma_L"), (AnnealedLangevin.by_variance, "gamma"),
+        (functools.partial(ParallelSampler, DDIM(), FIVE), "tolerance"), (AdaptiveSDE, "safety"), (AdaptiveSDE, "exponent"),
+        (functools.partial(grid.hyperbolic, VPSDE(), 3), "width"), (functools.partial(grid.beta, VPSDE(), 3), "a"),
+        (functools.partial(grid.churn, VPSDE(), FIVE), "S_churn"), (functools.partial(grid.ancestral, VPSDE(), FIVE), "eta"),
+        (functools.partial(grid.within, VPSDE(), torch.ones(3)), "low"), (CosineSDE, "s"), (VPSDE, "t_min"), (VESDE, "t_min"),
+        (RectifiedFlow, "t_max"), (DiscreteSDE.ddpm, "beta_1"), (DiscreteSDE.overlapping, "overlap"),
+    ],
+)  # fmt: skip
+def test_a_word_in_place_of_a_number_is_named(make, name):
+    with pytest.raises(ValueError, match=f"give a number {name}, got {name}='half'"):
+        make(**{name: "half"})
 
 
 def test_samples_that_are_lost_are_warned_of():

@@ -23,7 +23,7 @@ from score_sde.steps.step import Draw, Evaluate, History, Step
 
 def check_ratio(step: Step, ratio: float) -> float:
     """`ratio` as a float, or a ValueError where it is not in (0, 1)."""
-    if not 0 < ratio < 1:
+    if not 0 < number("ratio", ratio) < 1:
         raise ValueError(f"{type(step).__name__}'s ratio lies in (0, 1), got ratio={ratio}")
     return float(ratio)
 
@@ -100,7 +100,7 @@ class AnnealedLangevin(_Langevin):
     """
 
     def __init__(self, epsilon: float = 2e-5, sigma_L: float = 0.01, steps: int = 20) -> None:
-        ratio = epsilon / sigma_L**2 if sigma_L > 0 else float("nan")
+        ratio = number("epsilon", epsilon) / sigma_L**2 if number("sigma_L", sigma_L) > 0 else float("nan")
         if not 0 < ratio < 1:
             raise ValueError("annealed Langevin is stable for 0 < epsilon / sigma_L^2 < 1, "
                              f"got {epsilon=}, {sigma_L=}: lower epsilon")  # fmt: skip
@@ -120,7 +120,7 @@ class AnnealedLangevin(_Langevin):
         Raises ValueError where gamma is not above 1 or `steps` is not a whole number of at least 1.
         """
         steps = whole("steps", steps)
-        if not gamma > 1:
+        if not number("gamma", gamma) > 1:
             raise ValueError(f"gamma is the ratio of neighbouring noise levels, above 1; got {gamma=}")
         ratios = torch.logspace(-6, 0, 60_001, dtype=torch.float64)[:-1]  # 0.02 % apart
         q = 2 * ratios / (1 - (1 - ratios) ** 2)

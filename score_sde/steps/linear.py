@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from score_sde.checks import one_of
+from score_sde.checks import number, one_of
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
 from score_sde.steps.step import Draw, Evaluate, History, Step, elementwise, finite, tuples
@@ -231,7 +231,7 @@ class DDIM(LinearStep):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"DDIM eta 0.5": {"eta": 0.5}, "DDIM eta 1": {"eta": 1.0}}
 
     def __init__(self, eta: float = 0.0) -> None:
-        if not 0 <= eta <= 1:
+        if not 0 <= number("eta", eta) <= 1:
             raise ValueError(f"DDIM's eta lies in [0, 1], got {eta}")
         self.eta = float(eta)
 

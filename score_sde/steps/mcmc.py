@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from score_sde.checks import whole
+from score_sde.checks import number, whole
 from score_sde.sde import SDE
 from score_sde.steps.langevin import check_ratio
 from score_sde.steps.step import Draw, Evaluate, History, Step, finite
@@ -100,7 +100,7 @@ class KineticLangevin(_Chain):
 
     def __init__(self, ratio: float = 0.05, steps: int = 4, persistence: float = 0.8) -> None:
         super().__init__(ratio, steps)
-        if not 0 <= persistence < 1:
+        if not 0 <= number("persistence", persistence) < 1:
             raise ValueError(f"KineticLangevin's persistence lies in [0, 1), got {persistence}")
         self.persistence, self.calls = float(persistence), self.repeats
 

@@ -166,7 +166,7 @@ class RungeKutta2(RungeKutta):
     }
 
     def __init__(self, alpha: float = 0.5) -> None:
-        if not 0 < alpha <= 1:
+        if not 0 < number("alpha", alpha) <= 1:
             raise ValueError(f"RungeKutta2's alpha lies in (0, 1], got alpha={alpha}")
         self.alpha = float(alpha)
         super().__init__(((self.alpha,),), (1 - 1 / (2 * self.alpha), 1 / (2 * self.alpha)), order=2)
