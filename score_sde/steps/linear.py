@@ -23,7 +23,7 @@ from torch import Tensor
 from score_sde.checks import number, one_of
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
-from score_sde.steps.step import Draw, Evaluate, History, Step, elementwise, finite, tuples
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite, of_times, tuples
 
 Coefficients = tuple[Tensor, Sequence[Tensor], Tensor]
 Scalar = float | Tensor
@@ -98,8 +98,7 @@ class LinearStep(Step):
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[LinearRow]:
         rows: dict[int, LinearRow] = {}
-        with elementwise(f"{type(self).__name__}.output"):
-            u, w = (part.expand(len(t)) for part in self.output(sde, t))
+        u, w = (part.expand(len(t)) for part in of_times(self.output, sde, t))
         for depth, i in by_history(t, s, self.memory).items():
             times = t[i - torch.arange(depth).unsqueeze(1)]
             a, b, c = self._coefficients(sde, times, s[i])
@@ -110,8 +109,7 @@ class LinearStep(Step):
 
     def _coefficients(self, sde: SDE, times: Tensor, s: Tensor) -> Coefficients:
         """The coefficients, or a ValueError where a subclass's `coefficients` fails or returns something else."""
-        with elementwise(f"{type(self).__name__}.coefficients"):
-            given = self.coefficients(sde, times, s)
+        given = of_times(self.coefficients, sde, times, s)
         if not isinstance(given, Sequence) or len(given) != 3:
             raise ValueError(f"{type(self).__name__}.coefficients gives three things, (a, [b_0, ...], c) of x_s = a x_t + "
                              f"sum_k b_k D_k + c z, got {len(given) if isinstance(given, Sequence) else given!r}")  # fmt: skip

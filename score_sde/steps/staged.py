@@ -19,7 +19,7 @@ from score_sde.checks import number, one_of
 from score_sde.sde import SDE
 from score_sde.steps.linear import accumulate, combine
 from score_sde.steps.multistep import carried, check_order, check_strength, check_weights
-from score_sde.steps.step import Draw, Evaluate, History, Step, elementwise, finite, tuples
+from score_sde.steps.step import Draw, Evaluate, History, Step, finite, of_times, tuples
 
 
 class Stage(NamedTuple):
@@ -54,9 +54,7 @@ class StagedStep(Step):
 
     def plan(self, sde: SDE, t: Tensor, s: Tensor) -> list[StageRow]:
         columns = []
-        with elementwise(f"{type(self).__name__}.stages"):
-            stages = self.stages(sde, t, s)
-        for stage in stages:
+        for stage in of_times(self.stages, sde, t, s):
             time, a, *rest = finite(self, sde, t, [stage.time, stage.a, *stage.b, *stage.c])
             cut = len(stage.b)
             columns.append(zip(time, a, tuples(rest[:cut]), tuples(rest[cut:]), strict=False))

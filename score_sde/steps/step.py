@@ -12,9 +12,8 @@ import functools
 import inspect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +21,8 @@ from torch import Tensor
 from score_sde.prediction import Prediction
 from score_sde.score import ScoreModel
 from score_sde.sde import SDE
+
+R = TypeVar("R")
 
 Evaluate = Callable[[Tensor, float], Prediction]
 """(x, t) -> Prediction; the call is counted. A move goes on from the prediction's x, which guidance may have moved."""
@@ -119,18 +120,19 @@ def _keeping_arguments(init: Callable[..., None]) -> Callable[..., None]:
     return kept
 
 
-@contextmanager
-def elementwise(function: str) -> Iterator[None]:
-    """Refuses, with ValueError, this function of times where it fails for a tensor of them, as math.exp(t) does.
+def of_times(function: Callable[..., R], sde: SDE, *times: Tensor) -> R:
+    """The values of a step's method (sde, times, ...).
 
-    A ValueError of the function's own passes unchanged.
+    Raises:
+        ValueError: it fails for tensors, as math.exp(t) does; a ValueError of its own passes unchanged.
     """
     try:
-        yield
+        return function(sde, *times)
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, ValueError) and "one element tensors" not in str(error):  # not torch's, of math.exp(t)
             raise
-        raise ValueError(f"{function} fails for a tensor of times ({error}): write it with torch's functions, e.g. "
+        name = f"{type(function.__self__).__name__}.{function.__name__}"  # type: ignore[attr-defined]
+        raise ValueError(f"{name} fails for a tensor of times ({error}): write it with torch's functions, e.g. "
                          "torch.exp(t) for math.exp(t)") from error  # fmt: skip
 
 
