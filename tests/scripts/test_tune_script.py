@@ -23,9 +23,16 @@ from scripting import configs, tuned_tables  # noqa: E402
 QUICK = ["iterations=10", "starts=2", "samples=64", "num_samples=50", "seeds=[0,1]"]
 
 
-def test_a_target_is_tuned_and_measured_beside_spectrum_and_untuned(tmp_path: Path) -> None:
-    said = script("tune", "target=ring", "steps=[2,3]", *QUICK, cwd=tmp_path)
-    folder = tmp_path / "outputs/tuned/ring/vp"
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ring was tuned, and what was said."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "said.txt").write_text(script("tune", "target=ring", "steps=[2,3]", *QUICK, cwd=home))
+    return home
+
+
+def test_a_target_is_tuned_and_measured_beside_spectrum_and_untuned(home: Path) -> None:
+    said, folder = (home / "said.txt").read_text(), home / "outputs/tuned/ring/vp"
     assert {f"{kind}-{n}.json" for kind in ("tuned", "spectrum") for n in (2, 3)} < set(os.listdir(folder))
     table = pd.read_csv(folder / "tuning.csv")
     assert set(zip(table["kind"], table["calls"], strict=True)) == {
@@ -35,8 +42,8 @@ def test_a_target_is_tuned_and_measured_beside_spectrum_and_untuned(tmp_path: Pa
     assert (folder / "tuning.png").exists()
     assert "tuning.csv" in said
     quick = ["budgets=[2,4]", "seeds=0", "num_samples=40", "metrics=[sliced_w2]", "pairs=0", "output=compared"]
-    script("compare", "target=ring", "samplers=[tuned,spectrum]", *quick, cwd=tmp_path)
-    compared = pd.read_csv(tmp_path / "compared/comparison.csv")
+    script("compare", "target=ring", "samplers=[tuned,spectrum]", *quick, cwd=home)
+    compared = pd.read_csv(home / "compared/comparison.csv")
     assert sorted(zip(compared["sampler"], compared["nfe"], strict=True)) == [
         ("spectrum", 2), ("spectrum", 3), ("tuned", 2), ("tuned", 3)]  # fmt: skip
 
@@ -62,13 +69,15 @@ def test_figures_of_earlier_calls_are_kept(tmp_path: Path, capsys) -> None:
 
 def test_a_run_is_tuned_and_sampled_with_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["trainer.steps=2", "trainer.batch_size=16", "num_samples=20", "trainer.progress=false",
-            "trainer.sample_every=0", "evaluation.samplers=[ddim]", "evaluation.metrics=[sliced_w2]"]  # fmt: skip
+            "trainer.sample_every=0", "evaluation.samplers=[ddim]", "evaluation.metrics=[sliced_w2]", "figures=false",
+            "network.width=32", "network.depth=1"]  # fmt: skip
     run = tmp_path / "run"
     script("train", f"hydra.run.dir={run}", *tiny, cwd=tmp_path)
     script("tune", f"run={run}", "steps=2", *QUICK, cwd=tmp_path)
     assert len(TunedTable.load(run / "tuned-2.json").noise) == 2
     assert "2 network calls each" in script("sample", f"run={run}", "sampler=tuned", "num_samples=5", cwd=tmp_path)
-    said = script("evaluate", f"run={run}", "samplers=[tuned,spectrum]", "num_samples=20", cwd=tmp_path)
+    numbers = ["samplers=[tuned,spectrum]", "num_samples=20", "figures=false"]
+    said = script("evaluate", f"run={run}", *numbers, cwd=tmp_path)
     assert set(pd.read_csv(run / "evaluation/evaluation.csv")["sampler"]) == {"tuned", "spectrum"}
     assert "fitted to" not in said
     script("train", f"resume={run}", "trainer.steps=4", cwd=tmp_path)
@@ -99,12 +108,12 @@ def test_help_says_what_the_script_and_its_keys_are_for(tmp_path: Path) -> None:
     assert "== Configuration groups ==" in said
 
 
-def test_a_better_table_is_kept_and_the_same_one_not_fitted_again(tmp_path: Path) -> None:
-    given = ["target=ring", "steps=2", "report=false", "samples=512", "starts=2"]
+def test_a_better_table_is_kept_and_the_same_one_not_fitted_again(home: Path, tmp_path: Path) -> None:
+    given = ["target=ring", "steps=2", "report=false", *QUICK]
     path = tmp_path / "outputs/tuned/ring/vp/tuned-2.json"
-    script("tune", *given, "iterations=20", cwd=tmp_path)
+    shutil.copytree(home / "outputs", tmp_path / "outputs")
     text, good = path.read_text(), TunedTable.load(path)
-    assert "fitted with these settings already" in script("tune", *given, "iterations=20", cwd=tmp_path)
+    assert "fitted with these settings already" in script("tune", *given, cwd=tmp_path)
     assert path.read_text() == text
     assert "the table that was there is kept" in script("tune", *given, "iterations=1", cwd=tmp_path)
     kept = TunedTable.load(path)
