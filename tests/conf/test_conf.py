@@ -210,7 +210,7 @@ def test_every_option_trains_for_two_steps(group: str, tmp_path: Path) -> None:
         if group == "objective" and name in ("hybrid", "vlb"):
             overrides += ["sde=ddpm", "time_sampler=ladder", "network.learned_variance=true"]
         if group == "network" and name != "mlp":
-            known = compose(f"network={name}").network
+            known = named("network", name)
             overrides += ["data=digits", *(f"network.{key}={value}" for key, value in SMALL.items() if key in known)]
         if name == "overlapping":  # is for more than two dimensions
             overrides.append("data=digits")

@@ -249,7 +249,7 @@ def test_data_that_are_no_pictures_are_trained_on_and_evaluated(tmp_path: Path, 
     """Vectors, signals and latents: sheets of them, and no animation."""
     np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((200, *shape)).astype(np.float32))
     said = script("train", "data=file", f"data.path={tmp_path}/data.npy", "trainer.steps=4", f"hydra.run.dir={tmp_path}/run",
-                  *TINY, "trainer.sample_every=2", "figures=true", cwd=tmp_path)  # fmt: skip
+                  *TINY, "trainer.sample_every=2", "figures=true", "network.width=32", cwd=tmp_path)  # fmt: skip
     assert ("network=unet, dit_s and ncsn are made for" in said) == (len(shape) > 1)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
     script("evaluate", f"run={tmp_path}/run", "sampler=ddim", "num_samples=20", cwd=tmp_path)
