@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from score_sde.checks import nearest
+from score_sde.checks import did_you_mean, nearest
 from score_sde.classifier import NoisyClassifier
 from score_sde.energy import EnergyScore
 from score_sde.keyed import key, seeded
@@ -100,8 +100,7 @@ def _check_arguments(target: str, make: Callable[..., Any], given: Mapping[str, 
         wrong = [name for name in given if name not in known]
         if not wrong:
             raise TypeError(f"{target}: {error}; the keys beside a _target_ are its arguments") from None
-        near = nearest(wrong[0], known)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        hint = did_you_mean(nearest(wrong[0], known), after=" ")
         dropped, known = " ".join(f"'~<...>.{name}'" for name in wrong), known or ["none"]
         raise TypeError(f"{target}: unknown argument {', '.join(map(repr, wrong))}: {hint}known: {', '.join(known)}; drop "
                         f"what another class took by {dropped}") from None  # fmt: skip
@@ -150,8 +149,7 @@ def _located(target: str) -> Any:
         raise ImportError(
             f"_target_ {target!r}: there is no module {names[0]!r}: run from its folder, or set PYTHONPATH"
         )
-    near = nearest(names[-1], dir(known))
-    hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
+    hint = did_you_mean(nearest(names[-1], dir(known)), before=": ")
     raise ImportError(f"_target_ {target!r}: {known.__name__} has nothing of that name{hint}")
 
 

@@ -9,15 +9,14 @@ from typing import Any, SupportsFloat
 
 from torch import Tensor
 
-__all__ = ["finite", "initials", "nearest", "number", "one_of", "real", "tensor", "whole", "wholes"]
+__all__ = ["did_you_mean", "finite", "initials", "nearest", "number", "one_of", "real", "tensor", "whole", "wholes"]
 
 
 def one_of(name: str, value: str, known: Iterable[str]) -> str:
     """The value itself, if it is one of the known ones; ValueError otherwise."""
     known = list(known)
     if value not in known:
-        near = nearest(str(value), known)
-        hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
+        hint = did_you_mean(nearest(str(value), known), before=": ")
         raise ValueError(f"{name} is one of {', '.join(known)}; got {value!r}{hint}")
     return value
 
@@ -26,6 +25,11 @@ def nearest(name: str, known: Sequence[str]) -> list[str]:
     """The known name spelt most like a wrong one, or else those of which it is a part or the initials; at most three."""
     longer = [one for one in known if name == initials(one) or (len(name) > 2 and name in one)]
     return difflib.get_close_matches(name, known, n=1) or longer[:3]
+
+
+def did_you_mean(near: Sequence[str], before: str = "", after: str = "") -> str:
+    """The question which of these names is meant, between two texts; nothing where there is none."""
+    return f"{before}did you mean {' or '.join(map(repr, near))}?{after}" if near else ""
 
 
 def initials(name: str) -> str:

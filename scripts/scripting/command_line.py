@@ -15,7 +15,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from score_sde.checks import initials, nearest
+from score_sde.checks import did_you_mean, initials, nearest
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 CLOSED = ("evaluation", "restoration")
@@ -89,8 +89,7 @@ def check_globs(arguments: Sequence[str]) -> None:
 
 def unknown(kind: str, name: Any, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
     """The error for an unknown name, with what may be meant `elsewhere`, or else the nearest known names."""
-    near = elsewhere or nearest(str(name), known)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    hint = did_you_mean(elsewhere or nearest(str(name), known), after=" ")
     if not known:
         return f"{name} is new: a {kind} is added by +{name}=<value>"
     more = "; pip install 'score_sde[sweep]' brings more" if kind in ("hydra/launcher", "hydra/sweeper") else ""
