@@ -45,11 +45,10 @@ def expand(v: Tensor, x: Tensor) -> Tensor:
 def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """Derivative of a function that is elementwise in time.
 
-    Each value depends only on its own time, so one backward pass from a vector of ones gives all derivatives, at a fifth
-    of the cost of forward mode (jvp).
+    Each value depends only on its own time, so the gradient of their sum gives all derivatives in one backward pass, at a
+    fifth of the cost of forward mode (jvp). (A vjp from ones would import torch's compiler, a second at its first call.)
     """
-    values, pull, *_ = torch.func.vjp(function, t)
-    return pull(torch.ones_like(values))[0]
+    return torch.func.grad(lambda times: function(times).sum())(t)
 
 
 def _of_tensor(function: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Time], Tensor]:

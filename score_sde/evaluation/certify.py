@@ -24,7 +24,7 @@ from score_sde import grid as grids
 from score_sde.checks import wholes
 from score_sde.evaluation.exact_laws import BUDGETS, Gaussian, bias, point_mass_residual, stationary_variance
 from score_sde.evaluation.orders import measured_order, ode_error, polynomial_exactness, weak_error
-from score_sde.evaluation.trials import end, travel
+from score_sde.evaluation.trials import end, kernel, travel
 from score_sde.noise import SampleNoise
 from score_sde.prediction import Prediction
 from score_sde.progress import tqdm
@@ -58,7 +58,7 @@ class Certificate:
         claims_independence: whether it declares that samples do not depend on the rest of their batch.
         batch_independent: whether a sample is bitwise the same in any batch.
         stationary: for a corrector, its stationary variance relative to the exact one, for data N(0, I) at sigma = alpha;
-            exact where it is affine, else simulated in 64 dimensions (standard error about 0.002).
+            exact where it is affine, else simulated in 64 dimensions (standard error about 0.004).
     """
 
     name: str
@@ -115,7 +115,7 @@ class _Elementwise(ScoreModel):
         self.sde, self.event_shape = sde, event_shape
 
     def __call__(self, x: Tensor, t: Time, **condition: Any) -> Prediction:
-        alpha, sigma = self.sde.alpha(t).item(), self.sde.sigma(t).item()
+        alpha, sigma = kernel(self.sde, float(t))
         y = x / alpha
         return Prediction(x, 2 * y / (1 + y * y), alpha, sigma)
 

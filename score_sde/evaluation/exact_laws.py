@@ -16,27 +16,19 @@ import torch
 from torch import Tensor
 
 from score_sde import grid as grids
-from score_sde.evaluation.trials import Denoiser, Draws, Evaluator, travel, uneven
+from score_sde.evaluation.trials import Denoiser, Draws, Evaluator, kernel, travel, uneven
 from score_sde.sde import SDE
 from score_sde.steps import Step
 
 BUDGETS = (5, 10, 20, 50, 100)
 
 
-def gaussian_denoiser(mean: float, std: Tensor, constant: int | None) -> Denoiser:
-    """D = mean + gain (x - alpha mean) for data N(mean, std^2), std of shape (cases, 1).
-
-    With `constant`, x holds coefficients, of which the one at that index is the constant term.
-    """
+def gaussian_denoiser(mean: Tensor, variance: Tensor) -> Denoiser:
+    """D = mean + gain (x - alpha mean) for data of this mean and variance, of shapes that broadcast with x."""
 
     def denoise(x: Tensor, t: float, alpha: float, sigma: float) -> Tensor:
-        gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
-        offset = mean * (1 - gain * alpha)
-        if constant is None:
-            return gain * x + offset
-        D = gain * x
-        D[:, constant : constant + 1] += offset
-        return D
+        gain = alpha * variance / (alpha**2 * variance + sigma**2)
+        return torch.addcmul(mean, gain, torch.sub(x, mean, alpha=alpha))
 
     return denoise
 
@@ -59,25 +51,25 @@ def moments(
     std, alpha = std[:, None], sde.alpha(times)
     marginal = (alpha**2 * std**2 + sde.sigma(times) ** 2).sqrt()  # (cases, N + 1)
 
-    def run(one: float | Tensor, z: Tensor, constant: int | None, draws: Draws) -> Tensor:
+    def run(one: Tensor, z: Tensor, draws: Draws) -> Tensor:
         """The states from x = alpha mean + marginal z at the start, `one` standing for the number 1."""
         exact = torch.stack([mean * alpha[i] * one + marginal[:, i, None] * z for i in range(max(warm, 1))])
-        evaluate = Evaluator(sde, gaussian_denoiser(mean, std, constant))
+        evaluate = Evaluator(sde, gaussian_denoiser(mean * one, std**2))
         return torch.stack([*travel(step, sde, times, exact[0], evaluate, draws, exact[:warm])])
 
-    keys = _Keys()
+    generator, keys = torch.Generator().manual_seed(1), _Keys()
+    z = [torch.ones(1, dtype=torch.float64), torch.randn(1, dtype=torch.float64, generator=generator)]
 
-    def record(move: int, k: int) -> Tensor:
-        keys.setdefault((move, k), len(keys) + 2)
-        return torch.zeros_like(std)
+    def number(move: int, k: int) -> Tensor:
+        if (move, k) not in keys:
+            keys[move, k] = len(z)
+            z.append(torch.randn(1, dtype=torch.float64, generator=generator))
+        return z[keys[move, k]].expand(len(std), 1)
 
-    run(1.0, torch.zeros((), dtype=torch.float64), None, record)
-    unit = torch.eye(len(keys) + 2, dtype=torch.float64)  # rows for the number 1, the start's z and every draw
-    states = run(unit[0], unit[1], 0, lambda i, k: unit[keys[i, k]].expand(len(std), -1))
-    z = torch.randn(len(unit), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    z[0] = 1.0
-    numbers = run(1.0, z[1], None, lambda i, k: z[keys[i, k]].expand(len(std), 1))[-1, :, 0]
-    if not torch.allclose(numbers, states[-1] @ z, rtol=1e-8, atol=1e-8 * states[-1].abs().max().item()):
+    numbers = run(z[0], z[1], number)[-1, :, 0]
+    unit = torch.eye(len(z), dtype=torch.float64)  # rows for the number 1, the start's z and every draw
+    states = run(unit[0], unit[1], lambda i, k: unit[keys[i, k]].expand(len(std), -1))
+    if not torch.allclose(numbers, states[-1] @ torch.cat(z), rtol=1e-8, atol=1e-8 * states[-1].abs().max().item()):
         return None
     return states[..., 0], states[..., 1:].norm(dim=-1)
 
@@ -128,7 +120,7 @@ def _simulated_variance(step: Step, sde: SDE, t: Tensor, scale: Tensor, burn: in
     evaluate, g = Gaussian(sde), torch.Generator().manual_seed(0)
 
     def draw(k: int) -> Tensor:
-        return torch.randn(4096, 64, dtype=torch.float64, generator=g)
+        return torch.randn(2048, 64, dtype=torch.float64, generator=g)
 
     x, total = scale * draw(0), 0.0
     (row,) = step.plan(sde, t[None], t[None])
@@ -142,10 +134,12 @@ class Gaussian(Evaluator):
     """Data N(0, I), with the density that Metropolis steps need."""
 
     def __init__(self, sde: SDE) -> None:
-        super().__init__(sde, gaussian_denoiser(0.0, torch.ones((), dtype=torch.float64), None))
+        zero = torch.zeros((), dtype=torch.float64)
+        super().__init__(sde, gaussian_denoiser(zero, zero + 1))
 
     def log_prob(self, x: Tensor, t: float) -> Tensor:
-        return -x.square().flatten(1).sum(1) / (2 * (self.sde.alpha(t) ** 2 + self.sde.sigma(t) ** 2))
+        alpha, sigma = kernel(self.sde, t)
+        return -x.square().flatten(1).sum(1) / (2 * (alpha**2 + sigma**2))
 
 
 def _one_visit(step: Step, sde: SDE, t: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -100,13 +100,19 @@ def _polynomial_residual(step: Step, sde: SDE, prediction: str, clock: str, degr
 
     def denoise(x: Tensor, t: float, alpha: float, sigma: float) -> Tensor:
         # u D + w eps = N and alpha D + sigma eps = x: two equations for D and eps.
-        u, w = output_of(prediction, sde, as_time(t))
-        N = _clock(sde, clock, as_time(t), times) ** degree
-        return (sigma * N - w * x) / (u * sigma - w * alpha)
+        u, w, reading = _at(sde, prediction, clock, t)
+        return (sigma * reading**degree - w * x) / (u * sigma - w * alpha)
 
     exact = x[:, None, None]
     found = torch.stack([*travel(step, sde, times, exact[0], Evaluator(sde, denoise), _no_draw, exact[:-1])])
     return (found / exact[1:] - 1)[WARM:].abs().max().item()
+
+
+@functools.lru_cache(maxsize=16384)
+def _at(sde: SDE, prediction: str, clock: str, t: float) -> tuple[float, float, float]:
+    """The weights (u, w) of a prediction and the clock's reading at t, once for all steps and degrees."""
+    u, w = output_of(prediction, sde, as_time(t))
+    return u.item(), w.item(), _clock(sde, clock, as_time(t)).item()
 
 
 @functools.lru_cache(maxsize=128)
@@ -115,7 +121,7 @@ def _polynomial_path(sde: SDE, prediction: str, clock: str, degree: int) -> tupl
     times = uneven(sde, WARM + 4)
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(40))
     t = times[:-1, None] + (nodes + 1) / 2 * times.diff()[:, None]
-    N = _clock(sde, clock, t, times) ** degree
+    N = _clock(sde, clock, t) ** degree
     rate = -((sde.diffusion(t) / sde.sigma(t)) ** 2) / 2  # lambda'
     level = sde.sigma(t) / sde.alpha(t)
     scale = (
@@ -130,8 +136,9 @@ def _polynomial_path(sde: SDE, prediction: str, clock: str, degree: int) -> tupl
     return times, y * scale
 
 
-def _clock(sde: SDE, clock: str, t: Tensor, times: Tensor) -> Tensor:
+def _clock(sde: SDE, clock: str, t: Tensor) -> Tensor:
     """The clock's reading, shifted and scaled to about [0, 1] on the grid."""
+    times = uneven(sde, WARM + 4)
 
     def read(t: Tensor) -> Tensor:
         lmbda = sde.half_log_snr(t)

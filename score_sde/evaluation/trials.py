@@ -5,6 +5,7 @@ A step is a black box here: only its `plan` and `advance` are used.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,14 +30,17 @@ class Evaluator:
 
     def __init__(self, sde: SDE, denoiser: Denoiser) -> None:
         self.sde, self.denoiser, self.calls = sde, denoiser, 0
-        self.levels: dict[float, tuple[float, float]] = {}
 
     def __call__(self, x: Tensor, t: float) -> Prediction:
         self.calls += 1
-        if t not in self.levels:
-            self.levels[t] = self.sde.alpha(t).item(), self.sde.sigma(t).item()
-        alpha, sigma = self.levels[t]
+        alpha, sigma = kernel(self.sde, t)
         return Prediction(x, self.denoiser(x, t, alpha, sigma), alpha, sigma)
+
+
+@functools.lru_cache(maxsize=16384)
+def kernel(sde: SDE, t: float) -> tuple[float, float]:
+    """(alpha, sigma) at t, once for all the steps that are tried on a grid."""
+    return sde.alpha(t).item(), sde.sigma(t).item()
 
 
 def travel(
@@ -59,6 +63,7 @@ def end(states: Iterator[Tensor]) -> Tensor:
     return x
 
 
+@functools.lru_cache(maxsize=32)
 def uneven(sde: SDE, steps: int) -> Tensor:
     """A smooth grid whose steps are equal in none of t, lambda and sigma / alpha, over noise levels 5 to 0.35."""
     first, last = sde.half_log_snr_range
