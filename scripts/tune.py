@@ -85,11 +85,12 @@ class Fits:
         given = configs.plain(self.config)
         return {name: given[name] for name in tuned_tables.CONDITIONS if given[name] is not None}
 
-    @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self, kind: str) -> dict[str, Any]:
         """All settings that a fit depends on, for its table's record."""
-        given, law = configs.plain(self.config), ("ema",) if self.config.run else ("target", "sde")
-        return {name: given[name] for name in (*TEACHING, *FITTING, "step", *law)} | self.conditions
+        given, law = configs.plain(self.config), () if self.config.run else ("target", "sde")
+        weights = ("ema",) if self.config.run else ()
+        options = (*TEACHING, *FITTING, "step", *weights) if kind == "tuned" else ("seed",)
+        return {name: given[name] for name in (*options, *law)} | self.conditions
 
     @cached_property
     def pairs(self) -> tuple[Pairs, Pairs]:
@@ -101,28 +102,31 @@ class Fits:
 
     def of(self, calls: int) -> dict[str, TunedTable]:
         """Fits the tables with this number of calls, "tuned" and "spectrum" or the latter alone; writes and prints each."""
-        spectrum = tune_spectrum(self.spectrum, calls, sde=self.subject.model.sde)
-        spectrum.record.update(settings=self.conditions)
-        tables = {} if self.config.spectrum else {"tuned": self.tuned(calls)}
-        for kind, table in (tables | {"spectrum": spectrum}).items():
+        tables = {}
+        for kind in ("spectrum",) if self.config.spectrum else ("tuned", "spectrum"):
             path = self.folder / f"{kind}-{calls}.json"
-            write_atomically(path, table.text())
-            print_validation(table)
+            tables[kind] = self.table(kind, calls, path)
+            write_atomically(path, tables[kind].text())
+            print_validation(tables[kind])
             print(f"{path}: use it with sampler={kind} sampler.table={path}")
-        return tables | {"spectrum": spectrum}
+        return tables
 
-    def tuned(self, calls: int) -> TunedTable:
-        """The tuned table; one in the folder is used if it has these settings, and else kept unless the fit is better."""
-        model, path = self.subject.model, self.folder / f"tuned-{calls}.json"
+    def table(self, kind: str, calls: int, path: Path) -> TunedTable:
+        """A table; the one at `path` is used if it has these settings, and a tuned one else kept unless the fit is better."""
+        model, settings = self.subject.model, self.settings(kind)
         earlier = earlier_table(path, model.sde)
-        if earlier is not None and earlier.record.get("settings") == self.settings:
+        if earlier is not None and earlier.record.get("settings") == settings:
             print(f"{path}: fitted with these settings already; for a new fit give another seed, or remove the file")
             return earlier
-        options = {name: self.config[name] for name in FITTING}
-        table = tune(model, calls, pairs=self.pairs, earlier=earlier, **options)
+        if kind == "spectrum":
+            table = tune_spectrum(self.spectrum, calls, sde=model.sde)
+        else:
+            options = {name: self.config[name] for name in FITTING}
+            table = tune(model, calls, pairs=self.pairs, earlier=earlier, **options)
+            table.record["step"] = self.config.step
         if table.record["chosen"] == EARLIER:
             print(f"{path}: the table that was there is kept, since the new fit is no better")
-        table.record.update(settings=self.settings, step=self.config.step)
+        table.record["settings"] = settings
         return table
 
 
