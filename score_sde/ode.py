@@ -22,7 +22,7 @@ from score_sde.embedded import MAX_CALLS, TOO_ROUGH, SolverError
 from score_sde.noise import NoiseSource
 from score_sde.progress import tqdm
 from score_sde.score import ScoreModel
-from score_sde.solver import CountedModel, ErrorControlled, SampleResult, Start, begin, chosen_times, ending
+from score_sde.solver import CountedModel, ErrorControlled, PerSample, SampleResult, Start, begin, chosen_times, ending
 
 IMPLICIT = ("Radau", "BDF", "LSODA")
 METHODS = ("RK45", "RK23", "DOP853", *IMPLICIT)
@@ -85,14 +85,14 @@ class ProbabilityFlowODE(ErrorControlled):
         kept = chosen_times(trajectory, points, None, *ends.tolist())
         x, model, times = start.x, start.model, ends if kept is None else kept
         clock = time.perf_counter()
-        parts = [x] if self.error_control == "joint" else list(x.split(1))
-        states, calls = list[Tensor](), list[int]()
-        for part in tqdm(parts, desc=self.method, unit="solve", disable=not progress, delay=1.0, leave=False):
-            own = model if part is x else _of_sample(model, len(states), len(x))
-            before = own.calls
-            states.append(self._solve(own, part, times))
-            calls.append(own.calls - before)
-        path = torch.cat(states, dim=1)
+        if self.error_control == "joint":
+            solves = [(model, x)]
+        else:
+            per_sample = PerSample(model.model, model.condition, len(x))
+            solves = [(per_sample.alone(i), part) for i, part in enumerate(x.split(1))]
+        bar = tqdm(solves, desc=self.method, unit="solve", disable=not progress, delay=1.0, leave=False)
+        path = torch.cat([self._solve(own, part, times) for own, part in bar], dim=1)
+        calls = [own.calls for own, _ in solves]
         end, last = ending(final, model, path[-1], times[-1].item())
         seconds = time.perf_counter() - clock
         return SampleResult(end, max(calls) + last, seconds, path if trajectory else None, times)
@@ -133,10 +133,3 @@ def by_scipy(
         raise SolverError(f"{method} did not come to its end: {solution.message} Loosen rtol and atol, or take another "
                            "method.")  # fmt: skip
     return torch.from_numpy(np.ascontiguousarray(solution.y.T)).to(x).view(len(times), *x.shape)
-
-
-def _of_sample(model: CountedModel, i: int, batch: int) -> CountedModel:
-    """The model under the conditions of sample i of the batch alone."""
-    own = {name: value[i : i + 1] if model.model.per_sample(name, value, batch) else value
-           for name, value in model.condition.items()}  # fmt: skip
-    return CountedModel(model.model, own)

@@ -161,8 +161,11 @@ class PerSample(CountedModel):
 
         Such rows would not follow a subset of the batch; the model then does not accept a single sample.
         """
-        first = {name: value[:1] for name, value in self.own.items()}
-        self.model.check((min(self.batch, 1), *self.model.event_shape), self.shared | first)
+        self.model.check((min(self.batch, 1), *self.model.event_shape), self.alone(0).condition)
+
+    def alone(self, i: int) -> CountedModel:
+        """The model under the conditions of sample i alone."""
+        return CountedModel(self.model, self.shared | {name: value[i : i + 1] for name, value in self.own.items()})
 
     def predict(self, x: Tensor, t: Time, ids: Tensor) -> Prediction:
         """The prediction at t, () or (samples,); ids are the samples' places in the batch."""
