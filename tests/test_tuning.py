@@ -267,9 +267,9 @@ def test_of_many_points_the_untuned_solvers_are_ranked_on_few_and_only_the_best_
 @pytest.mark.parametrize("iterations", [1, 20])
 def test_never_worse_than_the_best_untuned(model: ExactScore, method: str, iterations: int) -> None:
     """Also where there is nothing to gain: 16 points to fit on."""
-    table = tune(model, 4, method=method, samples=16, iterations=iterations, starts=2, progress=False)
+    table = tune(model, 3, method=method, samples=16, iterations=iterations, starts=2, progress=False)
     assert table.record["validation"][table.record["chosen"]] == min(table.record["validation"].values())
-    assert len(table.half_log_snr) == 4
+    assert len(table.half_log_snr) == 3
 
 
 def test_validation_starts_are_none_of_the_fit_s(model: ExactScore) -> None:

@@ -111,9 +111,9 @@ class Tabulated(LinearStep):
         return torch.where(self.levels > 0, self.levels, sde.noise_level(sde.t_min))
 
     def _refuse_other(self, sde: SDE, t: Tensor, s: Tensor) -> None:
-        levels, stops = [sde.noise_level(part) for part in (t, s)], self._levels(sde)
-        own = (stops[:-1], stops[1:])
-        if len(t) != len(self.a) or not all(torch.allclose(x, y, rtol=1e-6) for x, y in zip(levels, own, strict=True)):
+        stops = self._levels(sde)
+        own, levels = torch.cat([stops[:-1], stops[1:]]), sde.noise_level(torch.cat([t, s]))
+        if len(t) != len(self.a) or not torch.allclose(levels, own, rtol=1e-6):
             first, last = self.levels[0].item(), self.levels[-1].item()
             raise ValueError(f"this table is for its own {len(self.a)} moves, from level {first:.6g} to {last:.6g}: "
                              "use its grid (grid=step.grid) and an SDE that has these levels")  # fmt: skip

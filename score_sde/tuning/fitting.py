@@ -254,7 +254,10 @@ def fit_all(pairs: Pairs, start: TunedTable, search: Search, enough: float = 1e-
 def search_levels(
     pairs: Pairs, start: TunedTable, rule: Callable[[torch.Tensor], TunedTable], search: Search
 ) -> TunedTable:
-    """Nelder-Mead over the levels, on the logarithm of the loss, so that its tolerance is relative."""
+    """Nelder-Mead over the levels, until they move by less than 0.01 in logits and the loss by less than a thousandth.
+
+    It works on the logarithm of the loss, so that this tolerance is relative.
+    """
     span, points = Span.of(pairs.model.sde), replace(pairs, batch_size=1024)
 
     def table(z: np.ndarray) -> TunedTable:
@@ -267,6 +270,7 @@ def search_levels(
 
     logits = span.vector(start)[: len(start.weights)].numpy()
     simplex = logits + 0.5 * np.eye(len(logits) + 1, len(logits), -1)
+    options = {"maxiter": search.iterations, "initial_simplex": simplex, "xatol": 1e-2, "fatol": 1e-3}
     result = minimize(lambda z: math.log(points.loss(table(z)) + 1e-300), logits, method="Nelder-Mead", callback=callback,
-                      options={"maxiter": search.iterations, "initial_simplex": simplex})  # fmt: skip
+                      options=options)  # fmt: skip
     return table(result.x)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,15 +29,16 @@ def as_table(step: LinearStep, half_log_snr: Tensor, to_zero: bool = False) -> T
     """
     calls, sde = len(half_log_snr), RectifiedFlow()
     t = torch.cat([torch.sigmoid(-half_log_snr), half_log_snr.new_zeros(1)])
-    unit, x, outputs = torch.eye(calls + 1, dtype=torch.float64), [], list[Tensor]()  # the forms: x_0, D_0, D_1, ...
+    unit, x, outputs = np.eye(calls + 1), [], list[np.ndarray]()  # the forms: x_0, D_0, D_1, ...
     x.append(unit[0])
     for i, row in enumerate(step.plan(sde, t[:-1], t[1:]) if to_zero else step.plan(sde, t[:-2], t[1:-1])):
         (u, w), D = row.output, unit[i + 1]
-        outputs.insert(0, u * D + w * (x[i] - (1 - t[i]) * D) / t[i])
+        outputs.insert(0, u * D + w * (x[i] - (1 - row.t) * D) / row.t)
         x.append(row.a * x[i] + sum(b * N for b, N in zip(row.b, outputs, strict=False)))
     if not to_zero:
         x.append(unit[calls])
-    c, P = torch.stack(x)[:, 0], torch.stack(x)[:, 1:]
+    forms = torch.from_numpy(np.stack(x))
+    c, P = forms[:, 0], forms[:, 1:]
     r = (c[1:] / c[:-1]).unsqueeze(1)
     alpha = (1 - t).unsqueeze(1)
     noise = torch.cat([c.new_ones(1), c[1:-1] * t[0] / t[1:-1]])
