@@ -263,9 +263,11 @@ def _spread(x: Tensor, levels: int) -> Tensor:
 
 
 def _tensor(name: str, values: Any) -> Any:
-    """Array-likes as tensors; tensors and None as they are. Raises ValueError for values that are not numbers."""
-    if values is None or isinstance(values, Tensor):
-        return values
+    """Array-likes as tensors, and tensors without their graph. Raises ValueError for values that are not numbers."""
+    if values is None:
+        return None
+    if isinstance(values, Tensor):
+        return values.detach()  # an encoder's latents may carry its graph
     array = np.asarray(values)
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # "not writable": nothing writes to it

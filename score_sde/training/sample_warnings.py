@@ -6,6 +6,7 @@ import math
 import warnings
 
 import torch
+from torch import Tensor
 
 from score_sde.data import Data, TensorData
 from score_sde.score import LearnedScore
@@ -18,7 +19,11 @@ def warn_of_samples(model: LearnedScore, data: Data, count: int) -> None:
     _warn_of_cancellation(model)
     _warn_of_start(model)
     _warn_of_end(model)
-    _warn_of_scales(data, count)
+    # Finite sets of floats alone: integers are scaled to [-1, 1].
+    if isinstance(data, TensorData) and data.dequantize is None:
+        x = data.plain("train", slice(max(count, 10_000 // math.prod(data.event_shape)))).x.double()
+        _warn_of_size(model, float(x.square().mean().sqrt()))
+        _warn_of_scales(x)
 
 
 def _warn_of_cancellation(model: LearnedScore) -> None:
@@ -51,14 +56,20 @@ def _warn_of_end(model: LearnedScore) -> None:
                       "data, or lower the least noise level", stacklevel=4)  # fmt: skip
 
 
-def _warn_of_scales(data: Data, count: int) -> None:
+def _warn_of_size(model: LearnedScore, size: float) -> None:
+    """Warns of data whose root mean square is over 20 times the model's data_std, or under a twentieth of it."""
+    if size > 20 * model.data_std or 0 < size < model.data_std / 20:
+        kind = type(model.parameterization).__name__
+        warnings.warn(f"the data have a root mean square of {size:.3g}, the model a data_std of {model.data_std:.3g}, to "
+                      "which it scales the network's inputs, and they will be learnt badly: scale the data, e.g. pixels "
+                      f"0..255 to [-1, 1], or give {kind}(sigma_data=measure_sigma_data(data))", stacklevel=4)  # fmt: skip
+
+
+def _warn_of_scales(x: Tensor) -> None:
     """Warns if coordinates of vectors, or channels of other events, vary less than a twentieth of the widest.
 
-    Applies to finite sets of floats, measured on `count` examples (more if these are small). Constant ones are ignored.
+    Constant ones are ignored.
     """
-    if not isinstance(data, TensorData) or data.dequantize is not None:
-        return
-    x = data.plain("train", slice(max(count, 10_000 // math.prod(data.event_shape)))).x.double()
     others = (0, *range(2, x.ndim))
     std = x.std(others, correction=0) * (x.amax(others) > x.amin(others))
     if narrow := ((std > 0) & (std < std.max() / 20)).nonzero().flatten().tolist():

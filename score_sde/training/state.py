@@ -174,12 +174,31 @@ class TrainingState:
         dtype = PRECISIONS[self.trainer.precision]
         drawn = Times(times.t[rows], times.u[rows], times.weight[rows])
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            found = self.objective(model, batch, drawn, rows_of(source, self.trainer.batch_size, rows))
+            try:
+                found = self.objective(model, batch, drawn, rows_of(source, self.trainer.batch_size, rows))
+            except (IndexError, RuntimeError) as error:
+                self._explain(error, batch)
+                raise
         if not isinstance(found, Losses) or found.loss.shape != (len(batch.x),):
             given = f"a loss of shape {tuple(found.loss.shape)}" if isinstance(found, Losses) else type(found).__name__
             raise TypeError(f"{type(self.objective).__name__} returns Losses(loss) with one number for each of "
                             f"{len(batch.x)} examples, got {given}")  # fmt: skip
         return found
+
+    def _explain(self, error: Exception, batch: Batch) -> None:
+        """Raises ValueError for an error of a network's table that is indexed by the noise level, or by -1 for no class."""
+        name, said = type(self.model.network).__name__, str(error)
+        if "indices" in said:
+            raise ValueError(
+                f"{name} fails ({said}): if it looks up the noise level c_noise, that is a real number; on a DiscreteSDE with "
+                "Published('time', scale=1) it is the step, c_noise.long()"
+            ) from error
+        share = getattr(getattr(self.objective, "label_dropout", None), "share", 0)
+        if share and "label" in batch.condition and ("out of range" in said or "must be non-negative" in said):
+            raise ValueError(
+                f"{name} fails ({said}), and label_dropout={share} gives it label -1 for no class: let it embed one class "
+                "more, label % (num_classes + 1), or give nulls={'label': num_classes}"
+            ) from error
 
     def _differentiated(self, batch: Batch, rows: slice, times: Times, source: torch.Generator, last: bool) -> Losses:
         """Adds the gradient of a micro-batch; returns its losses."""

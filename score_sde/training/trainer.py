@@ -427,11 +427,15 @@ def _check_times(model: LearnedScore, time_sampler: TimeSampler) -> None:
 
 
 def _check_data(model: LearnedScore, data: Data) -> None:
-    if tuple(data.event_shape) != model.event_shape:
-        raise ValueError(
-            f"the data have event shape {tuple(data.event_shape)}, the model {model.event_shape}: make them equal"
-        )
-    known = getattr(model.network, "num_classes", data.num_classes) if "label" in model.condition_names else None
+    shape, names = tuple(data.event_shape), model.condition_names
+    if shape != model.event_shape:
+        last = (*shape[-1:], *shape[:-1]) == model.event_shape
+        fix = "put channels first, x.movedim(-1, 1)" if last else "make them equal"
+        raise ValueError(f"the data have event shape {shape}, the model {model.event_shape}: {fix}")
+    if data.num_classes is not None and "label" not in names and not hasattr(model.network, "num_classes"):
+        raise ValueError(f"the data have labels, and {type(model.network).__name__}.forward has no argument `label`: name it "
+                         "so, or use the data without labels")  # fmt: skip
+    known = getattr(model.network, "num_classes", data.num_classes) if "label" in names else None
     if data.num_classes is not None and (known is None or known < data.num_classes):
         raise ValueError(
             f"the data have labels of {data.num_classes} classes, the network knows {known or 0}: "

@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from score_sde import DDIM, AdaptiveODE, ExactScore, LearnedScore, Sampler, grid
-from score_sde.data import Batch, Data, TargetStream
+from score_sde.data import Batch, Data, TargetStream, TensorData
 from score_sde.guidance import MMPS, ClassifierFree, Matrix
 from score_sde.networks import MLP
 from score_sde.parameterization import Noise, Velocity
@@ -188,3 +188,63 @@ def test_training_a_frozen_model_is_refused(tmp_path: Path) -> None:
     """`Run.model` and `load` give one: for fine-tuning, requires_grad_ thaws it."""
     with pytest.raises(ValueError, match="no parameter of the model is trained"):
         tiny.train(tmp_path, model=tiny.model().requires_grad_(False))
+
+
+class Table(torch.nn.Module):
+    """A network that looks up what it is given in a table of ten rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = torch.nn.Embedding(10, 2)
+
+
+class Steps(Table):
+    def forward(self, x, c_noise):
+        return x + self.rows(c_noise)
+
+
+class Classes(Table):
+    def forward(self, x, c_noise, label):
+        return x + self.rows(label)
+
+
+class OneHot(Table):
+    def forward(self, x, c_noise, label):
+        return x + torch.nn.functional.one_hot(label, 10) @ self.rows.weight
+
+
+class Renamed(Table):
+    def forward(self, x, c_noise, y):
+        return x + self.rows(y)
+
+
+@pytest.mark.parametrize(
+    ("network", "says"),
+    [
+        (Steps, r"Steps fails .*c_noise, that is a real number; .* c_noise\.long\(\)"),
+        (Classes, r"label_dropout=0.5 gives it label -1 for no class: .* nulls=\{'label': num_classes\}"),
+        (OneHot, r"label_dropout=0.5 gives it label -1"),
+        (Renamed, r"the data have labels, and Renamed.forward has no argument `label`: name it so"),
+    ],
+)
+def test_what_a_table_within_a_network_is_not_made_for_is_said(network: type[Table], says: str) -> None:
+    model = LearnedScore(network(), VPSDE(), Noise(), (2,))
+    data = TensorData(torch.randn(40, 2), None if network is Steps else torch.arange(40) % 10)
+    objective = DenoisingScoreMatching(label_dropout=0 if network is Steps else 0.5)
+    with pytest.raises(ValueError, match=says):
+        tiny.trainer(1).fit(model, data, objective, UniformTimes())
+
+
+def test_images_whose_channels_are_last_are_told_how_to_move_them() -> None:
+    model = LearnedScore(MLP((3, 4, 4), width=8), VPSDE(), Noise(), (3, 4, 4))
+    for event, fix in (((4, 4, 3), r"put channels first, x\.movedim\(-1, 1\)"), ((3, 4, 5), "make them equal")):
+        with pytest.raises(ValueError, match=fix):
+            tiny.trainer(1).fit(model, TensorData(torch.randn(40, *event)), DenoisingScoreMatching(), UniformTimes())
+
+
+def test_latents_that_carry_their_encoders_graph_are_data() -> None:
+    encoder = torch.nn.Linear(3, 2)
+    data = TensorData(encoder(torch.randn(40, 3)), context=encoder(torch.randn(40, 3)))
+    model = LearnedScore(MLP((2,), width=8, context_width=2), VPSDE(), Noise(), (2,))
+    assert tiny.trainer(2).fit(model, data, DenoisingScoreMatching(), UniformTimes()).step == 2
+    assert encoder.weight.grad is None

@@ -25,7 +25,7 @@ from torch import nn
 from score_sde import grid
 from score_sde import sde as sdes
 from score_sde.classifier import NoisyClassifier
-from score_sde.data import Batch, Data, TensorData
+from score_sde.data import Batch, Data, TensorData, measure_sigma_data
 from score_sde.keyed import generator
 from score_sde.networks import MLP
 from score_sde.parameterization import Denoised, Karras, Noise
@@ -554,6 +554,24 @@ def test_scales_that_are_far_apart_are_said_before_training(event, scales, says)
     said = pytest.warns(UserWarning, match=says) if says else warnings.catch_warnings(action="error")
     with said:
         tiny.trainer(1).fit(model, TensorData(x), DenoisingScoreMatching(), UniformTimes())
+
+
+@pytest.mark.parametrize(
+    ("scale", "says"), [(100, r"square of \d+\S*, the model a data_std of 1,"), (1, None), (0.01, "square of 0.0")]
+)
+def test_data_of_another_size_than_the_models_are_said_before_training(scale, says):
+    """Pixels 0..255 as floats, say, which nothing brings to [-1, 1], under a parameterization left at sigma_data=1."""
+    x = scale * torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    model = LearnedScore(MLP((2,), width=8), sdes.VPSDE(), Noise(), (2,))
+    fit = partial(
+        tiny.trainer(1).fit, data=TensorData(x), objective=DenoisingScoreMatching(), time_sampler=UniformTimes()
+    )
+    with pytest.warns(UserWarning, match=says) if says else warnings.catch_warnings(action="error"):
+        fit(model)
+    model.parameterization = Noise(measure_sigma_data(TensorData(x)))
+    with warnings.catch_warnings(action="error"):
+        warnings.filterwarnings("ignore", message="where samples start|sampling starts|the least noise")
+        fit(model)
 
 
 def test_the_default_network_learns_the_sides_of_a_square():
