@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from score_sde.checks import one_of
+from score_sde.checks import one_of, whole
 from score_sde.data.cache import stored
 from score_sde.data.tensor import Examples, TensorData
 from score_sde.progress import tqdm
@@ -63,13 +63,14 @@ class Decoder:
         if self.channels not in (1, 3):
             raise ValueError(f"channels={self.channels}: 1 for grey, 3 for colour")
         one_of("fit", self.fit, ("crop", "stretch", "exact"))
-        if any(length is not None and length < 1 for length in (self.height, self.width)):
-            raise ValueError(f"size={self.height}x{self.width} must be positive: an edge, or [height, width]")
+        for length in (self.height, self.width):
+            if length is not None:
+                whole("size", length)
 
     @classmethod
     def of(cls, size: Size, channels: int = 3, fit: str = "crop") -> Decoder:
         """A decoder for a size: an edge for squares, [height, width], or None for the size that all images share."""
-        if size is None or isinstance(size, int):
+        if not isinstance(size, Sequence) or isinstance(size, str):
             return cls(size, size, channels, fit)
         if len(size) != 2:
             raise ValueError(f"size={list(size)} must be an edge, [height, width], or null for the images' own")

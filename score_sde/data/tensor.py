@@ -246,6 +246,8 @@ def _held_out_share(held_out: float | None, test: Any) -> float:
 
 
 def _check_mirroring(flip: bool, augment: Augment | None, event_shape: tuple[int, ...]) -> None:
+    if augment is not None and not callable(augment):
+        raise TypeError(f"augment is an augmentation, e.g. Augment(0.12), got {augment!r}")
     if (flip or augment) and len(event_shape) != 3:
         raise ValueError(f"flip and augment are for images (channels, height, width), not {event_shape}")
     if flip and augment:
@@ -273,8 +275,9 @@ def _tensor(name: str, values: Any) -> Any:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # "not writable": nothing writes to it
             return torch.as_tensor(array)
     except TypeError as error:
+        fix = "np.unique(labels, return_inverse=True)[1]" if name == "labels" else "df.select_dtypes('number')"
         raise ValueError(f"{name} is an array of dtype {array.dtype}, as a column of text makes it: give only numbers, "
-                         "e.g. df.select_dtypes('number')") from error  # fmt: skip
+                         f"e.g. {fix}") from error  # fmt: skip
 
 
 def _read_through(given: Examples, dataset: Dataset[Any]) -> Examples:
@@ -328,7 +331,8 @@ def _check_scale(x: Tensor, dequantize: bool | None, levels: int) -> None:
         )
     if x.dtype == torch.uint8 and levels >= 256:
         return  # any value fits, and they may be a large file
-    low, high = int(x.min()), int(x.max())
+    array = x.numpy()  # torch has no least value of uint16
+    low, high = int(array.min()), int(array.max())
     if low < 0 or high >= levels:
         raise ValueError(f"x holds integers {low}..{high}, levels={levels} allows 0..{levels - 1}: set levels")
 

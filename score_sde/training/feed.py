@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from score_sde.data import Batch, Data
 from score_sde.keyed import Draws, generator
@@ -33,7 +34,12 @@ def feed(
     def prepared(step: int, parts: Sequence[Batch]) -> list[Batch]:
         sources = [generator(seed, "prepare", step, device=device) for _ in parts]
         draws = [Draws(source, batch_size, part) for source, part in zip(sources, rows, strict=True)]
-        return [data.prepare(part, drawn) for part, drawn in zip(parts, draws, strict=True)]
+        found = [data.prepare(part, drawn) for part, drawn in zip(parts, draws, strict=True)]
+        for part in found:
+            if not part.x.is_floating_point():
+                raise TypeError(f"{type(data).__name__} gives {part.x.dtype}, and noise is added to floats: return them from "
+                                "prepare(batch, draws) in the model's scale, as batch.x.float() / 127.5 - 1")  # fmt: skip
+        return found
 
     if device.type != "cuda":
         yield lambda step: prepared(step, read(step))
@@ -51,6 +57,9 @@ def feed(
 
 def _check_batch(data: Data, batch: Batch, size: int) -> None:
     """Raises TypeError unless it is a Batch of `size` examples."""
-    given = f"{len(batch.x)} examples" if isinstance(batch, Batch) else type(batch).__name__
-    if not isinstance(batch, Batch) or len(batch.x) != size:
-        raise TypeError(f"{type(data).__name__}.batch returns Batch(x) with {size} examples here, got {given}")
+    x = batch.x if isinstance(batch, Batch) else None
+    if not isinstance(x, Tensor) or len(x) != size:
+        given = f"{len(x)} examples" if isinstance(x, Tensor) else type(batch if x is None else x).__name__
+        raise TypeError(
+            f"{type(data).__name__}.batch returns Batch(x), x a tensor of {size} examples here, got {given}"
+        )

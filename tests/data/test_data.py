@@ -197,6 +197,22 @@ def test_digits_are_the_real_ones():
     assert not digits().batch(0, 4).condition
 
 
+def test_sixteen_bits_are_integers_like_eight():
+    codes = np.array([[0, 1], [700, 65535]], np.uint16)
+    with pytest.raises(ValueError, match=r"integers 0\.\.65535, levels=256 allows 0\.\.255"):
+        TensorData(codes, dequantize=False)
+    plain = TensorData(codes, dequantize=False, levels=2**16)
+    assert torch.allclose(plain.plain("train").x.sort(0).values, torch.tensor(codes / 65535 * 2 - 1).float(), atol=1e-7)
+    spread = TensorData(codes, dequantize=True, levels=2**16)
+    noisy = spread.prepare(spread.batch(0, 2), Draws(generator(0), 2)).x.sort(0).values
+    assert ((noisy + 1) * 2**15 - torch.tensor(codes.astype(float))).sub(0.5).abs().max() <= 0.51
+
+
+def test_an_augmentation_is_an_object():
+    with pytest.raises(TypeError, match=r"augment is an augmentation, e\.g\. Augment\(0\.12\), got True"):
+        TensorData(torch.zeros(4, 3, 8, 8), augment=True)
+
+
 def test_data_say_what_they_hold():
     assert repr(TensorData(torch.zeros(10, 3, 4, 4), held_out=0.2)) == "TensorData(event_shape=(3, 4, 4), size=8)"
     labelled = TensorData(torch.zeros(3, 2), torch.tensor([0, 2, 1]))
@@ -229,6 +245,10 @@ def test_data_say_what_they_hold():
         (lambda: TensorData(torch.zeros(4)), r"give \(N, \*event\) .* of numbers, x\[:, None\]"),
         (lambda: TensorData(torch.zeros(4, 2), torch.zeros(4)), "labels must be 4 integers"),
         (lambda: TensorData(torch.zeros(4, 2), torch.zeros(3, dtype=torch.long)), "labels must be 4 integers"),
+        (
+            lambda: TensorData(torch.zeros(2, 2), ["cat", "dog"]),
+            r"labels is .*np\.unique\(labels, return_inverse=True\)\[1\]",
+        ),
         (lambda: TensorData(torch.zeros(4, 2), held_out=1.0), "held_out=1.0"),
         (
             lambda: TensorData(pd.DataFrame({"a": [1.0, 2.0], "b": ["x", "y"]})),

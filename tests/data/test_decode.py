@@ -191,7 +191,8 @@ REFUSED = {
     "channels": (lambda folder: Decoder(4, 4, 2), "channels=2"),
     "fit": (lambda folder: Decoder(4, 4, fit="pad"), "fit is one of crop, stretch, exact; got 'pad'"),
     "size": (lambda folder: Decoder.of([4]), r"size=\[4\] must be an edge"),
-    "zero": (lambda folder: Decoder.of(0), "size=0x0 must be positive"),
+    "zero": (lambda folder: Decoder.of(0), "a whole number size >= 1, got size=0"),
+    "text": (lambda folder: Decoder.of("16"), "a whole number size >= 1, got size='16'"),
 }
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -132,9 +133,14 @@ def test_what_does_not_fit_is_named(case: str) -> None:
         ({"objective": tiny.DenoisingScoreMatching}, "objective is an Objective"),
         (
             {"data": Bad(lambda size: torch.zeros(size, 2))},
-            r"Bad.batch returns Batch\(x\) with 16 examples here, got Tensor",
+            r"Bad.batch returns Batch\(x\), x a tensor of 16 examples here, got Tensor",
         ),
         ({"data": Bad(lambda size: Batch(torch.zeros(size // 2, 2)))}, "got 8 examples"),
+        ({"data": Bad(lambda size: Batch(np.zeros((size, 2))))}, "x a tensor of 16 examples here, got ndarray"),
+        (
+            {"data": Bad(lambda size: Batch(torch.zeros(size, 2).byte()))},
+            r"gives torch.uint8, .*prepare\(batch, draws\)",
+        ),
         ({"objective": two}, r"returns Losses\(loss\) with one number for each of 16 examples, got Tensor"),
         ({"objective": scalar}, r"got a loss of shape \(\)"),
     ],
