@@ -6,6 +6,7 @@ What step n draws is therefore a function of (seed, n), and no iterator or gener
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,14 +14,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from score_sde.checks import whole
+
 __all__ = ["Draws", "generator", "key", "seeded"]
 
 ALL = slice(None)
 
 
 def key(seed: int, *words: int | str) -> int:
-    """A 63-bit seed, the BLAKE2 hash of (seed, *words)."""
-    digest = hashlib.blake2b(repr((int(seed), *words)).encode(), digest_size=8).digest()
+    """A 63-bit seed, the BLAKE2 hash of (seed, *words); ValueError unless `seed` is a whole number."""
+    digest = hashlib.blake2b(repr((whole("seed", seed, -math.inf), *words)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

@@ -190,6 +190,13 @@ def test_numbers_that_are_none_are_named() -> None:
             build()
 
 
+def test_a_seed_is_a_whole_number() -> None:
+    fit = partial(tiny.trainer(1).fit, tiny.model(), tiny.data(), DenoisingScoreMatching(), UniformTimes())
+    for seed in (None, 1.5, "7"):
+        with pytest.raises(ValueError, match=rf"a whole number seed, got seed={seed!r}"):
+            fit(seed=seed)
+
+
 def test_training_a_frozen_model_is_refused(tmp_path: Path) -> None:
     """`Run.model` and `load` give one: for fine-tuning, requires_grad_ thaws it."""
     with pytest.raises(ValueError, match="no parameter of the model is trained"):
