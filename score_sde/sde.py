@@ -208,10 +208,18 @@ class SDE(ABC):
         if not 0 <= self.t_min < self.t_max:
             raise ValueError(f"{name} needs 0 <= t_min < t_max, got t_min={self.t_min} and t_max={self.t_max}")
         t = torch.linspace(self.t_min, self.t_max, 257, dtype=torch.float64)
-        for part in ("alpha", "sigma"):
-            _check_kernel(self, part, t)
-        rising = self.half_log_snr(t).diff() >= 0
-        if rising.any():
+        values = [_values(self, part, t) for part in ("alpha", "sigma")]
+        change = self.half_log_snr(t).diff()
+        if (change[1:-1] > 0).all():
+            raise ValueError(f"{name}: log(alpha / sigma) grows with t, but t_min is the data end and t_max the "
+                             "noise end: write the schedule with t_min + t_max - t in place of t")  # fmt: skip
+        for part, given in zip(("alpha", "sigma"), values, strict=True):
+            bad = ~(torch.isfinite(given) & (given > 0))
+            if bad.any():
+                raise ValueError(f"{name}.{part}({t[bad][0].item():.6g}) is {given[bad][0].item()}: alpha and sigma must be "
+                                 f"finite and positive on [t_min, t_max] = [{self.t_min:g}, {self.t_max:g}]; "
+                                 "if only an end is not, move it inwards")  # fmt: skip
+        if (rising := change >= 0).any():
             raise ValueError(f"{name}: log(alpha / sigma) does not decrease at t={t[:-1][rising][0].item():.6g}: "
                              "noise must grow with t")  # fmt: skip
         for part in ("drift", "diffusion"):
@@ -226,8 +234,8 @@ class SDE(ABC):
         return f"{type(self).__name__}({options})"
 
 
-def _check_kernel(sde: SDE, part: str, t: Tensor) -> None:
-    """Refuses, with ValueError, an alpha or sigma that is not elementwise, finite and positive at the times t."""
+def _values(sde: SDE, part: str, t: Tensor) -> Tensor:
+    """alpha or sigma at the times t, or a ValueError where it is not elementwise in them or not torch's."""
     name = f"{type(sde).__name__}.{part}"
     try:
         given = getattr(sde, part)(t)
@@ -241,14 +249,7 @@ def _check_kernel(sde: SDE, part: str, t: Tensor) -> None:
     if not isinstance(given, Tensor):
         raise ValueError(f"{name}(t) is of type {type(given).__name__}: write it with torch's functions, "
                          "e.g. torch.cos(t) for numpy.cos(t)")  # fmt: skip
-    bad = ~(torch.isfinite(values) & (values > 0))
-    if not bad.any():
-        return
-    if (sde.half_log_snr(t[1:-1]).diff() > 0).all():
-        raise ValueError(f"{type(sde).__name__}: log(alpha / sigma) grows with t, but t_min is the data end and t_max the "
-                         "noise end: write the schedule with t_min + t_max - t in place of t")  # fmt: skip
-    raise ValueError(f"{name}({t[bad][0].item():.6g}) is {values[bad][0].item()}: "
-                     "alpha and sigma must be finite and positive on [t_min, t_max]")  # fmt: skip
+    return values
 
 
 def _check_rate(sde: SDE, part: str, t: Tensor) -> None:
