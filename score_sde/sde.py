@@ -524,7 +524,9 @@ class DiscreteSDE(SDE):
         if ladder.ndim != 1 or len(ladder) < 2:
             raise ValueError(f"a ladder has shape (num_steps,) with num_steps >= 2, got {tuple(ladder.shape)}")
         if not torch.isfinite(ladder).all() or (ladder.diff() >= 0).any():
-            raise ValueError("a ladder's levels must be finite and grow noisier with the index: order them so")
+            raise ValueError(
+                "a ladder's levels must be finite and grow noisier with the index, no two equal: order them so"
+            )
         self.ladder, self.variance_preserving = ladder, variance_preserving
         self.num_steps = len(ladder)
         self.t_max = float(self.num_steps - 1)

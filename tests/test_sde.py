@@ -140,6 +140,12 @@ def test_smld_ladder_in_either_order():
     torch.testing.assert_close(rising.sigma(t), expected)
 
 
+def test_a_ladder_with_a_level_twice_says_so():
+    """`smld` sorts what it is given, so its order cannot be the fault."""
+    with pytest.raises(ValueError, match="no two equal"):
+        DiscreteSDE.smld([1.0, 0.1, 0.1])
+
+
 def test_the_closed_forms_of_the_simple_paths():
     t = torch.tensor([0.1, 0.5, 0.9], dtype=F64)
     flow, edm, cosine = RectifiedFlow(), KarrasSDE(), CosineSDE()
