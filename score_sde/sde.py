@@ -88,7 +88,8 @@ class SDE(ABC):
 
     A subclass defines `alpha(t)` and `sigma(t)` with torch operations, elementwise in `t`, and the class attributes
     `t_min` (least noise at which models are trained and sampled) and `t_max` (where sampling starts). Everything else
-    follows; a closed form may be overridden where it is known. `alpha` and `sigma` always receive a tensor.
+    follows; a closed form may be overridden where it is known. `alpha` and `sigma` always receive a tensor, on any device: a
+    table of your own must follow it there, `self.table.to(t)`.
 
     All methods take `t` as a float or as a tensor of shape () or (batch,), of any float dtype and on any device, and
     return a tensor of the same shape.
