@@ -242,7 +242,9 @@ def respaced(sde: SDE, steps: int, spacing: str = "trailing") -> Tensor:
 
 def _based(base: Callable[..., Tensor], sde: SDE, steps: int | None) -> Tensor:
     """The times of the base grid, checked, with its number of steps replaced by `steps` unless that is None."""
-    return check(base(sde) if steps is None else base(sde, steps=steps), sde)
+    bound = base if steps is None else partial(base, steps=steps)
+    check_callable(bound)
+    return check(bound(sde), sde)
 
 
 def churn(
@@ -312,12 +314,17 @@ def restart(
     """
     times = _based(base, sde, steps)
     levels, parts = sde.noise_level(times), [[time] for time in times.tolist()]
-    for low, high, down, repeats in intervals:
+    for interval in intervals:
+        if not isinstance(interval, Sequence) or len(interval) != 4:
+            raise ValueError("intervals is a list of (low, high, down, repeats), e.g. [(0.06, 0.3, 3, 2)]; got "
+                             f"{intervals!r}")  # fmt: skip
+        low, high, down = interval[:3]
+        repeats = whole("repeats", interval[3])
         place = int((levels - low).abs().argmin())
         bottom = levels[place].item()
-        if not bottom < high <= levels.max().item() or repeats < 1:
-            raise ValueError("a restart interval is (low, high, down, repeats), low < high within the grid's levels "
-                             f"and repeats >= 1; got {(low, high, down, repeats)}")  # fmt: skip
+        if not bottom < high <= levels.max().item():
+            raise ValueError("a restart interval is (low, high, down, repeats), low < high within the grid's levels; "
+                             f"got {tuple(interval)}")  # fmt: skip
         inner = sde.time_at_noise_level(_karras_levels(high, bottom, down)[:-1])
         parts[place] += [*inner.tolist(), parts[place][0]] * repeats
     return times.new_tensor([time for part in parts for time in part])
@@ -341,7 +348,7 @@ def jump_back(sde: SDE, base: Grid, length: int = 10, repeats: int = 10, low: fl
         ValueError: length or repeats is below 1.
     """
     length, repeats = whole("length", length), whole("repeats", repeats)
-    times = base(sde)
+    times = _based(base, sde, None)
     level, parts = sde.noise_level(times), [times[:1]]
     for first in range(1, len(times), length):
         stretch = times[first : first + length]
@@ -360,7 +367,7 @@ def below(sde: SDE, base: Grid, time: float) -> Tensor:
     Raises:
         ValueError: `time` is not in (end of the base grid, t_max].
     """
-    times = base(sde)
+    times = _based(base, sde, None)
     if not times[-1].item() < time <= sde.t_max:
         raise ValueError(f"a start at time={time:g} must lie in ({times[-1].item():g}, {sde.t_max:g}]")
     first = int((times >= time).nonzero()[-1]) + 1 if (times >= time).any() else 0

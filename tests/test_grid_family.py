@@ -266,6 +266,22 @@ def test_moments_follow_the_recursion_of_the_std():
         (lambda: grid.respaced(DiscreteSDE.ddpm(10, 1e-4, 5e-3), 10), "at most steps=9"),
         (lambda: grid.churn(VPSDE(), partial(grid.uniform, steps=3), S_churn=-1), "S_churn >= 0"),
         (lambda: grid.restart(VPSDE(), partial(grid.uniform, steps=3), [(1.0, 0.5, 2, 1)]), "low < high"),
+        (
+            lambda: grid.restart(VPSDE(), partial(grid.uniform, steps=3), (0.1, 0.3, 3, 1)),
+            r"intervals is a list .*\[\(0",
+        ),
+        (
+            lambda: grid.restart(VPSDE(), partial(grid.uniform, steps=3), [(0.1, 0.3, 3)]),
+            r"intervals is a list .*\[\(0",
+        ),
+        (
+            lambda: grid.restart(VPSDE(), partial(grid.uniform, steps=9), [(0.1, 0.3, 3, 1.5)]),
+            "whole number repeats >= 1",
+        ),
+        (lambda: grid.churn(VPSDE(), grid.karras), r"karras is not .*steps.* bind its other arguments"),
+        (lambda: grid.churn(VPSDE(), lambda sde: torch.tensor([1.0, 0.1]), steps=5), "function of the SDE alone"),
+        (lambda: grid.jump_back(VPSDE(), grid.karras), r"karras is not .*steps.* bind its other arguments"),
+        (lambda: grid.below(VPSDE(), grid.karras, 0.5), r"karras is not .*steps.* bind its other arguments"),
         (lambda: grid.ancestral(VPSDE(), partial(grid.uniform, steps=3), 1.1), "eta lies in"),
         (lambda: grid.ancestral(KarrasSDE(), partial(grid.churn, base=grid.karras, steps=3)), "only goes down"),
         (lambda: grid.every(VPSDE(), torch.ones(3), 0), "period >= 1, got period=0"),
