@@ -124,16 +124,18 @@ def of_times(function: Callable[..., R], sde: SDE, *times: Tensor) -> R:
     """The values of a step's method (sde, times, ...).
 
     Raises:
-        ValueError: it fails for tensors, as math.exp(t) does; a ValueError of its own passes unchanged.
+        ValueError: it fails for tensors, as math.exp(t) does, or for few times; a ValueError of its own passes unchanged.
     """
     try:
         return function(sde, *times)
-    except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, ValueError) and "one element tensors" not in str(error):  # not torch's, of math.exp(t)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        said, fix = str(error), "write it with torch's functions, e.g. torch.exp(t) for math.exp(t)"
+        if isinstance(error, IndexError) or "to unpack" in said:
+            fix = "times holds those of the last calls, memory at most and in the first moves of a run fewer"
+        elif isinstance(error, ValueError) and "one element tensors" not in said:  # not torch's, of math.exp(t)
             raise
         name = f"{type(function.__self__).__name__}.{function.__name__}"  # type: ignore[attr-defined]
-        raise ValueError(f"{name} fails for a tensor of times ({error}): write it with torch's functions, e.g. "
-                         "torch.exp(t) for math.exp(t)") from error  # fmt: skip
+        raise ValueError(f"{name} fails for a tensor of times ({said}): {fix}") from error
 
 
 def finite(step: Step, sde: SDE, t: Tensor, columns: Sequence[Tensor]) -> list[list[float]]:

@@ -290,6 +290,24 @@ def test_weights_are_a_list_of_at_most_memory_tensors():
         Euler(lambda b: [b / 2, b / 2]).plan(VPSDE(), t, s)
 
 
+def unpacked(times):
+    _, before = times
+    return before
+
+
+@pytest.mark.parametrize("earlier", [lambda times: times[1], unpacked])
+def test_a_step_that_needs_more_calls_than_there_were_is_told_so(earlier):
+    class Two(DDIM):
+        memory = 2
+
+        def coefficients(self, sde, times, s):
+            return super().coefficients(sde, times, s + 0 * earlier(times))
+
+    t = torch.tensor([0.9, 0.5], dtype=F64)
+    with pytest.raises(ValueError, match=r"Two\.coefficients fails .*in the first moves of a run fewer"):
+        Two().plan(VPSDE(), t, t / 2)
+
+
 class Unasked(torch.nn.Module):
     def forward(self, x, c_noise):
         raise AssertionError("asked")
