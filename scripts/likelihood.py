@@ -153,8 +153,7 @@ def options_of(config: DictConfig, data: Data) -> dict[str, Any]:
     names = ("divergence", "probes", "method", "rtol", "atol", "steps", "truncation")
     options = {name: config[name] for name in names}
     if config.divergence is None:
-        exact = math.prod(data.event_shape) <= 16
-        options |= {"divergence": "exact", "probes": 1} if exact else {"divergence": "hutchinson"}
+        options["divergence"] = "exact" if math.prod(data.event_shape) <= 16 else "hutchinson"
     return options
 
 

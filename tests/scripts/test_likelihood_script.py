@@ -155,6 +155,7 @@ def test_integers_of_a_file_are_the_same_scaled_or_not(tmp_path: Path) -> None:
         (["divergence=skilling"], "divergence is one of exact, hutchinson, hutch++; got 'skilling'"),
         (["method=euler"], "method is one of adams, dopri5, tsit5, bosh3, RK45, RK23, DOP853, Radau, BDF, LSODA; got 'euler'"),
         (["divergence=hutchinson", "probes=0"], "give a whole number probes >= 1, got probes=0"),
+        (["probes=5"], "probes=5 with divergence='exact': the exact trace takes none, leave it out"),
         (["truncation=clip"], "truncation is one of none, tweedie; got 'clip'"),
         (["rtol=-1"], "tolerances are positive, got rtol=-1 and atol=0.0001"),
         (["method=adams", "steps=2"], "steps=2 with method='adams': "
