@@ -154,13 +154,19 @@ def metrics_of(given: Any, trust: Sequence[str], known: Sequence[str]) -> list[A
 
 
 def views_of(settings: DictConfig, trust: Sequence[str] = ()) -> dict[str, Any]:
-    """What an `evaluation` config adds to the metrics, as arguments of `score_sde.evaluation.evaluate`."""
+    """What an `evaluation` config adds to the metrics, as arguments of `score_sde.evaluation.evaluate`.
+
+    Raises ValueError for references of features that are not measured.
+    """
     own = plain(settings)  # resolved first: its interpolations need the whole config
     settings = OmegaConf.merge(named("evaluation", "default"), own)  # older runs have fewer keys
-    labelled = settings.classifier_data
+    labelled, features = settings.classifier_data, listed(settings.features)
+    for name in settings.references:
+        if name not in features:
+            raise ValueError(f"references name {name!r}, which is not among the features {features}: add it there")
     return {
         "classifier_data": build(labelled, trust) if labelled else None,
-        "features": {name: build(named("extractor", name), trust) for name in listed(settings.features)},
+        "features": {name: build(named("extractor", name), trust) for name in features},
         "references": dict(settings.references),
         "whole_reference": settings.whole_reference,
         "memorization": settings.memorization,

@@ -57,6 +57,10 @@ def test_other_settings_leave_an_evaluation_as_it_was(run: Path, tmp_path: Path)
 
 WRONG = {
     "unknown features": (["features=[fid]"], "unknown extractor 'fid'"),
+    "references without features": (
+        ["+references.pca=here"],
+        "references name 'pca', which is not among the features []",
+    ),
     "one and several samplers": (["sampler=heun", "samplers=[ddim]"], "give either sampler="),
 }
 

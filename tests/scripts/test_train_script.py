@@ -235,7 +235,6 @@ def test_references_are_those_of_the_features_and_the_data(tmp_path: Path) -> No
 
     check({"pixels": str(tmp_path)})
     for references, changed, message in (
-        ({"pxels": "a"}, {}, r"evaluation.references names 'pxels': add it to evaluation.features=\['pixels'\]"),
         ({"pixels": str(tmp_path)}, {"num_samples": 30}, "count=40, not 30"),
         ({"pixels": str(tmp_path)}, {"evaluation": {"num_periodic": 9}}, "num_periodic out"),
         ({"pixels": "nowhere"}, {}, "nowhere"),
