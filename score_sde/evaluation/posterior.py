@@ -234,30 +234,31 @@ def field_mixture(event_shape: Sequence[int], components: int = 4, seed: int = 0
 
 
 def certify_guidance(
-    problem: Problem, steps: int = 1000, methods: Mapping[str, Method] | None = None
+    problem: Problem, steps: int = 1000, methods: Mapping[str, Method] | None = None,
+    solvers: Mapping[str, Solver] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """The Gaussian certificate: each method's exact bias on a Gaussian problem, by DDIM and by ancestral sampling.
 
     Args:
         problem: its prior must be a single Gaussian.
         steps: of a log-SNR grid; many, so that the remaining bias is the method's.
-        methods: by default `METHODS`, and DDRM and RePaint of `SOLVERS`.
+        methods, solvers: by default `METHODS` and `SOLVERS`; if one of them is given, only those.
 
     Returns:
         A row for each method and sampler whose output is Gaussian: method, sampler, and the entries of `affine.bias`.
     """
-    chosen = METHODS if methods is None else methods
-    runs = [(name, label, SAMPLERS[label](steps), make(problem)) for name, make in chosen.items()
+    if methods is None and solvers is None:
+        methods, solvers = METHODS, SOLVERS
+    runs = [(name, label, SAMPLERS[label](steps), make(problem)) for name, make in (methods or {}).items()
             for label in ("ddim", "ancestral")]  # fmt: skip
-    if methods is None:
-        runs += [(name, "own", SOLVERS[name](problem, steps), problem.model) for name in ("ddrm", "repaint")]
+    runs += [(name, "own", make(problem, steps), problem.model) for name, make in (solvers or {}).items()]
     rows = []
     for name, label, sampler, model in runs:
-        assert isinstance(sampler, Sampler)
         with suppress(ValueError):  # a solver that stops early is not affine
-            found = affine.bias(affine.sampled_law(sampler, model), problem.posterior)
-            rows.append({"method": name, "sampler": label} | found.to_dict())
-    return pd.DataFrame(rows)
+            if isinstance(sampler, Sampler):  # particles are not
+                found = affine.bias(affine.sampled_law(sampler, model), problem.posterior)
+                rows.append({"method": name, "sampler": label} | found.to_dict())
+    return pd.DataFrame(rows, columns=["method", "sampler", "mean", "spread", "w2"])
 
 
 def _observed(prior: Target, operator: LinearOperator, noise_std: float, seed: int) -> Tensor:

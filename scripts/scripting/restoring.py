@@ -40,7 +40,8 @@ PRIORS = ("fields", "ring", "gaussian", "gaussian64")
 def run_task(config: DictConfig) -> Path:
     """Compares the methods on a task, on a run's images or with an exact posterior; returns the folder of the results."""
     one_of("task", config.task, (*TASKS, "linear"))
-    options = {**contestants(config.restoration), "seeds": list(config.seeds)}
+    methods, solvers = (LEARNED, OWN) if config.run else (METHODS, SOLVERS)
+    options = {**contestants(config.restoration, methods, solvers), "seeds": list(config.seeds)}
     folder = Path(config.output)
     if config.run:
         return on_images(config, options, folder)
@@ -48,15 +49,27 @@ def run_task(config: DictConfig) -> Path:
     return on_posterior(config, problem, options, folder)
 
 
-def contestants(node: DictConfig) -> dict[str, Mapping[str, Any]]:
-    """`methods` that are score models, the `samplers` they run with, and `solvers`, methods that are samplers themselves."""
-    known = [*METHODS, *SOLVERS]
+def contestants(
+    node: DictConfig, methods: Mapping[str, Any], solvers: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+    """The chosen ones of `methods`, which are score models, the `samplers` they run with, and those of `solvers`, methods
+    that are samplers themselves.
+
+    Raises ValueError for an unknown name, and if nothing is left to compare.
+    """
+    known = [*methods, *solvers]
     names = known if node.methods is None else [one_of("a method", name, known) for name in listed(node.methods)]
-    return {
-        "methods": {name: make for name, make in METHODS.items() if name in names},
+    chosen = {
+        "methods": {name: make for name, make in methods.items() if name in names},
         "samplers": {one_of("a sampler", name, SAMPLERS): SAMPLERS[name] for name in listed(node.samplers)},
-        "solvers": {name: make for name, make in SOLVERS.items() if name in names},
+        "solvers": {name: make for name, make in solvers.items() if name in names},
     }
+    if not names:
+        raise ValueError(f"restoration.methods=[] leaves nothing to compare: give some of {', '.join(known)}")
+    if chosen["methods"] and not chosen["samplers"]:
+        raise ValueError(f"{next(iter(chosen['methods']))} needs a sampler: give restoration.samplers, some of "
+                         f"{', '.join(SAMPLERS)}")  # fmt: skip
+    return chosen
 
 
 def problem_of(task: str, node: DictConfig, sde: SDE) -> Problem:
@@ -87,7 +100,7 @@ def on_posterior(config: DictConfig, problem: Problem, options: Mapping[str, Any
     figures.save(curves(table, axis, title), folder / "posteriors.png")
     one_gaussian = len(problem.prior.weights) == 1
     if one_gaussian:
-        certificate = certify_guidance(problem, max(config.budgets), options["methods"])
+        certificate = certify_guidance(problem, max(config.budgets), options["methods"], options["solvers"])
         certificate.to_csv(folder / "certificate.csv", index=False)
         output.show(certificate)
     output.show(wide(table, "ratio"))
@@ -104,8 +117,6 @@ def on_images(config: DictConfig, options: Mapping[str, Any], folder: Path) -> P
         raise ValueError(f"task=linear takes no run; tasks for images are {', '.join(TASKS)}")
     run = configs.open_run(config)
     case = case_of(config, run)
-    learned = {"methods": {name: LEARNED[name] for name in options["methods"] if name in LEARNED},
-               "solvers": {name: OWN[name] for name in options["solvers"] if name in OWN}}  # fmt: skip
     known = {"truth": case.truth[:8], "seen": figures.visible(case.operator, case.observed)[:8]}
     shown: dict[str, dict[str, Tensor]] = {}
 
@@ -113,9 +124,7 @@ def on_images(config: DictConfig, options: Mapping[str, Any], folder: Path) -> P
         if budget == max(config.budgets):
             shown.setdefault(label, dict(known))[name] = x[:8, 0]
 
-    table = compare_restorations(
-        case, list(config.budgets), features=features_of(run), on_result=keep, **{**options, **learned}
-    )
+    table = compare_restorations(case, list(config.budgets), features=features_of(run), on_result=keep, **options)
     folder = output.folder_of(settings_of(config), folder)
     table.to_csv(folder / "restorations.csv", index=False)
     axis = Axis("psnr", "PSNR of a draw in dB", "pseudo-inverse", table["psnr"].iloc[0])

@@ -40,6 +40,10 @@ def test_against_exact_posteriors(tmp_path, arguments, certified):
     assert table["ratio"].notna().all()
     assert (folder / "posteriors.png").exists()
     assert (folder / "certificate.csv").exists() == certified
+    if certified:
+        runs = pd.read_csv(folder / "certificate.csv")[["method", "sampler"]]
+        of_models = {(name, sampler) for name in ("exact", "mmps", "replacement") for sampler in ("ddim", "ancestral")}
+        assert {*runs.itertuples(index=False, name=None)} == of_models | {("ddrm", "own")}
 
 
 def test_results_of_other_settings_are_kept(tmp_path):
@@ -142,6 +146,12 @@ def test_on_a_run_of_contexts(tmp_path):
         (["task=paint"], "task is one of inpaint, colorize, superres, deblur, linear; got 'paint'"),
         (["task=superres", "restoration.methods=[mmp]"], "got 'mmp': did you mean 'mmps'?"),
         (["task=superres", "restoration.samplers=[heun2]"], "got 'heun2'"),
+        (["task=superres", "restoration.methods=[]"], "nothing to compare: give some of exact, prior, replacement"),
+        (
+            ["task=superres", "restoration.samplers=[]"],
+            "exact needs a sampler: give restoration.samplers, some of ddim",
+        ),
+        (["task=superres", "run=any", "restoration.methods=[tds]"], "a method is one of replacement, diffpir, dps"),
         (["task=superres", "restoration.prior=ring"], "task=linear is for ring"),
         (
             ["task=linear", "restoration.prior=square"],
