@@ -36,7 +36,7 @@ def loss_curves(
         metrics: a table with the column `step` and those to draw (`Run.metrics()`), or such rows (`TrainingResult.metrics`);
             empty cells are skipped.
         columns: which to draw; by default all whose name starts with "loss".
-        halflife: of the exponential smoothing, as a fraction of the curve's length.
+        halflife: of the exponential smoothing, as a fraction of the curve's length; at least one row.
         legend: see `curves`.
 
     Returns:
