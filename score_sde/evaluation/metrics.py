@@ -354,7 +354,7 @@ class Yardstick:
             raise ValueError(f"this yardstick measures {self.n} samples, its floors hold for no other number, "
                              f"got {len(samples)}")  # fmt: skip
         samples = samples.detach().cpu()
-        pair(samples[:1], self.draws[0][:1])
+        pair(samples, self.draws[0][:1])
         values = {name: sum(self._between(name, samples, known)) / len(known) for name, known in self.known.items()}
         table = pd.DataFrame({"metric": list(values), "value": values.values(), "floor": self.floors.values()})
         return table.assign(ratio=table["value"] / table["floor"])
@@ -396,6 +396,9 @@ def _select(metrics: Metrics | None, reference: Target | Tensor) -> dict[str, Me
     if isinstance(reference, GaussianMixture):
         known |= {name: _of_modes(metric, reference) for name, metric in MODE_METRICS.items()}
     given = [*known] if metrics is None else [metrics] if isinstance(metrics, str) else metrics
+    for metric in given:
+        if callable(metric) and not hasattr(metric, "__name__"):
+            raise ValueError(f"a metric needs a name: give metrics={{'<name>': {metric!r}}}")
     own = {metric.__name__: metric for metric in given if callable(metric)}
     chosen = [metric.__name__ if callable(metric) else metric for metric in given]
     known |= own

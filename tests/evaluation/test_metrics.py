@@ -258,6 +258,10 @@ def test_refusals_name_the_fix() -> None:
         Yardstick(x, 5, generator=generator(), metrics=["fid"])
     with pytest.raises(ValueError, match="unknown metric 'mode_spread'"):
         Yardstick(x, 5, generator=generator(), metrics=["mode_spread"])
+    with pytest.raises(ValueError, match=r"a metric needs a name: give metrics=\{'<name>': functools.partial"):
+        Yardstick(x, 5, generator=generator(), metrics=[partial(metrics.sliced_w2, directions=8)])
+    with pytest.raises(ValueError, match="2 of 5 samples are not finite"):  # whatever the metric does with them
+        Yardstick(x, 5, generator=generator(), metrics={"size": lambda a, b: float(len(a))})(broken[:5])
     with pytest.raises(ValueError, match="at least 12 samples, got 10"):
         Yardstick(x, 6, generator=generator())
     with pytest.raises(ValueError, match=r"measures 5 samples, .* got 10"):
