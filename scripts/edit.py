@@ -237,11 +237,7 @@ def operator_of(config: DictConfig, event_shape: tuple[int, ...], missing: Tenso
     if len(event_shape) != 3:
         raise ValueError(f"task={config.task} knows what is seen of images, not of events of shape {event_shape}: take "
                          "task=inpaint mask=<.npy>, True where they are seen, or an input with NaN where not")  # fmt: skip
-    try:
-        return task_operator(config.task, event_shape, **config.operator)
-    except TypeError as error:
-        options = dict(config.operator)
-        raise ValueError(f"operator={options} does not fit task={config.task}: {error}") from error
+    return task_operator(config.task, event_shape, **config.operator)
 
 
 def read_mask(path: Path) -> Tensor:

@@ -11,6 +11,7 @@ and, with V the right singular vectors, V f(s^2) V^T = A^T gram(A ., f(s^2) / s^
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_sde.checks import one_of, tensor, whole
+from score_sde.checks import number, one_of, tensor, whole
 from score_sde.copies import Copies, outside_transforms
 from score_sde.score import at_least_single
 
@@ -346,7 +347,8 @@ class Grey(_Isometric):
     """
 
     def __init__(self, event_shape: Sequence[int], weights: Sequence[float] = (0.299, 0.587, 0.114)) -> None:
-        self.input_shape, self.weights = tuple(event_shape), torch.tensor(tuple(weights), dtype=torch.float64)
+        self.input_shape = tuple(event_shape)
+        self.weights = torch.tensor([number("weight", weight) for weight in weights], dtype=torch.float64)
         if len(self.input_shape) < 2 or self.input_shape[0] != len(self.weights):
             raise ValueError(f"{len(self.weights)} channel weights do not fit x of shape {self.input_shape}: "
                              "x is (channels, height, width), with one weight per channel")  # fmt: skip
@@ -421,8 +423,7 @@ class Blur(LinearOperator):
     @classmethod
     def gaussian(cls, event_shape: Sequence[int], std: float) -> Blur:
         """exp(-d^2 / (2 std^2)), d in pixels, normalised, and cut off at four standard deviations or x's side."""
-        if not std > 0:
-            raise ValueError(f"a Gaussian blur has a positive std, in pixels, got {std}")
+        std = number("std", std, above=0)
         kernel = torch.ones((), dtype=torch.float64)
         for side in tuple(event_shape)[1:]:
             radius = min(math.ceil(4 * std), (side - 1) // 2)
@@ -535,11 +536,14 @@ def task_operator(task: str, event_shape: Sequence[int], **options: Any) -> Line
     Gaussian blur with a standard deviation of one pixel.
 
     Raises:
-        ValueError: the task is unknown, or does not fit the images.
+        ValueError: the task is unknown, or does not fit the images, or an option is not one of its operator's.
     """
-    one_of("task", task, TASKS)
+    operator = TASKS[one_of("task", task, TASKS)]
     if len(event_shape) != 3:
         raise ValueError(f"task {task!r} is for images (channels, height, width), these events have shape "
                          f"{tuple(event_shape)}: give an operator such as Matrix or Mask instead")  # fmt: skip
     defaults: dict[str, dict[str, Any]] = {"deblur": {"std": 1.0}}
-    return TASKS[task](tuple(event_shape), **(defaults.get(task, {}) | options))
+    _, *known = inspect.signature(operator).parameters
+    for name in options:
+        one_of(f"the operator's option for task={task}", name, known)
+    return operator(tuple(event_shape), **(defaults.get(task, {}) | options))

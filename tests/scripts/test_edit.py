@@ -268,7 +268,8 @@ def test_of_what_is_no_image_a_mask_says_what_is_seen(task: str, tmp_path: Path)
         (["task=superres", "draws=0"], "draws >= 1, got draws=0"),
         (["task=class", "label=12"], "knows the classes 0 to 9"),
         (["task=colorize"], "do not fit x of shape (1, 8, 8)"),
-        (["task=superres", "+operator.size=3"], "does not fit task=superres"),
+        (["task=superres", "+operator.facto=4"], "got 'facto': did you mean 'factor'?"),
+        (["task=deblur", "+operator.std=wide"], "give a number std > 0, got std='wide'"),
     ],
 )
 def test_wrong_inputs_are_refused_in_one_line(run: Path, arguments: list[str], message: str) -> None:
