@@ -424,6 +424,25 @@ def test_density_comparison_shares_limits_and_colours() -> None:
     assert np.asarray(second.images[0].get_array()).max() < np.asarray(first.images[0].get_array()).max()
 
 
+def test_the_rows_of_a_legend_are_of_nearly_equal_length() -> None:
+    figure, axes = plotting.panels(2)
+    for i in range(7):
+        axes[0, 0].plot([0, 1], label=f"sampler {i}")
+    plotting.legend_below(figure)
+    assert figure.legends[0]._ncols == 4  # five would fit side by side, with two left for a second row
+
+
+def test_many_samplers_stand_in_rows_with_labels_along_the_edges() -> None:
+    x = draws(200)
+    figure = plotting.density_comparison(GAUSSIAN, {str(i): x for i in range(7)})
+    assert len(figure.axes) == 8
+    assert [bool(ax.get_ylabel()) for ax in figure.axes] == [True, False, False, False] * 2
+    assert [bool(ax.get_xlabel()) for ax in figure.axes] == [False] * 4 + [True] * 4
+    figure = plotting.trajectory_comparison({str(i): torch.stack([x, x / 2]) for i in range(7)})
+    assert [bool(ax.get_xlabel()) for ax in figure.axes[:7]] == [False] * 3 + [True] * 4
+    assert [ax.xaxis.get_tick_params()["labelbottom"] for ax in figure.axes[:7]] == [False] * 3 + [True] * 4
+
+
 def test_score_field_comparison_shares_arrows_and_states_the_error() -> None:
     class Scaled(ExactScore):
         def __call__(self, x: Tensor, t: float) -> object:  # type: ignore[override]

@@ -101,12 +101,12 @@ def curves(ax: Axes, x: str, y: str, *, legend: Literal["inside", "beside"] | No
 def legend_below(figure: Figure, title: str = "") -> None:
     """One legend for all panels, beneath them; the figure grows by its height."""
     entries = _entries(*figure.axes)
-    inches = 0.6 + 0.065 * max(map(len, entries), default=0)
-    columns = max(1, int(figure.get_figwidth() / inches))
-    lines = math.ceil(len(entries) / columns) + (title.count("\n") + 1 if title else 0)
+    count, inches = max(1, len(entries)), 0.6 + 0.065 * max(map(len, entries), default=0)
+    rows = math.ceil(count / max(1, int(figure.get_figwidth() / inches)))
+    lines = rows + (title.count("\n") + 1 if title else 0)
     figure.set_figheight(figure.get_figheight() + 0.1 + 0.17 * lines)
-    figure.legend(list(entries.values()), list(entries), title=title or None, loc="outside lower center", ncols=columns,
-                  **LEGEND)  # fmt: skip
+    figure.legend(list(entries.values()), list(entries), title=title or None, loc="outside lower center",
+                  ncols=math.ceil(count / rows), **LEGEND)  # fmt: skip
 
 
 def _entries(*axes: Axes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ DENSITY = colormaps["magma"]
 LOG_DENSITY = ListedColormap(DENSITY(np.linspace(0.0, 0.72, 256)))  # dark enough for white arrows
 NATS = 12.0
 """Range of a log-density's colour scale, in nats below its maximum."""
+
+ACROSS = 5
+"""The largest number of samplers beside one another, in one row of a comparison."""
 
 ARROWS: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "pivot": "middle", "width": 0.005,
                           "headwidth": 3.5, "headlength": 4, "headaxislength": 3.5}  # fmt: skip
@@ -185,13 +189,12 @@ def density_comparison(
         limits: the part of the plane shown; by default the data's.
     """
     limits = limits or limits_of(target)
-    figure, axes = panels(1 + len(samplers), height=3.6)
-    peak = float(density(axes[0, 0], target, limits=limits).get_clim()[1])
-    axes[0, 0].set_title(f"data\n{_number_of(target)}")
-    for ax, (name, x) in zip(axes[0, 1:], samplers.items(), strict=True):
+    figure, (first, *others) = _planes(1 + len(samplers), height=3.6)
+    peak = float(density(first, target, limits=limits).get_clim()[1])
+    first.set_title(f"data\n{_number_of(target)}")
+    for ax, (name, x) in zip(others, samplers.items(), strict=True):
         density(ax, x, limits=limits, peak=peak)
         ax.set_title(f"{name.replace('_', ' ')}\n{_number_of(x)}")
-    _share_planes(axes)
     return figure
 
 
@@ -259,14 +262,13 @@ def trajectory_comparison(
         raise ValueError("there are no trajectories: give one or more by name")
     samplers = {name: _shrunk(_trajectory(paths)) for name, paths in samplers.items()}
     limits = limits or limits_of(torch.cat([paths[:, :count].flatten(0, 1) for paths in samplers.values()]))
-    figure, axes = panels(len(samplers), width=4, height=4)
-    for ax, (name, paths) in zip(axes[0], samplers.items(), strict=True):
+    figure, axes = _planes(len(samplers), width=4, height=4)
+    for ax, (name, paths) in zip(axes, samplers.items(), strict=True):
         if target is not None:
             contours(ax, target, limits=limits)
         lines, starts, ends = trajectories(ax, paths, limits=limits, count=count)
         ax.set_title(name)
-    axes[0, 0].legend([starts, ends], ["noise", "sample"], loc="upper left", handletextpad=0.1, **LEGEND)
-    _share_planes(axes)
+    axes[0].legend([starts, ends], ["noise", "sample"], loc="upper left", handletextpad=0.1, **LEGEND)
     colour_scale(lines, axes, "share of the steps taken", extend="neither", ticks=[0, 0.5, 1], shrink=0.8)
     return figure
 
@@ -366,7 +368,15 @@ def plane(ax: Axes, limits: Limits) -> None:
     frame(ax)
 
 
-def _share_planes(axes: np.ndarray) -> None:
-    for ax in axes.flat:
-        ax.set(xlabel="$x_1$", ylabel="$x_2$")
-        ax.label_outer()
+def _planes(count: int, *, width: float = 3.0, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure of `count` panels, at most `ACROSS` in a row, with labels along its edges, and its axes as a flat array."""
+    rows = math.ceil(count / ACROSS)
+    columns = math.ceil(count / rows)
+    figure, axes = panels(columns, rows, width=width, height=height)
+    for i, ax in enumerate(axes.flat):
+        leftmost, lowest = i % columns == 0, i + columns >= count
+        ax.set(xlabel="$x_1$" if lowest else "", ylabel="$x_2$" if leftmost else "")
+        ax.tick_params(labelleft=leftmost, labelbottom=lowest)
+        if i >= count:
+            ax.remove()
+    return figure, axes.flat[:count]
