@@ -134,12 +134,16 @@ def models_of(subject: subjects.Subject, exact: bool) -> dict[str, ScoreModel]:
 def contestants(config: DictConfig) -> tuple[dict[str, Any], list[str]]:
     """The samplers by name, of conf/sampler and your own, and a line for each that is left out for want of its tables.
 
-    Raises ValueError if none is left.
+    Raises ValueError if none is left, and for `tables` that no sampler uses.
     """
-    found: dict[str, Any] = {}
-    absent: list[str] = []
-    for name, given in [*((name, name) for name in config.samplers), *config.own.items()]:
-        node = configs.named("sampler", given) if isinstance(given, str) else given
+    found, absent = dict[str, Any](), list[str]()
+    names = {name: name for name in config.samplers} | dict(config.own.items())
+    nodes = {
+        name: configs.named("sampler", given) if isinstance(given, str) else given for name, given in names.items()
+    }
+    if config.tables is not None and not any(tuned_tables.is_pattern(node.get("table")) for node in nodes.values()):
+        raise ValueError(f"tables={config.tables} does nothing without tuned or spectrum: add them to samplers")
+    for name, node in nodes.items():
         try:
             found[name] = contestant(node, config)
         except tuned_tables.NoTablesError as error:

@@ -165,6 +165,10 @@ def test_a_report_gives_way_to_one_of_more_runs_alone(tmp_path: Path) -> None:
 
 WRONG = {
     "no tables": (["target=ring", "samplers=[tuned]"], "outputs/tuned/ring/vp holds no tables tuned-<calls>.json"),
+    "idle tables": (
+        ["target=ring", "samplers=[ddim]", "tables=here"],
+        "tables=here does nothing without tuned or spectrum",
+    ),
     "a mapping of no tables": (["target=ring", "samplers=[tuned]", "tables={}"], "tables={} has no table: give"),
     "unknown metric": (["target=ring", "metrics=[fid]"], "unknown metric 'fid'"),
     "posteriors without images": (
