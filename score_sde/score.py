@@ -172,6 +172,8 @@ def _repeated(
     model: ScoreModel, count: int, condition: Mapping[str, Any] | None, device: torch.device
 ) -> dict[str, Any]:
     """The condition with a single label or context, bare or as the only row, repeated for each of `count` samples."""
+    if not isinstance(condition, Mapping | None):
+        raise TypeError(f"condition is a mapping from names to values, e.g. {{'label': 3}}, got {condition!r}")
     given = dict(condition or {})
     label = given.get("label")
     if isinstance(label, str) or (isinstance(label, Sequence) and any(isinstance(each, str) for each in label)):
@@ -186,6 +188,8 @@ def _repeated(
             shared = value.ndim > 0 and len(value) == 1 != count
             given[name] = value.expand(count, *value.shape[1:]).contiguous() if shared else value
     label = given.get("label")
+    if isinstance(label, Tensor) and len(label) != count:
+        raise ValueError(f"label has {len(label)} rows for {count} samples: give one for all, or one for each")
     if isinstance(label, Tensor) and model.num_classes:
         unknown = (label < -1) | (label >= model.num_classes)
         if unknown.any():
@@ -437,8 +441,9 @@ class LearnedScore(nn.Module, _Tabulated):
         output = self.network(inputs, c_noise, **conditions)
         if not isinstance(output, Tensor) or output.shape != self._output_shape(x):
             given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            fix = ", as its .sample is: let forward return that" if hasattr(output, "sample") else ""
             raise ValueError(f"{type(self.network).__name__} gives {given} for x of shape "
-                             f"{tuple(x.shape)}: it must be {self._output_shape(x)}")  # fmt: skip
+                             f"{tuple(x.shape)}: it must be {self._output_shape(x)}{fix}")  # fmt: skip
         if inputs.dtype != x.dtype:
             output = output.to(x.dtype)
         if not self.learns_variance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -245,9 +246,16 @@ def test_a_network_gives_the_shape_of_x():
         def forward(self, x, c_noise):
             return x.squeeze(-1)
 
-    model = LearnedScore(Squeezing(), VPSDE(), Noise(), (1,))
-    with pytest.raises(ValueError, match=r"Squeezing gives shape \(4,\) for x of shape \(4, 1\): it must be \(4, 1\)"):
-        model(torch.zeros(4, 1), 0.5)
+    class OfDiffusers(nn.Module):
+        def forward(self, x, c_noise):
+            return SimpleNamespace(sample=x)
+
+    for network, says in (
+        (Squeezing(), r"Squeezing gives shape \(4,\) for x of shape \(4, 1\): it must be \(4, 1\)$"),
+        (OfDiffusers(), r"gives a SimpleNamespace .* it must be \(4, 1\), as its \.sample is: let forward return that"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            LearnedScore(network, VPSDE(), Noise(), (1,))(torch.zeros(4, 1), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -420,6 +428,18 @@ def test_a_condition_of_one_row_is_every_samples(name, one):
     first, each = (sampler.sample(model, (4, 2), seed=0, condition={name: condition}).x
                    for condition in (one, one.expand(4, *one.shape[1:])))  # fmt: skip
     assert torch.equal(first, each)
+
+
+def test_labels_of_another_number_of_samples_and_what_is_no_mapping_are_refused():
+    """Whatever the network: one of the user's own would add three rows to five."""
+    for condition, error, says in (
+        ({"label": [0, 1, 2]}, ValueError, "label has 3 rows for 5 samples: give one for all, or one for each"),
+        (3, TypeError, r"condition is a mapping .* \{'label': 3\}, got 3"),
+    ):
+        with pytest.raises(error, match=says):
+            Sampler(DDIM(), functools.partial(grid.log_snr, steps=2)).sample(
+                learned(VPSDE()), (5, 2), condition=condition
+            )
 
 
 def test_a_label_by_name_is_refused_with_the_fix():
