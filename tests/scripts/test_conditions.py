@@ -108,9 +108,9 @@ def test_what_only_an_unconditional_score_can_do_is_refused(by_label: Path) -> N
 @pytest.mark.parametrize(("name", "condition"), [("by_label", "label=1"), ("by_context", "context=[0,1]")])
 def test_a_table_is_fitted_under_one_condition(name: str, condition: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
-    quick = ["steps=4", "iterations=5", "starts=2", "samples=64", "report=false", "output=tables"]
+    quick = ["steps=3", "iterations=3", "starts=2", "samples=64", "report=false", "output=tables"]
     script("tune", f"run={folder}", condition, *quick, cwd=folder)
-    table = folder / "tables/tuned-4.json"
+    table = folder / "tables/tuned-3.json"
     settings = json.loads(table.read_text())["record"]["settings"]
     assert {name: settings[name] for name in ("label", "context") if name in settings} in (
         {"label": 1},
