@@ -88,9 +88,10 @@ class Fits:
     def settings(self, kind: str) -> dict[str, Any]:
         """All settings that a fit depends on, for its table's record."""
         given, law = configs.plain(self.config), () if self.config.run else ("target", "sde")
-        weights = ("ema",) if self.config.run else ()
-        options = (*TEACHING, *FITTING, "step", *weights) if kind == "tuned" else ("seed",)
-        return {name: given[name] for name in (*options, *law)} | self.conditions
+        names = ("seed", "num_samples")  # of the draws whose covariance is taken
+        if kind == "tuned":
+            names = (*TEACHING, *FITTING, "step", *(("ema",) if self.config.run else ()))
+        return {name: given[name] for name in (*names, *law)} | self.conditions
 
     @cached_property
     def pairs(self) -> tuple[Pairs, Pairs]:
