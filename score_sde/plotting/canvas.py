@@ -143,8 +143,8 @@ def colour_scale(
 class LogTicks(Locator):
     """Ticks of a logarithmic axis, by the ratio of its ends.
 
-    From 100 on, powers of ten; below, also 2 and 5 times these. Below 5, or below 10 if there would be fewer than three
-    ticks, evenly spaced values as on a linear axis.
+    From 100 on, powers of ten; below, also 2 and 5 times these, or 3 times where labels are long. Below 5, or below 10 if
+    there would be fewer than three ticks, evenly spaced values as on a linear axis.
     """
 
     axis: Any
@@ -154,7 +154,7 @@ class LogTicks(Locator):
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
         span = vmax / vmin
-        powers = LogLocator(subs=(1.0,) if span >= 100 else (1.0, 2.0, 5.0))
+        powers = LogLocator(subs=(1.0,) if span >= 100 else (1.0, 2.0, 5.0) if _short(vmin, vmax) else (1.0, 3.0))
         ticks = self._shown(powers, vmin, vmax)
         if span < 5 or (span < 10 and len(ticks) < 3):
             return self._shown(MaxNLocator(4, steps=[1, 2, 5, 10]), vmin, vmax)
@@ -173,11 +173,16 @@ class LogNumbers(Formatter):
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         low, high = sorted(self.axis.get_view_interval())
-        if high < 100 * low and low >= 1e-3 and high < 1e5:
+        if high < 100 * low and _short(low, high):
             return f"{x:g}"
         exponent = math.floor(math.log10(x) + 1e-9)
         factor = f"{x / 10.0**exponent:g}"
         return f"$10^{{{exponent}}}$" if factor == "1" else f"${factor}\\times10^{{{exponent}}}$"
+
+
+def _short(low: float, high: float) -> bool:
+    """Whether numbers between these are short when written out."""
+    return low >= 1e-3 and high < 1e5
 
 
 def log_ticks(axis: Axis) -> None:
