@@ -8,7 +8,6 @@ independent.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from score_sde import grid as grids
 from score_sde.checks import wholes
+from score_sde.evaluation import orders
 from score_sde.evaluation.exact_laws import BUDGETS, Gaussian, bias, point_mass_residual, stationary_variance
 from score_sde.evaluation.orders import measured_order, ode_error, polynomial_exactness, weak_error
 from score_sde.evaluation.trials import end, kernel, travel
@@ -150,7 +150,6 @@ def counted_calls(step: Step, sde: SDE, moves: int = 4) -> tuple[float, bool]:
     return evaluate.calls / moves, bool(drawn)
 
 
-@torch.no_grad()
 def certify(
     step: Step, sde: SDE | None = None, name: str | None = None, budgets: Sequence[int] = BUDGETS
 ) -> Certificate:
@@ -165,9 +164,14 @@ def certify(
     Raises:
         ValueError: the step refuses the SDE or the grids.
     """
+    orders.forget()
+    return _certified(step, sde or VPSDE(), name, wholes("budgets", budgets))
+
+
+@torch.no_grad()
+def _certified(step: Step, sde: SDE, name: str | None, budgets: Sequence[int]) -> Certificate:
     if not isinstance(step, Step):
         raise ValueError(f"step must be a Step, e.g. Heun(), got {step!r}")
-    sde, budgets = sde or _default_sde(), wholes("budgets", budgets)
     counted, stochastic = counted_calls(step, sde)
     declared = measured = residual = stationary = math.nan
     exact, table = None, pd.DataFrame(columns=["steps", "calls", "mean", "std"])
@@ -183,11 +187,6 @@ def certify(
         name or type(step).__name__, step.role, stochastic, declared, measured, step.calls, counted, step.point_mass,
         residual, exact, table, step.batch_independent, is_batch_independent(step, sde), stationary,
     )  # fmt: skip
-
-
-@functools.cache
-def _default_sde() -> SDE:
-    return VPSDE()
 
 
 MACHINERY = (Carry, Renoise)
@@ -238,5 +237,7 @@ def certify_all(
     found = discover() if steps is None else steps
     if not found:
         raise ValueError("no step to certify: give one or more")
+    orders.forget()
+    sde, budgets = sde or VPSDE(), wholes("budgets", budgets)
     bar = tqdm(found.items(), desc="certifying", disable=not progress, leave=False)
-    return Certificates([certify(step, sde, name, budgets) for name, step in bar])
+    return Certificates([_certified(step, sde, name, budgets) for name, step in bar])

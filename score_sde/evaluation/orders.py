@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from score_sde.evaluation.exact_laws import moments
-from score_sde.evaluation.trials import Evaluator, end, travel, uneven
+from score_sde.evaluation.trials import Evaluator, end, kernel, travel, uneven
 from score_sde.sde import SDE, as_time
 from score_sde.steps import Step
 from score_sde.steps.multistep import CLOCKS, PREDICTIONS, output_of
@@ -46,6 +46,12 @@ def _mixture_paths(sde: SDE, steps: int) -> tuple[GaussianMixture, Tensor, Tenso
                          t_eval=lmbda.tolist(), rtol=1e-13, atol=1e-13)  # fmt: skip
     states = torch.from_numpy(solution.y.T.copy()).view(-1, 12, 2) * sde.sigma(times)[:, None, None]
     return target, times, states
+
+
+def forget() -> None:
+    """Empties what is kept for all steps of one certification: an SDE may be learnt, or edited, until the next."""
+    for kept in (kernel, uneven, _mixture_paths, _at, _polynomial_path):
+        kept.cache_clear()
 
 
 def ode_error(step: Step, sde: SDE, steps: int) -> float:

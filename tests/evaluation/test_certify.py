@@ -337,3 +337,11 @@ def test_a_users_own_step_is_found():
     assert {"Mine", "mine, noisy"} <= set(discover())
     assert "Tabulated" not in discover()
     assert "DDIM eta 1" in discover()
+
+
+def test_an_sde_that_changed_is_certified_as_it_is():
+    sde, step = VPSDE(beta_max=20.0), DDIM()
+    certify(step, sde, budgets=[5])
+    sde.beta_max = 8.0
+    changed, fresh = (certify(step, one, budgets=[5]).row() for one in (sde, VPSDE(beta_max=8.0)))
+    assert changed == pytest.approx(fresh, nan_ok=True)
